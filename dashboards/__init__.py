@@ -1,0 +1,1 @@
+"""Grafana dashboards and alert rules, installed as `ep_rebalance.dashboards`."""

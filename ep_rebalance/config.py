@@ -1,0 +1,260 @@
+"""Configuration: one frozen model, units in the names, unknown keys are errors.
+
+`RebalanceConfig` travels to every process of the engine as a plain dictionary (`as_dict`), so that no
+process ever reads a file or an environment variable that another one does not see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ENVIRONMENT_PREFIX = "EP_REBALANCE_"
+
+Mode = Literal["observe", "static", "rebalance"]
+Policy = Literal["incremental", "greedy", "none"]
+
+
+class ConfigurationError(ValueError):
+    """The configuration, or the engine it is to run in, cannot work: `reason` and `remedy` in one text."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"ep_rebalance: {reason} Remedy: {remedy}")
+        self.reason = reason
+        self.remedy = remedy
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class WindowConfig(_Section):
+    """How load is sampled."""
+
+    snapshot_steps: int = Field(default=16, gt=0)
+    """Engine steps that one snapshot sums up; each snapshot costs one all-reduce."""
+    snapshots: int = Field(default=48, gt=0)
+    """Snapshots that the load window keeps."""
+    min_snapshots: int = Field(default=4, gt=0)
+    """Snapshots with traffic that must be seen before the first plan."""
+    min_tokens: int = Field(default=512, ge=0)
+    """Tokens that the window must hold before a plan is made; fewer say nothing about the load."""
+
+    @model_validator(mode="after")
+    def _window_holds_its_minimum(self) -> WindowConfig:
+        if self.min_snapshots > self.snapshots:
+            raise ValueError(
+                f"min_snapshots={self.min_snapshots} is larger than snapshots={self.snapshots}; "
+                "a window of that size never fills"
+            )
+        return self
+
+
+class PlannerConfig(_Section):
+    """How a target placement is found."""
+
+    policy: Policy = "incremental"
+    """`incremental` improves the current placement within the budget; `greedy` is the published DeepSeek
+    EPLB algorithm, which starts anew each time; `none` never plans."""
+    redundant_experts: int = Field(default=0, ge=0)
+    """Slots beyond one per logical expert, over all ranks; experts + redundant must divide by the ranks."""
+    interval_snapshots: int = Field(default=8, gt=0)
+    """Snapshots between two plans."""
+    max_moved_fraction: float = Field(default=0.10, gt=0.0, le=1.0)
+    """Largest part of all slots that one plan may change."""
+    max_arrivals_per_rank_and_layer: int = Field(default=2, gt=0)
+    """Most slots of one layer that a plan may change on one rank. Sizes the staging memory."""
+    seed: int = 0
+    """Seed of every tie that the planner breaks."""
+
+
+class DecisionConfig(_Section):
+    """When a plan is worth its migration."""
+
+    horizon_steps: int = Field(default=2000, gt=0)
+    """Engine steps over which a new placement is expected to pay."""
+    min_gain: float = Field(default=0.01, ge=0.0)
+    """Smallest predicted part of the step time saved that is acted on (hysteresis)."""
+    min_gain_over_cost: float = Field(default=2.0, ge=0.0)
+    """Predicted seconds saved over the horizon divided by the seconds that the migration costs."""
+    expert_time_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Part of the step that waits for the busiest rank's experts; the rest is not changed by a placement."""
+
+
+class MigrationConfig(_Section):
+    """How experts move between ranks."""
+
+    max_bytes_per_step: int = Field(default=4 << 20, ge=4096)
+    """Most bytes that a rank sends, and receives, in one engine step."""
+    deadline_steps: int = Field(default=20_000, gt=0)
+    """Engine steps after which an unfinished migration is abandoned."""
+
+
+class DispatchConfig(_Section):
+    """How tokens reach the slots."""
+
+    combine: Literal["exact", "fast"] = "exact"
+    """`exact` sums the outputs of a token's experts at its own rank in top-k order, so that the result does
+    not depend on the placement; `fast` sums what one rank computed before sending it (fewer bytes)."""
+
+
+class MetricsConfig(_Section):
+    """What is seen from outside."""
+
+    poll_seconds: float = Field(default=2.0, gt=0.0)
+    """Seconds between two reads of the engine by the API server."""
+    poll_timeout_seconds: float = Field(default=5.0, gt=0.0)
+    """Seconds after which one read is given up."""
+
+
+class TraceConfig(_Section):
+    """Recording of load for offline replay; nothing can be set yet."""
+
+
+class StateConfig(_Section):
+    """What survives a restart."""
+
+    path: str | None = None
+    """File for placement and load; written after every commit, read at start."""
+
+
+class RebalanceConfig(_Section):
+    """Everything that can be set, with defaults that work."""
+
+    mode: Mode = "rebalance"
+    """`observe` counts and reports and changes nothing else; `static` serves a saved placement;
+    `rebalance` also moves experts."""
+    window: WindowConfig = WindowConfig()
+    planner: PlannerConfig = PlannerConfig()
+    decision: DecisionConfig = DecisionConfig()
+    migration: MigrationConfig = MigrationConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    trace: TraceConfig = TraceConfig()
+    state: StateConfig = StateConfig()
+
+    @model_validator(mode="after")
+    def _static_needs_a_file(self) -> RebalanceConfig:
+        if self.mode == "static" and not self.state.path:
+            raise ValueError("mode=static serves a saved placement; set state.path to its file")
+        if self.mode == "observe" and self.planner.redundant_experts:
+            raise ValueError(
+                f"mode=observe changes nothing, so planner.redundant_experts="
+                f"{self.planner.redundant_experts} cannot be had; drop it or use mode=rebalance"
+            )
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole configuration as JSON-ready values."""
+        return self.model_dump(mode="json")
+
+
+def load_config(*layers: Mapping[str, Any]) -> RebalanceConfig:
+    """Merge `layers` (later wins, key by key) over the defaults and validate.
+
+    Raises ConfigurationError that names each offending key, its value and what would be right.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    try:
+        return RebalanceConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error), _remedy(error)) from None
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML or JSON file. Raises ConfigurationError if it is none."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(
+            f"the configuration file {str(path)!r} cannot be read ({error}).",
+            "give a readable YAML or JSON file to --ep-rebalance-config.",
+        ) from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigurationError(
+            f"the configuration file {str(path)!r} holds a {type(settings).__name__}, not settings.",
+            "write `section: {key: value}` lines, as `ep-rebalance config` prints them.",
+        )
+    return settings
+
+
+def parse_config_argument(text: str) -> dict[str, Any]:
+    """Settings from one command-line value: JSON text if it starts with `{`, else a file's path."""
+    if not text.lstrip().startswith("{"):
+        return read_config_file(text)
+    try:
+        settings: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(
+            f"--ep-rebalance-config is not valid JSON ({error}).",
+            'write it like \'{"mode": "observe"}\', or give the path of a YAML file.',
+        ) from None
+    return settings
+
+
+def settings_from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """`EP_REBALANCE_MIGRATION__MAX_BYTES_PER_STEP=1048576` as `{"migration": {"max_bytes_per_step": 1048576}}`."""
+    settings: dict[str, Any] = {}
+    for name, value in environment.items():
+        if name.startswith(ENVIRONMENT_PREFIX):
+            keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            settings = _merge(settings, nest(keys, yaml.safe_load(value)))
+    return settings
+
+
+def nest(keys: list[str], value: Any) -> dict[str, Any]:
+    """`["a", "b"], 1` as `{"a": {"b": 1}}`."""
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"]) or "configuration"
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"unknown configuration key {where!r}.")
+        elif fault["type"] == "value_error":
+            faults.append(f"{where}: {fault['ctx']['error']}.")
+        else:
+            faults.append(f"{where}={fault['input']!r} is not allowed: {fault['msg']}.")
+    return " ".join(faults)
+
+
+def _remedy(error: ValidationError) -> str:
+    for fault in error.errors():
+        if fault["type"] == "extra_forbidden":
+            section = _section(fault["loc"][:-1])
+            return f"use one of: {', '.join(sorted(section.model_fields))}."
+    return "`ep-rebalance config` prints every key with its default and meaning."
+
+
+def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = RebalanceConfig
+    for key in location:
+        annotation = model.model_fields[str(key)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    return model

@@ -1,0 +1,1 @@
+"""One folder per serving engine; nothing outside it imports that engine."""

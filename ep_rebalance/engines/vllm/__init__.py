@@ -1,0 +1,32 @@
+"""vLLM 0.32 and 0.33: one module per seam.
+
+| module | what it changes in vLLM | in which process |
+|---|---|---|
+| arguments | adds `--plugin` and `--ep-rebalance-config` | front end |
+| activation | checks and completes the engine's configuration | front end |
+| worker_extension | puts the seams below into a worker, and answers its RPCs | worker |
+| model_runner | calls us after loading, when a step's inputs are ready, and after each step | worker |
+| router | counts logical expert ids and turns them into slots | worker |
+| eplb_state | keeps vLLM's own balancer out | worker |
+| prepare_finalize | expert parallelism on CPU by all-to-all | worker |
+| endpoint | `/ep_rebalance/status` and `/metrics` | API server |
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: runs in every vLLM process, whether the plugin is wanted or not.
+
+    Only adds the command-line flags and looks out for a configuration that asks for us, and only in processes
+    that parse arguments. An exception here would stop vLLM, so nothing else is done.
+    """
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is None:
+        return
+    from ep_rebalance.engines.vllm import activation, arguments
+
+    arguments.install(arg_utils.EngineArgs)
+    activation.install(arg_utils.EngineArgs)

@@ -1,0 +1,212 @@
+"""A loaded model joined to a `Rebalancer`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.counts import DeviceCounts
+from ep_rebalance.engines.vllm import router
+from ep_rebalance.engines.vllm.activation import active_config, model_identity
+from ep_rebalance.metrics import encode
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.policies import compile_planner
+from ep_rebalance.rebalancer import Rebalancer, initial_status
+from ep_rebalance.state import SavedState, load_state
+from ep_rebalance.topology import Topology
+from ep_rebalance.transport.expert_memory import ExpertMemory
+
+logger = logging.getLogger(__name__)
+
+
+class Attachment:
+    """One worker's rebalancer and the engine's calls to it."""
+
+    def __init__(self, rebalancer: Rebalancer, counts: DeviceCounts) -> None:
+        self.rebalancer = rebalancer
+        self._counts = counts
+        self._started: float | None = None
+
+    @classmethod
+    def create(cls, model: Any, vllm_config: Any, device: torch.device) -> Attachment:
+        """Join a loaded model. Raises ConfigurationError if the model turns out not to fit."""
+        config = active_config(vllm_config)
+        moe_model = _moe_model(model)
+        moves = config.mode != "observe"
+        placement = _loaded_placement(moe_model, vllm_config)
+        counts = _device_counts(placement, vllm_config, device)
+        _attach_routers(moe_model, counts, moves_experts=moves)
+        memory = _expert_memory(moe_model, counts, device) if moves else None
+        rebalancer = Rebalancer(
+            config=config,
+            placement=placement,
+            counts=counts,
+            memory=memory,
+            group=_ep_group().device_group,
+            topology=_topology(),
+            identity=model_identity(vllm_config, config),
+            status=initial_status(
+                config=config,
+                model=vllm_config.model_config.model,
+                placement=placement,
+                top_k=moe_model.moe_layers[0].router.top_k,
+            ),
+        )
+        if moves:
+            _restore(rebalancer, config, vllm_config)
+        if config.mode == "rebalance":
+            compile_planner()
+        logger.info(
+            "ep_rebalance: mode %s, %d MoE layers, %d experts in %d slots on %d ranks",
+            config.mode,
+            placement.num_layers,
+            placement.num_experts,
+            placement.num_slots,
+            placement.num_ranks,
+        )
+        return cls(rebalancer, counts)
+
+    def begin_step(self, phases_T: NDArray[np.int64], started: float) -> None:
+        """The step's tokens are known; `started` by `time.perf_counter()`."""
+        self._started = started
+        self._counts.mark_tokens(phases_T)
+
+    def end_step(self) -> None:
+        """The forward pass was issued."""
+        started, self._started = self._started, None
+        self.rebalancer.step(started)
+
+    def status(self) -> bytes:
+        """The encoded status."""
+        return encode(self.rebalancer.status)
+
+
+def _ep_group() -> Any:
+    from vllm.distributed.parallel_state import get_ep_group
+
+    return get_ep_group()
+
+
+def _moe_model(model: Any) -> Any:
+    from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
+
+    found = get_mixture_of_experts_model(model)
+    if found is None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no Mixture-of-Experts layers that vLLM can move.",
+            "serve it without --plugin ep_rebalance.",
+        )
+    return found
+
+
+def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
+    return Placement.contiguous(
+        num_layers=model.num_moe_layers,
+        num_experts=model.num_logical_experts,
+        num_ranks=_ep_group().world_size,
+        num_redundant=vllm_config.parallel_config.eplb_config.num_redundant_experts,
+    )
+
+
+def _device_counts(placement: Placement, vllm_config: Any, device: torch.device) -> DeviceCounts:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    splits_tokens = vllm_config.parallel_config.use_sequence_parallel_moe
+    tensor_group = get_tp_group()
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    return DeviceCounts(
+        placement=placement,
+        max_tokens=tokens + 2 * tensor_group.world_size + 1024,
+        device=device,
+        counts_here=splits_tokens or tensor_group.rank_in_group == 0,
+    )
+
+
+def _attach_routers(model: Any, counts: DeviceCounts, *, moves_experts: bool) -> None:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    for index, layer in enumerate(model.moe_layers):
+        split = layer.moe_config.is_sequence_parallel
+        router.attach(
+            layer.router,
+            counts,
+            index,
+            tensor_rank=get_tp_group().rank_in_group if split else 0,
+            moves_experts=moves_experts,
+        )
+
+
+def _expert_memory(model: Any, counts: DeviceCounts, device: torch.device) -> ExpertMemory:
+    """Collect the experts' tensors through the interface that vLLM's own balancer uses.
+
+    The state that the layers get in exchange is checked by vLLM's routers but never read: ours map the ids.
+    """
+    layers, _, experts = counts.counts_LAE.shape
+    model.set_eplb_state(
+        torch.zeros(layers, 1, dtype=torch.int32, device=device),
+        torch.stack([tables.replica_slots_EC for tables in counts.layers]),
+        torch.ones(layers, experts, dtype=torch.int32, device=device),
+    )
+    for layer in model.moe_layers:
+        _refuse_hidden_tensors(layer.routed_experts)
+        layer.eplb_state.should_record_tensor = torch.zeros((), dtype=torch.bool, device=device)
+        layer.eplb_state.num_unpadded_tokens_tensors = [
+            torch.zeros((), dtype=torch.int32, device=device)
+        ]
+    return ExpertMemory(model.expert_weights)
+
+
+def _refuse_hidden_tensors(experts: Any) -> None:
+    """An expert's tensor that is no parameter would stay behind when the expert moves."""
+    for name, value in vars(experts).items():
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == experts.local_num_experts:
+            raise ConfigurationError(
+                f"layer {experts.layer_name!r} keeps the per-expert tensor {name!r} outside its parameters.",
+                "use mode=observe, which moves nothing.",
+            )
+
+
+def _topology() -> Topology:
+    from vllm.distributed.parallel_state import in_the_same_node_as
+
+    group = _ep_group()
+    nodes = [-1] * group.world_size
+    for rank in range(group.world_size):
+        if nodes[rank] < 0:
+            same = in_the_same_node_as(group.cpu_group, rank)
+            number = max(nodes) + 1
+            nodes = [number if here else node for here, node in zip(same, nodes, strict=True)]
+    return Topology(node_of_rank=tuple(nodes))
+
+
+def _restore(rebalancer: Rebalancer, config: RebalanceConfig, vllm_config: Any) -> None:
+    """Rank 0 reads the state file; all ranks take up what it found."""
+    group = _ep_group()
+    state: SavedState | None = None
+    if config.state.path and group.rank_in_group == 0:
+        state = load_state(Path(config.state.path), model_identity(vllm_config, config))
+    found = [None if state is None else _portable(state)]
+    dist.broadcast_object_list(found, src=group.ranks[0], group=group.cpu_group)
+    if found[0] is None:
+        return
+    slots_LP, quotas_LP, generation = found[0]
+    loaded = rebalancer.served.placement
+    if slots_LP.shape != loaded.slots_LP.shape:
+        raise ConfigurationError(
+            f"the state file holds {slots_LP.shape} layers and slots, the model {loaded.slots_LP.shape}.",
+            "delete it, or name another file in state.path.",
+        )
+    placement = Placement(slots_LP, loaded.num_experts, loaded.num_ranks)
+    rebalancer.restore(placement, quotas_LP, generation)
+    logger.info("ep_rebalance: took up the saved placement of generation %d", generation)
+
+
+def _portable(state: SavedState) -> tuple[NDArray[np.int32], NDArray[np.float64], int]:
+    return state.placement.slots_LP, state.quotas_LP, state.header.generation

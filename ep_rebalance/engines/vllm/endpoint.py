@@ -1,0 +1,126 @@
+"""Seam: the API server - `GET /ep_rebalance/status`, and our metrics on vLLM's own `/metrics`.
+
+Target: the entry point group `vllm.endpoint_plugins` (vllm/plugins/endpoint_plugins/interface.py). Why: workers export nothing, and
+vLLM's statistics have no place for a plugin's; the API server polls the engine instead. With several API servers only the
+first one exports; each answers the route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+from argparse import Namespace
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+
+from ep_rebalance.config import MetricsConfig, load_config
+from ep_rebalance.engines.vllm.arguments import CONFIG_KEY
+from ep_rebalance.exporter import Exporter
+from ep_rebalance.metrics import Status, decode
+
+logger = logging.getLogger(__name__)
+
+
+def create_endpoint_plugin() -> EndpointPlugin:
+    """Entry point of `vllm.endpoint_plugins`."""
+    return EndpointPlugin()
+
+
+class EngineStatus:
+    """Reads the engine's status, in bounded time."""
+
+    def __init__(self, engine_client: Any, config: MetricsConfig) -> None:
+        self._engine = engine_client
+        self._config = config
+        self._last: bytes | None = None
+
+    async def read(self) -> bytes | None:
+        """The encoded status; the one before if the engine does not answer in time; None before the first."""
+        try:
+            async with asyncio.timeout(self._config.poll_timeout_seconds):
+                answers = await self._engine.collective_rpc("ep_rebalance_snapshot")
+            self._last = next((answer for answer in answers if answer), self._last)
+        except Exception as error:
+            logger.debug("ep_rebalance: the engine's status could not be read: %r", error)
+        return self._last
+
+    async def export(self, exporter: Exporter) -> None:
+        """Fill the metrics for ever. Never raises: the server must not notice."""
+        while True:
+            payload = await self.read()
+            if payload is not None:
+                try:
+                    exporter.update(decode(payload))
+                except Exception:
+                    logger.exception("ep_rebalance: metrics were not updated")
+            await asyncio.sleep(self._config.poll_seconds)
+
+
+class EndpointPlugin:
+    """Implements vLLM's `EndpointPlugin` protocol."""
+
+    name = "ep_rebalance"
+    required_tasks: tuple[Any, ...] | None = ("generate", "pooling")
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add our routes."""
+        app.add_api_route(
+            "/ep_rebalance/status", show_status, methods=["GET"], include_in_schema=True
+        )
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Begin to poll, if this engine runs the plugin."""
+        state.ep_rebalance_keys = _api_keys(args)
+        state.ep_rebalance = None
+        if engine_client is None:
+            return
+        vllm_config = engine_client.vllm_config
+        settings = vllm_config.additional_config.get(CONFIG_KEY)
+        if settings is None:
+            return
+        config = load_config(settings)
+        state.ep_rebalance = EngineStatus(engine_client, config.metrics)
+        if vllm_config.parallel_config._api_process_rank in (0, -1):
+            names = getattr(args, "served_model_name", None) or [vllm_config.model_config.model]
+            exporter = Exporter(model_name=names[0])
+            state.ep_rebalance_poll = asyncio.create_task(state.ep_rebalance.export(exporter))
+
+
+async def show_status(request: Request) -> Response:
+    """The whole status as JSON: 401 without the server's API key, 503 before the engine has answered once."""
+    state = request.app.state
+    if not _authorised(request, state.ep_rebalance_keys):
+        return _json({"error": "Unauthorized"}, 401)
+    if state.ep_rebalance is None:
+        return _json({"error": "ep_rebalance is not active on this server"}, 404)
+    payload = await state.ep_rebalance.read()
+    if payload is None:
+        return _json({"error": "the engine has not reported yet; try again"}, 503)
+    return Response(payload, media_type="application/json")
+
+
+def _api_keys(args: Namespace) -> list[str]:
+    """vLLM's `--api-key` guards only /v1, so the routes of a plugin check it themselves."""
+    given = getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY")
+    keys = [given] if isinstance(given, str) else list(given or [])
+    return [key for key in keys if key]
+
+
+def _authorised(request: Request, keys: list[str]) -> bool:
+    if not keys:
+        return True
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and any(
+        hmac.compare_digest(token.encode(), key.encode()) for key in keys
+    )
+
+
+def _json(content: dict[str, str], status: int) -> Response:
+    return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")
+
+
+__all__ = ["EndpointPlugin", "EngineStatus", "Status", "create_endpoint_plugin"]

@@ -1,0 +1,49 @@
+"""Seam: vLLM's own balancer.
+
+Target: `EplbState` where the model runners bind it. Why: `enable_eplb` makes the runners build one, which would reserve its
+maps (116 MiB a GPU for DeepSeek-V3) and rearrange experts under us. The stand-in keeps the interface that the runners call and
+does nothing. Can go when vLLM lets a plugin bring its balancer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ep_rebalance.engines.vllm.contract import Contract
+
+_BOUND_IN = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.eplb_utils")
+
+CONTRACTS = (
+    *(Contract(f"{module}:EplbState") for module in _BOUND_IN),
+    Contract(
+        "vllm.distributed.eplb.eplb_state:EplbState.__init__", ("parallel_config", "device")
+    ),
+    Contract("vllm.distributed.eplb.eplb_state:EplbState.add_model", ("model", "model_config")),
+    Contract("vllm.distributed.eplb.eplb_state:EplbState.step", ("is_dummy", "is_profile")),
+)
+
+
+class VacantEplbState:
+    """What the runners hold instead of an `EplbState`: answers every call, balances nothing."""
+
+    is_async = False
+
+    def __init__(self, parallel_config: Any, device: Any) -> None:
+        self.model_states: dict[str, Any] = {}
+
+    def add_model(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def prepare_forward(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def step(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def rearrange(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def start_async_loop(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def install() -> None:
+    """Put the stand-in where the runners look for the class."""
+    for module in _BOUND_IN:
+        importlib.import_module(module).EplbState = VacantEplbState  # type: ignore[attr-defined]

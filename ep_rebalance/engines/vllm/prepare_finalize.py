@@ -1,0 +1,140 @@
+"""Seam: expert parallelism on CPU.
+
+Target: `maybe_make_prepare_finalize`, wherever it is bound by name. Why: on CPU vLLM's expert kernel ignores `expert_map` and its
+communicator lacks `all_gatherv`, so tensor- and data-parallel experts crash; with rows sent by all-to-all each rank sees only
+rows of its own slots. GPUs keep the all-to-all backend that the operator chose. Can go when vLLM's CPU backend has one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+
+from ep_rebalance.all_to_all import AllToAll, Combine, Dispatched
+from ep_rebalance.engines.vllm.activation import active_config
+from ep_rebalance.engines.vllm.contract import Contract
+
+_NAME = "maybe_make_prepare_finalize"
+_HOME = "vllm.model_executor.layers.fused_moe.all2all_utils"
+
+CONTRACTS = (
+    Contract(f"{_HOME}:{_NAME}", ("moe", "quant_config", "use_monolithic")),
+    Contract(f"vllm.model_executor.layers.fused_moe.oracle.unquantized:{_NAME}"),
+    Contract(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEPrepareAndFinalizeModular.prepare",
+        ("a1", "topk_weights", "topk_ids", "apply_router_weight_on_input"),
+    ),
+    Contract(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEPrepareAndFinalizeModular.finalize",
+        ("output", "fused_expert_output"),
+    ),
+)
+
+
+def install() -> None:
+    """Re-bind the factory in every module that imported it by name."""
+    original = getattr(importlib.import_module(_HOME), _NAME)
+    importlib.import_module("vllm.model_executor.layers.fused_moe.oracle.unquantized")
+
+    def make(moe: Any, *args: Any, **kwargs: Any) -> mk.FusedMoEPrepareAndFinalize:
+        from vllm.config import get_current_vllm_config
+
+        combine = active_config(get_current_vllm_config()).dispatch.combine
+        return AllToAllPrepareAndFinalize(moe, combine)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and vars(module).get(_NAME) is original:
+            setattr(module, _NAME, make)
+
+
+class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
+    """Rows to the slots' ranks before the expert kernel, outputs home after it.
+
+    Under tensor parallelism without sequence parallelism all tensor-parallel ranks hold the same tokens: each
+    takes its share of them to the experts, and the results are gathered.
+    """
+
+    def __init__(self, moe: Any, combine: Combine) -> None:
+        super().__init__()
+        from vllm.distributed.parallel_state import get_ep_group, get_tp_group
+
+        parallel = moe.moe_parallel_config
+        tensor_group = get_tp_group()
+        shared = tensor_group.world_size > 1 and not parallel.is_sequence_parallel
+        self._tensor_group = tensor_group if shared else None
+        self._ranks = get_ep_group().world_size
+        self._all_to_all = AllToAll(
+            group=get_ep_group().device_group,
+            slots_per_rank=moe.num_experts // self._ranks,
+            combine=combine,
+        )
+        self._dispatched: Dispatched | None = None
+
+    @property
+    def activation_format(self) -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    def max_num_tokens_per_rank(self) -> int | None:
+        return None
+
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return torch.int32
+
+    def num_dispatchers(self) -> int:
+        return self._ranks
+
+    def output_is_reduced(self) -> bool:
+        return True
+
+    def prepare(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: Any,
+        defer_input_quant: bool = False,
+    ) -> mk.PrepareResultType:
+        hidden, weights, slots = (self._share(t) for t in (a1, topk_weights, topk_ids))
+        if apply_router_weight_on_input:
+            hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
+        self._dispatched = self._all_to_all.dispatch(hidden, slots, weights)
+        rows = self._dispatched.rows_NH
+        ones = torch.ones(len(rows), 1, dtype=torch.float32)
+        return rows, None, None, self._dispatched.local_slots_N.unsqueeze(1), ones
+
+    def finalize(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: mk.TopKWeightAndReduce,
+    ) -> None:
+        assert self._dispatched is not None
+        dispatched, self._dispatched = self._dispatched, None
+        if self._tensor_group is None:
+            self._all_to_all.combine(dispatched, fused_expert_output, output)
+            return
+        share = output.new_zeros(self._share_size(len(output)), output.shape[1])
+        own = share[: len(dispatched.weights_TK)]
+        self._all_to_all.combine(dispatched, fused_expert_output, own)
+        output.copy_(self._tensor_group.all_gather(share, 0)[: len(output)])
+
+    def _share_size(self, num_tokens: int) -> int:
+        assert self._tensor_group is not None
+        return -(-num_tokens // self._tensor_group.world_size)
+
+    def _share(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._tensor_group is None:
+            return rows
+        size = self._share_size(len(rows))
+        start = self._tensor_group.rank_in_group * size
+        return rows[start : start + size]

@@ -1,0 +1,55 @@
+"""Seam: from the router's logical expert ids to slots.
+
+Target: `BaseRouter._apply_eplb_mapping`. Why: it is the one place that every router passes with logical ids in hand, after
+routed-expert capture and before the kernels; off GPU vLLM's own mapping does nothing there. Can go when vLLM has a hook for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ep_rebalance.counts import DeviceCounts
+from ep_rebalance.engines.vllm.contract import Contract
+
+CONTRACTS = (
+    Contract(
+        "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._apply_eplb_mapping",
+        ("topk_ids",),
+    ),
+)
+
+_ATTRIBUTE = "_ep_rebalance_route"
+
+
+def install() -> None:
+    """Make routers that were attached use our mapping; all others keep vLLM's."""
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    original = BaseRouter._apply_eplb_mapping
+
+    @functools.wraps(original)
+    def apply_mapping(self: Any, topk_ids: torch.Tensor) -> torch.Tensor:
+        route: Callable[[torch.Tensor], torch.Tensor] | None = getattr(self, _ATTRIBUTE, None)
+        return original(self, topk_ids) if route is None else route(topk_ids)
+
+    BaseRouter._apply_eplb_mapping = apply_mapping
+
+
+def attach(
+    router: Any, counts: DeviceCounts, layer: int, *, tensor_rank: int, moves_experts: bool
+) -> None:
+    """Count and map one layer's ids.
+
+    tensor_rank: which part of the batch the rows are under sequence parallelism; 0 without it.
+    moves_experts: False in mode observe, where ids pass unchanged.
+    """
+
+    def route(topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        slots_TK = counts.route(layer, topk_ids_TK, tensor_rank * topk_ids_TK.shape[0])
+        return slots_TK if moves_experts else topk_ids_TK
+
+    setattr(router, _ATTRIBUTE, route)

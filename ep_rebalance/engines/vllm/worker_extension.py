@@ -1,0 +1,48 @@
+"""Seam: the worker process.
+
+Target: `ParallelConfig.worker_extension_cls`. Why: vLLM imports this module in a worker only if the configuration names it, and before it
+builds the worker's model runner. That makes the import itself the moment to put the worker's seams in: no server that did
+not ask for the plugin is touched. Contract: vllm/v1/worker/worker_base.py, `init_worker`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ep_rebalance.engines.vllm import eplb_state, model_runner, router
+from ep_rebalance.engines.vllm.log_output import share_vllm_log
+
+
+class WorkerExtension:
+    """Methods for `collective_rpc`. Names carry our prefix: they share the worker's namespace."""
+
+    model_runner: Any
+
+    def ep_rebalance_snapshot(self) -> bytes:
+        """The encoded status, equal on all ranks but for timings; rank 0's is the one to show."""
+        attachment = model_runner.attachment_of(self.model_runner)
+        return b"" if attachment is None else attachment.status()
+
+    def ep_rebalance_step_times(self) -> list[tuple[float, bool]]:
+        """Wall seconds of this rank's steps since the last call, and whether experts moved in it. For benchmarks."""
+        attachment = model_runner.attachment_of(self.model_runner)
+        if attachment is None:
+            return []
+        times = attachment.rebalancer.step_times
+        return [(t.seconds, t.migrated) for t in (times.popleft() for _ in range(len(times)))]
+
+
+def _install() -> None:
+    from vllm.platforms import current_platform
+
+    share_vllm_log()
+    router.install()
+    eplb_state.install()
+    model_runner.install()
+    if current_platform.is_cpu():
+        from ep_rebalance.engines.vllm import prepare_finalize
+
+        prepare_finalize.install()
+
+
+_install()

@@ -1,0 +1,84 @@
+"""Status into Prometheus: real `prometheus_client` objects, made from the table of `metrics.py`.
+
+They live in the process that serves `/metrics`, in its default registry, so that both of vLLM's regimes work: one API server, and
+several with `PROMETHEUS_MULTIPROC_DIR`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from ep_rebalance.metrics import METRICS, Metric, Observations, Status
+
+COMMON_LABELS = ("model_name", "engine")
+
+
+class Exporter:
+    """Fills the metrics from one status after the other.
+
+    The status counts from the start of the engine; counters are advanced by the difference to the status before. A
+    count that fell means that the engine restarted: its whole count is new.
+    """
+
+    def __init__(
+        self, *, model_name: str, engine: str = "0", registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._common = {"model_name": model_name, "engine": engine}
+        self._metrics = {metric: _create(metric, registry) for metric in METRICS}
+        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._observed: dict[str, int] = {}
+
+    def update(self, status: Status) -> None:
+        """Show `status`."""
+        for metric, instrument in self._metrics.items():
+            value = getattr(status, metric.field)
+            if metric.kind == "histogram":
+                self._observe(metric, instrument, value)
+                continue
+            for labels, number in _series(metric, value):
+                child = instrument.labels(**self._common, **labels)
+                if metric.kind == "gauge":
+                    child.set(number)
+                else:
+                    child.inc(self._advance(metric, tuple(labels.values()), number))
+
+    def _observe(self, metric: Metric, histogram: Histogram, seen: Observations) -> None:
+        total = seen.first + len(seen.values)
+        known = self._observed.get(metric.name, 0)
+        if total < known:
+            known = 0
+        child = histogram.labels(**self._common)
+        for value in seen.values[max(0, known - seen.first) :]:
+            child.observe(value)
+        self._observed[metric.name] = total
+
+    def _advance(self, metric: Metric, labels: tuple[str, ...], number: float) -> float:
+        before = self._counted.get((metric.name, labels), 0.0)
+        self._counted[metric.name, labels] = number
+        return number - before if number >= before else number
+
+
+def _create(metric: Metric, registry: CollectorRegistry) -> Any:
+    labels = (*COMMON_LABELS, *metric.labels)
+    if metric.kind == "gauge":
+        return Gauge(
+            metric.full_name, metric.help, labels, registry=registry, multiprocess_mode="mostrecent"
+        )
+    if metric.kind == "counter":
+        return Counter(metric.full_name, metric.help, labels, registry=registry)
+    return Histogram(metric.full_name, metric.help, labels, registry=registry, buckets=metric.buckets)
+
+
+def _series(metric: Metric, value: Any) -> Iterator[tuple[dict[str, str], float]]:
+    """(own labels, number) of each series: a number, a list by index, a mapping by key, or the info labels."""
+    if not metric.labels:
+        yield {}, float(value)
+    elif metric.field == "info":
+        yield {label: value[label] for label in metric.labels}, 1.0
+    else:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, number in items:
+            yield {metric.labels[0]: str(key)}, float(number)

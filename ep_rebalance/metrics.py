@@ -1,0 +1,223 @@
+"""What is seen from outside: one table of metrics, and the status that every outlet is filled from.
+
+The engine's rank 0 keeps a `Status`; the API server polls it and fills Prometheus and `GET /ep_rebalance/status`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+PREFIX = "ep_rebalance_"
+
+OBSERVATIONS_KEPT = 512
+OUTCOMES = ("committed", "no_gain", "over_budget", "abandoned", "failed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One row of the table; README, exporter and dashboards are made from it.
+
+    field: the attribute of `Status` that it shows.
+    """
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    help: str
+    field: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return PREFIX + self.name
+
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_LONG_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        name="load_imbalance_ratio",
+        kind="gauge",
+        labels=("layer",),
+        field="imbalance",
+        help="Max over mean tokens per EP rank in the last snapshot (1 is even).",
+    ),
+    Metric(
+        name="contiguous_imbalance_ratio",
+        kind="gauge",
+        labels=("layer",),
+        field="contiguous_imbalance",
+        help="The same tokens on the placement that the engine loaded: what it would be without rebalancing.",
+    ),
+    Metric(
+        name="predicted_imbalance_ratio",
+        kind="gauge",
+        labels=("layer",),
+        field="predicted_imbalance",
+        help="Max over mean tokens per EP rank that the last committed plan promised.",
+    ),
+    Metric(
+        name="rank_tokens",
+        kind="counter",
+        labels=("ep_rank",),
+        field="rank_tokens",
+        help="Routed tokens, summed over layers, that an EP rank computed.",
+    ),
+    Metric(
+        name="phase_tokens",
+        kind="counter",
+        labels=("phase",),
+        field="phase_tokens",
+        help="Tokens that passed the MoE layers, each counted once, by phase.",
+    ),
+    Metric(
+        name="plans",
+        kind="counter",
+        labels=("outcome",),
+        field="plans",
+        help="Plans by what became of them: " + ", ".join(OUTCOMES) + ".",
+    ),
+    Metric(
+        name="migrated_experts",
+        kind="counter",
+        labels=("link",),
+        field="migrated_experts",
+        help="Expert copies committed to a new slot.",
+    ),
+    Metric(
+        name="migrated_bytes",
+        kind="counter",
+        labels=("link",),
+        field="migrated_bytes",
+        help="Bytes of the expert copies committed to a new slot.",
+    ),
+    Metric(
+        name="plan_duration_seconds",
+        kind="histogram",
+        field="plan_seconds",
+        buckets=_LONG_SECONDS,
+        help="Wall time of one plan, off the step path.",
+    ),
+    Metric(
+        name="migration_duration_seconds",
+        kind="histogram",
+        field="migration_seconds",
+        buckets=_LONG_SECONDS,
+        help="Wall time from a migration's first round to its last commit.",
+    ),
+    Metric(
+        name="commit_stall_seconds",
+        kind="histogram",
+        field="commit_stall_seconds",
+        buckets=_SECONDS,
+        help="Time that the engine waited at one commit.",
+    ),
+    Metric(
+        name="round_stall_seconds",
+        kind="histogram",
+        field="round_stall_seconds",
+        buckets=_SECONDS,
+        help="Time that the engine waited for one migration round between two steps.",
+    ),
+    Metric(
+        name="placement_generation",
+        kind="gauge",
+        field="generation",
+        help="Number of the placement that is served; each migration that commits adds one.",
+    ),
+    Metric(
+        name="last_commit_timestamp_seconds",
+        kind="gauge",
+        field="last_commit_timestamp",
+        help="Unix time of the last commit; 0 before the first.",
+    ),
+    Metric(
+        name="migrating",
+        kind="gauge",
+        field="migrating",
+        help="1 while experts move.",
+    ),
+    Metric(
+        name="stuck",
+        kind="gauge",
+        field="stuck",
+        help="1 after a fault that ended rebalancing for good; serving goes on with the last placement.",
+    ),
+    Metric(
+        name="info",
+        kind="gauge",
+        labels=("version", "mode", "policy", "ep_size", "slots"),
+        field="info",
+        help="Always 1; what runs, in the labels.",
+    ),
+)
+
+
+class Observations(msgspec.Struct):
+    """Values of a histogram in the order in which they were seen; only the newest are kept.
+
+    first: how many values were seen before `values[0]`, so that a reader takes each one once.
+    """
+
+    first: int = 0
+    values: list[float] = []
+
+
+
+    def add(self, value: float) -> None:
+        self.values.append(value)
+        if len(self.values) > OBSERVATIONS_KEPT:
+            self.values.pop(0)
+            self.first += 1
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """State of one engine, whole EP group, as rank 0 knows it. Counters count from the start of the engine.
+
+    imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer.
+    rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.
+    step_seconds: mean wall time of a step in the last snapshot.
+    """
+
+    info: dict[str, str]
+    model: str
+    layers: int
+    experts: int
+    ep_size: int
+    slots: int
+    config: dict[str, object]
+    steps: int = 0
+    snapshots: int = 0
+    step_seconds: float = 0.0
+    imbalance: list[float] = []
+    contiguous_imbalance: list[float] = []
+    predicted_imbalance: list[float] = []
+    rank_tokens: list[int] = []
+    phase_tokens: dict[str, int] = {}
+    plans: dict[str, int] = {}
+    last_decision: str = ""
+    migrated_experts: dict[str, int] = {}
+    migrated_bytes: dict[str, int] = {}
+    plan_seconds: Observations = msgspec.field(default_factory=Observations)
+    migration_seconds: Observations = msgspec.field(default_factory=Observations)
+    commit_stall_seconds: Observations = msgspec.field(default_factory=Observations)
+    round_stall_seconds: Observations = msgspec.field(default_factory=Observations)
+    generation: int = 0
+    last_commit_timestamp: float = 0.0
+    migrating: int = 0
+    stuck: int = 0
+    message: str = ""
+
+
+def encode(status: Status) -> bytes:
+    """JSON text for the wire and for `GET /ep_rebalance/status`."""
+    return msgspec.json.encode(status)
+
+
+def decode(payload: bytes) -> Status:
+    """Raises msgspec.ValidationError if `payload` is no status."""
+    return msgspec.json.decode(payload, type=Status)

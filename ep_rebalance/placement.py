@@ -1,0 +1,147 @@
+"""Placement: which logical expert sits in each slot. The only owner of the placement invariants.
+
+Letters: `L` MoE layers, `E` logical experts, `P` slots, `R` ranks, `S = P / R` slots per rank. Slot `p` belongs
+to rank `p // S`, as in vLLM's linear expert placement (vllm/model_executor/layers/fused_moe/expert_map_manager.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class PlacementError(ValueError):
+    """The slots do not form a placement; the text names the layer and what is wrong in it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """slots_LP: int32 [L, P], the logical expert in each slot of each layer. Read-only.
+
+    Always true: every expert has a slot in every layer, no rank holds an expert twice, and every rank holds
+    the same number of slots. Raises PlacementError otherwise.
+    """
+
+    slots_LP: NDArray[np.int32]
+    num_experts: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        slots_LP = np.array(self.slots_LP, dtype=np.int32)
+        if slots_LP.ndim != 2 or 0 in slots_LP.shape:
+            raise PlacementError(f"slots must be [layers, slots], got shape {slots_LP.shape}")
+        if self.num_ranks < 1 or slots_LP.shape[1] % self.num_ranks:
+            raise PlacementError(
+                f"{slots_LP.shape[1]} slots cannot be shared evenly by {self.num_ranks} ranks"
+            )
+        self._check_experts(slots_LP)
+        slots_LP.flags.writeable = False
+        object.__setattr__(self, "slots_LP", slots_LP)
+
+    def _check_experts(self, slots_LP: NDArray[np.int32]) -> None:
+        if slots_LP.min() < 0 or slots_LP.max() >= self.num_experts:
+            raise PlacementError(
+                f"expert ids must be in 0..{self.num_experts - 1}, "
+                f"got {slots_LP.min()}..{slots_LP.max()}"
+            )
+        for layer, slots_P in enumerate(slots_LP):
+            missing = np.setdiff1d(np.arange(self.num_experts), slots_P)
+            if missing.size:
+                raise PlacementError(f"layer {layer}: no slot holds expert {missing[0]}")
+            by_rank = np.sort(slots_P.reshape(self.num_ranks, -1), axis=1)
+            ranks, where = np.nonzero(by_rank[:, 1:] == by_rank[:, :-1])
+            if ranks.size:
+                expert = by_rank[ranks[0], where[0]]
+                raise PlacementError(f"layer {layer}: rank {ranks[0]} holds expert {expert} twice")
+
+    @classmethod
+    def contiguous(
+        cls, *, num_layers: int, num_experts: int, num_ranks: int, num_redundant: int = 0
+    ) -> Placement:
+        """The placement that vLLM loads: experts in order, then the first ones again.
+
+        Same as `EplbState.build_initial_global_physical_to_logical_map` for every layer.
+        """
+        slots_P = np.arange(num_experts + num_redundant, dtype=np.int32) % num_experts
+        return cls(np.tile(slots_P, (num_layers, 1)), num_experts, num_ranks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return (
+            self.num_experts == other.num_experts
+            and self.num_ranks == other.num_ranks
+            and np.array_equal(self.slots_LP, other.slots_LP)
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.slots_LP.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.slots_LP.shape[1])
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.num_slots // self.num_ranks
+
+    @property
+    def num_redundant(self) -> int:
+        return self.num_slots - self.num_experts
+
+    @property
+    def max_replicas(self) -> int:
+        """Most replicas that any placement of these sizes can give one expert."""
+        return min(self.num_redundant + 1, self.num_ranks)
+
+    def replica_counts_LE(self) -> NDArray[np.int32]:
+        """int32 [L, E], slots that each expert has."""
+        counts_LE = np.zeros((self.num_layers, self.num_experts), dtype=np.int32)
+        for layer, slots_P in enumerate(self.slots_LP):
+            counts_LE[layer] = np.bincount(slots_P, minlength=self.num_experts)
+        return counts_LE
+
+    def replica_slots(self, layer: int) -> NDArray[np.int32]:
+        """int32 [E, max_replicas], the slots of each expert in ascending order, then -1."""
+        slots = np.full((self.num_experts, self.max_replicas), -1, dtype=np.int32)
+        filled = np.zeros(self.num_experts, dtype=np.int32)
+        for slot, expert in enumerate(self.slots_LP[layer]):
+            slots[expert, filled[expert]] = slot
+            filled[expert] += 1
+        return slots
+
+    def replaced(self, layers: Iterable[int], source: Placement) -> Placement:
+        """This placement with `layers` taken from `source`."""
+        slots_LP = self.slots_LP.copy()
+        chosen = list(layers)
+        slots_LP[chosen] = source.slots_LP[chosen]
+        return Placement(slots_LP, self.num_experts, self.num_ranks)
+
+    def changed_slots(self, other: Placement) -> int:
+        """Number of slots whose expert differs."""
+        return int(np.count_nonzero(self.slots_LP != other.slots_LP))
+
+    def even_quotas_LP(self) -> NDArray[np.float64]:
+        """float64 [L, P], one over the number of replicas of the slot's expert."""
+        counts_LE = self.replica_counts_LE()
+        return 1.0 / np.take_along_axis(counts_LE, self.slots_LP.astype(np.int64), axis=1)
+
+    def rank_load_LR(
+        self, load_LE: NDArray[np.floating | np.integer], quotas_LP: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """float64 [L, R], tokens that each rank computes under `load_LE` and the quotas (even if None)."""
+        quotas = self.even_quotas_LP() if quotas_LP is None else quotas_LP
+        slot_load_LP = np.take_along_axis(load_LE, self.slots_LP.astype(np.int64), axis=1) * quotas
+        load_LR: NDArray[np.float64] = slot_load_LP.reshape(self.num_layers, self.num_ranks, -1).sum(2)
+        return load_LR
+
+
+def imbalance_L(rank_load_LR: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 [L], max over mean rank load: 1 is even; 1 also where a layer saw no tokens."""
+    mean_L = rank_load_LR.mean(axis=1)
+    busiest_L = rank_load_LR.max(axis=1)
+    return np.where(mean_L > 0, busiest_L / np.where(mean_L > 0, mean_L, 1.0), 1.0)

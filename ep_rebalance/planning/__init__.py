@@ -1,0 +1,1 @@
+"""Target placements from load samples: pure functions, no torch, no engine."""

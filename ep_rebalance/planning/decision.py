@@ -1,0 +1,110 @@
+"""Decision: is a plan worth its migration?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ep_rebalance.config import DecisionConfig
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.plan import Plan
+from ep_rebalance.planning.sources import choose_sources
+from ep_rebalance.topology import Topology
+
+Outcome = Literal["accepted", "no_gain", "over_budget"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What was decided, and the numbers to hold against what is achieved later.
+
+    reason: one sentence with the numbers.
+    predicted_gain: part of the step time saved, below 0 if the plan makes it longer.
+    predicted_saved_seconds: over the horizon.
+    migration_seconds: time of the busiest rank's bytes over its links.
+    """
+
+    outcome: Outcome
+    reason: str
+    predicted_gain: float
+    predicted_saved_seconds: float
+    migration_seconds: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.outcome == "accepted"
+
+
+def decide(
+    plan: Plan,
+    *,
+    step_seconds: float,
+    expert_bytes_L: Sequence[int],
+    current: Placement,
+    topology: Topology,
+    config: DecisionConfig,
+) -> Decision:
+    """Accept `plan` if its gain is large enough, and large enough for what the migration costs.
+
+    Each layer waits for its busiest rank, so the expert part of a step shrinks as the sum of the imbalances
+    over the layers does; the rest of the step stays as it is.
+    """
+    gain = predicted_gain(plan, config)
+    saved = gain * step_seconds * config.horizon_steps
+    cost = migration_seconds(plan.placement, current, topology, expert_bytes_L)
+    outcome, reason = _judge(plan, gain, saved, cost, config)
+    return Decision(
+        outcome=outcome,
+        reason=reason,
+        predicted_gain=gain,
+        predicted_saved_seconds=saved,
+        migration_seconds=cost,
+    )
+
+
+def predicted_gain(plan: Plan, config: DecisionConfig) -> float:
+    """Part of the step time that `plan` saves on the window it was made from."""
+    before, after = plan.imbalance_before_L.sum(), plan.imbalance_after_L.sum()
+    return float(config.expert_time_fraction * (1.0 - after / before))
+
+
+def migration_seconds(
+    target: Placement, current: Placement, topology: Topology, expert_bytes_L: Sequence[int]
+) -> float:
+    """Time that the busiest rank needs to send, or to receive, its experts with nothing in their way."""
+    sending_R = np.zeros(current.num_ranks)
+    receiving_R = np.zeros(current.num_ranks)
+    for fetch in choose_sources(
+        current,
+        target,
+        layers=range(current.num_layers),
+        topology=topology,
+        expert_bytes_L=expert_bytes_L,
+    ):
+        seconds = topology.seconds(expert_bytes_L[fetch.layer], fetch.link)
+        receiving_R[fetch.dst_rank] += seconds
+        if fetch.link != "local":
+            sending_R[fetch.src_rank] += seconds
+    return float(max(sending_R.max(), receiving_R.max()))
+
+
+def _judge(
+    plan: Plan, gain: float, saved: float, cost: float, config: DecisionConfig
+) -> tuple[Outcome, str]:
+    if not plan.moved_slots:
+        return "no_gain", "The planner found no move that pays for itself."
+    if gain < config.min_gain:
+        return "no_gain", (
+            f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, "
+            f"less than the {config.min_gain:.2%} that is acted on."
+        )
+    numbers = (
+        f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, {saved:.3g} s over "
+        f"{config.horizon_steps} steps, for {cost:.3g} s of transfers"
+    )
+    if saved < config.min_gain_over_cost * cost:
+        return "over_budget", f"{numbers}, less than {config.min_gain_over_cost:g} times their cost."
+    return "accepted", f"{numbers}."

@@ -1,0 +1,128 @@
+"""Greedy planner: the published DeepSeek EPLB algorithm, global variant (github.com/deepseek-ai/EPLB).
+
+Copies go one by one to the expert with the highest load per replica. Replicas are then packed, heaviest first,
+onto the rank with the lowest load that has a slot free. Unlike the published code, no rank gets an expert
+twice: such a rank is passed over, or swaps an expert with one that may take it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.alignment import align
+from ep_rebalance.planning.compiled import compiled
+from ep_rebalance.planning.plan import Budget
+from ep_rebalance.topology import Topology
+
+
+def plan_greedy(
+    samples_WLE: NDArray[np.float64],
+    current: Placement,
+    topology: Topology,
+    budget: Budget,
+    seed: int,
+) -> Placement:
+    """A placement made anew from the total load, slots then aligned with `current`.
+
+    It is there to compare with, so `budget` is ignored: it may change every slot, and the staging memory must
+    hold all slots of a rank. Topology is ignored as well, and ties go to the lowest id whatever the seed.
+    A layer without load stays as it is.
+    """
+    load_LE = samples_WLE.sum(axis=0)
+    slots_LP = current.slots_LP.copy()
+    for layer in np.flatnonzero(load_LE.sum(axis=1)):
+        replicas_E = _replica_counts(load_LE[layer], current.num_slots, current.num_ranks)
+        experts_RS = _pack(load_LE[layer] / replicas_E, replicas_E, current.num_ranks)
+        slots_LP[layer] = experts_RS.reshape(-1)
+    aligned_LP = align(slots_LP, current.slots_LP, current.num_ranks)
+    return Placement(aligned_LP, current.num_experts, current.num_ranks)
+
+
+@compiled
+def _replica_counts(
+    load_E: NDArray[np.float64], num_slots: int, num_ranks: int
+) -> NDArray[np.int64]:
+    replicas_E = np.ones(load_E.size, np.int64)
+    for _ in range(num_slots - load_E.size):
+        hottest = -1
+        for expert in range(load_E.size):
+            if replicas_E[expert] < num_ranks and (
+                hottest < 0
+                or load_E[expert] * replicas_E[hottest] > load_E[hottest] * replicas_E[expert]
+            ):
+                hottest = expert
+        replicas_E[hottest] += 1
+    return replicas_E
+
+
+@compiled
+def _pack(
+    weight_E: NDArray[np.float64], replicas_E: NDArray[np.int64], num_ranks: int
+) -> NDArray[np.int32]:
+    """int32 [R, S], the experts on each rank; `weight_E` is the load of one replica."""
+    slots_per_rank = replicas_E.sum() // num_ranks
+    experts_RS = np.full((num_ranks, slots_per_rank), -1, np.int32)
+    filled_R = np.zeros(num_ranks, np.int64)
+    load_R = np.zeros(num_ranks)
+    for expert in np.argsort(-weight_E, kind="mergesort"):
+        for _ in range(replicas_E[expert]):
+            rank = _lightest_rank(experts_RS, filled_R, load_R, expert)
+            if rank < 0:
+                rank = _make_room(experts_RS, filled_R, load_R, weight_E, expert)
+            experts_RS[rank, filled_R[rank]] = expert
+            filled_R[rank] += 1
+            load_R[rank] += weight_E[expert]
+    return experts_RS
+
+
+@compiled
+def _lightest_rank(
+    experts_RS: NDArray[np.int32],
+    filled_R: NDArray[np.int64],
+    load_R: NDArray[np.float64],
+    expert: int,
+) -> int:
+    """The rank with the lowest load that has a slot free and not this expert; -1 if there is none."""
+    lightest = -1
+    for rank in range(load_R.size):
+        if filled_R[rank] == experts_RS.shape[1] or expert in experts_RS[rank]:
+            continue
+        if lightest < 0 or load_R[rank] < load_R[lightest]:
+            lightest = rank
+    return lightest
+
+
+@compiled
+def _make_room(
+    experts_RS: NDArray[np.int32],
+    filled_R: NDArray[np.int64],
+    load_R: NDArray[np.float64],
+    weight_E: NDArray[np.float64],
+    expert: int,
+) -> int:
+    """Free a slot on a rank without `expert` and return that rank.
+
+    All ranks with free slots hold `expert`. Any full rank without it has more experts than such a rank has
+    others, so at least one of them can go there; the one nearest in load is taken.
+    """
+    free = np.argmax(filled_R < experts_RS.shape[1])
+    best_rank, best_slot, best_distance = -1, -1, np.inf
+    for rank in range(load_R.size):
+        if expert in experts_RS[rank]:
+            continue
+        for slot in range(experts_RS.shape[1]):
+            moved = experts_RS[rank, slot]
+            distance = abs(weight_E[moved] - weight_E[expert])
+            if moved not in experts_RS[free] and distance < best_distance:
+                best_rank, best_slot, best_distance = rank, slot, distance
+    moved = experts_RS[best_rank, best_slot]
+    experts_RS[free, filled_R[free]] = moved
+    filled_R[free] += 1
+    load_R[free] += weight_E[moved]
+    filled_R[best_rank] -= 1
+    experts_RS[best_rank, best_slot] = experts_RS[best_rank, filled_R[best_rank]]
+    experts_RS[best_rank, filled_R[best_rank]] = -1
+    load_R[best_rank] -= weight_E[moved]
+    return best_rank

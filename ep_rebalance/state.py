@@ -1,0 +1,143 @@
+"""Placement and load on disk: what a restart begins from.
+
+One `.npz` file: arrays and a JSON header, written whole or not at all (temporary file, fsync, rename), read without
+pickle. A file that does not fit the model or the ranks is refused with the reason, and never overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.placement import Placement, PlacementError
+
+FORMAT = "ep-rebalance-state"
+FORMAT_VERSION = 1
+
+
+class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What a saved placement belongs to.
+
+    config_hash: over the model's configuration, so that a moved or renamed checkpoint is still the same model.
+    """
+
+    model: str
+    config_hash: str
+    experts: int
+    ep_size: int
+    redundant_experts: int
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON part of the file."""
+
+    format: str
+    version: int
+    identity: ModelIdentity
+    generation: int
+    saved_at: float
+    plugin_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SavedState:
+    """load_LE: float64 [L, E], tokens per logical expert in the window when the state was saved."""
+
+    header: Header
+    placement: Placement
+    quotas_LP: NDArray[np.float64]
+    load_LE: NDArray[np.float64]
+
+
+def save_state(path: Path, state: SavedState) -> None:
+    """Replace the file at once. Raises OSError if the folder cannot be written."""
+    arrays: dict[str, Any] = {
+        "header": np.frombuffer(msgspec.json.encode(state.header), dtype=np.uint8),
+        "slots_LP": state.placement.slots_LP,
+        "quotas_LP": state.quotas_LP,
+        "load_LE": state.load_LE,
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_state(path: Path, identity: ModelIdentity) -> SavedState | None:
+    """The state saved for `identity`, or None if there is no file.
+
+    Raises ConfigurationError for a file that is damaged, is something else, or belongs to another model or layout.
+    """
+    if not path.exists():
+        return None
+    header, arrays = _read(path)
+    _check_identity(path, header.identity, identity)
+    try:
+        placement = Placement(arrays["slots_LP"], identity.experts, identity.ep_size)
+    except PlacementError as error:
+        raise _refused(path, f"is damaged: {error}") from None
+    return SavedState(
+        header=header,
+        placement=placement,
+        quotas_LP=arrays["quotas_LP"],
+        load_LE=arrays["load_LE"],
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigurationError if a state file could not be written to `path` later."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "is a folder" if path.is_dir() else f"cannot be written in folder {str(folder)!r}"
+        raise ConfigurationError(
+            f"state.path={str(path)!r} {why}.",
+            "name a file in an existing folder that the server may write, or drop state.path.",
+        )
+
+
+def _read(path: Path) -> tuple[Header, dict[str, NDArray[Any]]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        header = msgspec.json.decode(arrays.pop("header").tobytes(), type=Header)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
+        raise _refused(path, f"is no readable state file ({error})") from None
+    if header.format != FORMAT or header.version != FORMAT_VERSION:
+        raise _refused(path, f"has format {header.format!r} version {header.version}")
+    if missing := {"slots_LP", "quotas_LP", "load_LE"} - arrays.keys():
+        raise _refused(path, f"lacks {', '.join(sorted(missing))}")
+    if not arrays["slots_LP"].shape == arrays["quotas_LP"].shape:
+        raise _refused(path, "has slots and quotas of different shapes")
+    return header, arrays
+
+
+def _check_identity(path: Path, saved: ModelIdentity, wanted: ModelIdentity) -> None:
+    if saved.config_hash != wanted.config_hash:
+        raise _refused(path, f"was saved for model {saved.model!r}, not {wanted.model!r}")
+    for field in ("experts", "ep_size", "redundant_experts"):
+        if getattr(saved, field) != getattr(wanted, field):
+            raise _refused(
+                path, f"was saved with {field}={getattr(saved, field)}, not {getattr(wanted, field)}"
+            )
+
+
+def _refused(path: Path, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the state file {str(path)!r} {reason}.",
+        "delete it, move it away, or name another file in state.path.",
+    )

@@ -1,0 +1,46 @@
+"""Which ranks share a node, and how fast the links between them are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Link = Literal["local", "intranode", "internode"]
+LINKS: tuple[Link, ...] = ("local", "intranode", "internode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """EP ranks grouped into nodes.
+
+    node_of_rank: node number of each EP rank, length R.
+    bytes_per_second: what one rank can move over each kind of link.
+    """
+
+    node_of_rank: tuple[int, ...]
+    bytes_per_second: tuple[float, float, float] = (200e9, 20e9, 5e9)
+
+    def __post_init__(self) -> None:
+        if not self.node_of_rank:
+            raise ValueError("a topology needs at least one rank")
+        if len(self.bytes_per_second) != len(LINKS) or min(self.bytes_per_second) <= 0:
+            raise ValueError(f"bytes_per_second={self.bytes_per_second} must be positive for {LINKS}")
+
+    @classmethod
+    def single_node(cls, num_ranks: int) -> Topology:
+        return cls(node_of_rank=(0,) * num_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.node_of_rank)
+
+    def link(self, source: int, destination: int) -> Link:
+        """The kind of link between two ranks."""
+        if source == destination:
+            return "local"
+        same_node = self.node_of_rank[source] == self.node_of_rank[destination]
+        return "intranode" if same_node else "internode"
+
+    def seconds(self, num_bytes: float, link: Link) -> float:
+        """Time that `num_bytes` take over a link of that kind."""
+        return num_bytes / self.bytes_per_second[LINKS.index(link)]

@@ -1,0 +1,1 @@
+"""Expert weights from rank to rank, into staging memory, in bounded rounds."""
