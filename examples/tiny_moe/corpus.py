@@ -112,7 +112,7 @@ def read_pages(
 
 
 def read_python(root: Path) -> Iterator[tuple[str, str]]:
-    """The modules of the standard library that are under the PSF licence alone."""
+    """The standard library's modules, less those that carry licences (or data) of their own."""
     for path in sorted((root / "usr/lib/python3.11").rglob("*.py")):
         text = path.read_text(encoding="utf-8", errors="replace")
         if len(text) < 500 or PYTHON_LEFT_OUT.search(str(path)) or OWN_LICENCE.search(text):
