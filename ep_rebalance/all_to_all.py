@@ -1,9 +1,11 @@
-"""Tokens to the ranks that hold their experts, and the outputs back: exact splits over `torch.distributed`.
+"""Tokens to the ranks that hold their experts, and the outputs back: exact splits over
+`torch.distributed`.
 
-A token is sent once to each rank that holds one of its experts. What comes back depends on `combine`:
-`exact` returns one row per expert and sums at the token's own rank in top-k order and float32, so that the
-result is the same bits wherever the experts sit; `fast` sums at the rank that computed and returns one row per
-token. The number of rows that go to each rank is read on the host, so this form is for eager execution.
+A token is sent once to each rank that holds one of its experts. What comes back depends on
+`combine`: `exact` returns one row per expert and sums at the token's own rank in top-k order and
+float32, so that the result is the same bits wherever the experts sit; `fast` sums at the rank that
+computed and returns one row per token. The number of rows that go to each rank is read on the host,
+so this form is for eager execution.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class AllToAll:
     ) -> Dispatched:
         """Send each token to the ranks of its slots.
 
-        hidden_TH: [T, H]; slots_TK: integer [T, K], slot numbers over all ranks; weights_TK: float32 [T, K].
+        hidden_TH: [T, H]; slots_TK: integer [T, K], slot numbers over all ranks; weights_TK:
+        float32 [T, K].
         """
         rank_TK = torch.div(slots_TK, self._slots_per_rank, rounding_mode="floor").long()
         goes_TR = torch.zeros(len(rank_TK), self._size, dtype=torch.bool).scatter_(1, rank_TK, True)
@@ -91,7 +94,9 @@ class AllToAll:
             weights_TK=weights_TK,
         )
 
-    def combine(self, dispatched: Dispatched, outputs_NH: torch.Tensor, out_TH: torch.Tensor) -> None:
+    def combine(
+        self, dispatched: Dispatched, outputs_NH: torch.Tensor, out_TH: torch.Tensor
+    ) -> None:
         """Bring the experts' outputs home and write each token's weighted sum to `out_TH`.
 
         outputs_NH: [N, H], unweighted, in the order of `dispatched.rows_NH`.
@@ -143,7 +148,9 @@ def weighted_sum(outputs_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.T
 
 
 def _pack(hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Hidden state, slots and weights of each row as bytes side by side: one collective carries all three."""
+    """Hidden state, slots and weights of each row as bytes side by side: one collective carries all
+    three.
+    """
     parts = (hidden, slots.to(torch.int32), weights.to(torch.float32))
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import types
 import urllib.error
 import urllib.request
 from typing import Annotated, Any, get_args, get_origin
 
+import msgspec
 import typer
 from pydantic import BaseModel
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.table import Table
 
 from ep_rebalance import __version__
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.metrics import METRICS
+from ep_rebalance.metrics import METRICS, decode
 
 app = typer.Typer(
     help="Expert-parallel load balancing for Mixture-of-Experts serving. The balancer itself runs inside the "
@@ -27,7 +29,9 @@ app = typer.Typer(
 
 @app.command()
 def config(
-    schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema instead.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--json-schema", help="Print the JSON schema instead.")
+    ] = False,
 ) -> None:
     """Every setting with its default and meaning, as YAML that --ep-rebalance-config reads."""
     if schema:
@@ -45,7 +49,9 @@ def metrics() -> None:
 @app.command()
 def status(
     url: Annotated[str, typer.Argument(help="Address of the server, e.g. http://localhost:8000")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the server's answer as it is.")
+    ] = False,
     api_key: Annotated[str, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")] = "",
 ) -> None:
     """What a running server's balancer did and gained."""
@@ -95,17 +101,22 @@ def _choices(annotation: Any) -> str:
 
 
 def _get(url: str, api_key: str) -> dict[str, Any]:
-    request = urllib.request.Request(url)
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
     try:
+        request = urllib.request.Request(url)
+        if api_key:
+            request.add_header("Authorization", f"Bearer {api_key}")
         with urllib.request.urlopen(request, timeout=10) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+            payload = response.read()
+        decode(payload)
+        answer: dict[str, Any] = json.loads(payload)
+        return answer
+    except (OSError, http.client.HTTPException, ValueError, msgspec.MsgspecError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         typer.echo(f"{url} did not answer with a status: {error}", err=True)
         typer.echo(
-            "Is the server up, was it started with --plugin ep_rebalance, and is --api-key right?", err=True
+            "Is the server up, was it started with --plugin ep_rebalance, and is --api-key right?",
+            err=True,
         )
         raise typer.Exit(1) from None
 
@@ -116,7 +127,9 @@ def _status_table(answer: dict[str, Any]) -> Table:
 
     table = Table("", "", title=f"ep_rebalance on {answer['model']}", show_header=False)
     table.add_row("mode, policy", f"{answer['info']['mode']}, {answer['info']['policy']}")
-    table.add_row("ranks, slots, experts", f"{answer['ep_size']}, {answer['slots']}, {answer['experts']}")
+    table.add_row(
+        "ranks, slots, experts", f"{answer['ep_size']}, {answer['slots']}, {answer['experts']}"
+    )
     table.add_row("generation", str(answer["generation"]))
     table.add_row("imbalance (max/mean)", mean(answer["imbalance"]))
     table.add_row("imbalance without us", mean(answer["contiguous_imbalance"]))

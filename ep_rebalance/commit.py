@@ -1,7 +1,7 @@
 """Commit: staged experts into their slots, dispatch tables and placement swapped in the same step.
 
-Runs between two forward passes on every rank, in stream order, after all ranks voted that their experts arrived
-whole. Until then nothing that the forward pass reads has been touched.
+Runs between two forward passes on every rank, in stream order, after all ranks voted that their
+experts arrived whole. Until then nothing that the forward pass reads has been touched.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Configuration: one frozen model, units in the names, unknown keys are errors.
 
-`RebalanceConfig` travels to every process of the engine as a plain dictionary (`as_dict`), so that no
-process ever reads a file or an environment variable that another one does not see.
+`RebalanceConfig` travels to every process of the engine as a plain dictionary (`as_dict`), so that
+no process ever reads a file or an environment variable that another one does not see.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Policy = Literal["incremental", "greedy", "none"]
 
 
 class ConfigurationError(ValueError):
-    """The configuration, or the engine it is to run in, cannot work: `reason` and `remedy` in one text."""
+    """The configuration, or the engine it is to run in, cannot work: `reason` and `remedy` in one
+    text.
+    """
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"ep_rebalance: {reason} Remedy: {remedy}")
@@ -60,16 +62,21 @@ class PlannerConfig(_Section):
     """How a target placement is found."""
 
     policy: Policy = "incremental"
-    """`incremental` improves the current placement within the budget; `greedy` is the published DeepSeek
-    EPLB algorithm, which starts anew each time; `none` never plans."""
+    """`incremental` improves the current placement within the budget; `greedy` is the published
+    DeepSeek EPLB algorithm, which starts anew each time; `none` never plans.
+    """
     redundant_experts: int = Field(default=0, ge=0)
-    """Slots beyond one per logical expert, over all ranks; experts + redundant must divide by the ranks."""
+    """Slots beyond one per logical expert, over all ranks; experts + redundant must divide by the
+    ranks.
+    """
     interval_snapshots: int = Field(default=8, gt=0)
     """Snapshots between two plans."""
     max_moved_fraction: float = Field(default=0.10, gt=0.0, le=1.0)
     """Largest part of all slots that one plan may change."""
     max_arrivals_per_rank_and_layer: int = Field(default=2, gt=0)
     """Most slots of one layer that a plan may change on one rank. Sizes the staging memory."""
+    deadline_seconds: float = Field(default=300.0, gt=0.0)
+    """Wall time after which a plan that is still being made is reported as stuck."""
     seed: int = 0
     """Seed of every tie that the planner breaks."""
 
@@ -84,7 +91,9 @@ class DecisionConfig(_Section):
     min_gain_over_cost: float = Field(default=2.0, ge=0.0)
     """Predicted seconds saved over the horizon divided by the seconds that the migration costs."""
     expert_time_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
-    """Part of the step that waits for the busiest rank's experts; the rest is not changed by a placement."""
+    """Part of the step that waits for the busiest rank's experts; the rest is not changed by a
+    placement.
+    """
 
 
 class MigrationConfig(_Section):
@@ -93,15 +102,17 @@ class MigrationConfig(_Section):
     max_bytes_per_step: int = Field(default=4 << 20, ge=4096)
     """Most bytes that a rank sends, and receives, in one engine step."""
     deadline_steps: int = Field(default=20_000, gt=0)
-    """Engine steps after which an unfinished migration is abandoned."""
+    """Most engine steps that a migration may take; a plan that needs more is not carried out."""
 
 
 class DispatchConfig(_Section):
     """How tokens reach the slots."""
 
     combine: Literal["exact", "fast"] = "exact"
-    """`exact` sums the outputs of a token's experts at its own rank in top-k order, so that the result does
-    not depend on the placement; `fast` sums what one rank computed before sending it (fewer bytes)."""
+    """`exact` sums the outputs of a token's experts at its own rank in top-k order, so that the
+    result does not depend on the placement; `fast` sums what one rank computed before sending it
+    (fewer bytes).
+    """
 
 
 class MetricsConfig(_Section):
@@ -203,7 +214,9 @@ def parse_config_argument(text: str) -> dict[str, Any]:
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """`EP_REBALANCE_MIGRATION__MAX_BYTES_PER_STEP=1048576` as `{"migration": {"max_bytes_per_step": 1048576}}`."""
+    """`EP_REBALANCE_MIGRATION__MAX_BYTES_PER_STEP=1048576` as `{"migration": {"max_bytes_per_step":
+    1048576}}`.
+    """
     settings: dict[str, Any] = {}
     for name, value in environment.items():
         if name.startswith(ENVIRONMENT_PREFIX):

@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ep_rebalance.kernels.route_and_count import IGNORED, LayerTables, route_and_count
+from ep_rebalance.kernels.route_and_count import (
+    IGNORED,
+    LayerTables,
+    count_experts,
+    route_and_count,
+)
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import dispatch_thresholds
 
@@ -20,11 +25,17 @@ HASH_STRIDE = 20_011
 class DeviceCounts:
     """Counters of all layers, and the phase of each token of the step that runs.
 
-    counts_LAE: int64 [L, 3, E]; phase_T: int64 [max_tokens], IGNORED but for the tokens that a real step marks.
+    counts_LAE: int64 [L, 3, E]; phase_T: int64 [max_tokens], IGNORED but for the tokens that a real
+    step marks.
     """
 
     def __init__(
-        self, *, placement: Placement, max_tokens: int, device: torch.device, counts_here: bool = True
+        self,
+        *,
+        placement: Placement,
+        max_tokens: int,
+        device: torch.device,
+        counts_here: bool = True,
     ) -> None:
         layers, experts = placement.num_layers, placement.num_experts
         self.counts_LAE = torch.zeros(layers, 3, experts, dtype=torch.int64, device=device)
@@ -41,9 +52,6 @@ class DeviceCounts:
             for layer in range(layers)
         )
         self.phase_T = torch.full((max_tokens,), IGNORED, dtype=torch.int64, device=device)
-        self._phase_host_T = torch.full((max_tokens,), IGNORED, dtype=torch.int64)
-        if device.type != "cpu":
-            self._phase_host_T = self._phase_host_T.pin_memory()
         self._marked = 0
         self._counts_here = counts_here
         self.offset = torch.zeros(1, dtype=torch.int64, device=device)
@@ -51,30 +59,33 @@ class DeviceCounts:
     def mark_tokens(self, phases_T: NDArray[np.int64]) -> None:
         """Set the phase of the coming step's tokens; all others stay IGNORED.
 
-        Every token must be counted on exactly one rank: where ranks share their tokens (tensor parallelism
-        without sequence parallelism) only one of them is built with `counts_here`.
+        Every token must be counted on exactly one rank: where ranks share their tokens (tensor
+        parallelism without sequence parallelism) only one of them is built with `counts_here`.
         """
         if not self._counts_here:
             return
-        self._phase_host_T[: len(phases_T)] = torch.from_numpy(phases_T)
-        self._publish(max(len(phases_T), self._marked))
+        self.phase_T[: self._marked].fill_(IGNORED)
         self._marked = len(phases_T)
+        self.phase_T[: self._marked].copy_(torch.from_numpy(phases_T))
 
     def end_step(self) -> None:
         """Forget the step's tokens, so that dummy and warm-up steps count nothing."""
-        if self._marked:
-            self._phase_host_T[: self._marked] = IGNORED
-            self._publish(self._marked)
-            self._marked = 0
+        self.phase_T[: self._marked].fill_(IGNORED)
+        self._marked = 0
         self.offset += HASH_STRIDE
 
-    def _publish(self, length: int) -> None:
-        self.phase_T[:length].copy_(self._phase_host_T[:length], non_blocking=True)
-
     def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> torch.Tensor:
-        """Slots for one layer's top-k ids; `first_token` is where this rank's rows start in the batch."""
+        """Count one layer's top-k ids and turn them into slots.
+
+        first_token: where this rank's rows start in the batch that `mark_tokens` described.
+        """
         phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
         return route_and_count(topk_ids_TK, phase_T, self.layers[layer], self.offset)
+
+    def count(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> None:
+        """Count only."""
+        phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
+        count_experts(topk_ids_TK, phase_T, self.layers[layer].counts_AE)
 
     def set_dispatch(
         self, layer: int, placement: Placement, quotas_P: NDArray[np.float64], rank: int

@@ -1,7 +1,7 @@
 """Status into Prometheus: real `prometheus_client` objects, made from the table of `metrics.py`.
 
-They live in the process that serves `/metrics`, in its default registry, so that both of vLLM's regimes work: one API server, and
-several with `PROMETHEUS_MULTIPROC_DIR`.
+They live in the process that serves `/metrics`, in its default registry, so that both of vLLM's
+regimes work: one API server, and several with `PROMETHEUS_MULTIPROC_DIR`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ COMMON_LABELS = ("model_name", "engine")
 class Exporter:
     """Fills the metrics from one status after the other.
 
-    The status counts from the start of the engine; counters are advanced by the difference to the status before. A
-    count that fell means that the engine restarted: its whole count is new.
+    The status counts from the start of the engine; counters are advanced by the difference to the
+    status before. A count that fell means that the engine restarted: its whole count is new.
     """
 
     def __init__(
@@ -69,11 +69,15 @@ def _create(metric: Metric, registry: CollectorRegistry) -> Any:
         )
     if metric.kind == "counter":
         return Counter(metric.full_name, metric.help, labels, registry=registry)
-    return Histogram(metric.full_name, metric.help, labels, registry=registry, buckets=metric.buckets)
+    return Histogram(
+        metric.full_name, metric.help, labels, registry=registry, buckets=metric.buckets
+    )
 
 
 def _series(metric: Metric, value: Any) -> Iterator[tuple[dict[str, str], float]]:
-    """(own labels, number) of each series: a number, a list by index, a mapping by key, or the info labels."""
+    """(own labels, number) of each series: a number, a list by index, a mapping by key, or the info
+    labels.
+    """
     if not metric.labels:
         yield {}, float(value)
     elif metric.field == "info":

@@ -18,8 +18,8 @@ PHASES = ("prefill", "decode")
 class LoadSample:
     """What one snapshot adds.
 
-    counts_ALE: int64 [A, L, E], tokens per logical expert summed over all ranks, `A` in the order of PHASES;
-        a token counts once for each expert it was routed to.
+    counts_ALE: int64 [A, L, E], tokens per logical expert summed over all ranks, `A` in the order
+        of PHASES; a token counts once for each expert it was routed to.
     steps: engine steps that the snapshot sums up.
     step_seconds: mean wall time of one of them.
     """
@@ -63,7 +63,8 @@ class LoadWindow:
         self._samples.clear()
 
     def samples_WLE(self) -> NDArray[np.float64]:
-        """float64 [W, L, E], tokens per logical expert in each snapshot, phases summed, oldest first.
+        """float64 [W, L, E], tokens per logical expert in each snapshot, phases summed, oldest
+        first.
 
         Raises ValueError on an empty window, whose layers and experts are unknown.
         """
@@ -72,7 +73,9 @@ class LoadWindow:
         return np.stack(counts_WLE).astype(np.float64)
 
     def load_LE(self) -> NDArray[np.int64]:
-        """int64 [L, E], tokens per logical expert in the whole window. Raises ValueError if it is empty."""
+        """int64 [L, E], tokens per logical expert in the whole window. Raises ValueError if it is
+        empty.
+        """
         self._require_samples()
         load_LE = np.zeros(self._samples[0].counts_ALE.shape[1:], dtype=np.int64)
         for sample in self._samples:

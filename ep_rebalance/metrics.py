@@ -1,6 +1,7 @@
 """What is seen from outside: one table of metrics, and the status that every outlet is filled from.
 
-The engine's rank 0 keeps a `Status`; the API server polls it and fills Prometheus and `GET /ep_rebalance/status`.
+The engine's rank 0 keeps a `Status`; the API server polls it and fills Prometheus and `GET
+/ep_rebalance/status`.
 """
 
 from __future__ import annotations
@@ -166,8 +167,6 @@ class Observations(msgspec.Struct):
     first: int = 0
     values: list[float] = []
 
-
-
     def add(self, value: float) -> None:
         self.values.append(value)
         if len(self.values) > OBSERVATIONS_KEPT:
@@ -176,7 +175,8 @@ class Observations(msgspec.Struct):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """State of one engine, whole EP group, as rank 0 knows it. Counters count from the start of the engine.
+    """State of one engine, whole EP group, as rank 0 knows it. Counters count from the start of the
+    engine.
 
     imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer.
     rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.

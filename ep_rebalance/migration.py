@@ -1,7 +1,7 @@
 """Migration: the moves that turn one placement into another, cut into batches and rounds.
 
-A batch is what the staging memory holds at once; its layers are committed together when its last round is done.
-A round is what may be on the links between two engine steps.
+A batch is what the staging memory holds at once; its layers are committed together when its last
+round is done. A round is what may be on the links between two engine steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ep_rebalance.planning.sources import choose_sources
 from ep_rebalance.topology import Link, Topology
 
 _CHUNK_BYTES = 256
-"""An expert is cut at multiples of this, so that copies of its parts stay aligned and none is tiny."""
+"""An expert is cut at multiples of this, so that its parts stay aligned and none is tiny."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +109,12 @@ def schedule(
     """Cut the difference of two placements into batches and rounds.
 
     expert_bytes_L: packed size of one expert of each layer.
-    max_bytes_per_round: bound on what a rank sends, and on what it receives, in one round. A copy within a
-        rank counts as both.
+    max_bytes_per_round: bound on what a rank sends, and on what it receives, in one round. A copy
+        within a rank counts as both.
     staging_slots: experts that the staging memory of a rank holds.
 
-    Raises ValueError if the sizes do not fit each other or a layer alone overflows the staging memory.
+    Raises ValueError if the sizes do not fit each other or a layer alone overflows the staging
+    memory.
     """
     _check_sizes(source, target, topology, expert_bytes_L, max_bytes_per_round)
     batches = []
@@ -156,9 +157,7 @@ def _arrivals_LR(source: Placement, target: Placement) -> NDArray[np.int64]:
     return arrivals_LR
 
 
-def _batch_layers(
-    arrivals_LR: NDArray[np.int64], staging_slots: int
-) -> Iterator[tuple[int, ...]]:
+def _batch_layers(arrivals_LR: NDArray[np.int64], staging_slots: int) -> Iterator[tuple[int, ...]]:
     """Consecutive layers with moves, as many as every rank's staging memory holds at once."""
     layers: list[int] = []
     staged_R = np.zeros(arrivals_LR.shape[1], dtype=np.int64)

@@ -1,7 +1,8 @@
 """Placement: which logical expert sits in each slot. The only owner of the placement invariants.
 
-Letters: `L` MoE layers, `E` logical experts, `P` slots, `R` ranks, `S = P / R` slots per rank. Slot `p` belongs
-to rank `p // S`, as in vLLM's linear expert placement (vllm/model_executor/layers/fused_moe/expert_map_manager.py).
+Letters: `L` MoE layers, `E` logical experts, `P` slots, `R` ranks, `S = P / R` slots per rank. Slot
+`p` belongs to rank `p // S`, as in vLLM's linear expert placement
+(vllm/model_executor/layers/fused_moe/expert_map_manager.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class PlacementError(ValueError):
 class Placement:
     """slots_LP: int32 [L, P], the logical expert in each slot of each layer. Read-only.
 
-    Always true: every expert has a slot in every layer, no rank holds an expert twice, and every rank holds
-    the same number of slots. Raises PlacementError otherwise.
+    Always true: every expert has a slot in every layer, no rank holds an expert twice, and every
+    rank holds the same number of slots. Raises PlacementError otherwise.
     """
 
     slots_LP: NDArray[np.int32]
@@ -131,12 +132,18 @@ class Placement:
         return 1.0 / np.take_along_axis(counts_LE, self.slots_LP.astype(np.int64), axis=1)
 
     def rank_load_LR(
-        self, load_LE: NDArray[np.floating | np.integer], quotas_LP: NDArray[np.float64] | None = None
+        self,
+        load_LE: NDArray[np.floating | np.integer],
+        quotas_LP: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """float64 [L, R], tokens that each rank computes under `load_LE` and the quotas (even if None)."""
+        """float64 [L, R], tokens that each rank computes under `load_LE` and the quotas (even if
+        None).
+        """
         quotas = self.even_quotas_LP() if quotas_LP is None else quotas_LP
         slot_load_LP = np.take_along_axis(load_LE, self.slots_LP.astype(np.int64), axis=1) * quotas
-        load_LR: NDArray[np.float64] = slot_load_LP.reshape(self.num_layers, self.num_ranks, -1).sum(2)
+        load_LR: NDArray[np.float64] = slot_load_LP.reshape(
+            self.num_layers, self.num_ranks, -1
+        ).sum(2)
         return load_LR
 
 

@@ -1,7 +1,8 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
-It is the only collective that steady traffic costs: `2 L E + 5` integers every `snapshot_steps` steps. All decisions
-that ranks must take in the same step are taken from what it returns, which is equal on every rank.
+It is the only collective that steady traffic costs: `2 L E + 5` integers every `snapshot_steps`
+steps. All decisions that ranks must take in the same step are taken from what it returns, which is
+equal on every rank.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from ep_rebalance.transport.host_copy import HostCopy
 class Flags:
     """What a rank tells the others; in a `Snapshot`, how many ranks said so.
 
-    planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has worked out its
-    migration. failed: it could not.
+    planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has
+    worked out its migration. failed: it could not.
     """
 
     planned: int = 0
@@ -54,7 +55,13 @@ class SnapshotExchange:
 
     def begin(self, flags: Flags, *, steps: int, step_seconds: float) -> HostCopy:
         """Sum and clear the counters. `step_seconds` is this rank's mean over the snapshot's steps."""
-        head = [flags.planned, flags.proposed, flags.scheduled, flags.failed, round(step_seconds * 1e6)]
+        head = [
+            flags.planned,
+            flags.proposed,
+            flags.scheduled,
+            flags.failed,
+            round(step_seconds * 1e6),
+        ]
         counts_LAE = self._counts.counts_LAE
         self._buffer[:5].copy_(torch.tensor(head), non_blocking=True)
         self._buffer[5:].copy_(counts_LAE[:, :2].reshape(-1))

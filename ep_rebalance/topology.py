@@ -24,7 +24,9 @@ class Topology:
         if not self.node_of_rank:
             raise ValueError("a topology needs at least one rank")
         if len(self.bytes_per_second) != len(LINKS) or min(self.bytes_per_second) <= 0:
-            raise ValueError(f"bytes_per_second={self.bytes_per_second} must be positive for {LINKS}")
+            raise ValueError(
+                f"bytes_per_second={self.bytes_per_second} must be positive for {LINKS}"
+            )
 
     @classmethod
     def single_node(cls, num_ranks: int) -> Topology:

@@ -1,6 +1,7 @@
 """Count a step's tokens per logical expert and send each to a slot, in one pass over the top-k ids.
 
-`route_and_count` picks the Triton kernel on GPU tensors and the torch reference elsewhere; both give equal bits.
+`route_and_count` picks the Triton kernel on GPU tensors and the torch reference elsewhere; both
+give equal bits.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ from dataclasses import dataclass
 import torch
 
 HASH_STEP = 40503
-"""Odd, near 2**16 times the golden ratio: consecutive tokens fall evenly over the 16-bit hash range (Knuth)."""
+"""Odd, near 2**16 times the golden ratio: consecutive tokens fall evenly over the 16-bit hash range
+(Knuth).
+"""
 
 PREFILL, DECODE, IGNORED = 0, 1, 2
-"""Rows of the count tensor. What a token is not to be counted for lands in IGNORED, without a branch."""
+"""Rows of the count tensor. What a token is not to be counted for lands in IGNORED, without a
+branch.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTables:
-    """One layer's counters and dispatch tables. Written in place only: CUDA graphs hold the addresses.
+    """One layer's counters and dispatch tables. Written in place only: CUDA graphs hold the
+    addresses.
 
-    counts_AE: int64 [3, E], tokens per logical expert since the last snapshot; rows PREFILL, DECODE, IGNORED.
-    replica_slots_EC: int32 [E, C], slots of each expert (C replicas at most), -1 where there are fewer.
+    counts_AE: int64 [3, E], tokens per logical expert since the last snapshot; rows PREFILL,
+    DECODE, IGNORED.
+    replica_slots_EC: int32 [E, C], slots of each expert (C replicas at most), -1 where there are
+    fewer.
     thresholds_EC: int32 [E, C], cumulative quota in 1/65536; the last used one is 65536.
     """
 
@@ -30,7 +38,9 @@ class LayerTables:
     thresholds_EC: torch.Tensor
 
 
-def count_experts(topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor) -> None:
+def count_experts(
+    topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor
+) -> None:
     """Add each token's experts to its phase's row of `counts_AE`, in place.
 
     topk_ids_TK: integer [T, K], logical ids. phase_T: int64 [T], PREFILL, DECODE or IGNORED.
@@ -40,7 +50,9 @@ def count_experts(topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: t
     counts_AE.view(-1).scatter_add_(0, index_TK.reshape(-1), ones)
 
 
-def route_torch(topk_ids_TK: torch.Tensor, tables: LayerTables, offset: torch.Tensor) -> torch.Tensor:
+def route_torch(
+    topk_ids_TK: torch.Tensor, tables: LayerTables, offset: torch.Tensor
+) -> torch.Tensor:
     """The slot of each of a token's experts; integer [T, K], dtype of `topk_ids_TK`.
 
     offset: int64 [1], differs from step to step, so that short batches do not favour one replica.

@@ -9,7 +9,15 @@ import triton.language as tl
 from ep_rebalance.kernels.route_and_count import HASH_STEP, LayerTables
 
 
-@triton.jit
+def _launch_metadata(grid, kernel, args):
+    """Bytes that one launch moves, for Proton: ids in, slots out, phases, and all tables once."""
+    pairs = args["num_pairs"] * (args["topk_ids_ptr"].itemsize + args["slots_ptr"].itemsize)
+    phases = args["num_pairs"] // args["top_k"] * args["phase_ptr"].itemsize
+    tables = args["num_experts"] * (2 * args["REPLICAS"] * 4 + 3 * 8)
+    return {"name": f"route_and_count {args['num_pairs']} pairs", "bytes": pairs + phases + tables}
+
+
+@triton.jit(launch_metadata=_launch_metadata)
 def _route_and_count_kernel(
     topk_ids_ptr,
     phase_ptr,
@@ -30,7 +38,9 @@ def _route_and_count_kernel(
     expert = tl.load(topk_ids_ptr + pair, mask=valid, other=0).to(tl.int64)
     token = (pair // top_k).to(tl.int64)
     phase = tl.load(phase_ptr + token, mask=valid, other=0)
-    tl.atomic_add(counts_ptr + phase * num_experts + expert, tl.full([BLOCK], 1, tl.int64), mask=valid)
+    tl.atomic_add(
+        counts_ptr + phase * num_experts + expert, tl.full([BLOCK], 1, tl.int64), mask=valid
+    )
 
     token_hash = (token * HASH_STEP + tl.load(offset_ptr)) & 0xFFFF
     choice = tl.zeros([BLOCK], tl.int64)
@@ -45,7 +55,7 @@ def route_and_count_triton(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
     """See `route_and_count`. The tables must be contiguous."""
-    slots_TK = torch.empty_like(topk_ids_TK)
+    slots_TK = torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
     num_pairs = topk_ids_TK.numel()
     if num_pairs:
         block = 256

@@ -99,7 +99,7 @@ def is_current() -> bool:
 
 
 def run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> str:
-    """Runs a command, appends its output to the log and returns it."""
+    """Runs a command and returns its output; the log gets both, without passwords in URLs."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
@@ -110,7 +110,8 @@ def run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> str
         text=True,
     )
     with LOG.open("a") as log:
-        log.write(f"$ {' '.join(map(str, command))}\n{done.stdout}\n")
+        entry = f"$ {' '.join(map(str, command))}\n{done.stdout}\n"
+        log.write(re.sub(r"://[^/@\s]+@", "://***@", entry))
     if done.returncode:
         raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
     return done.stdout
@@ -186,10 +187,12 @@ def connection_environment(settings: dict[str, str]) -> dict[str, str]:
 
 
 def torch_arguments(install: list[str | Path], env: dict[str, str]) -> list[str]:
-    """None if pip's sources have the CPU build of torch, else those for PyTorch's own index."""
+    """Those that make uv look in PyTorch's CPU index, unless pip's sources have the CPU build."""
     try:
         run([*install, "--dry-run", "--no-deps", CPU_TORCH], env)
-    except subprocess.CalledProcessError:
+    except subprocess.CalledProcessError as failure:
+        if NETWORK_FAILURE.search(failure.output):
+            raise explain("looking for PyTorch", failure.output) from None
         return ["--torch-backend", "cpu"]
     return []
 
@@ -201,7 +204,7 @@ def install_packages() -> None:
     install += ["--override", OVERRIDES, *source_arguments(settings)]
     install += torch_arguments(install, env)
     step("PyTorch for CPU", [*install, CPU_TORCH], env)
-    packages = ["--editable", ".[cpu,dev]", ALIAS]
+    packages: list[str | Path] = ["--editable", ".[cpu,dev]", ALIAS]
     step("vLLM for CPU, ep-rebalance and its tools", [*install, CPU_TORCH, *packages], env)
 
 

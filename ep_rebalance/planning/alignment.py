@@ -13,8 +13,8 @@ def align(
 ) -> NDArray[np.int32]:
     """`target_slots` permuted within each rank: as many slots as possible equal `current_slots`.
 
-    Both int32 [..., P] of one shape; experts that arrive fill the slots left over, in their given order.
-    Raises ValueError if the shapes differ or the ranks do not divide the slots.
+    Both int32 [..., P] of one shape; experts that arrive fill the slots left over, in their given
+    order. Raises ValueError if the shapes differ or the ranks do not divide the slots.
     """
     if target_slots.shape != current_slots.shape or target_slots.shape[-1] % num_ranks:
         raise ValueError(

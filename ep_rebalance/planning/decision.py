@@ -49,8 +49,8 @@ def decide(
 ) -> Decision:
     """Accept `plan` if its gain is large enough, and large enough for what the migration costs.
 
-    Each layer waits for its busiest rank, so the expert part of a step shrinks as the sum of the imbalances
-    over the layers does; the rest of the step stays as it is.
+    Each layer waits for its busiest rank, so the expert part of a step shrinks as the sum of the
+    imbalances over the layers does; the rest of the step stays as it is.
     """
     gain = predicted_gain(plan, config)
     saved = gain * step_seconds * config.horizon_steps
@@ -74,7 +74,8 @@ def predicted_gain(plan: Plan, config: DecisionConfig) -> float:
 def migration_seconds(
     target: Placement, current: Placement, topology: Topology, expert_bytes_L: Sequence[int]
 ) -> float:
-    """Time that the busiest rank needs to send, or to receive, its experts with nothing in their way."""
+    """Time that the busiest rank needs to send, or to receive, its experts with nothing in their
+    way."""
     sending_R = np.zeros(current.num_ranks)
     receiving_R = np.zeros(current.num_ranks)
     for fetch in choose_sources(
@@ -106,5 +107,8 @@ def _judge(
         f"{config.horizon_steps} steps, for {cost:.3g} s of transfers"
     )
     if saved < config.min_gain_over_cost * cost:
-        return "over_budget", f"{numbers}, less than {config.min_gain_over_cost:g} times their cost."
+        return (
+            "over_budget",
+            f"{numbers}, less than {config.min_gain_over_cost:g} times their cost.",
+        )
     return "accepted", f"{numbers}."

@@ -1,7 +1,9 @@
-"""Greedy planner: the published DeepSeek EPLB algorithm, global variant (github.com/deepseek-ai/EPLB).
+"""Greedy planner: the published DeepSeek EPLB algorithm, global variant
+(github.com/deepseek-ai/EPLB).
 
-Copies go one by one to the expert with the highest load per replica. Replicas are then packed, heaviest first,
-onto the rank with the lowest load that has a slot free. Unlike the published code, no rank gets an expert
+Copies go one by one to the expert with the highest load per replica. Replicas are then packed,
+heaviest first, onto the rank with the lowest load that has a slot free. Unlike the published code,
+no rank gets an expert
 twice: such a rank is passed over, or swaps an expert with one that may take it.
 """
 
@@ -26,15 +28,17 @@ def plan_greedy(
 ) -> Placement:
     """A placement made anew from the total load, slots then aligned with `current`.
 
-    It is there to compare with, so `budget` is ignored: it may change every slot, and the staging memory must
-    hold all slots of a rank. Topology is ignored as well, and ties go to the lowest id whatever the seed.
-    A layer without load stays as it is.
+    It is there to compare with, so `budget` is ignored: it may change every slot, and the staging
+    memory must hold all slots of a rank. Topology is ignored as well, and ties go to the lowest id
+    whatever the seed. A layer without load stays as it is.
     """
     load_LE = samples_WLE.sum(axis=0)
     slots_LP = current.slots_LP.copy()
     for layer in np.flatnonzero(load_LE.sum(axis=1)):
         replicas_E = _replica_counts(load_LE[layer], current.num_slots, current.num_ranks)
-        experts_RS = _pack(load_LE[layer] / replicas_E, replicas_E, current.num_ranks)
+        weight_E = load_LE[layer] / replicas_E
+        heaviest_E = np.argsort(-weight_E, kind="stable")
+        experts_RS = _pack(weight_E, replicas_E, heaviest_E, current.num_ranks)
         slots_LP[layer] = experts_RS.reshape(-1)
     aligned_LP = align(slots_LP, current.slots_LP, current.num_ranks)
     return Placement(aligned_LP, current.num_experts, current.num_ranks)
@@ -59,14 +63,18 @@ def _replica_counts(
 
 @compiled
 def _pack(
-    weight_E: NDArray[np.float64], replicas_E: NDArray[np.int64], num_ranks: int
+    weight_E: NDArray[np.float64],
+    replicas_E: NDArray[np.int64],
+    heaviest_E: NDArray[np.int64],
+    num_ranks: int,
 ) -> NDArray[np.int32]:
-    """int32 [R, S], the experts on each rank; `weight_E` is the load of one replica."""
+    """int32 [R, S], the experts on each rank; `weight_E` is the load of one replica, by which the
+    experts are ordered in `heaviest_E`."""
     slots_per_rank = replicas_E.sum() // num_ranks
     experts_RS = np.full((num_ranks, slots_per_rank), -1, np.int32)
     filled_R = np.zeros(num_ranks, np.int64)
     load_R = np.zeros(num_ranks)
-    for expert in np.argsort(-weight_E, kind="mergesort"):
+    for expert in heaviest_E:
         for _ in range(replicas_E[expert]):
             rank = _lightest_rank(experts_RS, filled_R, load_R, expert)
             if rank < 0:
@@ -104,8 +112,8 @@ def _make_room(
 ) -> int:
     """Free a slot on a rank without `expert` and return that rank.
 
-    All ranks with free slots hold `expert`. Any full rank without it has more experts than such a rank has
-    others, so at least one of them can go there; the one nearest in load is taken.
+    All ranks with free slots hold `expert`. Any full rank without it has more experts than such a
+    rank has others, so at least one of them can go there; the one nearest in load is taken.
     """
     free = np.argmax(filled_R < experts_RS.shape[1])
     best_rank, best_slot, best_distance = -1, -1, np.inf

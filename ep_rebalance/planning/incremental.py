@@ -1,8 +1,9 @@
 """Incremental planner: improve the current placement by the few moves that pay best.
 
-The objective is the mean over the window's snapshots of the squared rank loads, so that experts which are busy at the
-same time part ways. Swaps between ranks, and redundant slots given to another expert, are taken in the order of their
-gain for each slot that they move, as long as that gain is worth a move and the budget lasts.
+The objective is the mean over the window's snapshots of the squared rank loads, so that experts
+which are busy at the same time part ways. Swaps between ranks, and redundant slots given to another
+expert, are taken in the order of their gain for each slot that they move, as long as that gain is
+worth a move and the budget lasts.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from ep_rebalance.planning.plan import Budget
 from ep_rebalance.planning.second_moment import second_moment_EE
 from ep_rebalance.topology import Topology
 
-MIN_GAIN_PER_MOVED_SLOT = 2e-4
-"""Least gain that is worth a moved slot, in units of the mean square load of an even rank: two ranks that swap
-experts must each come about 1.4 % of the mean rank load closer to it."""
+MIN_GAIN_PER_MOVED_SLOT = 4e-4
+"""Least gain that is worth a moved slot, in units of the mean square load of an even rank: two
+ranks that swap experts must each come about 2 % of the mean rank load closer to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Descent:
-    """Changes of one layer in the order in which they must be made, as `improve_layer` returns them."""
+    """Changes of one layer in the order in which they must be made, as `improve_layer` returns
+    them."""
 
     changes_N4: NDArray[np.int64]
     gains_N: NDArray[np.float64]
@@ -49,7 +51,8 @@ def plan_incremental(
 ) -> Placement:
     """The current placement with the best changes that the budget allows, over all layers.
 
-    Topology is not looked at, and ties go to the lowest ids whatever the seed. A layer without load stays.
+    Topology is not looked at, and ties go to the lowest ids whatever the seed. A layer without load
+    stays.
     """
     descents = [
         _descend(samples_WLE[:, layer], current.slots_LP[layer], current.num_ranks, budget)
@@ -79,7 +82,8 @@ def _descend(
 
 
 def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
-    """How many changes of each layer to make: always the best next one, until one does not fit the budget."""
+    """How many changes of each layer to make: always the best next one, until one does not fit the
+    budget."""
     taken = [0] * len(descents)
     left = max_moved
     waiting = [(-d.gain_per_move(0), layer) for layer, d in enumerate(descents) if d.gains_N.size]

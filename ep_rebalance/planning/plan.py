@@ -28,9 +28,10 @@ class Budget:
 class Plan:
     """A target placement with the quotas to serve it with.
 
-    quotas_LP: float64 [L, P], part of its expert's tokens that a slot receives; sums to 1 over an expert's slots.
-    imbalance_before_L, imbalance_after_L: float64 [L], max/mean rank load predicted on the window without
-        and with the plan.
+    quotas_LP: float64 [L, P], part of its expert's tokens that a slot receives; sums to 1 over an
+    expert's slots.
+    imbalance_before_L, imbalance_after_L: float64 [L], max/mean rank load predicted on the window
+        without and with the plan.
     """
 
     placement: Placement
@@ -53,7 +54,7 @@ class Planner(Protocol):
     ) -> Placement:
         """samples_WLE: float64 [W, L, E], tokens per logical expert in each snapshot, oldest first.
 
-        Returns a placement within `budget` of `current`, slots aligned so that an expert that stays on a
-        rank stays in its slot.
+        Returns a placement within `budget` of `current`, slots aligned so that an expert that stays
+        on a rank stays in its slot.
         """
         ...

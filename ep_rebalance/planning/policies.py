@@ -45,8 +45,9 @@ def make_plan(
 
     samples_WLE: float64 [W, L, E], tokens per logical expert in each snapshot, oldest first.
 
-    Both imbalances use quotas fitted to the window's total, so that their difference is what moving adds; the
-    mean over snapshots sees the load vary under fixed quotas, but both are optimistic about load to come.
+    Both imbalances use quotas fitted to the window's total, so that their difference is what moving
+    adds; the mean over snapshots sees the load vary under fixed quotas, but both are optimistic
+    about load to come.
     """
     load_LE = samples_WLE.sum(axis=0)
     target = PLANNERS[policy](samples_WLE, current, topology, budget, seed)
@@ -64,9 +65,7 @@ def mean_imbalance_L(
     samples_WLE: NDArray[np.float64], placement: Placement, quotas_LP: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """float64 [L], max/mean rank load of each snapshot, averaged over the snapshots."""
-    samples = [
-        imbalance_L(placement.rank_load_LR(load_LE, quotas_LP)) for load_LE in samples_WLE
-    ]
+    samples = [imbalance_L(placement.rank_load_LR(load_LE, quotas_LP)) for load_LE in samples_WLE]
     mean_L: NDArray[np.float64] = np.mean(samples, axis=0)
     return mean_L
 

@@ -1,8 +1,9 @@
 """Quotas: how the tokens of an expert are split over its replicas.
 
-The split that keeps the busiest rank lowest is a linear programme; pouring the load of one replicated expert
-after the other over its ranks like water, until nothing changes, reaches its optimum. (Each pour minimises the
-sum of squared rank loads over one expert's quotas, and the split of least squares also has the lowest maximum.)
+The split that keeps the busiest rank lowest is a linear programme; pouring the load of one
+replicated expert after the other over its ranks like water, until nothing changes, reaches its
+optimum. (Each pour minimises the sum of squared rank loads over one expert's quotas, and the split
+of least squares also has the lowest maximum.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TOLERANCE = 1e-5
 def split_quotas(
     placement: Placement, load_LE: NDArray[np.floating | np.integer]
 ) -> NDArray[np.float64]:
-    """float64 [L, P], the split of each expert's tokens over its slots that is lowest on the busiest rank.
+    """float64 [L, P], the split of each expert's tokens that keeps the busiest rank lowest.
 
     Sums to 1 over an expert's slots. An expert without load is split evenly.
     """
@@ -45,7 +46,7 @@ def _pour_layer(
     slots_per_rank: int,
     quotas_P: NDArray[np.float64],
 ) -> None:
-    """Improves `quotas_P` in place; `replicas` is [E, max_replicas] as of `Placement.replica_slots`."""
+    """Improves `quotas_P` in place; `replicas` is what `Placement.replica_slots` returns."""
     num_ranks = slots_P.size // slots_per_rank
     rank_load_R = np.zeros(num_ranks)
     for slot in range(slots_P.size):
@@ -92,27 +93,30 @@ def _pour_expert(
 
 @compiled
 def _water_level(floors: NDArray[np.float64], volume: float) -> float:
-    """Height of `volume` poured over columns that start at `floors`."""
-    ordered = np.sort(floors)
-    total = 0.0
-    level = 0.0
-    for filled in range(ordered.size):
-        total += ordered[filled]
-        level = (total + volume) / (filled + 1)
-        if filled + 1 == ordered.size or level <= ordered[filled + 1]:
-            break
-    return level
+    """Height of `volume` poured over `floors`; guessed too high, then without the dry ones."""
+    level = np.inf
+    while True:
+        wet, total = 0, volume
+        for floor in floors:
+            if floor < level:
+                wet += 1
+                total += floor
+        lowered = total / wet
+        if lowered >= level:
+            return level
+        level = lowered
 
 
 def dispatch_thresholds(
     placement: Placement, layer: int, quotas_P: NDArray[np.float64], rank: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The table by which source rank `rank` picks a replica: (slots, thresholds), both int32 [E, max_replicas].
+    """How source rank `rank` picks replicas: (slots, thresholds), both int32 [E, max_replicas].
 
-    A token of expert `e` with hash `u` in 0..65535 goes to the first replica `j` with `u < thresholds[e, j]`.
-    Unused entries have slot -1 and threshold 65536 and are never reached. The replica on `rank` itself comes
-    first, as far as its quota allows; the slots receive their quotas (to 1/65536 per source rank) summed over
-    all source ranks, each of which is taken to bring the same part of every expert's tokens.
+    A token of expert `e` with hash `u` in 0..65535 goes to the first replica `j` with `u <
+    thresholds[e, j]`. Unused entries have slot -1 and threshold 65536 and are never reached. The
+    replica on `rank` itself comes first, as far as its quota allows; the slots receive their quotas
+    (to 1/65536 per source rank) summed over all source ranks, each of which is taken to bring the
+    same part of every expert's tokens.
     """
     slots = placement.replica_slots(layer)
     share = _source_share(placement, slots, np.asarray(quotas_P, dtype=np.float64), rank)
@@ -125,10 +129,12 @@ def dispatch_thresholds(
 def _source_share(
     placement: Placement, slots: NDArray[np.int32], quotas_P: NDArray[np.float64], rank: int
 ) -> NDArray[np.float64]:
-    """float64 [E, max_replicas], part of the tokens of each expert at `rank` that each replica receives.
+    """float64 [E, max_replicas], part of the tokens of each expert at `rank` that each replica
+    receives.
 
-    A rank keeps what its own replica's quota allows of its tokens. That leaves, over all ranks, just as many
-    tokens as the replicas still have capacity for, so the rest is spread in proportion to that capacity.
+    A rank keeps what its own replica's quota allows of its tokens. That leaves, over all ranks,
+    just as many tokens as the replicas still have capacity for, so the rest is spread in proportion
+    to that capacity.
     """
     quota = np.where(slots >= 0, quotas_P[slots], 0.0)
     kept = np.minimum(quota, 1.0 / placement.num_ranks)

@@ -35,8 +35,8 @@ def choose_sources(
 ) -> tuple[Fetch, ...]:
     """A fetch for each slot of `layers` that differs, in the order of layers and slots.
 
-    The nearest replica in `source` serves: on the rank itself, then on its node, then elsewhere. Among equals
-    it is the one whose rank has the fewest bytes to send so far.
+    The nearest replica in `source` serves: on the rank itself, then on its node, then elsewhere.
+    Among equals it is the one whose rank has the fewest bytes to send so far.
     """
     sent_bytes_R = np.zeros(source.num_ranks, dtype=np.int64)
     fetches = []

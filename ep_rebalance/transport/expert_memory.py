@@ -1,7 +1,7 @@
 """The weights of this rank's slots as bytes.
 
-One expert of one layer is *packed* as its tensors' bytes one after another, each padded to `ALIGNMENT`. Nothing
-else knows how an engine lays an expert out.
+One expert of one layer is *packed* as its tensors' bytes one after another, each padded to
+`ALIGNMENT`. Nothing else knows how an engine lays an expert out.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ ALIGNMENT = 16
 class ExpertMemory:
     """Read and write packed experts in the engine's own parameter storage.
 
-    tensors_per_layer: for each MoE layer the tensors of all local experts; each is contiguous with the local
-    slot as its first dimension. Raises ValueError for a tensor that is not.
+    tensors_per_layer: for each MoE layer the tensors of all local experts; each is contiguous with
+    the local slot as its first dimension. Raises ValueError for a tensor that is not.
     """
 
     def __init__(self, tensors_per_layer: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -46,14 +46,18 @@ class ExpertMemory:
         return _checksum([tensor[slot] for tensor in self._layers[layer]])
 
     def checksum_packed(self, layer: int, packed: torch.Tensor) -> torch.Tensor:
-        """The same sum over a packed expert; equal if and only if (but for 64-bit chance) the bytes are."""
+        """The same sum over a packed expert; equal if and only if (but for 64-bit chance) the bytes
+        are.
+        """
         parts = [
             packed[first : first + tensor.shape[1]]
             for tensor, (first, _) in zip(self._layers[layer], self._extents[layer], strict=True)
         ]
         return _checksum(parts)
 
-    def _pieces(self, layer: int, start: int, stop: int) -> list[tuple[torch.Tensor, int, int, int]]:
+    def _pieces(
+        self, layer: int, start: int, stop: int
+    ) -> list[tuple[torch.Tensor, int, int, int]]:
         pieces = []
         for tensor, (first, last) in zip(self._layers[layer], self._extents[layer], strict=True):
             low, high = max(start, first), min(stop, last)
@@ -84,24 +88,39 @@ _COLUMNS = 1024
 
 
 def _checksum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Wrapping sum of the words, the n-th times `2 n + 1`.
+
+    Words of 32 bits, factors below 2**31, a sum of 64: no change of one word and no exchange of two
+    cancels.
+    """
     total = torch.zeros(1, dtype=torch.int64, device=parts[0].device)
-    for index, part in enumerate(parts):
-        total += (2 * index + 1) * _fold(_words(part))
+    position = 0
+    for part in parts:
+        words = _words(part)
+        total += _weighted_sum(words, position)
+        position += words.numel()
     return total
 
 
 def _words(part: torch.Tensor) -> torch.Tensor:
-    aligned = part.numel() % 8 == 0 and part.storage_offset() % 8 == 0
-    return part.view(torch.int64) if aligned else part.to(torch.int64)
+    """The same words wherever the bytes lie; a part that does not begin at a word is copied."""
+    if part.numel() % 4:
+        return part
+    return (part if part.storage_offset() % 4 == 0 else part.clone()).view(torch.int32)
 
 
-def _fold(words: torch.Tensor) -> torch.Tensor:
-    """Wrapping sum of row sums and column sums, each times an odd number of its own."""
+def _weighted_sum(words: torch.Tensor, position: int) -> torch.Tensor:
+    """Sum of word n times `2 (position + n) + 1`, from column and row sums, which are small."""
     whole = words.numel() // _COLUMNS * _COLUMNS
     grid, tail = words[:whole].view(-1, _COLUMNS), words[whole:]
-    return _weighted(grid.sum(0)) + 7 * _weighted(grid.sum(1)) + 11 * _weighted(tail)
+    columns, rows = grid.sum(0, dtype=torch.int64), grid.sum(1, dtype=torch.int64)
+    row_numbers = torch.arange(rows.numel(), device=words.device)
+    return (
+        (columns * _factors(columns, position)).sum()
+        + 2 * _COLUMNS * (rows * row_numbers).sum()
+        + (tail * _factors(tail, position + whole)).sum()
+    )
 
 
-def _weighted(values: torch.Tensor) -> torch.Tensor:
-    odd = 2 * torch.arange(values.numel(), device=values.device) + 1
-    return (values * odd * 0x9E3779B1).sum()
+def _factors(like: torch.Tensor, position: int) -> torch.Tensor:
+    return 2 * torch.arange(position, position + like.numel(), device=like.device) + 1

@@ -8,7 +8,8 @@ import torch
 class HostCopy:
     """Starts a copy of a device tensor to pinned memory now and hands it out at a later step.
 
-    On CPU the copy is immediate. On an accelerator `result` waits only if the step in between was shorter than the copy.
+    On CPU the copy is immediate. On an accelerator `result` waits only if the step in between was
+    shorter than the copy.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:

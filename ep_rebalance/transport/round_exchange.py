@@ -1,8 +1,8 @@
 """One round of a migration: a single `all_to_all_single` of bytes between two engine steps.
 
-Every rank derives the same splits from the same `Round`, so nothing is negotiated and nothing can pair wrongly. A
-rank that fails to pack its experts still takes part with what is in its buffer; it reports the fault in the
-vote that ends the batch, and the checksums would show it too.
+Every rank derives the same splits from the same `Round`, so nothing is negotiated and nothing can
+pair wrongly. A rank that fails to pack its experts still takes part with what is in its buffer; it
+reports the fault in the vote that ends the batch, and the checksums would show it too.
 """
 
 from __future__ import annotations
@@ -75,12 +75,15 @@ class RoundExchange:
         self._transport_failed = False
 
     def exchange(self, batch: Batch, round_: Round) -> None:
-        """Send and receive the round's byte ranges; they are in `staging` when the stream gets there."""
+        """Send and receive the round's byte ranges; they are in `staging` when the stream gets
+        there.
+        """
         send_R, receive_R = self._splits(batch, round_)
         try:
             self._pack(batch, round_)
         except Exception:
-            self._fail("packing experts for a migration round failed")
+            logger.exception("ep_rebalance rank %d: experts were not packed", self.rank)
+            self._transport_failed = True
         try:
             dist.all_to_all_single(
                 self._receive[: sum(receive_R)],
@@ -91,7 +94,8 @@ class RoundExchange:
             )
             self._unpack(batch, round_)
         except Exception:
-            self._fail("a migration round was not exchanged")
+            logger.exception("ep_rebalance rank %d: a round was not exchanged", self.rank)
+            self._transport_failed = True
 
     def vote(self, batch: Batch) -> HostCopy:
         """Check every expert that arrived and add up all ranks' faults; read them with `faults_of`."""
@@ -103,7 +107,8 @@ class RoundExchange:
                     arrived = self._memory.checksum_packed(move.layer, packed)
                     self._faults[1] += (arrived[0] != self._expected[move.staging]).long()
         except Exception:
-            self._fail("checking arrived experts failed")
+            logger.exception("ep_rebalance rank %d: arrived experts were not checked", self.rank)
+            self._transport_failed = True
         self._faults[0] = int(self._transport_failed)
         self._faults[1].clamp_(max=1)
         dist.all_reduce(self._faults, group=self._group)
@@ -115,12 +120,10 @@ class RoundExchange:
         transport, checksum = vote.result().tolist()
         return Faults(transport, checksum)
 
-    def _fail(self, message: str) -> None:
-        logger.exception("ep_rebalance rank %d: %s", self.rank, message)
-        self._transport_failed = True
-
     def _wire_bytes(self, batch: Batch, transfer: Transfer) -> int:
-        """Bytes of a transfer on the wire: padded, and with the expert's checksum behind its last range."""
+        """Bytes of a transfer on the wire: padded, and with the expert's checksum behind its last
+        range.
+        """
         length = -(-(transfer.stop - transfer.start) // CHECKSUM_BYTES) * CHECKSUM_BYTES
         return length + (CHECKSUM_BYTES if self._is_last(batch, transfer) else 0)
 
@@ -129,7 +132,9 @@ class RoundExchange:
         return transfer.stop == self._memory.expert_bytes_L[layer]
 
     def _splits(self, batch: Batch, round_: Round) -> tuple[list[int], list[int]]:
-        """Bytes to and from each peer. Adds up all ranks, so that StagingFull is raised on all or on none."""
+        """Bytes to and from each peer. Adds up all ranks, so that StagingFull is raised on all or
+        on none.
+        """
         wire_RR = [[0] * self.size for _ in range(self.size)]
         for transfer in round_.transfers:
             move = batch.moves[transfer.move]

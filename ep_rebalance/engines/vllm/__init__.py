@@ -18,10 +18,11 @@ import sys
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: runs in every vLLM process, whether the plugin is wanted or not.
+    """Entry point of `vllm.general_plugins`: runs in every vLLM process, whether the plugin is
+    wanted or not.
 
-    Only adds the command-line flags and looks out for a configuration that asks for us, and only in processes
-    that parse arguments. An exception here would stop vLLM, so nothing else is done.
+    Only adds the command-line flags and looks out for a configuration that asks for us, and only in
+    processes that parse arguments. An exception here would stop vLLM, so nothing else is done.
     """
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     if arg_utils is None:

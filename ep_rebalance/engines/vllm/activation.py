@@ -1,9 +1,11 @@
 """Seam: the engine's configuration.
 
-Target: `EngineArgs.create_engine_config`. Why: the one place through which `vllm serve` and `LLM(...)` both pass, before
-any other process is started, so that what cannot work stops the server at start with a reason and a remedy.
-`ParallelConfig` refuses `enable_eplb` on CPU (vllm/config/parallel.py), so it is switched on after that check: it makes
-the model allocate redundant slots and lets placement differ from vLLM's own. Can go when vLLM lets a plugin bring its balancer.
+Target: `EngineArgs.create_engine_config`. Why: the one place through which `vllm serve` and
+`LLM(...)` both pass, before any other process is started, so that what cannot work stops the server
+at start with a reason and a remedy. `ParallelConfig` refuses `enable_eplb` on CPU
+(vllm/config/parallel.py), so it is switched on after that check: it makes the model allocate
+redundant slots and lets placement differ from vLLM's own. Can go when vLLM lets a plugin bring its
+balancer.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ WORKER_EXTENSION = "ep_rebalance.engines.vllm.worker_extension.WorkerExtension"
 
 
 def install(engine_args: type[Any]) -> None:
-    """Make `engine_args.create_engine_config` activate the plugin where `additional_config` asks for it."""
+    """Make `engine_args.create_engine_config` activate the plugin where `additional_config` asks
+    for it.
+    """
     original = engine_args.create_engine_config
 
     @functools.wraps(original)
@@ -60,7 +64,9 @@ def active_config(vllm_config: Any) -> RebalanceConfig:
 
 
 def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:
-    """What a saved placement must match; the hash leaves out where the checkpoint lies and who wrote it."""
+    """What a saved placement must match; the hash leaves out where the checkpoint lies and who
+    wrote it.
+    """
     settings = vllm_config.model_config.hf_text_config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         settings.pop(volatile, None)
@@ -161,7 +167,7 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
         )
     if model.quantization is not None and config.mode != "observe":
         raise ConfigurationError(
-            f"quantisation {model.quantization!r} is not verified: some of an expert's scales might stay behind.",
+            f"quantisation {model.quantization!r} is not verified: scales of an expert might stay behind.",
             "use mode=observe, which moves nothing, or the unquantised checkpoint.",
         )
     redundant = config.planner.redundant_experts
@@ -173,7 +179,7 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
         )
     if (experts + redundant) // ranks > experts:
         raise ConfigurationError(
-            f"planner.redundant_experts={redundant} gives each of {ranks} ranks more slots than there are experts.",
+            f"planner.redundant_experts={redundant} gives a rank more slots than there are experts.",
             f"set it to at most {experts * ranks - experts}.",
         )
 

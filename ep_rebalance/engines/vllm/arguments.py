@@ -1,7 +1,8 @@
 """Seam: the command line of `vllm serve` and of everything else that takes engine arguments.
 
-Target: `EngineArgs.add_cli_args`. Why: vLLM has no list of plugins on the command line; it reads `VLLM_PLUGINS`. Can go when
-vLLM takes plugin arguments itself. The flags are folded into `additional_config`, which reaches every process, only after
+Target: `EngineArgs.add_cli_args`. Why: vLLM has no list of plugins on the command line; it reads
+`VLLM_PLUGINS`. Can go when vLLM takes plugin arguments itself. The flags are folded into
+`additional_config`, which reaches every process, only after
 parsing: vLLM appends dotted keys (`--ep-rebalance-config.mode observe`) last.
 """
 
@@ -110,7 +111,9 @@ def _fold(namespace: argparse.Namespace) -> None:
 
 
 def _allow_endpoint() -> None:
-    """vLLM loads HTTP routes only of plugins named in VLLM_PLUGINS; naming us alone would switch all others off."""
+    """vLLM loads HTTP routes only of plugins named in VLLM_PLUGINS; naming us alone would switch
+    all others off.
+    """
     named = os.environ.get("VLLM_PLUGINS")
     if named is None:
         found = {e.name for group in _GROUPS_LOADED_BY_DEFAULT for e in entry_points(group=group)}

@@ -15,10 +15,11 @@ from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm import router
 from ep_rebalance.engines.vllm.activation import active_config, model_identity
+from ep_rebalance.journal import initial_status
 from ep_rebalance.metrics import encode
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import compile_planner
-from ep_rebalance.rebalancer import Rebalancer, initial_status
+from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.state import SavedState, load_state
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.expert_memory import ExpertMemory
@@ -146,7 +147,8 @@ def _attach_routers(model: Any, counts: DeviceCounts, *, moves_experts: bool) ->
 def _expert_memory(model: Any, counts: DeviceCounts, device: torch.device) -> ExpertMemory:
     """Collect the experts' tensors through the interface that vLLM's own balancer uses.
 
-    The state that the layers get in exchange is checked by vLLM's routers but never read: ours map the ids.
+    The state that the layers get in exchange is checked by vLLM's routers but never read: ours map
+    the ids.
     """
     layers, _, experts = counts.counts_LAE.shape
     model.set_eplb_state(
@@ -166,7 +168,11 @@ def _expert_memory(model: Any, counts: DeviceCounts, device: torch.device) -> Ex
 def _refuse_hidden_tensors(experts: Any) -> None:
     """An expert's tensor that is no parameter would stay behind when the expert moves."""
     for name, value in vars(experts).items():
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == experts.local_num_experts:
+        if (
+            isinstance(value, torch.Tensor)
+            and value.ndim > 1
+            and len(value) == experts.local_num_experts
+        ):
             raise ConfigurationError(
                 f"layer {experts.layer_name!r} keeps the per-expert tensor {name!r} outside its parameters.",
                 "use mode=observe, which moves nothing.",

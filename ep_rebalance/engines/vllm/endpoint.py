@@ -1,8 +1,9 @@
 """Seam: the API server - `GET /ep_rebalance/status`, and our metrics on vLLM's own `/metrics`.
 
-Target: the entry point group `vllm.endpoint_plugins` (vllm/plugins/endpoint_plugins/interface.py). Why: workers export nothing, and
-vLLM's statistics have no place for a plugin's; the API server polls the engine instead. With several API servers only the
-first one exports; each answers the route.
+Target: the entry point group `vllm.endpoint_plugins` (vllm/plugins/endpoint_plugins/interface.py).
+Why: workers export nothing, and vLLM's statistics have no place for a plugin's; the API server
+polls the engine instead. With several API servers only the first one exports; each answers the
+route.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class EngineStatus:
         self._last: bytes | None = None
 
     async def read(self) -> bytes | None:
-        """The encoded status; the one before if the engine does not answer in time; None before the first."""
+        """The encoded status; the one before if the engine does not answer in time; None before the
+        first.
+        """
         try:
             async with asyncio.timeout(self._config.poll_timeout_seconds):
                 answers = await self._engine.collective_rpc("ep_rebalance_snapshot")
@@ -91,7 +94,9 @@ class EndpointPlugin:
 
 
 async def show_status(request: Request) -> Response:
-    """The whole status as JSON: 401 without the server's API key, 503 before the engine has answered once."""
+    """The whole status as JSON: 401 without the server's API key, 503 before the engine has
+    answered once.
+    """
     state = request.app.state
     if not _authorised(request, state.ep_rebalance_keys):
         return _json({"error": "Unauthorized"}, 401)

@@ -1,8 +1,9 @@
 """Seam: vLLM's own balancer.
 
-Target: `EplbState` where the model runners bind it. Why: `enable_eplb` makes the runners build one, which would reserve its
-maps (116 MiB a GPU for DeepSeek-V3) and rearrange experts under us. The stand-in keeps the interface that the runners call and
-does nothing. Can go when vLLM lets a plugin bring its balancer.
+Target: `EplbState` where the model runners bind it. Why: `enable_eplb` makes the runners build one,
+which would reserve its maps (116 MiB a GPU for DeepSeek-V3) and rearrange experts under us. The
+stand-in keeps the interface that the runners call and does nothing. Can go when vLLM lets a plugin
+bring its balancer.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ _BOUND_IN = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.eplb_utils")
 
 CONTRACTS = (
     *(Contract(f"{module}:EplbState") for module in _BOUND_IN),
-    Contract(
-        "vllm.distributed.eplb.eplb_state:EplbState.__init__", ("parallel_config", "device")
-    ),
+    Contract("vllm.distributed.eplb.eplb_state:EplbState.__init__", ("parallel_config", "device")),
     Contract("vllm.distributed.eplb.eplb_state:EplbState.add_model", ("model", "model_config")),
     Contract("vllm.distributed.eplb.eplb_state:EplbState.step", ("is_dummy", "is_profile")),
 )

@@ -1,8 +1,9 @@
 """Seam: the life of a model runner - model loaded, inputs of a step ready, step done.
 
-Targets: `load_model`, `_prepare_inputs` (V2 runner: `prepare_inputs`) and `eplb_step` (V2: `EPLBController.step`). Why: vLLM calls the last
-once per engine step on every rank, dummy steps included, which keeps ranks in step; the inputs tell prefill from
-decode tokens; and the CPU runner never sets up balancing at all. Can go when vLLM lets a plugin bring its balancer.
+Targets: `load_model`, `_prepare_inputs` (V2 runner: `prepare_inputs`) and `eplb_step` (V2:
+`EPLBController.step`). Why: vLLM calls the last once per engine step on every rank, dummy steps
+included, which keeps ranks in step; the inputs tell prefill from decode tokens; and the CPU runner
+never sets up balancing at all. Can go when vLLM lets a plugin bring its balancer.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def _wrap(owner: type[Any], name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
-def _attach_after_loading(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:
+def _attach_after_loading(
+    original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
+) -> None:
     original(runner, *args, **kwargs)
     attachment = Attachment.create(runner.model, runner.vllm_config, runner.device)
     setattr(runner, _ATTRIBUTE, attachment)
@@ -80,7 +83,10 @@ def _attach_after_loading(original: Callable[..., Any], runner: Any, *args: Any,
 
 
 def _mark_tokens_v1(
-    original: Callable[..., Any], runner: Any, scheduler_output: Any, num_scheduled_tokens: NDArray[Any]
+    original: Callable[..., Any],
+    runner: Any,
+    scheduler_output: Any,
+    num_scheduled_tokens: NDArray[Any],
 ) -> Any:
     if attachment := attachment_of(runner):
         batch, requests = runner.input_batch, len(num_scheduled_tokens)

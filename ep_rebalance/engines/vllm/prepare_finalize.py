@@ -1,8 +1,9 @@
 """Seam: expert parallelism on CPU.
 
-Target: `maybe_make_prepare_finalize`, wherever it is bound by name. Why: on CPU vLLM's expert kernel ignores `expert_map` and its
-communicator lacks `all_gatherv`, so tensor- and data-parallel experts crash; with rows sent by all-to-all each rank sees only
-rows of its own slots. GPUs keep the all-to-all backend that the operator chose. Can go when vLLM's CPU backend has one.
+Target: `maybe_make_prepare_finalize`, wherever it is bound by name. Why: on CPU vLLM's expert
+kernel ignores `expert_map` and its communicator lacks `all_gatherv`, so tensor- and data-parallel
+experts crash; with rows sent by all-to-all each rank sees only rows of its own slots. GPUs keep the
+all-to-all backend that the operator chose. Can go when vLLM's CPU backend has one.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def install() -> None:
 class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     """Rows to the slots' ranks before the expert kernel, outputs home after it.
 
-    Under tensor parallelism without sequence parallelism all tensor-parallel ranks hold the same tokens: each
-    takes its share of them to the experts, and the results are gathered.
+    Under tensor parallelism without sequence parallelism all tensor-parallel ranks hold the same
+    tokens: each takes its share of them to the experts, and the results are gathered.
     """
 
     def __init__(self, moe: Any, combine: Combine) -> None:
@@ -66,7 +67,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         tensor_group = get_tp_group()
         shared = tensor_group.world_size > 1 and not parallel.is_sequence_parallel
         self._tensor_group = tensor_group if shared else None
-        self._ranks = get_ep_group().world_size
+        self._ranks: int = get_ep_group().world_size
         self._all_to_all = AllToAll(
             group=get_ep_group().device_group,
             slots_per_rank=moe.num_experts // self._ranks,
@@ -130,7 +131,8 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
 
     def _share_size(self, num_tokens: int) -> int:
         assert self._tensor_group is not None
-        return -(-num_tokens // self._tensor_group.world_size)
+        ranks: int = self._tensor_group.world_size
+        return -(-num_tokens // ranks)
 
     def _share(self, rows: torch.Tensor) -> torch.Tensor:
         if self._tensor_group is None:

@@ -1,7 +1,8 @@
 """Seam: from the router's logical expert ids to slots.
 
-Target: `BaseRouter._apply_eplb_mapping`. Why: it is the one place that every router passes with logical ids in hand, after
-routed-expert capture and before the kernels; off GPU vLLM's own mapping does nothing there. Can go when vLLM has a hook for it.
+Target: `BaseRouter._apply_eplb_mapping`. Why: it is the one place that every router passes with
+logical ids in hand, after routed-expert capture and before the kernels; off GPU vLLM's own mapping
+does nothing there. Can go when vLLM has a hook for it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def attach(
     """
 
     def route(topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        slots_TK = counts.route(layer, topk_ids_TK, tensor_rank * topk_ids_TK.shape[0])
-        return slots_TK if moves_experts else topk_ids_TK
+        first_token = tensor_rank * topk_ids_TK.shape[0]
+        if moves_experts:
+            return counts.route(layer, topk_ids_TK, first_token)
+        counts.count(layer, topk_ids_TK, first_token)
+        return topk_ids_TK
 
     setattr(router, _ATTRIBUTE, route)

@@ -1,8 +1,9 @@
 """Seam: the worker process.
 
-Target: `ParallelConfig.worker_extension_cls`. Why: vLLM imports this module in a worker only if the configuration names it, and before it
-builds the worker's model runner. That makes the import itself the moment to put the worker's seams in: no server that did
-not ask for the plugin is touched. Contract: vllm/v1/worker/worker_base.py, `init_worker`.
+Target: `ParallelConfig.worker_extension_cls`. Why: vLLM imports this module in a worker only if the
+configuration names it, and before it builds the worker's model runner. That makes the import itself
+the moment to put the worker's seams in: no server that did not ask for the plugin is touched.
+Contract: vllm/v1/worker/worker_base.py, `init_worker`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class WorkerExtension:
         return b"" if attachment is None else attachment.status()
 
     def ep_rebalance_step_times(self) -> list[tuple[float, bool]]:
-        """Wall seconds of this rank's steps since the last call, and whether experts moved in it. For benchmarks."""
+        """Wall seconds of this rank's steps since the last call, and whether experts moved in it.
+        For benchmarks.
+        """
         attachment = model_runner.attachment_of(self.model_runner)
         if attachment is None:
             return []

@@ -1,0 +1,140 @@
+"""What takes long: planning, working out rounds, writing the state file. One thread, off the step
+path.
+
+Nothing here talks to other ranks. A job's result, or its exception, is picked up by the loop of
+`rebalancer.py`, which tells the other ranks in the next snapshot.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance import __version__
+from ep_rebalance.commit import Served
+from ep_rebalance.config import PlannerConfig, RebalanceConfig
+from ep_rebalance.migration import Migration, schedule
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.decision import Decision, decide
+from ep_rebalance.planning.plan import Budget, Plan
+from ep_rebalance.planning.policies import make_plan
+from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, ModelIdentity, SavedState, save_state
+from ep_rebalance.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+QUOTA_UNIT = 1 << 30
+"""Quotas travel as integers in this unit, so that every rank reads the same bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A plan, what the decision said of it, and the seconds that both took."""
+
+    plan: Plan
+    decision: Decision
+    seconds: float
+
+
+class Background:
+    """The jobs of one rank. expert_bytes_L: packed size of one expert of each layer."""
+
+    def __init__(
+        self,
+        *,
+        config: RebalanceConfig,
+        topology: Topology,
+        identity: ModelIdentity,
+        expert_bytes_L: Sequence[int],
+        staging_slots: int,
+    ) -> None:
+        self._config = config
+        self._topology = topology
+        self._identity = identity
+        self._expert_bytes_L = expert_bytes_L
+        self._staging_slots = staging_slots
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ep_rebalance")
+
+    def propose(
+        self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float
+    ) -> Future[Proposal]:
+        """Plan from `served` and decide whether the plan is worth its migration."""
+        return self._thread.submit(self._propose, samples_WLE, served, step_seconds)
+
+    def schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Future[Migration]:
+        """Read a plan from its wire form and work out the rounds that lead to it."""
+        return self._thread.submit(self._schedule, served, wire_2LP.copy())
+
+    def save(self, served: Served, load_LE: NDArray[np.float64]) -> None:
+        """Write the state file, if one is configured."""
+        if self._config.state.path:
+            self._thread.submit(self._save, Path(self._config.state.path), served, load_LE)
+
+    def _propose(
+        self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float
+    ) -> Proposal:
+        began = time.perf_counter()
+        planner, current = self._config.planner, served.placement
+        budget = plan_budget(planner, current)
+        plan = make_plan(planner.policy, samples_WLE, current, self._topology, budget, planner.seed)
+        decision = decide(
+            plan,
+            step_seconds=step_seconds,
+            expert_bytes_L=self._expert_bytes_L,
+            current=current,
+            topology=self._topology,
+            config=self._config.decision,
+        )
+        return Proposal(plan=plan, decision=decision, seconds=time.perf_counter() - began)
+
+    def _schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Migration:
+        current = served.placement
+        slots_LP, quota_units_LP = wire_2LP
+        return schedule(
+            current,
+            Placement(slots_LP.astype(np.int32), current.num_experts, current.num_ranks),
+            quota_units_LP / QUOTA_UNIT,
+            topology=self._topology,
+            expert_bytes_L=self._expert_bytes_L,
+            max_bytes_per_round=self._config.migration.max_bytes_per_step,
+            staging_slots=self._staging_slots,
+        )
+
+    def _save(self, path: Path, served: Served, load_LE: NDArray[np.float64]) -> None:
+        header = Header(
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            identity=self._identity,
+            generation=served.generation,
+            saved_at=time.time(),
+            plugin_version=__version__,
+        )
+        state = SavedState(
+            header=header, placement=served.placement, quotas_LP=served.quotas_LP, load_LE=load_LE
+        )
+        try:
+            save_state(path, state)
+        except OSError as error:
+            logger.warning("ep_rebalance: the state was not saved in %s: %s", path, error)
+
+
+def plan_budget(planner: PlannerConfig, current: Placement) -> Budget:
+    """At least one swap, however few slots there are."""
+    slots = current.slots_LP.size
+    return Budget(
+        max_moved_slots=max(2, int(slots * planner.max_moved_fraction)),
+        max_arrivals=planner.max_arrivals_per_rank_and_layer,
+    )
+
+
+def plan_to_wire(plan: Plan) -> NDArray[np.int64]:
+    """int64 [2, L, P]: the slots, and the quotas in QUOTA_UNIT."""
+    quota_units_LP = np.rint(plan.quotas_LP * QUOTA_UNIT).astype(np.int64)
+    return np.stack([plan.placement.slots_LP.astype(np.int64), quota_units_LP])

@@ -1,0 +1,122 @@
+"""Writes what happened into the `Status` and the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ep_rebalance import __version__
+from ep_rebalance.background import Proposal
+from ep_rebalance.commit import Served
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.load_window import PHASES
+from ep_rebalance.metrics import OUTCOMES, Status
+from ep_rebalance.migration import Batch
+from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.snapshot import Snapshot
+from ep_rebalance.topology import LINKS
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """Every rank keeps one; only rank 0's is shown and logged."""
+
+    def __init__(self, status: Status, *, contiguous: Placement, rank: int) -> None:
+        self.status = status
+        self._contiguous = contiguous
+        self._rank = rank
+
+    def snapshot(self, snapshot: Snapshot, served: Served) -> None:
+        """Measure the load that the served placement got, and what the loaded one would have got."""
+        sample, status = snapshot.sample, self.status
+        status.snapshots += 1
+        load_LE = sample.counts_ALE.sum(0)
+        if not load_LE.any():
+            return
+        rank_load_LR = served.placement.rank_load_LR(load_LE, served.quotas_LP)
+        status.imbalance = imbalance_L(rank_load_LR).tolist()
+        status.contiguous_imbalance = imbalance_L(self._contiguous.rank_load_LR(load_LE)).tolist()
+        status.step_seconds = sample.step_seconds
+        for rank, tokens in enumerate(rank_load_LR.sum(0)):
+            status.rank_tokens[rank] += round(tokens)
+        pairs_per_token = int(status.info["top_k"]) * status.layers
+        for phase, counts_LE in zip(PHASES, sample.counts_ALE, strict=True):
+            status.phase_tokens[phase] += int(counts_LE.sum()) // pairs_per_token
+
+    def proposal(self, proposal: Proposal) -> None:
+        """A plan was made; unless it was accepted, that is the end of it."""
+        self.status.plan_seconds.add(proposal.seconds)
+        self.status.last_decision = proposal.decision.reason
+        if proposal.decision.outcome == "accepted":
+            self.status.predicted_imbalance = proposal.plan.imbalance_after_L.tolist()
+        else:
+            self.outcome(proposal.decision.outcome, proposal.decision.reason)
+
+    def round_stalled(self, seconds: float) -> None:
+        self.status.round_stall_seconds.add(seconds)
+
+    def committed(self, batch: Batch, expert_bytes_L: tuple[int, ...], seconds: float) -> None:
+        """A batch is served."""
+        for move in batch.moves:
+            self.status.migrated_experts[move.link] += 1
+            self.status.migrated_bytes[move.link] += expert_bytes_L[move.layer]
+        self.status.commit_stall_seconds.add(seconds)
+
+    def migration_ended(self, seconds: float, fault: str) -> None:
+        """All batches are served, or the rest was given up because of `fault`."""
+        self.status.migrating = 0
+        self.status.migration_seconds.add(seconds)
+        if fault:
+            self.outcome("abandoned", fault)
+        else:
+            self.outcome("committed", self.status.last_decision)
+
+    def generation(self, generation: int) -> None:
+        self.status.generation = generation
+        self.status.last_commit_timestamp = time.time()
+
+    def outcome(self, outcome: str, reason: str) -> None:
+        """Count what became of a plan."""
+        self.status.plans[outcome] += 1
+        self.status.message = reason
+        if self._rank == 0:
+            level = logging.WARNING if outcome in ("abandoned", "failed") else logging.INFO
+            generation = self.status.generation
+            logger.log(
+                level, "ep_rebalance: plan %s, generation %d: %s", outcome, generation, reason
+            )
+
+    def stuck(self, reason: str) -> None:
+        """Something will not end by itself; serving goes on with the placement as it is."""
+        if not self.status.stuck:
+            logger.error("ep_rebalance: stuck: %s", reason)
+        self.status.stuck = 1
+        self.status.message = reason
+
+
+def initial_status(
+    *, config: RebalanceConfig, model: str, placement: Placement, top_k: int
+) -> Status:
+    """A status in which every label that will be counted exists already, at zero."""
+    return Status(
+        info={
+            "version": __version__,
+            "mode": config.mode,
+            "policy": config.planner.policy,
+            "ep_size": str(placement.num_ranks),
+            "slots": str(placement.num_slots),
+            "top_k": str(top_k),
+        },
+        model=model,
+        layers=placement.num_layers,
+        experts=placement.num_experts,
+        ep_size=placement.num_ranks,
+        slots=placement.num_slots,
+        config=config.as_dict(),
+        rank_tokens=[0] * placement.num_ranks,
+        phase_tokens=dict.fromkeys(PHASES, 0),
+        plans=dict.fromkeys(OUTCOMES, 0),
+        migrated_experts=dict.fromkeys(LINKS, 0),
+        migrated_bytes=dict.fromkeys(LINKS, 0),
+    )
