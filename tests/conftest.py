@@ -1,0 +1,36 @@
+"""Pools of gloo processes, one of each size for the whole session."""
+
+from collections.abc import Iterator
+
+import pytest
+from ranks import Ranks
+
+from ep_rebalance.planning.policies import compile_planner
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks_of(two_ranks: Ranks, four_ranks: Ranks) -> dict[int, Ranks]:
+    """The pools by size; a pool starts its processes when it is first used."""
+    single = Ranks(1)
+    yield {1: single, 2: two_ranks, 4: four_ranks}
+    single.stop()
+
+
+@pytest.fixture(scope="session")
+def compiled_planner() -> None:
+    """Machine code of the planner on disk, so that no rank compiles it against a time limit."""
+    compile_planner()

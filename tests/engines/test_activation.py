@@ -1,0 +1,379 @@
+"""The engine's configuration: what is completed, and what is refused with reason and remedy."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ep_rebalance import __version__
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.placement import Placement
+from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, SavedState, save_state
+
+EXPERTS, LAYERS = 6, 2
+WORKER_EXTENSION = "ep_rebalance.engines.vllm.worker_extension.WorkerExtension"
+MODEL = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_position_embeddings": 128,
+    "dtype": "float32",
+}
+DENSE = {
+    **{key: value for key, value in MODEL.items() if "expert" not in key and "moe" not in key},
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+}
+
+
+def write_model(folder: Path, config: dict) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"), MODEL)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in list(os.environ):
+        if name.startswith("EP_REBALANCE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def create(vllm, model, recwarn):
+    """An engine's configuration, as `vllm serve` and `LLM` make it, with settings of the plugin."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def engine_config(settings: dict | None, **arguments):
+        defaults = {
+            "model": model,
+            "skip_tokenizer_init": True,
+            "enable_expert_parallel": True,
+            "tensor_parallel_size": 2,
+            "additional_config": {} if settings is None else {"ep_rebalance": settings},
+        }
+        return EngineArgs(**{**defaults, **arguments}).create_engine_config()
+
+    return engine_config
+
+
+def assert_refused(create, reason: list[str], remedy: list[str], settings=None, **arguments):
+    with pytest.raises(ConfigurationError) as raised:
+        create(settings or {}, **arguments)
+    for word in reason:
+        assert word in raised.value.reason
+    for word in remedy:
+        assert word in raised.value.remedy
+
+
+# --- completed
+
+
+def test_without_settings_of_ours_nothing_is_changed(create):
+    config = create(None)
+    assert not config.parallel_config.enable_eplb
+    assert not config.parallel_config.worker_extension_cls
+    assert not config.additional_config
+
+
+def test_rebalancing_gets_slots_to_move_experts_between(create):
+    config = create({"planner": {"redundant_experts": 4}})
+    parallel = config.parallel_config
+    assert parallel.enable_eplb
+    assert parallel.eplb_config.num_redundant_experts == 4
+    assert not parallel.eplb_config.use_async
+    assert parallel.worker_extension_cls == WORKER_EXTENSION
+    assert config.additional_config["ep_rebalance"]["planner"]["redundant_experts"] == 4
+    assert config.additional_config["ep_rebalance_version"] == __version__
+
+
+def test_on_cpu_the_engine_runs_eagerly(create):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("needs vLLM for CPU")
+    assert create({}).model_config.enforce_eager
+
+
+def test_observing_changes_no_more_than_the_worker(create):
+    config = create({"mode": "observe"})
+    assert not config.parallel_config.enable_eplb
+    assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION
+
+
+def test_data_parallel_ranks_are_expert_parallel_ranks(create):
+    from ep_rebalance.engines.vllm.activation import ep_size
+
+    config = create({}, tensor_parallel_size=1, data_parallel_size=3)
+    assert ep_size(config.parallel_config) == 3
+
+
+def test_environment_is_read_where_no_command_line_was(create, monkeypatch):
+    monkeypatch.setenv("EP_REBALANCE_MODE", "observe")
+    monkeypatch.setenv("EP_REBALANCE_WINDOW__SNAPSHOTS", "9")
+    settings = create({"window": {"snapshots": 7}}).additional_config["ep_rebalance"]
+    assert (settings["mode"], settings["window"]["snapshots"]) == ("observe", 7)
+
+
+def test_a_model_that_was_moved_has_the_same_identity(create, model, tmp_path):
+    from ep_rebalance.engines.vllm.activation import active_config, model_identity
+
+    elsewhere = write_model(tmp_path, {**MODEL, "transformers_version": "4.0"})
+    other = write_model(tmp_path / "other", {**MODEL, "num_experts_per_tok": 1})
+
+    def config_hash(path):
+        config = create({}, model=path)
+        return model_identity(config, active_config(config)).config_hash
+
+    assert config_hash(elsewhere) == config_hash(model)
+    assert config_hash(other) != config_hash(model)
+
+
+# --- refused: parallelism
+
+
+def test_one_expert_parallel_rank_is_refused(create):
+    assert_refused(
+        create,
+        ["there is one expert-parallel rank"],
+        ["--tensor-parallel-size or --data-parallel-size to 2 or more"],
+        tensor_parallel_size=1,
+    )
+
+
+def test_no_expert_parallelism_is_refused(create):
+    assert_refused(
+        create,
+        ["expert parallelism is off"],
+        ["--enable-expert-parallel"],
+        enable_expert_parallel=False,
+    )
+
+
+def test_pipeline_parallelism_is_refused(create):
+    assert_refused(
+        create,
+        ["pipeline_parallel_size=2"],
+        ["tensor and data parallelism only"],
+        pipeline_parallel_size=2,
+    )
+
+
+def test_the_engines_own_balancer_is_refused(create):
+    assert_refused(
+        create,
+        ["--enable-eplb", "two balancers"],
+        ["drop --enable-eplb", "planner.redundant_experts"],
+        enable_eplb=True,
+    )
+
+
+def test_a_second_worker_extension_is_refused(create):
+    assert_refused(
+        create,
+        ["one worker extension", "'some.other.Extension'"],
+        ["drop --worker-extension-cls"],
+        worker_extension_cls="some.other.Extension",
+    )
+
+
+# --- refused: model
+
+
+@pytest.mark.parametrize(
+    ("ranks", "redundant", "fitting"),
+    [(2, 1, "0, 2, 4, ..."), (4, 0, "2, 6, 10, ..."), (4, 4, "2, 6, 10, ..."), (5, 0, "4, 9, 14")],
+)
+def test_redundant_experts_that_do_not_divide_are_refused_with_those_that_do(
+    create, ranks, redundant, fitting
+):
+    assert_refused(
+        create,
+        [f"{EXPERTS} experts + planner.redundant_experts={redundant}", f"{ranks} ranks"],
+        [f"set planner.redundant_experts to {fitting}"],
+        {"planner": {"redundant_experts": redundant}},
+        tensor_parallel_size=1,
+        data_parallel_size=ranks,
+    )
+
+
+def test_more_slots_on_a_rank_than_experts_are_refused(create):
+    assert_refused(
+        create,
+        ["planner.redundant_experts=8", "more slots than there are experts"],
+        ["at most 6"],
+        {"planner": {"redundant_experts": 8}},
+    )
+
+
+def test_observing_does_not_mind_experts_that_do_not_divide(create):
+    create({"mode": "observe"}, tensor_parallel_size=4)
+
+
+def test_a_dense_model_is_refused(create, tmp_path):
+    assert_refused(
+        create,
+        ["has no Mixture-of-Experts layers", str(tmp_path)],
+        ["without --plugin ep_rebalance"],
+        model=write_model(tmp_path, DENSE),
+    )
+
+
+QUANTISED = {
+    **MODEL,
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [32, 32],
+        "fmt": "e4m3",
+    },
+}
+
+
+def test_a_quantised_model_is_refused_where_experts_move(create, tmp_path):
+    assert_refused(
+        create,
+        ["quantisation 'fp8'"],
+        ["mode=observe", "unquantised"],
+        model=write_model(tmp_path, QUANTISED),
+    )
+
+
+def test_a_quantised_model_can_be_observed(create, tmp_path):
+    config = create({"mode": "observe"}, model=write_model(tmp_path, QUANTISED))
+    assert config.model_config.quantization == "fp8"
+
+
+# --- refused: engine and settings
+
+
+def test_an_unknown_version_is_refused(create, vllm, monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    assert_refused(create, ["vLLM 0.99.1 is not supported"], ["install one of these"])
+
+
+def test_a_changed_engine_is_refused(create, vllm, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    monkeypatch.setattr(BaseRouter, "_apply_eplb_mapping", lambda self, ids: ids)
+    assert_refused(
+        create, ["_apply_eplb_mapping has no parameter topk_ids"], ["newer ep-rebalance"]
+    )
+
+
+def test_unknown_settings_are_refused(create):
+    assert_refused(
+        create, ["unknown configuration key 'planner.speed'"], ["redundant_experts"],
+        {"planner": {"speed": 1}},
+    )  # fmt: skip
+
+
+# --- refused: state file
+
+
+def write_state(create, path: Path, **changes) -> None:
+    """A state file as this model would have saved it, but for `changes` to its identity."""
+    import msgspec
+
+    from ep_rebalance.engines.vllm.activation import active_config, model_identity
+
+    config = create({})
+    identity = msgspec.structs.replace(model_identity(config, active_config(config)), **changes)
+    placement = Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, num_ranks=2)
+    header = Header(
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        identity=identity,
+        generation=3,
+        saved_at=0.0,
+        plugin_version=__version__,
+    )
+    state = SavedState(
+        header=header,
+        placement=placement,
+        quotas_LP=placement.even_quotas_LP(),
+        load_LE=np.ones((LAYERS, EXPERTS)),
+    )
+    save_state(path, state)
+
+
+@pytest.mark.parametrize("mode", ["rebalance", "static"])
+def test_a_state_file_of_this_model_passes(create, tmp_path, mode):
+    path = tmp_path / "state.npz"
+    write_state(create, path)
+    create({"mode": mode, "state": {"path": str(path)}})
+
+
+@pytest.mark.parametrize("mode", ["rebalance", "static"])
+def test_a_state_file_of_another_model_is_refused(create, tmp_path, mode):
+    path = tmp_path / "state.npz"
+    write_state(create, path, model="other", config_hash="other")
+    assert_refused(
+        create, [str(path), "was saved for model 'other'"], ["delete it", "state.path"],
+        {"mode": mode, "state": {"path": str(path)}},
+    )  # fmt: skip
+
+
+def test_a_state_file_of_another_number_of_ranks_is_refused(create, tmp_path):
+    path = tmp_path / "state.npz"
+    write_state(create, path, ep_size=3)
+    assert_refused(
+        create, ["ep_size=3, not 2"], ["another file in state.path"],
+        {"state": {"path": str(path)}},
+    )  # fmt: skip
+
+
+def test_a_damaged_state_file_is_refused(create, tmp_path):
+    path = tmp_path / "state.npz"
+    write_state(create, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(
+        create, [str(path), "is no readable state file"], ["delete it"],
+        {"state": {"path": str(path)}},
+    )  # fmt: skip
+
+
+def test_a_state_path_that_cannot_be_written_is_refused(create, tmp_path):
+    path = tmp_path / "missing" / "state.npz"
+    assert_refused(
+        create, [f"state.path={str(path)!r} cannot be written"], ["existing folder"],
+        {"state": {"path": str(path)}},
+    )  # fmt: skip
+
+
+def test_static_without_its_file_is_refused(create, tmp_path):
+    path = tmp_path / "state.npz"
+    assert_refused(
+        create, [f"mode=static serves the placement in {str(path)!r}", "no such file"],
+        ["serve once in mode rebalance"],
+        {"mode": "static", "state": {"path": str(path)}},
+    )  # fmt: skip
+
+
+def test_static_without_a_path_is_refused(create):
+    assert_refused(create, ["mode=static"], ["ep-rebalance config"], {"mode": "static"})
+
+
+def test_observing_does_not_read_the_state(create, tmp_path):
+    path = tmp_path / "state.npz"
+    path.write_bytes(b"something else")
+    create({"mode": "observe", "state": {"path": str(path)}})

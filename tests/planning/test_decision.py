@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ep_rebalance.config import DecisionConfig
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.decision import Decision, decide, migration_seconds
+from ep_rebalance.planning.plan import Plan
+from ep_rebalance.topology import Topology
+
+CURRENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
+SWAPPED = Placement(np.array([[0, 2, 1, 3], [0, 1, 2, 3]], dtype=np.int32), 4, 2)
+TOPOLOGY = Topology(node_of_rank=(0, 0), bytes_per_second=(1000.0, 100.0, 10.0))
+
+
+def judge(
+    after: float, *, target: Placement = SWAPPED, step_seconds: float = 0.1, **settings: float
+) -> Decision:
+    plan = Plan(
+        placement=target,
+        quotas_LP=target.even_quotas_LP(),
+        imbalance_before_L=np.array([2.0, 2.0]),
+        imbalance_after_L=np.array([after, 2.0]),
+        moved_slots=target.changed_slots(CURRENT),
+    )
+    config = DecisionConfig.model_validate(
+        {"horizon_steps": 100, "min_gain": 0.01, "expert_time_fraction": 0.5} | settings
+    )
+    return decide(
+        plan,
+        step_seconds=step_seconds,
+        expert_bytes_L=(50, 50),
+        current=CURRENT,
+        topology=TOPOLOGY,
+        config=config,
+    )
+
+
+def test_a_plan_that_pays_is_accepted_with_its_numbers() -> None:
+    decision = judge(1.0)
+    assert decision.outcome == "accepted"
+    assert decision.accepted
+    assert decision.predicted_gain == pytest.approx(0.5 * (1 - 3 / 4))
+    assert decision.predicted_saved_seconds == pytest.approx(0.125 * 0.1 * 100)
+    assert decision.migration_seconds == pytest.approx(0.5)
+    assert "2 slots" in decision.reason
+    assert "12.50%" in decision.reason
+
+
+def test_too_small_a_gain_is_none() -> None:
+    assert judge(1.99).outcome == "no_gain"
+    assert judge(2.5).outcome == "no_gain"
+    assert judge(2.5).predicted_gain < 0
+
+
+def test_nothing_moved_is_no_gain_whatever_is_promised() -> None:
+    decision = judge(1.0, target=CURRENT, min_gain=0.0)
+    assert (decision.outcome, decision.migration_seconds) == ("no_gain", 0.0)
+
+
+def test_a_gain_that_does_not_repay_the_transfers_is_over_budget() -> None:
+    assert judge(1.0, min_gain_over_cost=2.4).outcome == "accepted"
+    assert judge(1.0, min_gain_over_cost=2.6).outcome == "over_budget"
+    assert judge(1.0, step_seconds=0.01).outcome == "over_budget"
+
+
+def test_cost_is_the_time_of_the_busiest_rank_over_its_links() -> None:
+    current = Placement(np.array([[0, 1, 2, 3, 0, 2]], dtype=np.int32), 4, 3)
+    nodes = Topology(node_of_rank=(0, 0, 1), bytes_per_second=(1000.0, 100.0, 10.0))
+    moved = Placement(np.array([[0, 1, 2, 3, 1, 2]], dtype=np.int32), 4, 3)
+    assert migration_seconds(moved, current, nodes, [50]) == pytest.approx(5.0)
+    nearer = Placement(np.array([[0, 2, 1, 3, 0, 2]], dtype=np.int32), 4, 3)
+    assert migration_seconds(nearer, current, nodes, [50]) == pytest.approx(0.5)

@@ -1,0 +1,60 @@
+"""Servers that several tests share; each takes about a minute to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from serving import Server, prompts, serving
+
+SETTINGS = {
+    "window": {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 2, "min_tokens": 9000},
+    "planner": {"interval_snapshots": 3},
+    "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
+    "metrics": {"poll_seconds": 0.5},
+}
+
+PLUGIN = ("--enable-expert-parallel", "--plugin", "ep_rebalance")
+DATA_PARALLEL = ("--data-parallel-size", "2")
+TENSOR_PARALLEL = ("--tensor-parallel-size", "2")
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def settings_file(logs: Path) -> str:
+    path = logs / "rebalance.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[str]:
+    """The fixed prompts whose greedy answers must never change: 5 of each domain."""
+    return prompts(per_domain=5)
+
+
+@pytest.fixture(scope="session")
+def one_rank_answers(logs: Path, questions: list[str]) -> list[list[int]]:
+    """What vLLM answers without us."""
+    with serving(logs / "one_rank.log", "--enforce-eager", ranks=1) as server:
+        return server.answers(questions)
+
+
+@pytest.fixture(scope="module")
+def data_parallel(logs: Path, settings_file: str) -> Iterator[Server]:
+    arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
+    with serving(logs / "data_parallel.log", *arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(logs: Path, settings_file: str) -> Iterator[Server]:
+    arguments = (*TENSOR_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
+    with serving(logs / "tensor_parallel.log", *arguments) as server:
+        yield server

@@ -1,0 +1,64 @@
+"""A vLLM plugin that makes the balancer fail on purpose; put on PYTHONPATH by the fault tests only.
+
+FORCED_FAULTS names what fails when, e.g. `planner:1,checksum:2,transport:3`: the first plan raises,
+in the second batch that rank 1 votes on a byte of an arrived expert is flipped, in the third batch
+rank 0 cannot pack its experts.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def register() -> None:
+    faults = dict(
+        part.split(":") for part in os.environ.get("FORCED_FAULTS", "").split(",") if part
+    )
+    if faults:
+        from ep_rebalance import background
+        from ep_rebalance.transport.round_exchange import RoundExchange
+
+        _fail_plan(background, int(faults["planner"]))
+        _flip_byte(RoundExchange, int(faults["checksum"]))
+        _fail_packing(RoundExchange, int(faults["transport"]))
+
+
+def _fail_plan(module: Any, at: int) -> None:
+    original, calls = module.make_plan, []
+
+    def make_plan(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("forced planner exception")
+        return original(*args, **kwargs)
+
+    module.make_plan = make_plan
+
+
+def _flip_byte(exchange: Any, at: int) -> None:
+    original, calls = exchange.vote, []
+
+    def vote(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        arrived = [move for move in batch.moves if move.dst_rank == self.rank]
+        if len(calls) == at and self.rank == 1 and arrived:
+            self.staging[arrived[0].staging, 17] ^= 1
+        return original(self, batch)
+
+    exchange.vote = vote
+
+
+def _fail_packing(exchange: Any, at: int) -> None:
+    begin, pack, batches = exchange.begin_batch, exchange._pack, []
+
+    def begin_batch(self: Any) -> None:
+        batches.append(1)
+        begin(self)
+
+    def fail(self: Any, batch: Any, round_: Any) -> None:
+        if len(batches) == at and self.rank == 0:
+            raise OSError("forced transport error")
+        pack(self, batch, round_)
+
+    exchange.begin_batch, exchange._pack = begin_batch, fail

@@ -1,0 +1,90 @@
+"""Greedy answers before, during and after migrations, on real servers."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from serving import TOKENS, Server, prompts
+
+pytestmark = pytest.mark.server
+
+MIGRATIONS = 3
+
+
+def answers_across_migrations(server: Server, questions: list[str]) -> dict[str, list[list[int]]]:
+    """Ask before any migration, while experts move, and after at least three more migrations."""
+    before = server.answers(questions)
+    assert server.status()["generation"] == 0
+    traffic = prompts(per_domain=6, skip=8)
+    start = server.drive_until(lambda status: status["generation"] >= 1, traffic)["generation"]
+    driver = threading.Thread(target=server.answers, args=(traffic * 3,))
+    driver.start()
+    during = server.answers(questions)
+    driver.join()
+    assert server.status()["generation"] > start, "no migration while the questions were asked"
+    server.drive_until(lambda s: s["generation"] >= start + MIGRATIONS, traffic)
+    return {"before": before, "during": during, "after": server.answers(questions)}
+
+
+def test_data_parallel_answers_equal_one_rank_without_the_plugin(
+    data_parallel: Server, questions: list[str], one_rank_answers: list[list[int]]
+) -> None:
+    asked = answers_across_migrations(data_parallel, questions)
+    assert len(questions) >= 20
+    for when, answers in asked.items():
+        assert answers == one_rank_answers, when
+
+
+def test_every_migration_moved_experts(data_parallel: Server) -> None:
+    status = data_parallel.status()
+    assert status["plans"]["committed"] >= MIGRATIONS
+    assert sum(status["migrated_experts"].values()) >= MIGRATIONS
+    assert status["plans"]["abandoned"] == status["plans"]["failed"] == 0
+
+
+def test_each_token_is_counted_once(data_parallel: Server) -> None:
+    assert_counts_are_right(data_parallel)
+
+
+def assert_counts_are_right(server: Server) -> None:
+    """A prompt of n bytes is n prefill tokens; of its answer all tokens but the last pass the
+    experts.
+
+    What the last steps counted waits for the next snapshot. Ending each reading with the same short
+    request makes these all decode tokens of one sequence.
+    """
+    texts = prompts(per_domain=2, skip=50)
+    before = _read_counts(server)
+    for text in texts:
+        server.answer(text)
+    after = _read_counts(server)
+    flushed = len(FLUSH)
+    expected = {
+        "prefill": flushed + sum(len(text.encode()) for text in texts),
+        "decode": (TOKENS - 1) * (len(texts) + 1),
+    }
+    assert after["prefill"] - before["prefill"] == expected["prefill"]
+    assert abs(after["decode"] - before["decode"] - expected["decode"]) <= 2 * STEPS_PER_SNAPSHOT
+
+
+FLUSH = "hello"
+STEPS_PER_SNAPSHOT = 6
+
+
+def _read_counts(server: Server) -> dict[str, int]:
+    server.answer(FLUSH)
+    counts: dict[str, int] = server.status()["phase_tokens"]
+    return counts
+
+
+def test_tensor_parallel_answers_do_not_change(
+    tensor_parallel: Server, questions: list[str]
+) -> None:
+    asked = answers_across_migrations(tensor_parallel, questions)
+    assert asked["during"] == asked["before"]
+    assert asked["after"] == asked["before"]
+
+
+def test_tensor_parallel_ranks_count_each_token_once(tensor_parallel: Server) -> None:
+    assert_counts_are_right(tensor_parallel)

@@ -1,0 +1,94 @@
+"""What goes wrong while experts move: serving goes on, or ends as vLLM ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import DATA_PARALLEL, PLUGIN, SETTINGS
+from serving import family_of, prompts, serving
+
+pytestmark = pytest.mark.server
+
+FAULTS = Path(__file__).parent / "faults"
+
+
+@pytest.fixture(scope="module")
+def faults_on_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with `forced_faults` and the metadata by which vLLM finds its entry point."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "forced_faults.py").write_bytes((FAULTS / "forced_faults.py").read_bytes())
+    metadata = folder / "forced_faults-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: forced-faults\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nforced_faults = forced_faults:register\n"
+    )
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+def test_forced_faults_are_counted_and_serving_goes_on(
+    logs: Path,
+    settings_file: str,
+    faults_on_path: str,
+    questions: list[str],
+    one_rank_answers: list[list[int]],
+) -> None:
+    arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
+    extra = {
+        "PYTHONPATH": faults_on_path,
+        "FORCED_FAULTS": "planner:1,checksum:2,transport:3",
+    }
+    with serving(logs / "faults.log", *arguments, **extra) as server:
+        status = server.drive_until(
+            lambda s: s["plans"]["committed"] >= 2 and s["plans"]["abandoned"] >= 2,
+            prompts(per_domain=6, skip=8),
+        )
+        assert status["plans"]["failed"] == 1
+        assert status["plans"]["abandoned"] == 2
+        assert server.answers(questions) == one_rank_answers
+        metrics = server.metrics()
+        assert 'outcome="failed"} 1.0' in metrics
+        assert 'outcome="abandoned"} 2.0' in metrics
+        log = server.log_text()
+    assert "forced planner exception" in log
+    assert "forced transport error" in log
+    assert "1 with a checksum error" in log
+
+
+def test_killed_worker_ends_the_server_and_a_restart_warm_starts(
+    logs: Path, tmp_path: Path
+) -> None:
+    """A byte budget of 4 kB a step makes a migration long enough to be hit in the middle."""
+    slow = {**SETTINGS, "migration": {"max_bytes_per_step": 4096}}
+    state = tmp_path / "state.npz"
+    settings = tmp_path / "slow.yaml"
+    settings.write_text(yaml.safe_dump({**slow, "state": {"path": str(state)}}))
+    arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", str(settings))
+    traffic = prompts(per_domain=6, skip=8)
+    with serving(logs / "killed.log", *arguments) as server:
+        server.drive_until(lambda status: status["generation"] >= 1, traffic)
+        _wait_for_file(state)
+        saved = server.drive_until(lambda status: status["migrating"] == 1, traffic)["generation"]
+        family = family_of(server.process.pid)
+        worker = next(p for p in family if "Worker_DP1" in " ".join(p.cmdline()))
+        worker.kill()
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive, f"left behind: {alive}"
+        assert "died unexpectedly" in server.log_text()
+    with serving(logs / "restarted.log", *arguments) as server:
+        assert server.status()["generation"] >= saved
+        assert "took up the saved placement" in server.log_text()
+        assert len(server.answer("import os\n")) == 64
+
+
+def _wait_for_file(path: Path) -> None:
+    for _ in range(100):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was not written")

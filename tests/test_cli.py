@@ -1,0 +1,160 @@
+"""The `ep-rebalance` command."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import msgspec
+import pytest
+import yaml
+from test_exporter import make_status
+from typer.testing import CliRunner
+
+from ep_rebalance import __version__
+from ep_rebalance.cli import app, metric_table
+from ep_rebalance.config import RebalanceConfig, load_config
+from ep_rebalance.metrics import METRICS
+
+
+def run(*args: str, **environment: str):
+    environment = {"COLUMNS": "120", "VLLM_API_KEY": "", **environment}
+    return CliRunner().invoke(app, list(args), env=environment)
+
+
+def settings_of(model: type, prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        yield from settings_of(field.annotation, f"{prefix}{name}.") if inner else [prefix + name]
+
+
+def test_printed_configuration_is_read_back_as_the_defaults():
+    done = run("config")
+    assert done.exit_code == 0
+    assert load_config(yaml.safe_load(done.output)) == RebalanceConfig()
+
+
+def test_printed_configuration_holds_every_key_under_its_meaning():
+    lines = run("config").output.splitlines()
+    for name in settings_of(RebalanceConfig):
+        key = name.rpartition(".")[2]
+        found = [i for i, line in enumerate(lines) if line.lstrip().startswith(f"{key}:")]
+        assert found, name
+        assert any(lines[i - 1].lstrip().startswith("#") for i in found), name
+
+
+def test_printed_configuration_names_the_choices():
+    assert 'policy: "incremental"  # one of incremental, greedy, none' in run("config").output
+
+
+def test_json_schema_is_json():
+    schema = json.loads(run("config", "--json-schema").output)
+    assert set(schema["properties"]) == set(RebalanceConfig.model_fields)
+
+
+def test_metrics_prints_a_row_for_each_metric():
+    done = run("metrics")
+    assert done.output.strip() == metric_table()
+    rows = metric_table().splitlines()[2:]
+    assert len(rows) == len(METRICS)
+    for row, metric in zip(rows, METRICS, strict=True):
+        name, kind, labels, _ = (cell.strip() for cell in row.strip("|").split("|"))
+        assert name.strip("`").removesuffix("_total") == metric.full_name
+        assert name.endswith("_total`") == (kind == "counter")
+        assert labels == (", ".join(metric.labels) or "-")
+
+
+def test_version_is_that_of_the_package():
+    assert run("version").output.strip() == __version__
+
+
+@contextmanager
+def server(code: int, body: bytes | None) -> Iterator[tuple[str, list]]:
+    """A server that answers everything alike; None hangs up. Yields its address and the requests."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append((self.path, self.headers.get("Authorization")))
+            if body is not None:
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *args) -> None: ...
+
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}", requests
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+STATUS = msgspec.json.encode(make_status())
+
+
+def test_status_shows_what_the_server_answers():
+    with server(200, STATUS) as (url, requests):
+        done = run("status", url + "/")
+    assert done.exit_code == 0
+    assert requests == [("/ep_rebalance/status", None)]
+    for text in ("rebalance, incremental", "2 committed", "1.375"):
+        assert text in done.output
+
+
+def test_status_as_json_is_the_answer_itself():
+    with server(200, STATUS) as (url, _):
+        assert json.loads(run("status", url, "--json").output) == json.loads(STATUS)
+
+
+@pytest.mark.parametrize(
+    ("args", "environment"),
+    [(["--api-key", "s3cret"], {}), ([], {"VLLM_API_KEY": "s3cret"})],
+)
+def test_status_sends_the_api_key(args, environment):
+    with server(200, STATUS) as (url, requests):
+        assert run("status", url, *args, **environment).exit_code == 0
+    assert requests[0][1] == "Bearer s3cret"
+
+
+@pytest.mark.parametrize(
+    ("code", "body"),
+    [
+        pytest.param(404, b'{"error": "not active"}', id="not active"),
+        pytest.param(401, b"{}", id="wrong key"),
+        pytest.param(503, b"{}", id="not ready"),
+        pytest.param(200, b"<html>hello</html>", id="no JSON"),
+        pytest.param(200, b"[1, 2]", id="other JSON"),
+        pytest.param(200, b'{"status": "ok"}', id="JSON of another route"),
+        pytest.param(200, None, id="hangs up"),
+        pytest.param(200, b"\xff\xfe\x00", id="no text"),
+    ],
+)
+def test_an_answer_that_is_no_status_is_one_sentence_and_exit_code_1(code, body):
+    with server(code, body) as (url, _):
+        done = run("status", url)
+    assert_explained(done, url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9", "127.0.0.1:8000", "localhost", "http://bad host", "ftp://[::1"]
+)
+def test_a_server_that_cannot_be_asked_is_one_sentence_and_exit_code_1(url):
+    assert_explained(run("status", url), url)
+
+
+def assert_explained(done, url: str) -> None:
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert f"{url}/ep_rebalance/status did not answer with a status" in done.stderr
+    assert "--plugin ep_rebalance" in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_without_a_command_the_help_is_shown():
+    assert "vllm serve MODEL" in " ".join(run().output.split())

@@ -1,0 +1,109 @@
+"""Commit: staged experts into slots, tables of whole layers swapped, nothing else touched."""
+
+import numpy as np
+import pytest
+import torch
+from expert_weights import loaded, memory_of, wrong_slots
+
+from ep_rebalance.commit import Served, commit_batch, commit_tables
+from ep_rebalance.counts import DeviceCounts
+from ep_rebalance.migration import Migration, schedule
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.quotas import dispatch_thresholds
+from ep_rebalance.topology import Topology
+
+DTYPE = torch.float32
+SOURCE = Placement(np.array([[0, 1, 2, 3, 0, 1]] * 3), 4, 2)
+TARGET = Placement(np.array([[0, 1, 2, 3, 0, 1], [3, 1, 2, 0, 3, 1], [0, 1, 3, 2, 0, 1]]), 4, 2)
+QUOTAS_LP = np.array([[0.25, 0.5, 1, 1, 0.75, 0.5], [0.1, 0.5, 1, 1, 0.9, 0.5], [0.5] * 6])
+
+
+class Rig:
+    """One rank with loaded weights; its staging memory is filled as if the rounds had been exchanged."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.tensors = loaded(SOURCE, rank, DTYPE)
+        self.memory = memory_of(self.tensors)
+        self.counts = DeviceCounts(placement=SOURCE, max_tokens=4, device=torch.device("cpu"))
+        self.served = Served.initial(SOURCE)
+        self.served = commit_tables(
+            (0, 1, 2), SOURCE, self.served.quotas_LP, self.served, self.counts, rank
+        )
+        self.migration = migration_of(self.memory.expert_bytes_L)
+
+    def commit(self, index: int) -> None:
+        batch = self.migration.batches[index]
+        staging = torch.zeros(3, max(self.memory.expert_bytes_L), dtype=torch.uint8)
+        for move in batch.moves:
+            if move.dst_rank == self.rank:
+                sender = memory_of(loaded(SOURCE, move.src_rank, DTYPE))
+                size = self.memory.expert_bytes_L[move.layer]
+                local = move.src_slot % SOURCE.slots_per_rank
+                sender.read(move.layer, local, 0, staging[move.staging, :size])
+        self.served = commit_batch(
+            batch,
+            self.migration,
+            self.served,
+            staging=staging,
+            memory=self.memory,
+            counts=self.counts,
+            rank=self.rank,
+        )
+
+    def check_serves(self, placement: Placement) -> None:
+        assert self.served.placement == placement
+        assert wrong_slots(self.tensors, placement, self.rank, DTYPE) == []
+        for layer, tables in enumerate(self.counts.layers):
+            slots, thresholds = dispatch_thresholds(
+                placement, layer, self.served.quotas_LP[layer], self.rank
+            )
+            assert (tables.replica_slots_EC.numpy() == slots).all()
+            assert (tables.thresholds_EC.numpy() == thresholds).all()
+
+
+def migration_of(expert_bytes_L) -> Migration:
+    return schedule(
+        SOURCE,
+        TARGET,
+        QUOTAS_LP,
+        topology=Topology.single_node(2),
+        expert_bytes_L=expert_bytes_L,
+        max_bytes_per_round=1 << 20,
+        staging_slots=2,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_batch_serves_its_layers_and_leaves_the_others(rank):
+    rig = Rig(rank)
+    rig.check_serves(SOURCE)
+    assert [batch.layers for batch in rig.migration.batches] == [(1,), (2,)]
+    rig.commit(0)
+    rig.check_serves(SOURCE.replaced([1], TARGET))
+    assert (rig.served.quotas_LP[1] == QUOTAS_LP[1]).all()
+    assert (rig.served.quotas_LP[[0, 2]] == SOURCE.even_quotas_LP()[[0, 2]]).all()
+    rig.commit(1)
+    rig.check_serves(TARGET)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tables_alone_change_quotas_and_move_nothing(rank):
+    rig = Rig(rank)
+    rig.served = commit_tables((0,), TARGET, QUOTAS_LP, rig.served, rig.counts, rank)
+    rig.check_serves(SOURCE)
+    assert (rig.served.quotas_LP[0] == QUOTAS_LP[0]).all()
+
+
+def test_what_was_served_before_is_not_changed_in_place():
+    rig = Rig(0)
+    before, quotas_LP = rig.served, rig.served.quotas_LP.copy()
+    rig.commit(0)
+    assert before.placement == SOURCE
+    assert (before.quotas_LP == quotas_LP).all()
+
+
+def test_a_commit_of_some_layers_leaves_the_generation_to_the_whole_migration():
+    rig = Rig(0)
+    rig.commit(0)
+    assert rig.served.generation == 0

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ep_rebalance.config import (
+    ConfigurationError,
+    RebalanceConfig,
+    load_config,
+    nest,
+    parse_config_argument,
+    read_config_file,
+    settings_from_environment,
+)
+
+
+def test_defaults_work_and_survive_the_way_to_other_processes() -> None:
+    config = load_config()
+    assert config == RebalanceConfig()
+    assert load_config(config.as_dict()) == config
+
+
+def test_later_layers_win_key_by_key() -> None:
+    config = load_config(
+        {"window": {"snapshots": 8, "snapshot_steps": 2}},
+        {"window": {"snapshots": 9}, "mode": "observe"},
+    )
+    assert (config.window.snapshots, config.window.snapshot_steps) == (9, 2)
+    assert config.mode == "observe"
+
+
+def test_a_layer_is_not_changed_by_merging() -> None:
+    first = {"window": {"snapshots": 8}}
+    load_config(first, {"window": {"snapshots": 9}})
+    assert first == {"window": {"snapshots": 8}}
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        RebalanceConfig().mode = "observe"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason", "remedy"),
+    [
+        ({"windw": {}}, "unknown configuration key 'windw'", "window"),
+        (
+            {"window": {"snapshot": 1}},
+            "unknown configuration key 'window.snapshot'",
+            "min_snapshots",
+        ),
+        ({"window": {"snapshots": 0}}, "window.snapshots=0", "ep-rebalance config"),
+        ({"mode": "fast"}, "mode='fast'", "ep-rebalance config"),
+        ({"mode": "static"}, "state.path", "ep-rebalance config"),
+        ({"window": {"snapshots": 2}}, "min_snapshots=4", "ep-rebalance config"),
+        ({"mode": "observe", "planner": {"redundant_experts": 2}}, "redundant_experts=2", "config"),
+        ({"planner": 3}, "planner=3", "ep-rebalance config"),
+    ],
+)
+def test_a_fault_is_named_with_its_remedy(
+    settings: dict[str, object], reason: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(settings)
+    assert reason in caught.value.reason
+    assert remedy in caught.value.remedy
+    assert caught.value.reason in str(caught.value)
+
+
+def test_environment_keys_nest_at_double_underscores() -> None:
+    environment = {
+        "EP_REBALANCE_MIGRATION__MAX_BYTES_PER_STEP": "1048576",
+        "EP_REBALANCE_MIGRATION__DEADLINE_STEPS": "7",
+        "EP_REBALANCE_MODE": "observe",
+        "PATH": "/bin",
+    }
+    settings = settings_from_environment(environment)
+    assert settings == {
+        "migration": {"max_bytes_per_step": 1048576, "deadline_steps": 7},
+        "mode": "observe",
+    }
+    assert load_config(settings).migration.deadline_steps == 7
+
+
+def test_nest() -> None:
+    assert nest(["a", "b"], 1) == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        (
+            "mode: observe\nwindow:\n  snapshots: 8\n",
+            {"mode": "observe", "window": {"snapshots": 8}},
+        ),
+        ('{"mode": "observe"}', {"mode": "observe"}),
+        ("", {}),
+    ],
+)
+def test_files_are_yaml_or_json(tmp_path: Path, text: str, settings: dict[str, object]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert read_config_file(path) == settings
+    assert parse_config_argument(str(path)) == settings
+
+
+def test_json_may_be_given_in_place_of_a_path() -> None:
+    assert parse_config_argument(' {"mode": "observe"}') == {"mode": "observe"}
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    listing, broken, binary = tmp_path / "list", tmp_path / "broken", tmp_path / "binary"
+    listing.write_text("- 1\n- 2\n")
+    broken.write_text("mode: [observe\n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (listing, broken, binary, tmp_path / "missing", tmp_path):
+        with pytest.raises(ConfigurationError, match=path.name):
+            read_config_file(path)
+    with pytest.raises(ConfigurationError, match="not valid JSON"):
+        parse_config_argument("{mode")

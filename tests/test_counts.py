@@ -1,0 +1,103 @@
+"""Counters and dispatch tables of one rank: what is counted, and what is not."""
+
+import numpy as np
+import pytest
+import torch
+
+from ep_rebalance.counts import HASH_STRIDE, DeviceCounts
+from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
+from ep_rebalance.placement import Placement
+
+PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)
+PHASES = np.array([PREFILL, PREFILL, DECODE])
+IDS = torch.tensor([[0, 1], [0, 2], [3, 1]], dtype=torch.int32)
+
+
+def make_counts(counts_here: bool = True) -> DeviceCounts:
+    counts = DeviceCounts(
+        placement=PLACEMENT, max_tokens=16, device=torch.device("cpu"), counts_here=counts_here
+    )
+    for layer in range(PLACEMENT.num_layers):
+        counts.set_dispatch(layer, PLACEMENT, PLACEMENT.even_quotas_LP()[layer], rank=0)
+    return counts
+
+
+def test_marked_tokens_are_counted_in_their_phase_and_layer():
+    counts = make_counts()
+    counts.mark_tokens(PHASES)
+    counts.route(1, IDS, 0)
+    assert counts.counts_LAE[1, PREFILL].tolist() == [2, 1, 1, 0]
+    assert counts.counts_LAE[1, DECODE].tolist() == [0, 1, 0, 1]
+    assert not counts.counts_LAE[0].any()
+
+
+def test_rows_behind_the_marked_tokens_are_padding():
+    counts = make_counts()
+    counts.mark_tokens(PHASES[:1])
+    counts.route(0, IDS, 0)
+    assert counts.counts_LAE[0, PREFILL].tolist() == [1, 1, 0, 0]
+    assert not counts.counts_LAE[0, DECODE].any()
+
+
+def test_steps_without_marked_tokens_count_nothing():
+    counts = make_counts()
+    counts.route(0, IDS, 0)
+    counts.mark_tokens(PHASES)
+    counts.end_step()
+    counts.route(0, IDS, 0)
+    assert not counts.counts_LAE[:, :2].any()
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3), (3, 0), (0, 3), (2, 2)])
+def test_marking_again_forgets_the_marks_before(before, after):
+    """A step that was prepared and then dropped leaves nothing behind."""
+    counts = make_counts()
+    counts.mark_tokens(np.full(before, DECODE))
+    counts.mark_tokens(np.full(after, PREFILL))
+    assert counts.phase_T.tolist() == [PREFILL] * after + [IGNORED] * (16 - after)
+    counts.end_step()
+    assert (counts.phase_T == IGNORED).all()
+
+
+def test_a_rank_that_shares_its_tokens_marks_none():
+    counts = make_counts(counts_here=False)
+    counts.mark_tokens(PHASES)
+    slots = counts.route(0, IDS, 0)
+    assert (counts.phase_T == IGNORED).all()
+    assert not counts.counts_LAE[:, :2].any()
+    assert (PLACEMENT.slots_LP[0][slots.numpy()] == IDS.numpy()).all()
+
+
+def test_first_token_says_which_part_of_the_batch_the_rows_are():
+    counts = make_counts()
+    counts.mark_tokens(PHASES)
+    counts.route(0, IDS[2:], 2)
+    assert counts.counts_LAE[0, DECODE].tolist() == [0, 1, 0, 1]
+    assert not counts.counts_LAE[0, PREFILL].any()
+
+
+def test_the_hash_moves_on_with_every_step_and_comes_to_every_offset():
+    counts = make_counts()
+    counts.end_step()
+    counts.end_step()
+    assert int(counts.offset) == 2 * HASH_STRIDE
+    assert len({step * HASH_STRIDE % 65536 for step in range(65536)}) == 65536
+
+
+def test_dispatch_tables_are_changed_in_place_and_for_one_layer():
+    """CUDA graphs hold the addresses."""
+    counts = make_counts()
+    tables = counts.layers[1]
+    addresses = tables.replica_slots_EC.data_ptr(), tables.thresholds_EC.data_ptr()
+    other = counts.layers[0].replica_slots_EC.clone()
+    target = Placement(PLACEMENT.slots_LP[:, ::-1], 4, 2)
+    counts.set_dispatch(1, target, target.even_quotas_LP()[1], rank=0)
+    assert (tables.replica_slots_EC.numpy() == target.replica_slots(1)).all()
+    assert (tables.replica_slots_EC.data_ptr(), tables.thresholds_EC.data_ptr()) == addresses
+    assert torch.equal(counts.layers[0].replica_slots_EC, other)
+
+
+def test_tables_of_the_layers_share_memory_with_the_counters():
+    counts = make_counts()
+    counts.layers[0].counts_AE[PREFILL, 1] = 5
+    assert counts.counts_LAE[0, PREFILL, 1] == 5

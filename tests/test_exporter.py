@@ -1,0 +1,186 @@
+"""Status into Prometheus: what a scrape shows after one status and the next."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.exporter import COMMON_LABELS, Exporter
+from ep_rebalance.journal import initial_status
+from ep_rebalance.metrics import METRICS, OBSERVATIONS_KEPT, Observations, Status
+from ep_rebalance.placement import Placement
+
+PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
+COMMON = {"model_name": "m", "engine": "0"}
+
+
+def make_status() -> Status:
+    status = initial_status(config=RebalanceConfig(), model="m", placement=PLACEMENT, top_k=2)
+    status.imbalance = [1.5, 1.25]
+    status.rank_tokens = [10, 20]
+    status.phase_tokens = {"prefill": 5, "decode": 3}
+    status.plans["committed"] = 2
+    status.generation = 2
+    return status
+
+
+class Scrape:
+    """An exporter with a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.exporter = Exporter(model_name="m", registry=self.registry)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"ep_rebalance_{name}", {**COMMON, **labels})
+
+
+@pytest.fixture
+def scrape() -> Scrape:
+    return Scrape()
+
+
+def test_every_metric_of_the_table_is_exported_with_its_help_and_labels(scrape: Scrape):
+    status = make_status()
+    status.predicted_imbalance = status.contiguous_imbalance = [1.0, 1.0]
+    scrape.exporter.update(status)
+    families = {family.name: family for family in scrape.registry.collect()}
+    assert set(families) == {metric.full_name for metric in METRICS}
+    for metric in METRICS:
+        family = families[metric.full_name]
+        assert family.documentation == metric.help
+        assert family.type == metric.kind
+        labels = {name for sample in family.samples for name in sample.labels}
+        assert labels - {"le"} == {*COMMON_LABELS, *metric.labels}
+
+
+def test_text_for_prometheus_is_well_formed(scrape: Scrape):
+    scrape.exporter.update(make_status())
+    text = generate_latest(scrape.registry).decode()
+    assert "# TYPE ep_rebalance_plans_total counter" in text
+    assert 'ep_rebalance_load_imbalance_ratio{engine="0",layer="1",model_name="m"} 1.25' in text
+
+
+def test_gauges_show_the_newest_value(scrape: Scrape):
+    status = make_status()
+    scrape.exporter.update(status)
+    status.imbalance, status.generation, status.migrating = [1.1, 1.0], 3, 1
+    scrape.exporter.update(status)
+    assert scrape.value("load_imbalance_ratio", layer="0") == 1.1
+    assert scrape.value("placement_generation") == 3
+    assert scrape.value("migrating") == 1
+    assert scrape.value("stuck") == 0
+
+
+def test_counters_advance_by_the_difference(scrape: Scrape):
+    status = make_status()
+    scrape.exporter.update(status)
+    scrape.exporter.update(status)
+    assert scrape.value("rank_tokens_total", ep_rank="1") == 20
+    status.rank_tokens = [11, 25]
+    status.phase_tokens["decode"] = 4
+    scrape.exporter.update(status)
+    assert scrape.value("rank_tokens_total", ep_rank="0") == 11
+    assert scrape.value("rank_tokens_total", ep_rank="1") == 25
+    assert scrape.value("phase_tokens_total", phase="decode") == 4
+    assert scrape.value("plans_total", outcome="committed") == 2
+
+
+def test_counters_never_fall_when_the_engine_starts_anew(scrape: Scrape):
+    status = make_status()
+    scrape.exporter.update(status)
+    status.rank_tokens, status.plans["committed"] = [3, 0], 1
+    scrape.exporter.update(status)
+    assert scrape.value("rank_tokens_total", ep_rank="0") == 13
+    assert scrape.value("rank_tokens_total", ep_rank="1") == 20
+    assert scrape.value("plans_total", outcome="committed") == 3
+
+
+def test_outcomes_that_have_not_come_up_are_zero_not_missing(scrape: Scrape):
+    scrape.exporter.update(make_status())
+    for outcome in ("no_gain", "over_budget", "abandoned", "failed"):
+        assert scrape.value("plans_total", outcome=outcome) == 0
+    for link in ("local", "intranode", "internode"):
+        assert scrape.value("migrated_experts_total", link=link) == 0
+
+
+def test_histograms_take_each_value_once(scrape: Scrape):
+    status = make_status()
+    for value in (0.02, 0.3):
+        status.plan_seconds.add(value)
+    scrape.exporter.update(status)
+    scrape.exporter.update(status)
+    status.plan_seconds.add(100.0)
+    scrape.exporter.update(status)
+    assert scrape.value("plan_duration_seconds_count") == 3
+    assert scrape.value("plan_duration_seconds_sum") == pytest.approx(100.32)
+    assert scrape.value("plan_duration_seconds_bucket", le="0.05") == 1
+    assert scrape.value("plan_duration_seconds_bucket", le="60.0") == 2
+
+
+def test_histograms_lose_only_what_was_dropped_between_two_reads(scrape: Scrape):
+    status = make_status()
+    scrape.exporter.update(status)
+    for _ in range(OBSERVATIONS_KEPT + 10):
+        status.commit_stall_seconds.add(0.001)
+    scrape.exporter.update(status)
+    assert scrape.value("commit_stall_seconds_count") == OBSERVATIONS_KEPT
+    status.commit_stall_seconds.add(0.001)
+    scrape.exporter.update(status)
+    assert scrape.value("commit_stall_seconds_count") == OBSERVATIONS_KEPT + 1
+
+
+def test_histograms_go_on_when_the_engine_starts_anew(scrape: Scrape):
+    status = make_status()
+    status.plan_seconds = Observations(first=0, values=[0.1, 0.1, 0.1])
+    scrape.exporter.update(status)
+    status.plan_seconds = Observations(first=0, values=[0.2])
+    scrape.exporter.update(status)
+    assert scrape.value("plan_duration_seconds_count") == 4
+
+
+def test_observations_of_two_statuses_are_apart():
+    first, second = Observations(), Observations()
+    first.add(1.0)
+    assert second.values == []
+
+
+def test_info_says_what_runs(scrape: Scrape):
+    scrape.exporter.update(make_status())
+    labels = {"mode": "rebalance", "policy": "incremental", "ep_size": "2", "slots": "4"}
+    version = make_status().info["version"]
+    assert scrape.value("info", version=version, **labels) == 1
+
+
+SEVERAL_SERVERS = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from test_exporter import make_status
+from ep_rebalance.exporter import Exporter
+exporter, status = Exporter(model_name="m"), make_status()
+status.plan_seconds.add(0.02)
+exporter.update(status)
+exporter.update(status)
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_metrics_are_shown_with_several_api_servers(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL_SERVERS],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert 'ep_rebalance_rank_tokens_total{engine="0",ep_rank="1",model_name="m"} 20.0' in lines
+    assert 'ep_rebalance_load_imbalance_ratio{engine="0",layer="0",model_name="m"} 1.5' in lines
+    assert 'ep_rebalance_plan_duration_seconds_count{engine="0",model_name="m"} 1.0' in lines

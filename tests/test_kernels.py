@@ -1,0 +1,203 @@
+"""Counting and routing against plain Python, and the Triton kernel against the torch reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ep_rebalance.kernels.route_and_count import (
+    HASH_STEP,
+    IGNORED,
+    LayerTables,
+    count_experts,
+    route_and_count,
+    route_torch,
+)
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.quotas import dispatch_thresholds, split_quotas
+
+# (tokens, top_k, experts, redundant, ranks)
+SHAPES = [
+    (0, 2, 4, 0, 2),
+    (1, 1, 4, 0, 2),
+    (5, 2, 4, 2, 2),
+    (17, 3, 9, 3, 4),
+    (64, 8, 32, 8, 4),
+    (300, 4, 16, 32, 16),
+    (257, 1, 7, 7, 2),
+    (1000, 6, 64, 0, 8),
+]
+DTYPES = [torch.int32, torch.int64]
+
+
+def random_step(tokens, top_k, experts, redundant, ranks, dtype, seed=0, device="cpu"):
+    """Top-k ids, phases, tables with random quotas, and an offset."""
+    rng = np.random.default_rng(seed)
+    placement = Placement.contiguous(
+        num_layers=1, num_experts=experts, num_ranks=ranks, num_redundant=redundant
+    )
+    quotas_LP = split_quotas(placement, rng.exponential(size=(1, experts)) ** 3)
+    slots, thresholds = dispatch_thresholds(placement, 0, quotas_LP[0], int(rng.integers(ranks)))
+    ids = np.array([rng.permutation(experts)[:top_k] for _ in range(tokens)]).reshape(tokens, top_k)
+    tables = LayerTables(
+        counts_AE=torch.zeros(3, experts, dtype=torch.int64, device=device),
+        replica_slots_EC=torch.from_numpy(slots).to(device),
+        thresholds_EC=torch.from_numpy(thresholds).to(device),
+    )
+    topk_ids_TK = torch.from_numpy(ids).to(device, dtype)
+    phase_T = torch.from_numpy(rng.integers(0, 3, tokens)).to(device)
+    offset = torch.tensor([int(rng.integers(1 << 40))], device=device)
+    return topk_ids_TK, phase_T, tables, offset
+
+
+def counts_by_hand(topk_ids_TK, phase_T, experts):
+    counts = [[0] * experts for _ in range(3)]
+    for ids, phase in zip(topk_ids_TK.tolist(), phase_T.tolist(), strict=True):
+        for expert in ids:
+            counts[phase][expert] += 1
+    return counts
+
+
+def slots_by_hand(topk_ids_TK, tables, offset):
+    slots, thresholds = tables.replica_slots_EC.tolist(), tables.thresholds_EC.tolist()
+    rows = []
+    for token, ids in enumerate(topk_ids_TK.tolist()):
+        hashed = (token * HASH_STEP + int(offset)) % 65536
+        first = [next(j for j, t in enumerate(thresholds[e]) if hashed < t) for e in ids]
+        rows.append([slots[e][j] for e, j in zip(ids, first, strict=True)])
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_counts_equal_counting_by_hand(shape, dtype):
+    ids, phase_T, tables, _ = random_step(*shape, dtype)
+    count_experts(ids, phase_T, tables.counts_AE)
+    assert tables.counts_AE.tolist() == counts_by_hand(ids, phase_T, shape[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slots_equal_reading_the_tables_by_hand(shape, dtype):
+    ids, _, tables, offset = random_step(*shape, dtype)
+    slots = route_torch(ids, tables, offset)
+    assert slots.dtype == dtype
+    assert slots.tolist() == slots_by_hand(ids, tables, offset)
+
+
+def test_every_slot_holds_the_expert_that_was_asked_for():
+    ids, _, tables, offset = random_step(300, 4, 16, 32, 16, torch.int64)
+    slots_P = Placement.contiguous(
+        num_layers=1, num_experts=16, num_ranks=16, num_redundant=32
+    ).slots_LP[0]
+    assert (slots_P[route_torch(ids, tables, offset).numpy()] == ids.numpy()).all()
+
+
+def test_counts_are_added_to_those_before():
+    ids, phase_T, tables, _ = random_step(5, 2, 4, 2, 2, torch.int64)
+    count_experts(ids, phase_T, tables.counts_AE)
+    once = tables.counts_AE.clone()
+    count_experts(ids, phase_T, tables.counts_AE)
+    assert torch.equal(tables.counts_AE, 2 * once)
+
+
+def test_ignored_tokens_are_routed_but_not_counted():
+    ids, _, tables, offset = random_step(17, 3, 9, 3, 4, torch.int64)
+    slots = route_and_count(ids, torch.full((17,), IGNORED), tables, offset)
+    assert not tables.counts_AE[:2].any()
+    assert slots.tolist() == slots_by_hand(ids, tables, offset)
+
+
+def one_expert_tables(thresholds: list[int]) -> LayerTables:
+    return LayerTables(
+        counts_AE=torch.zeros(3, 1, dtype=torch.int64),
+        replica_slots_EC=torch.arange(len(thresholds), dtype=torch.int32).unsqueeze(0),
+        thresholds_EC=torch.tensor([thresholds], dtype=torch.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    "thresholds", [[65536], [20000, 65536], [0, 65536], [1, 30000, 65536, 65536]]
+)
+def test_replicas_receive_just_their_quotas_of_every_hash(thresholds):
+    tables = one_expert_tables(thresholds)
+    ids = torch.zeros(65536, 1, dtype=torch.int64)
+    received = torch.bincount(route_torch(ids, tables, torch.tensor([7])).flatten())
+    quotas = np.diff([0, *thresholds])
+    assert received.tolist() == quotas[: len(received)].tolist()
+    assert not quotas[len(received) :].any()
+
+
+@pytest.mark.parametrize("batch", [1, 8, 100])
+def test_replicas_receive_about_their_quotas_in_a_few_steps_of_short_batches(batch):
+    tables = one_expert_tables([16384, 40960, 65536])
+    ids, received = torch.zeros(batch, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    steps = 4000 // batch
+    for step in range(steps):
+        slots = route_torch(ids, tables, torch.tensor([20_011 * step]))
+        received += torch.bincount(slots.flatten(), minlength=3)
+    fractions = received / (batch * steps)
+    assert torch.allclose(fractions, torch.tensor([0.25, 0.375, 0.375]), atol=0.01)
+
+
+def check_triton(device: str) -> None:
+    """Same bits as the torch reference on every shape; also run in Triton's interpreter."""
+    from ep_rebalance.kernels.route_and_count_triton import route_and_count_triton
+
+    for seed, shape in enumerate(SHAPES):
+        for dtype in DTYPES:
+            check_same_bits(route_and_count_triton, *random_step(*shape, dtype, seed, device))
+    ids, phase_T, tables, offset = random_step(64, 8, 32, 8, 4, torch.int32, device=device)
+    by_columns = ids.t().contiguous().t()
+    check_same_bits(route_and_count_triton, by_columns, phase_T, tables, offset)
+    part_of_wider = torch.cat([ids, ids], dim=1)[:, :8]
+    check_same_bits(route_and_count_triton, part_of_wider, phase_T, tables, offset)
+
+
+def check_same_bits(kernel, ids, phase_T, tables, offset) -> None:
+    expected_counts = tables.counts_AE.clone()
+    count_experts(ids, phase_T, expected_counts)
+    slots = kernel(ids, phase_T, tables, offset)
+    assert slots.dtype == ids.dtype
+    assert torch.equal(slots, route_torch(ids, tables, offset)), tuple(ids.shape)
+    assert torch.equal(tables.counts_AE, expected_counts), tuple(ids.shape)
+
+
+def test_triton_kernel_equals_the_reference_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", "from test_kernels import check_triton; check_triton('cpu')"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_triton_kernel_equals_the_reference_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    check_triton("cuda")
+
+
+@pytest.mark.gpu
+def test_triton_kernel_runs_in_a_cuda_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    ids, phase_T, tables, offset = random_step(64, 8, 32, 8, 4, torch.int32, device="cuda")
+    route_and_count(ids, phase_T, tables, offset)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        slots = route_and_count(ids, phase_T, tables, offset)
+    tables.counts_AE.zero_()
+    offset += 20_011
+    graph.replay()
+    assert torch.equal(slots, route_torch(ids, tables, offset))
+    assert int(tables.counts_AE.sum()) == ids.numel()

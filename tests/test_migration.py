@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from shapes import placements, random_slots
+
+from ep_rebalance.migration import Batch, Migration, schedule
+from ep_rebalance.placement import Placement
+from ep_rebalance.topology import Topology
+
+Weights = list[NDArray[np.uint8]]
+"""One array [P, bytes] for each layer."""
+
+
+@st.composite
+def migrations(draw: st.DrawFn) -> Migration:
+    source = draw(placements(max_layers=4))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    slots_LP = source.slots_LP.copy()
+    for layer in range(source.num_layers):
+        if draw(st.booleans()):
+            slots_LP[layer] = random_slots(
+                generator, source.num_ranks, source.slots_per_rank, source.num_experts
+            )
+    nodes = draw(st.lists(st.integers(0, 1), min_size=source.num_ranks, max_size=source.num_ranks))
+    target = Placement(slots_LP, source.num_experts, source.num_ranks)
+    return schedule(
+        source,
+        target,
+        target.even_quotas_LP(),
+        topology=Topology(node_of_rank=tuple(nodes)),
+        expert_bytes_L=draw(
+            st.lists(st.integers(1, 900), min_size=source.num_layers, max_size=source.num_layers)
+        ),
+        max_bytes_per_round=draw(st.integers(1, 2000).filter(lambda bound: bound > 20)),
+        staging_slots=draw(st.integers(source.slots_per_rank, 3 * source.slots_per_rank)),
+    )
+
+
+def expert_weights(seed: int, experts: int, num_bytes: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (experts, num_bytes), dtype=np.uint8)
+
+
+def sizes_L(migration: Migration) -> list[int]:
+    """The size of an expert of each layer, as far as the transfers tell."""
+    sizes = [1] * migration.source.num_layers
+    for batch in migration.batches:
+        for one_round in batch.rounds:
+            for transfer in one_round.transfers:
+                layer = batch.moves[transfer.move].layer
+                sizes[layer] = max(sizes[layer], transfer.stop)
+    return sizes
+
+
+def stage(batch: Batch, weights: Weights) -> dict[tuple[int, int], NDArray[np.uint8]]:
+    """Run the rounds of a batch; what each (rank, staging position) holds afterwards."""
+    staged: dict[tuple[int, int], NDArray[np.uint8]] = {}
+    received = [0] * len(batch.moves)
+    for one_round in batch.rounds:
+        assert one_round.transfers
+        for transfer in one_round.transfers:
+            move = batch.moves[transfer.move]
+            assert transfer.start == received[transfer.move] < transfer.stop
+            received[transfer.move] = transfer.stop
+            expert = weights[move.layer][move.src_slot]
+            memory = staged.setdefault((move.dst_rank, move.staging), np.zeros_like(expert))
+            memory[transfer.start : transfer.stop] = expert[transfer.start : transfer.stop]
+    assert received == [weights[move.layer].shape[1] for move in batch.moves]
+    assert len(staged) == len(batch.moves)
+    return staged
+
+
+@given(migrations())
+@settings(max_examples=150, deadline=None)
+def test_every_byte_gets_from_source_to_target(migration: Migration) -> None:
+    source, target = migration.source, migration.target
+    experts = [
+        expert_weights(layer, source.num_experts, size)
+        for layer, size in enumerate(sizes_L(migration))
+    ]
+    weights = [experts[layer][slots_P] for layer, slots_P in enumerate(source.slots_LP)]
+    for batch in migration.batches:
+        staged = stage(batch, weights)
+        for move in batch.moves:
+            weights[move.layer][move.dst_slot] = staged[move.dst_rank, move.staging]
+    for layer, slots_P in enumerate(target.slots_LP):
+        assert (weights[layer] == experts[layer][slots_P]).all()
+    assert migration.num_moves == source.changed_slots(target)
+
+
+@given(migrations())
+@settings(max_examples=50, deadline=None)
+def test_moves_say_where_from_and_where_to(migration: Migration) -> None:
+    source, target = migration.source, migration.target
+    layers = [layer for batch in migration.batches for layer in batch.layers]
+    changed = np.flatnonzero((source.slots_LP != target.slots_LP).any(axis=1))
+    assert layers == changed.tolist()
+    for batch in migration.batches:
+        for move in batch.moves:
+            assert move.layer in batch.layers
+            assert source.slots_LP[move.layer, move.src_slot] == move.expert
+            assert target.slots_LP[move.layer, move.dst_slot] == move.expert
+            assert move.src_slot // source.slots_per_rank == move.src_rank
+            assert move.dst_slot // source.slots_per_rank == move.dst_rank
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3000), st.integers(1, 3000))
+@settings(max_examples=60, deadline=None)
+def test_bounds_hold_in_every_round(seed: int, expert_bytes: int, max_bytes: int) -> None:
+    generator = np.random.default_rng(seed)
+    source, target = (
+        Placement(np.array([random_slots(generator, 4, 3, 9)] * 3, dtype=np.int32), 9, 4)
+        for _ in range(2)
+    )
+    migration = schedule(
+        source,
+        target,
+        target.even_quotas_LP(),
+        topology=Topology.single_node(4),
+        expert_bytes_L=[expert_bytes] * 3,
+        max_bytes_per_round=max(max_bytes, 1 + expert_bytes // 50),
+        staging_slots=5,
+    )
+    for batch in migration.batches:
+        staged = {(move.dst_rank, move.staging) for move in batch.moves}
+        assert len(staged) == len(batch.moves)
+        assert max(position for _, position in staged) < 5
+        for one_round in batch.rounds:
+            sent_R, received_R = np.zeros((2, 4), dtype=np.int64)
+            for transfer in one_round.transfers:
+                move = batch.moves[transfer.move]
+                sent_R[move.src_rank] += transfer.stop - transfer.start
+                received_R[move.dst_rank] += transfer.stop - transfer.start
+            assert max(sent_R.max(), received_R.max()) <= max(max_bytes, 1 + expert_bytes // 50)
+
+
+def tiny(slots_P: list[int], target_P: list[int], **settings: object) -> Migration:
+    experts = max(slots_P) + 1
+    ranks = settings.pop("ranks", 3)
+    assert isinstance(ranks, int)
+    source = Placement(np.array([slots_P], dtype=np.int32), experts, ranks)
+    target = Placement(np.array([target_P], dtype=np.int32), experts, ranks)
+    arguments = {
+        "topology": Topology(node_of_rank=(0, 0, 1)[:ranks]),
+        "expert_bytes_L": [1000],
+        "max_bytes_per_round": 1000,
+        "staging_slots": 2,
+    }
+    return schedule(source, target, target.even_quotas_LP(), **(arguments | settings))  # type: ignore[arg-type]
+
+
+def test_the_nearest_replica_serves() -> None:
+    migration = tiny([0, 1, 2, 3, 0, 2], [0, 1, 0, 3, 0, 2])
+    (move,) = migration.batches[0].moves
+    assert (move.src_slot, move.link) == (0, "intranode")
+    assert migration.num_bytes("intranode") == migration.num_bytes() == 1000
+    assert migration.num_bytes("internode") == 0
+
+
+def test_a_copy_within_a_rank_is_local() -> None:
+    migration = tiny([0, 1, 2, 3], [1, 0, 2, 3], ranks=2)
+    assert [move.link for move in migration.batches[0].moves] == ["local", "local"]
+
+
+def test_equal_sources_share_the_work() -> None:
+    nodes = Topology.single_node(4)
+    source = [0, 1, 0, 2, 3, 4, 3, 4]
+    target = [0, 1, 0, 2, 0, 4, 0, 3]
+    migration = tiny(source, target, ranks=4, topology=nodes)
+    senders = [move.src_rank for move in migration.batches[0].moves if move.expert == 0]
+    assert sorted(senders) == [0, 1]
+
+
+def test_an_expert_larger_than_the_bound_is_cut() -> None:
+    migration = tiny([0, 1, 2, 3], [0, 2, 1, 3], ranks=2, max_bytes_per_round=512)
+    cuts = [[(t.start, t.stop) for t in r.transfers] for r in migration.batches[0].rounds]
+    assert cuts == [[(0, 512), (0, 512)], [(512, 1000), (512, 1000)]]
+    assert migration.num_rounds == 2
+
+
+def test_layers_share_a_batch_while_the_staging_memory_lasts() -> None:
+    source = Placement.contiguous(num_layers=4, num_experts=4, num_ranks=2)
+    swapped_P = np.array([0, 2, 1, 3], dtype=np.int32)
+    slots_LP = np.array([swapped_P, source.slots_LP[1], swapped_P, swapped_P])
+    target = Placement(slots_LP, 4, 2)
+    migration = schedule(
+        source,
+        target,
+        target.even_quotas_LP(),
+        topology=Topology.single_node(2),
+        expert_bytes_L=[100] * 4,
+        max_bytes_per_round=4096,
+        staging_slots=2,
+    )
+    assert [batch.layers for batch in migration.batches] == [(0, 2), (3,)]
+    assert [move.staging for move in migration.batches[0].moves] == [0, 0, 1, 1]
+
+
+def test_nothing_to_move_is_no_batch() -> None:
+    migration = tiny([0, 1], [0, 1], ranks=2)
+    assert migration.batches == ()
+    assert (migration.num_moves, migration.num_rounds, migration.num_bytes()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"staging_slots": 1}, "layer 0 changes 2 slots on rank 0, but the staging memory holds 1"),
+        ({"topology": Topology.single_node(3)}, "3 ranks"),
+        ({"expert_bytes_L": [1, 1]}, "2 layers have an expert size"),
+        ({"max_bytes_per_round": 0}, "max_bytes_per_round=0"),
+        ({"expert_bytes_L": [0]}, "0 bytes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny([0, 1, 2, 3], [2, 3, 0, 1], ranks=2, **settings)
+
+
+def test_placements_of_other_sizes_are_refused() -> None:
+    one = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2)
+    two = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
+    with pytest.raises(ValueError, match="cannot migrate"):
+        schedule(
+            one,
+            two,
+            two.even_quotas_LP(),
+            topology=Topology.single_node(2),
+            expert_bytes_L=[1],
+            max_bytes_per_round=1,
+            staging_slots=4,
+        )

@@ -1,0 +1,14 @@
+"""Parts of the README that are made from the code."""
+
+from pathlib import Path
+
+from ep_rebalance.cli import metric_table
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_metric_table_is_that_of_the_code():
+    """`ep-rebalance metrics` prints it."""
+    text = README.read_text(encoding="utf-8")
+    table = text.partition("<!-- metrics -->")[2].partition("<!-- /metrics -->")[0]
+    assert table.strip() == metric_table()

@@ -1,0 +1,502 @@
+"""The whole loop over gloo, without an engine: skewed traffic goes in, experts move, nothing breaks.
+
+After every step each rank checks that each of its slots holds the expert that the placement says,
+bit for bit, and that the routing tables lead every token to its expert.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from expert_weights import loaded, memory_of, wrong_slots
+from ranks import Ranks
+
+from ep_rebalance import background
+from ep_rebalance.config import RebalanceConfig, load_config
+from ep_rebalance.counts import DeviceCounts
+from ep_rebalance.journal import initial_status
+from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
+from ep_rebalance.metrics import Status, decode, encode
+from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.rebalancer import Rebalancer
+from ep_rebalance.state import ModelIdentity, load_state
+from ep_rebalance.topology import Topology
+
+pytestmark = pytest.mark.usefixtures("compiled_planner")
+
+LAYERS, EXPERTS, TOP_K, TOKENS = 3, 16, 2, 24
+DTYPE = torch.float32
+SHAPES = ((30, 20), (20, 11), (7,))
+STEPS_LIMIT = 400
+EAGER = {
+    "window": {"snapshot_steps": 2, "snapshots": 8, "min_snapshots": 2, "min_tokens": 1},
+    "planner": {"interval_snapshots": 2, "max_moved_fraction": 0.3},
+    "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0, "horizon_steps": 1_000_000},
+    "migration": {"max_bytes_per_step": 4096},
+}
+"""Plans often, acts on every gain, and needs several rounds for a migration."""
+
+
+def eager(*changes: dict) -> RebalanceConfig:
+    return load_config(EAGER, *changes)
+
+
+def identity(size: int, redundant: int) -> ModelIdentity:
+    return ModelIdentity(
+        model="m", config_hash="h", experts=EXPERTS, ep_size=size, redundant_experts=redundant
+    )
+
+
+class Inline(ThreadPoolExecutor):
+    """Does a job when it is submitted, so that a run takes the same steps every time."""
+
+    def submit(self, function, /, *args, **kwargs):
+        future = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Never(ThreadPoolExecutor):
+    """Never ends a job."""
+
+    def submit(self, function, /, *args, **kwargs):
+        return Future()
+
+
+@dataclass(frozen=True)
+class StepSeen:
+    """What a rank served after a step."""
+
+    generation: int
+    slots_LP: bytes
+    quotas_LP: bytes
+
+
+class Engine:
+    """One rank of a make-believe engine whose router prefers some experts."""
+
+    def __init__(self, rank: int, size: int, config: RebalanceConfig, executor=Inline) -> None:
+        redundant = config.planner.redundant_experts
+        self.rank, self.size = rank, size
+        self.placement = Placement.contiguous(
+            num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size, num_redundant=redundant
+        )
+        self.tensors = loaded(self.placement, rank, DTYPE, SHAPES)
+        self.counts = DeviceCounts(
+            placement=self.placement, max_tokens=TOKENS + 4, device=torch.device("cpu")
+        )
+        self.rebalancer = Rebalancer(
+            config=config,
+            placement=self.placement,
+            counts=self.counts,
+            memory=None if config.mode == "observe" else memory_of(self.tensors),
+            group=dist.group.WORLD,
+            topology=Topology.single_node(size),
+            identity=identity(size, redundant),
+            status=initial_status(config=config, model="m", placement=self.placement, top_k=TOP_K),
+        )
+        self.rebalancer._background._thread = executor(max_workers=1)
+        self.seen: list[StepSeen] = []
+        self.load_LE = np.zeros((LAYERS, EXPERTS))
+
+    def step(self, skew: float = 2.0, tokens: int = TOKENS) -> None:
+        """One forward pass and the balancer's part after it, then the checks."""
+        started = time.perf_counter() if tokens else None
+        if tokens:
+            self.counts.mark_tokens(np.arange(tokens) % 3 // 2)
+            for layer in range(LAYERS):
+                self._forward(layer, skew, tokens)
+        self.rebalancer.step(started)
+        served = self.rebalancer.served
+        assert wrong_slots(self.tensors, served.placement, self.rank, DTYPE, SHAPES) == []
+        self.seen.append(
+            StepSeen(
+                served.generation, served.placement.slots_LP.tobytes(), served.quotas_LP.tobytes()
+            )
+        )
+
+    def _forward(self, layer: int, skew: float, tokens: int) -> None:
+        rng = np.random.default_rng([self.rank, layer, len(self.seen)])
+        preference = 1.0 / (1 + np.arange(EXPERTS)) ** skew
+        order = np.random.default_rng(layer).permutation(EXPERTS)
+        order = np.sort(order[:4]).tolist() + [e for e in range(EXPERTS) if e not in order[:4]]
+        ids = np.stack(
+            [
+                rng.choice(order, TOP_K, replace=False, p=preference / preference.sum())
+                for _ in range(tokens)
+            ]
+        )
+        np.add.at(self.load_LE[layer], ids, 1)
+        slots = self.counts.route(layer, torch.from_numpy(ids.astype(np.int32)), 0)
+        served = self.rebalancer.served.placement.slots_LP[layer]
+        assert (served[slots.numpy()] == ids).all()
+
+    def run_until(self, reached, **traffic) -> None:
+        """Steps until `reached(status)`, which is to be true on all ranks in the same step."""
+        for _ in range(STEPS_LIMIT):
+            if reached(self.rebalancer.status):
+                return
+            self.step(**traffic)
+        raise AssertionError(f"not reached in {STEPS_LIMIT} steps: {self.rebalancer.status}")
+
+    def imbalances(self) -> tuple[float, float]:
+        """Mean over layers of the whole traffic's imbalance, as loaded and as served now."""
+        load, served = self.load_LE, self.rebalancer.served
+        gathered = torch.from_numpy(load.copy())
+        dist.all_reduce(gathered)
+        before = imbalance_L(self.placement.rank_load_LR(gathered.numpy()))
+        after = imbalance_L(served.placement.rank_load_LR(gathered.numpy(), served.quotas_LP))
+        return float(before.mean()), float(after.mean())
+
+
+def has_generation(number: int):
+    return lambda status: status.generation >= number
+
+
+def assert_in_step(answers: list[list[StepSeen]]) -> None:
+    """All ranks served the same placement, quotas and generation after every step."""
+    for others in answers[1:]:
+        assert others == answers[0]
+
+
+# --- experts move and the load evens out
+
+
+def rebalance(rank, size, config):
+    engine = Engine(rank, size, config)
+    engine.run_until(has_generation(2))
+    return engine.seen, engine.imbalances(), engine.rebalancer.status
+
+
+@pytest.mark.parametrize(
+    ("size", "planner"),
+    [
+        pytest.param(2, {}, id="two ranks"),
+        pytest.param(2, {"redundant_experts": 4}, id="two ranks with redundant experts"),
+        pytest.param(4, {"redundant_experts": 8}, id="four ranks with redundant experts"),
+        pytest.param(2, {"policy": "greedy", "redundant_experts": 2}, id="greedy"),
+    ],
+)
+def test_imbalance_falls_while_every_slot_stays_right(ranks_of: dict[int, Ranks], size, planner):
+    answers = ranks_of[size].run(rebalance, size, eager({"planner": planner}))
+    assert_in_step([seen for seen, _, _ in answers])
+    (before, after), status = answers[0][1:]
+    assert after - 1 < 0.6 * (before - 1)
+    assert status.plans["committed"] >= 2
+    assert status.plans["abandoned"] == status.plans["failed"] == 0
+    assert len(status.round_stall_seconds.values) > status.plans["committed"]
+
+
+def test_status_of_all_ranks_counts_the_same(two_ranks: Ranks):
+    ours, theirs = (status for _, _, status in two_ranks.run(rebalance, 2, eager()))
+    fields = (
+        "steps", "snapshots", "imbalance", "contiguous_imbalance", "rank_tokens", "phase_tokens",
+        "migrated_experts", "migrated_bytes", "generation", "migrating",
+    )  # fmt: skip
+    for field in fields:
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.migrated_experts["intranode"] > 0
+    assert ours.migrated_bytes["intranode"] >= 4 * 827 * ours.migrated_experts["intranode"]
+
+
+def rebalance_in_the_background(rank, size, config):
+    engine = Engine(rank, size, config, executor=ThreadPoolExecutor)
+    deadline = time.monotonic() + 40
+    late = torch.zeros(1)
+    while engine.rebalancer.served.generation < 1 and not late.item():
+        engine.step()
+        late[0] = time.monotonic() > deadline
+        dist.all_reduce(late)
+    return engine.seen, engine.rebalancer.served.generation
+
+
+def test_planning_in_its_own_thread_keeps_the_ranks_in_step(two_ranks: Ranks):
+    answers = two_ranks.run(rebalance_in_the_background, 2, eager())
+    assert_in_step([seen for seen, _ in answers])
+    assert answers[0][1] == 1
+
+
+def tokens_seen(rank, size, config):
+    engine = Engine(rank, size, config)
+    steps = 3 * (config.window.snapshot_steps + 1)
+    for _ in range(steps):
+        engine.step()
+    return engine.rebalancer.status
+
+
+def test_status_counts_each_token_once_by_phase_and_by_rank(two_ranks: Ranks):
+    status: Status = two_ranks.run(tokens_seen, 2, eager({"mode": "observe"}))[0]
+    counted_steps = 3 * 3 - 1
+    assert status.phase_tokens == {
+        "prefill": 2 * counted_steps * 16,
+        "decode": 2 * counted_steps * 8,
+    }
+    assert sum(status.rank_tokens) == 2 * counted_steps * TOKENS * TOP_K * LAYERS
+    assert {PREFILL, DECODE} == {0, 1}
+    assert decode(encode(status)) == status
+
+
+# --- nothing moves where nothing should
+
+
+def observe(rank, size, config):
+    engine = Engine(rank, size, config)
+    for _ in range(40):
+        engine.step()
+    return engine.seen, engine.rebalancer.status
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        pytest.param({"mode": "observe"}, None, id="mode observe"),
+        pytest.param({"mode": "static", "state": {"path": "x.npz"}}, None, id="mode static"),
+        pytest.param({"planner": {"policy": "none"}}, None, id="policy none"),
+        pytest.param({"window": {"min_tokens": 10**9}}, None, id="too few tokens"),
+        pytest.param({"decision": {"min_gain": 0.9}}, "no_gain", id="too little gain"),
+        pytest.param(
+            {"decision": {"min_gain_over_cost": 1e12, "horizon_steps": 1}}, "over_budget",
+            id="too little gain for its cost",
+        ),
+        pytest.param({"migration": {"deadline_steps": 1}}, "over_budget", id="too many rounds"),
+    ],
+)  # fmt: skip
+def test_nothing_moves_where_nothing_should(two_ranks: Ranks, change, outcome):
+    answers = two_ranks.run(observe, 2, eager(change))
+    assert_in_step([seen for seen, _ in answers])
+    assert len(set(answers[0][0])) == 1
+    status = answers[0][1]
+    assert status.generation == 0
+    assert status.snapshots >= 10
+    assert status.imbalance == pytest.approx(status.contiguous_imbalance)
+    plans = {name for name, count in status.plans.items() if count}
+    assert plans == ({outcome} if outcome else set())
+
+
+def stay_idle(rank, size, config):
+    engine = Engine(rank, size, config)
+    for _ in range(40):
+        engine.step(tokens=0)
+    return engine.rebalancer.status
+
+
+def test_idle_steps_count_nothing_and_plan_nothing(two_ranks: Ranks):
+    status = two_ranks.run(stay_idle, 2, eager({"window": {"min_tokens": 0}}))[0]
+    assert status.snapshots > 5
+    assert status.imbalance == []
+    assert not any(status.plans.values())
+
+
+def work_on_one_rank(rank, size, config):
+    engine = Engine(rank, size, config)
+    engine.run_until(has_generation(1), tokens=TOKENS if rank == 0 else 0)
+    return engine.seen
+
+
+def test_a_rank_without_requests_keeps_in_step(two_ranks: Ranks):
+    assert_in_step(two_ranks.run(work_on_one_rank, 2, eager()))
+
+
+# --- faults
+
+
+def plan_raises_once(rank, size, config):
+    make_plan, calls = background.make_plan, []
+
+    def raising(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise ZeroDivisionError("no plan today")
+        return make_plan(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "make_plan", raising)
+        engine = Engine(rank, size, config)
+        engine.run_until(has_generation(1))
+    return engine.seen, engine.rebalancer.status.plans
+
+
+def test_a_planner_that_raises_is_counted_and_the_next_plan_is_made(two_ranks: Ranks):
+    answers = two_ranks.run(plan_raises_once, 2, eager())
+    assert_in_step([seen for seen, _ in answers])
+    assert answers[0][1]["failed"] == 1
+    assert answers[0][1]["committed"] == 1
+
+
+def schedule_raises_once(rank, size, config):
+    schedule, calls = background.schedule, []
+
+    def raising(*args, **kwargs):
+        calls.append(args)
+        if rank == 1 and len(calls) == 1:
+            raise MemoryError("no room for the rounds")
+        return schedule(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "schedule", raising)
+        engine = Engine(rank, size, config)
+        engine.run_until(has_generation(1))
+    return engine.seen, engine.rebalancer.status.plans
+
+
+def test_a_rank_that_cannot_work_out_the_rounds_stops_all_ranks_from_beginning(two_ranks: Ranks):
+    answers = two_ranks.run(schedule_raises_once, 2, eager())
+    assert_in_step([seen for seen, _ in answers])
+    assert [plans["failed"] for _, plans in answers] == [1, 1]
+    assert [plans["committed"] for _, plans in answers] == [1, 1]
+
+
+def spoil(rank, size, config, spoilt_batch):
+    """One byte in the staging of one rank changes before the vote on one batch."""
+    engine = Engine(rank, size, config)
+    exchange = engine.rebalancer._exchange
+    vote, votes = exchange.vote, []
+
+    def spoiled_vote(batch):
+        votes.append(batch)
+        mine = [move for move in batch.moves if move.dst_rank == rank]
+        if rank == 1 and len(votes) == spoilt_batch:
+            exchange.staging[mine[0].staging, 3] ^= 4
+        return vote(batch)
+
+    exchange.vote = spoiled_vote
+    engine.run_until(lambda status: status.plans["abandoned"])
+    abandoned = engine.seen[-1], engine.rebalancer.status.message
+    engine.run_until(lambda status: status.plans["committed"])
+    return engine.seen, abandoned, engine.rebalancer.status
+
+
+def test_damaged_experts_are_never_served_and_later_migrations_work(two_ranks: Ranks):
+    answers = two_ranks.run(spoil, 2, eager(), 1)
+    assert_in_step([seen for seen, _, _ in answers])
+    seen, (last, message), status = answers[0]
+    assert last == seen[0]
+    assert "1 with a checksum error" in message
+    assert status.generation == 1
+    assert status.migrating == 0
+
+
+def test_a_fault_in_a_later_batch_keeps_the_layers_that_were_committed(two_ranks: Ranks):
+    """They are whole, and served under a generation of their own."""
+    config = eager({"planner": {"max_arrivals_per_rank_and_layer": 1, "max_moved_fraction": 1.0}})
+    answers = two_ranks.run(spoil, 2, config, 2)
+    assert_in_step([seen for seen, _, _ in answers])
+    seen, (last, _), status = answers[0]
+    assert last.generation == 1
+    assert last.slots_LP != seen[0].slots_LP
+    assert status.generation == 2
+
+
+def fail_to_pack(rank, size, config):
+    engine = Engine(rank, size, config)
+    memory = engine.rebalancer._memory
+    if rank == 0:
+        memory.read = None
+    engine.run_until(lambda status: status.plans["abandoned"])
+    abandoned = engine.seen[-1]
+    if rank == 0:
+        del memory.read
+    engine.run_until(has_generation(1))
+    return engine.seen, abandoned, engine.rebalancer.status
+
+
+def test_a_rank_that_cannot_pack_makes_all_ranks_abandon_the_migration(two_ranks: Ranks):
+    answers = two_ranks.run(fail_to_pack, 2, eager())
+    assert_in_step([seen for seen, _, _ in answers])
+    for seen, abandoned, status in answers:
+        assert abandoned == seen[0]
+        assert status.plans["abandoned"] == 1
+        assert status.plans["committed"] == 1
+
+
+def plan_for_ever(rank, size, config):
+    engine = Engine(rank, size, config, executor=Never)
+    for _ in range(40):
+        engine.step()
+    return engine.seen, engine.rebalancer.status
+
+
+def test_a_planner_that_does_not_end_is_shown_and_serving_goes_on(two_ranks: Ranks):
+    config = eager({"planner": {"deadline_seconds": 1e-6}})
+    answers = two_ranks.run(plan_for_ever, 2, config)
+    assert_in_step([seen for seen, _ in answers])
+    assert len(answers[0][0]) == 40
+    assert answers[0][1].stuck == 1
+    assert "planner" in answers[0][1].message
+
+
+# --- saved and restored
+
+
+def save(rank, size, config):
+    engine = Engine(rank, size, config)
+    engine.run_until(has_generation(2))
+    return engine.rebalancer.served
+
+
+def take_up(rank, size, config, state):
+    engine = Engine(rank, size, config)
+    engine.rebalancer.restore(state.placement, state.quotas_LP, state.header.generation)
+    wrong = wrong_slots(engine.tensors, state.placement, rank, DTYPE, SHAPES)
+    restored = engine.rebalancer.served
+    for _ in range(12):
+        engine.step()
+    static = engine.seen
+    return wrong, restored, engine.rebalancer.status.generation, static
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_saved_placement_is_taken_up_by_new_ranks(two_ranks: Ranks, tmp_path: Path, redundant):
+    path = tmp_path / "state.npz"
+    config = eager({"planner": {"redundant_experts": redundant}, "state": {"path": str(path)}})
+    served = two_ranks.run(save, 2, config)[0]
+    state = load_state(path, identity(2, redundant))
+    assert state is not None
+    assert state.placement == served.placement
+    assert (state.quotas_LP == served.quotas_LP).all()
+    assert (state.header.generation, served.generation) == (2, 2)
+    assert state.load_LE.sum() > 0
+
+    answers = two_ranks.run(take_up, 2, eager(config.as_dict(), {"mode": "static"}), state)
+    assert_in_step([static for *_, static in answers])
+    for wrong, restored, generation, static in answers:
+        assert wrong == []
+        assert restored.placement == served.placement
+        assert (restored.quotas_LP == served.quotas_LP).all()
+        assert generation == restored.generation == 2
+        assert len(set(static)) == 1
+
+
+def take_up_and_go_on(rank, size, config, state):
+    engine = Engine(rank, size, config)
+    engine.rebalancer.restore(state.placement, state.quotas_LP, state.header.generation)
+    engine.run_until(has_generation(3), skew=0.5)
+    return engine.seen
+
+
+def test_balancing_goes_on_from_a_restored_placement(two_ranks: Ranks, tmp_path: Path):
+    config = eager({"state": {"path": str(tmp_path / "state.npz")}})
+    two_ranks.run(save, 2, config)
+    state = load_state(Path(config.state.path), identity(2, 0))
+    answers = two_ranks.run(take_up_and_go_on, 2, config, state)
+    assert_in_step(answers)
+    assert answers[0][-1].generation == 3
+
+
+def save_where_it_cannot_be(rank, size, config):
+    engine = Engine(rank, size, config)
+    engine.run_until(has_generation(2))
+    return engine.rebalancer.status.plans["committed"]
+
+
+def test_a_state_file_that_cannot_be_written_stops_nothing(two_ranks: Ranks, tmp_path: Path):
+    config = eager({"state": {"path": str(tmp_path / "missing" / "state.npz")}})
+    assert two_ranks.run(save_where_it_cannot_be, 2, config) == [2, 2]

@@ -1,0 +1,260 @@
+"""The state file: what is written is read, and nothing else is taken for it."""
+
+import io
+import pickle
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.placement import Placement
+from ep_rebalance.state import (
+    FORMAT,
+    FORMAT_VERSION,
+    Header,
+    ModelIdentity,
+    SavedState,
+    check_writable,
+    load_state,
+    save_state,
+)
+
+IDENTITY = ModelIdentity(
+    model="org/model", config_hash="abc", experts=4, ep_size=2, redundant_experts=2
+)
+PLACEMENT = Placement.contiguous(num_layers=3, num_experts=4, num_ranks=2, num_redundant=2)
+HEADER = Header(
+    format=FORMAT,
+    version=FORMAT_VERSION,
+    identity=IDENTITY,
+    generation=7,
+    saved_at=1234.5,
+    plugin_version="0.1.0",
+)
+STATE = SavedState(
+    header=HEADER,
+    placement=PLACEMENT,
+    quotas_LP=PLACEMENT.even_quotas_LP(),
+    load_LE=np.arange(12.0).reshape(3, 4),
+)
+
+
+def arrays_of(header: Header = HEADER, **changes) -> dict:
+    """The arrays of a whole file, with some of them changed or, if None, left out."""
+    arrays = {
+        "header": np.frombuffer(msgspec.json.encode(header), dtype=np.uint8),
+        "slots_LP": PLACEMENT.slots_LP,
+        "quotas_LP": STATE.quotas_LP,
+        "load_LE": STATE.load_LE,
+        **changes,
+    }
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def whole_file(tmp_path: Path) -> Path:
+    path = tmp_path / "state.npz"
+    save_state(path, STATE)
+    return path
+
+
+def assert_refused(path: Path, *words: str, identity: ModelIdentity = IDENTITY) -> None:
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError) as raised:
+        load_state(path, identity)
+    assert str(path) in raised.value.reason
+    for word in words:
+        assert word in raised.value.reason
+    assert "state.path" in raised.value.remedy
+    assert path.read_bytes() == before
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path):
+    state = load_state(whole_file(tmp_path), IDENTITY)
+    assert state is not None
+    assert state.header == HEADER
+    assert state.placement == PLACEMENT
+    assert (state.quotas_LP == STATE.quotas_LP).all()
+    assert (state.load_LE == STATE.load_LE).all()
+
+
+def test_no_file_is_no_state(tmp_path: Path):
+    assert load_state(tmp_path / "none.npz", IDENTITY) is None
+
+
+def test_a_model_that_was_moved_is_the_same_model(tmp_path: Path):
+    moved = msgspec.structs.replace(IDENTITY, model="/elsewhere/model")
+    assert load_state(whole_file(tmp_path), moved) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config_hash": "other", "model": "org/other"}, ["'org/model'", "'org/other'"]),
+        ({"experts": 8}, ["experts=4, not 8"]),
+        ({"ep_size": 4}, ["ep_size=2, not 4"]),
+        ({"redundant_experts": 0}, ["redundant_experts=2, not 0"]),
+    ],
+)
+def test_the_file_of_another_model_or_layout_is_refused(tmp_path: Path, change, words):
+    other = msgspec.structs.replace(IDENTITY, **change)
+    assert_refused(whole_file(tmp_path), *words, identity=other)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, part):
+    path = whole_file(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    assert_refused(path)
+
+
+@pytest.fixture(scope="module")
+def content_and_path(tmp_path_factory) -> tuple[bytes, Path]:
+    """The bytes of a whole file, and where to put changed ones."""
+    path = whole_file(tmp_path_factory.mktemp("state"))
+    return path.read_bytes(), path
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_file_with_a_changed_byte_is_refused_or_still_whole(content_and_path, data):
+    """Some bytes of the container say nothing, such as the time of an entry."""
+    content, path = bytearray(content_and_path[0]), content_and_path[1]
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        state = load_state(path, IDENTITY)
+    except ConfigurationError:
+        return
+    assert state is not None
+    assert state.header == HEADER
+    assert state.placement == PLACEMENT
+    assert (state.quotas_LP == STATE.quotas_LP).all()
+
+
+def zip_with(**entries: bytes) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def one_array() -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.arange(3))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"mode: rebalance\n", id="text"),
+        pytest.param(bytes(range(256)) * 8, id="bytes"),
+        pytest.param(pickle.dumps({"slots_LP": [1, 2]}), id="pickle"),
+        pytest.param(one_array(), id="one array"),
+        pytest.param(zip_with(readme=b"hello"), id="a zip of something else"),
+        pytest.param(zip_with(header=b"hello", slots_LP=b"x"), id="a zip of the same names"),
+    ],
+)
+def test_a_file_that_is_something_else_is_refused(tmp_path: Path, content):
+    path = tmp_path / "state.npz"
+    path.write_bytes(content)
+    assert_refused(path, "is no readable state file")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        pytest.param(
+            arrays_of(HEADER.__class__(**{**msgspec.structs.asdict(HEADER), "version": 99})),
+            ["version 99"],
+            id="later version",
+        ),
+        pytest.param(
+            arrays_of(msgspec.structs.replace(HEADER, format="other")), ["'other'"], id="format"
+        ),
+        pytest.param(arrays_of(header=None), ["no readable state file"], id="no header"),
+        pytest.param(arrays_of(slots_LP=None), ["lacks slots_LP"], id="no slots"),
+        pytest.param(
+            arrays_of(quotas_LP=None, load_LE=None), ["lacks load_LE, quotas_LP"], id="no quotas"
+        ),
+        pytest.param(arrays_of(quotas_LP=np.ones((3, 5))), ["different shapes"], id="shapes"),
+        pytest.param(
+            arrays_of(slots_LP=np.zeros((3, 6), dtype=int)), ["is damaged"], id="no placement"
+        ),
+        pytest.param(
+            arrays_of(slots_LP=np.ones(4), quotas_LP=np.ones(4)), ["is damaged"], id="dimensions"
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_with_other_contents_is_refused(tmp_path: Path, arrays, words):
+    path = tmp_path / "state.npz"
+    np.savez(path, **arrays)
+    assert_refused(path, *words)
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("went-off"),)
+
+
+@pytest.mark.parametrize("name", ["header", "slots_LP", "quotas_LP", "load_LE", "more"])
+def test_a_pickle_in_the_file_is_refused_and_not_run(tmp_path: Path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "state.npz"
+    np.savez(path, **{**arrays_of(), name: np.array([Bomb()], dtype=object)})
+    assert_refused(path, "is no readable state file")
+    assert not Path("went-off").exists()
+
+
+def test_saving_replaces_the_file_at_once_and_leaves_nothing_beside_it(tmp_path: Path):
+    path = whole_file(tmp_path)
+    later = replace(STATE, header=msgspec.structs.replace(HEADER, generation=8))
+    with path.open("rb") as reading:
+        save_state(path, later)
+        assert reading.read() != path.read_bytes()  # a reader keeps the file that it opened
+    state = load_state(path, IDENTITY)
+    assert state is not None
+    assert state.header.generation == 8
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.npz"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch):
+    path = whole_file(tmp_path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_state(path, STATE)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.npz"]
+
+
+def test_a_missing_folder_is_an_os_error(tmp_path: Path):
+    with pytest.raises(OSError, match="missing"):
+        save_state(tmp_path / "missing" / "state.npz", STATE)
+
+
+def test_a_path_that_can_be_written_later_passes(tmp_path: Path):
+    check_writable(tmp_path / "state.npz")
+    check_writable(whole_file(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("missing/state.npz", "cannot be written"), (".", "is a folder")]
+)
+def test_a_path_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Path, path, words):
+    with pytest.raises(ConfigurationError, match=words) as raised:
+        check_writable(tmp_path / path)
+    assert "existing folder" in raised.value.remedy

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+
+from ep_rebalance.topology import Topology
+
+
+def test_links() -> None:
+    topology = Topology(node_of_rank=(0, 0, 1))
+    assert topology.num_ranks == 3
+    assert topology.link(1, 1) == "local"
+    assert topology.link(0, 1) == "intranode"
+    assert topology.link(1, 2) == "internode"
+
+
+def test_seconds_follow_the_bandwidth_of_the_link() -> None:
+    topology = Topology(node_of_rank=(0, 1), bytes_per_second=(100.0, 10.0, 1.0))
+    assert topology.seconds(50, "local") == 0.5
+    assert topology.seconds(50, "intranode") == 5.0
+    assert topology.seconds(50, "internode") == 50.0
+
+
+def test_what_is_no_topology_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one rank"):
+        Topology(node_of_rank=())
+    with pytest.raises(ValueError, match="positive"):
+        Topology(node_of_rank=(0,), bytes_per_second=(1.0, 0.0, 1.0))

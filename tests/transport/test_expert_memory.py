@@ -1,0 +1,186 @@
+"""Experts as bytes: what is read is what is written, and a checksum that no small damage passes."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ep_rebalance.transport.expert_memory import ALIGNMENT, ExpertMemory
+
+SLOTS = 3
+SHAPES = [
+    pytest.param([(4, 8)], torch.float32, id="one tensor"),
+    pytest.param([(5,)], torch.bfloat16, id="odd number of bfloat16"),
+    pytest.param([(3, 7), (7,), (1,)], torch.bfloat16, id="several odd tensors"),
+    pytest.param([(13,), (16,), (1,)], torch.uint8, id="odd bytes"),
+    pytest.param([(64, 40), (40, 32)], torch.float32, id="larger than the checksum's grid"),
+    pytest.param([(2051,), (1030,)], torch.bfloat16, id="odd and larger than the grid"),
+]
+
+
+def random_tensors(shapes, dtype, seed=0, slots=SLOTS):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, 255, (slots, *shape), generator=generator, dtype=torch.uint8)
+        .repeat_interleave(dtype.itemsize, -1)
+        .contiguous()
+        .view(dtype)
+        for shape in shapes
+    ]
+
+
+def pack(memory: ExpertMemory, slot: int, layer: int = 0) -> torch.Tensor:
+    packed = torch.zeros(memory.expert_bytes_L[layer], dtype=torch.uint8)
+    memory.read(layer, slot, 0, packed)
+    return packed
+
+
+def bytes_of(tensors, slot):
+    return [tensor[slot].reshape(-1).view(torch.uint8) for tensor in tensors]
+
+
+@pytest.mark.parametrize(("shapes", "dtype"), SHAPES)
+def test_packed_expert_is_its_tensors_each_padded(shapes, dtype):
+    tensors = random_tensors(shapes, dtype)
+    memory = ExpertMemory([tensors])
+    packed, position = pack(memory, 1), 0
+    for part in bytes_of(tensors, 1):
+        assert torch.equal(packed[position : position + len(part)], part)
+        padded = -(-len(part) // ALIGNMENT) * ALIGNMENT
+        assert not packed[position + len(part) : position + padded].any()
+        position += padded
+    assert position == len(packed)
+
+
+@pytest.mark.parametrize(("shapes", "dtype"), SHAPES)
+def test_writing_a_packed_expert_changes_its_slot_alone(shapes, dtype):
+    tensors = random_tensors(shapes, dtype)
+    memory = ExpertMemory([tensors])
+    before = [pack(memory, slot) for slot in range(SLOTS)]
+    memory.write(0, 2, before[0])
+    assert torch.equal(pack(memory, 2), before[0])
+    assert torch.equal(pack(memory, 0), before[0])
+    assert torch.equal(pack(memory, 1), before[1])
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_cut_into_byte_ranges_gives_the_whole(data):
+    sizes = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
+    memory = ExpertMemory([random_tensors([(size,) for size in sizes], torch.uint8)])
+    total = memory.expert_bytes_L[0]
+    cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=4)))
+    bounds = [0, *cuts, total]
+    out = torch.zeros(total, dtype=torch.uint8)
+    for start, stop in itertools.pairwise(bounds):
+        memory.read(0, 1, start, out[start:stop])
+    assert torch.equal(out, pack(memory, 1))
+
+
+def test_layers_have_sizes_of_their_own():
+    memory = ExpertMemory(
+        [random_tensors([(3,)], torch.float32), random_tensors([(4, 8)], torch.float32)]
+    )
+    assert memory.expert_bytes_L == (16, 128)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        pytest.param([torch.zeros(4, 6).t()], id="not contiguous"),
+        pytest.param([torch.zeros(4, 2), torch.zeros(5, 2)], id="other number of slots"),
+    ],
+)
+def test_tensors_that_are_not_one_block_per_expert_are_refused(tensors):
+    with pytest.raises(ValueError, match="contiguous"):
+        ExpertMemory([tensors])
+
+
+@pytest.mark.parametrize(("shapes", "dtype"), SHAPES)
+def test_checksum_of_a_slot_equals_that_of_the_packed_expert(shapes, dtype):
+    memory = ExpertMemory([random_tensors(shapes, dtype)])
+    for slot in range(SLOTS):
+        staged = torch.zeros(2, memory.expert_bytes_L[0] + ALIGNMENT, dtype=torch.uint8)
+        memory.read(0, slot, 0, staged[1, : memory.expert_bytes_L[0]])
+        assert torch.equal(memory.checksum(0, slot), memory.checksum_packed(0, staged[1]))
+
+
+def test_checksum_does_not_depend_on_where_the_weights_lie():
+    """A view into a larger buffer begins at any multiple of its element size."""
+    values = random_tensors([(8,)], torch.bfloat16)[0]
+    buffer = torch.zeros(1 + values.numel(), dtype=torch.bfloat16)
+    shifted = buffer[1:].view(values.shape)
+    shifted.copy_(values)
+    memory = ExpertMemory([[shifted]])
+    assert torch.equal(memory.checksum(0, 1), memory.checksum_packed(0, pack(memory, 1)))
+
+
+def data_bytes(memory: ExpertMemory, shapes, dtype) -> list[int]:
+    """Positions in a packed expert that hold data, not padding."""
+    positions, start = [], 0
+    for shape in shapes:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        positions += range(start, start + size)
+        start += -(-size // ALIGNMENT) * ALIGNMENT
+    return positions
+
+
+@pytest.mark.parametrize(("shapes", "dtype"), SHAPES)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_checksum_sees_every_change_of_one_byte(shapes, dtype, data):
+    memory = ExpertMemory([random_tensors(shapes, dtype)])
+    packed = pack(memory, 0)
+    expected = memory.checksum_packed(0, packed).clone()
+    packed[data.draw(st.sampled_from(data_bytes(memory, shapes, dtype)))] ^= data.draw(
+        st.integers(1, 255)
+    )
+    assert not torch.equal(memory.checksum_packed(0, packed), expected)
+
+
+def test_checksum_sees_each_single_bit_of_a_large_expert():
+    """Every sign bit, where a sum with an even factor would lose it."""
+    memory = ExpertMemory([random_tensors([(96, 128)], torch.float32)])
+    packed = pack(memory, 0)
+    expected = memory.checksum_packed(0, packed).clone()
+    for position in range(3, len(packed), 4):
+        packed[position] ^= 0x80
+        assert not torch.equal(memory.checksum_packed(0, packed), expected), position
+        packed[position] ^= 0x80
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_checksum_sees_two_blocks_in_each_others_place(data):
+    memory = ExpertMemory([random_tensors([(64, 128)], torch.float32)])
+    packed = pack(memory, 0)
+    expected = memory.checksum_packed(0, packed).clone()
+    size = 4 * data.draw(st.integers(1, 64))
+    blocks = len(packed) // size
+    first = data.draw(st.integers(0, blocks - 2)) * size
+    second = data.draw(st.integers(first // size + 1, blocks - 1)) * size
+    ours, theirs = packed[first : first + size].clone(), packed[second : second + size].clone()
+    packed[first : first + size], packed[second : second + size] = theirs, ours
+    assert torch.equal(memory.checksum_packed(0, packed), expected) == torch.equal(ours, theirs)
+
+
+def test_checksum_sees_two_words_that_differ_in_their_sign_in_each_others_place():
+    values = torch.zeros(1, 4096)
+    values[0, 7], values[0, 2055] = 1.5, -1.5
+    memory = ExpertMemory([[values]])
+    expected = memory.checksum(0, 0).clone()
+    values[0, 7], values[0, 2055] = -1.5, 1.5
+    assert not torch.equal(memory.checksum(0, 0), expected)
+
+
+def test_checksum_sees_equal_tensors_in_each_others_place():
+    first, second = random_tensors([(16, 128), (16, 128)], torch.float32)
+    ours, swapped = ExpertMemory([[first, second]]), ExpertMemory([[second, first]])
+    assert not torch.equal(ours.checksum(0, 0), swapped.checksum(0, 0))
+
+
+def test_checksums_of_different_experts_differ():
+    memory = ExpertMemory([random_tensors([(32, 32)], torch.bfloat16, slots=16)])
+    assert len({int(memory.checksum(0, slot)) for slot in range(16)}) == 16
