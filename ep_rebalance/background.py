@@ -8,11 +8,13 @@ Nothing here talks to other ranks. A job's result, or its exception, is picked u
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,8 @@ from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, ModelIdentity, Sa
 from ep_rebalance.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 QUOTA_UNIT = 1 << 30
 """Quotas travel as integers in this unit, so that every rank reads the same bits."""
@@ -60,22 +64,36 @@ class Background:
         self._identity = identity
         self._expert_bytes_L = expert_bytes_L
         self._staging_slots = staging_slots
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ep_rebalance")
+        self._one_at_a_time = threading.Lock()
 
     def propose(
         self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float
     ) -> Future[Proposal]:
         """Plan from `served` and decide whether the plan is worth its migration."""
-        return self._thread.submit(self._propose, samples_WLE, served, step_seconds)
+        return self._start(self._propose, samples_WLE, served, step_seconds)
 
     def schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Future[Migration]:
         """Read a plan from its wire form and work out the rounds that lead to it."""
-        return self._thread.submit(self._schedule, served, wire_2LP.copy())
+        return self._start(self._schedule, served, wire_2LP.copy())
 
     def save(self, served: Served, load_LE: NDArray[np.float64]) -> None:
         """Write the state file, if one is configured."""
         if self._config.state.path:
-            self._thread.submit(self._save, Path(self._config.state.path), served, load_LE)
+            self._start(self._save, Path(self._config.state.path), served, load_LE)
+
+    def _start(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Run a job in a daemon thread: one that hangs must not keep the process from ending."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            with self._one_at_a_time:
+                try:
+                    future.set_result(job(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, name="ep_rebalance", daemon=True).start()
+        return future
 
     def _propose(
         self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float

@@ -46,7 +46,9 @@ class WindowConfig(_Section):
     min_snapshots: int = Field(default=4, gt=0)
     """Snapshots with traffic that must be seen before the first plan."""
     min_tokens: int = Field(default=512, ge=0)
-    """Tokens that the window must hold before a plan is made; fewer say nothing about the load."""
+    """Routed tokens of one layer (each token once per chosen expert) that the window must hold before
+    a plan is made; fewer say nothing about the load.
+    """
 
     @model_validator(mode="after")
     def _window_holds_its_minimum(self) -> WindowConfig:
@@ -166,13 +168,18 @@ class RebalanceConfig(_Section):
         return self.model_dump(mode="json")
 
 
-def load_config(*layers: Mapping[str, Any]) -> RebalanceConfig:
-    """Merge `layers` (later wins, key by key) over the defaults and validate.
+def load_config(*layers: Any) -> RebalanceConfig:
+    """Merge `layers`, mappings of keys (later wins, key by key), over the defaults and validate.
 
     Raises ConfigurationError that names each offending key, its value and what would be right.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
+        if not isinstance(layer, Mapping):
+            raise ConfigurationError(
+                f"the settings are {layer!r}, not keys with values.",
+                'write them like `mode: observe`, or in JSON like {"mode": "observe"}.',
+            )
         merged = _merge(merged, layer)
     try:
         return RebalanceConfig.model_validate(merged)
@@ -221,8 +228,17 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> di
     for name, value in environment.items():
         if name.startswith(ENVIRONMENT_PREFIX):
             keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-            settings = _merge(settings, nest(keys, yaml.safe_load(value)))
+            settings = _merge(settings, nest(keys, _environment_value(name, value)))
     return settings
+
+
+def _environment_value(name: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigurationError(
+            f"the environment variable {name}={value!r} is no YAML value.", "correct or unset it."
+        ) from None
 
 
 def nest(keys: list[str], value: Any) -> dict[str, Any]:

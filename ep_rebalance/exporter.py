@@ -20,7 +20,7 @@ class Exporter:
     """Fills the metrics from one status after the other.
 
     The status counts from the start of the engine; counters are advanced by the difference to the
-    status before. A count that fell means that the engine restarted: its whole count is new.
+    status before. After a restart of the engine its whole count is new.
     """
 
     def __init__(
@@ -30,9 +30,14 @@ class Exporter:
         self._metrics = {metric: _create(metric, registry) for metric in METRICS}
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._observed: dict[str, int] = {}
+        self._started = 0.0
 
     def update(self, status: Status) -> None:
         """Show `status`."""
+        if status.started != self._started:
+            self._started = status.started
+            self._counted.clear()
+            self._observed.clear()
         for metric, instrument in self._metrics.items():
             value = getattr(status, metric.field)
             if metric.kind == "histogram":
@@ -48,8 +53,6 @@ class Exporter:
     def _observe(self, metric: Metric, histogram: Histogram, seen: Observations) -> None:
         total = seen.first + len(seen.values)
         known = self._observed.get(metric.name, 0)
-        if total < known:
-            known = 0
         child = histogram.labels(**self._common)
         for value in seen.values[max(0, known - seen.first) :]:
             child.observe(value)
@@ -58,7 +61,7 @@ class Exporter:
     def _advance(self, metric: Metric, labels: tuple[str, ...], number: float) -> float:
         before = self._counted.get((metric.name, labels), 0.0)
         self._counted[metric.name, labels] = number
-        return number - before if number >= before else number
+        return number - before
 
 
 def _create(metric: Metric, registry: CollectorRegistry) -> Any:

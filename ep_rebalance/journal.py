@@ -26,6 +26,7 @@ class Journal:
         self.status = status
         self._contiguous = contiguous
         self._rank = rank
+        self._promised: list[float] = []
 
     def snapshot(self, snapshot: Snapshot, served: Served) -> None:
         """Measure the load that the served placement got, and what the loaded one would have got."""
@@ -48,9 +49,8 @@ class Journal:
         """A plan was made; unless it was accepted, that is the end of it."""
         self.status.plan_seconds.add(proposal.seconds)
         self.status.last_decision = proposal.decision.reason
-        if proposal.decision.outcome == "accepted":
-            self.status.predicted_imbalance = proposal.plan.imbalance_after_L.tolist()
-        else:
+        self._promised = proposal.plan.imbalance_after_L.tolist()
+        if proposal.decision.outcome != "accepted":
             self.outcome(proposal.decision.outcome, proposal.decision.reason)
 
     def round_stalled(self, seconds: float) -> None:
@@ -70,11 +70,12 @@ class Journal:
         if fault:
             self.outcome("abandoned", fault)
         else:
+            self.status.predicted_imbalance = self._promised
+            self.status.last_commit_timestamp = time.time()
             self.outcome("committed", self.status.last_decision)
 
     def generation(self, generation: int) -> None:
         self.status.generation = generation
-        self.status.last_commit_timestamp = time.time()
 
     def outcome(self, outcome: str, reason: str) -> None:
         """Count what became of a plan."""
@@ -88,11 +89,14 @@ class Journal:
             )
 
     def stuck(self, reason: str) -> None:
-        """Something will not end by itself; serving goes on with the placement as it is."""
+        """Something takes too long; serving goes on with the placement as it is."""
         if not self.status.stuck:
             logger.error("ep_rebalance: stuck: %s", reason)
         self.status.stuck = 1
         self.status.message = reason
+
+    def unstuck(self) -> None:
+        self.status.stuck = 0
 
 
 def initial_status(
@@ -100,6 +104,7 @@ def initial_status(
 ) -> Status:
     """A status in which every label that will be counted exists already, at zero."""
     return Status(
+        started=time.time(),
         info={
             "version": __version__,
             "mode": config.mode,

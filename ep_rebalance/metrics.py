@@ -146,7 +146,7 @@ METRICS: tuple[Metric, ...] = (
         name="stuck",
         kind="gauge",
         field="stuck",
-        help="1 after a fault that ended rebalancing for good; serving goes on with the last placement.",
+        help="1 while a plan is overdue; serving goes on with the placement as it is.",
     ),
     Metric(
         name="info",
@@ -178,11 +178,13 @@ class Status(msgspec.Struct, kw_only=True):
     """State of one engine, whole EP group, as rank 0 knows it. Counters count from the start of the
     engine.
 
+    started: Unix time at which counting began.
     imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer.
     rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.
     step_seconds: mean wall time of a step in the last snapshot.
     """
 
+    started: float
     info: dict[str, str]
     model: str
     layers: int

@@ -101,8 +101,7 @@ class Rebalancer:
             2, *placement.slots_LP.shape, dtype=torch.int64, device=counts.counts_LAE.device
         )
         self._flags = Flags()
-        self._steps_in_snapshot = 0
-        self._seconds_in_snapshot = 0.0
+        self._steps, self._busy_steps, self._busy_seconds = 0, 0, 0.0
         self._snapshots_since_plan = 0
         self._moved_in_step = False
         for layer in range(placement.num_layers):
@@ -121,14 +120,23 @@ class Rebalancer:
         tokens of this rank.
         """
         self._counts.end_step()
-        self._steps_in_snapshot += 1
+        self._steps += 1
         self.status.steps += 1
         self._moved_in_step = False
-        next(self._loop)
+        self._advance()
         if started is not None:
             seconds = time.perf_counter() - started
-            self._seconds_in_snapshot += seconds
+            self._busy_steps += 1
+            self._busy_seconds += seconds
             self.step_times.append(StepTime(seconds, self._moved_in_step))
+
+    def _advance(self) -> None:
+        try:
+            next(self._loop)
+        except Exception:
+            # Ranks could no longer agree on their collectives: better an end with a cause than a hang.
+            logger.exception("ep_rebalance: this rank cannot stay in step with the others")
+            raise
 
     def restore(
         self, placement: Placement, quotas_LP: NDArray[np.float64], generation: int
@@ -190,9 +198,13 @@ class Rebalancer:
         """
         for _ in range(self.config.window.snapshot_steps):
             yield
-        steps, seconds = self._steps_in_snapshot, self._seconds_in_snapshot
-        self._steps_in_snapshot, self._seconds_in_snapshot = 0, 0.0
-        copy = self._snapshots.begin(self._flags, steps=steps, step_seconds=seconds / max(steps, 1))
+        copy = self._snapshots.begin(
+            self._flags,
+            steps=self._steps,
+            busy_steps=self._busy_steps,
+            busy_seconds=self._busy_seconds,
+        )
+        self._steps, self._busy_steps, self._busy_seconds = 0, 0, 0.0
         yield
         snapshot = self._snapshots.finish(copy)
         if snapshot.sample.counts_ALE.any():
@@ -220,6 +232,7 @@ class Rebalancer:
             if snapshot.flags.planned:
                 break
         self._flags = Flags()
+        self._journal.unstuck()
         if snapshot.flags.proposed:
             source = dist.get_global_rank(self._group, 0)
             dist.broadcast(self._plan_wire, src=source, group=self._group)

@@ -1,6 +1,6 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
-It is the only collective that steady traffic costs: `2 L E + 5` integers every `snapshot_steps`
+It is the only collective that steady traffic costs: `2 L E + 6` integers every `snapshot_steps`
 steps. All decisions that ranks must take in the same step are taken from what it returns, which is
 equal on every rank.
 """
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.load_window import LoadSample
 from ep_rebalance.transport.host_copy import HostCopy
+
+HEAD = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,27 +46,30 @@ class SnapshotExchange:
 
     def __init__(self, *, group: dist.ProcessGroup, counts: DeviceCounts) -> None:
         self._group = group
-        self._size = dist.get_world_size(group)
         self._counts = counts
         phases_LAE = counts.counts_LAE[:, :2]
         self._shape = phases_LAE.shape
         self._buffer = torch.zeros(
-            phases_LAE.numel() + 5, dtype=torch.int64, device=counts.counts_LAE.device
+            phases_LAE.numel() + HEAD, dtype=torch.int64, device=counts.counts_LAE.device
         )
         self._steps = 0
 
-    def begin(self, flags: Flags, *, steps: int, step_seconds: float) -> HostCopy:
-        """Sum and clear the counters. `step_seconds` is this rank's mean over the snapshot's steps."""
+    def begin(self, flags: Flags, *, steps: int, busy_steps: int, busy_seconds: float) -> HostCopy:
+        """Sum and clear the counters.
+
+        busy_steps, busy_seconds: the steps in which this rank had tokens, and their wall time.
+        """
         head = [
             flags.planned,
             flags.proposed,
             flags.scheduled,
             flags.failed,
-            round(step_seconds * 1e6),
+            busy_steps,
+            round(busy_seconds * 1e6),
         ]
         counts_LAE = self._counts.counts_LAE
-        self._buffer[:5].copy_(torch.tensor(head), non_blocking=True)
-        self._buffer[5:].copy_(counts_LAE[:, :2].reshape(-1))
+        self._buffer[:HEAD].copy_(torch.tensor(head), non_blocking=True)
+        self._buffer[HEAD:].copy_(counts_LAE[:, :2].reshape(-1))
         counts_LAE.zero_()
         self._steps = steps
         dist.all_reduce(self._buffer, group=self._group)
@@ -73,13 +78,15 @@ class SnapshotExchange:
     def finish(self, copy: HostCopy) -> Snapshot:
         """The sums that `begin` started."""
         values = copy.result().numpy()
-        planned, proposed, scheduled, failed, microseconds = (int(value) for value in values[:5])
-        counts_ALE = values[5:].reshape(self._shape).transpose(1, 0, 2).copy()
+        planned, proposed, scheduled, failed, busy_steps, microseconds = (
+            int(value) for value in values[:HEAD]
+        )
+        counts_ALE = values[HEAD:].reshape(self._shape).transpose(1, 0, 2).copy()
         return Snapshot(
             sample=LoadSample(
                 counts_ALE=counts_ALE,
                 steps=self._steps,
-                step_seconds=microseconds / 1e6 / self._size,
+                step_seconds=microseconds / 1e6 / max(busy_steps, 1),
             ),
             flags=Flags(planned=planned, proposed=proposed, scheduled=scheduled, failed=failed),
         )

@@ -71,7 +71,12 @@ def route_torch(
 def route_and_count(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
-    """`count_experts`, then `route_torch`, in one kernel where the tensors are on a GPU."""
+    """`count_experts`, then `route_torch`, in one kernel where the tensors are on a GPU.
+
+    Raises ValueError if there is not one phase per token: the kernel would read past the phases.
+    """
+    if phase_T.shape[0] != topk_ids_TK.shape[0]:
+        raise ValueError(f"{topk_ids_TK.shape[0]} tokens, but {phase_T.shape[0]} phases")
     if topk_ids_TK.is_cuda:
         from ep_rebalance.kernels.route_and_count_triton import route_and_count_triton
 

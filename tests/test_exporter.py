@@ -93,7 +93,7 @@ def test_counters_advance_by_the_difference(scrape: Scrape):
 def test_counters_never_fall_when_the_engine_starts_anew(scrape: Scrape):
     status = make_status()
     scrape.exporter.update(status)
-    status.rank_tokens, status.plans["committed"] = [3, 0], 1
+    status.rank_tokens, status.plans["committed"], status.started = [3, 0], 1, status.started + 60
     scrape.exporter.update(status)
     assert scrape.value("rank_tokens_total", ep_rank="0") == 13
     assert scrape.value("rank_tokens_total", ep_rank="1") == 20
@@ -138,7 +138,7 @@ def test_histograms_go_on_when_the_engine_starts_anew(scrape: Scrape):
     status = make_status()
     status.plan_seconds = Observations(first=0, values=[0.1, 0.1, 0.1])
     scrape.exporter.update(status)
-    status.plan_seconds = Observations(first=0, values=[0.2])
+    status.plan_seconds, status.started = Observations(first=0, values=[0.2]), status.started + 60
     scrape.exporter.update(status)
     assert scrape.value("plan_duration_seconds_count") == 4
 

@@ -22,7 +22,9 @@ def make_counts(size: int, counts_here: bool = True) -> DeviceCounts:
 
 
 def begin_and_finish(exchange, flags=None, *, steps=3, step_seconds=0.5):
-    copy = exchange.begin(flags or Flags(), steps=steps, step_seconds=step_seconds)
+    copy = exchange.begin(
+        flags or Flags(), steps=steps, busy_steps=steps, busy_seconds=step_seconds * steps
+    )
     return exchange.finish(copy)
 
 
@@ -90,7 +92,7 @@ def count_in_between(rank):
     counts = make_counts(2)
     exchange = SnapshotExchange(group=dist.group.WORLD, counts=counts)
     counts.counts_LAE[0, PREFILL, 0] = 1
-    copy = exchange.begin(Flags(), steps=1, step_seconds=0.0)
+    copy = exchange.begin(Flags(), steps=1, busy_steps=0, busy_seconds=0.0)
     counts.counts_LAE[0, PREFILL, 0] += 5
     first = exchange.finish(copy)
     return plain(first)[0], plain(begin_and_finish(exchange))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -27,11 +28,16 @@ TOKENS = 64
 
 def prompts(per_domain: int, skip: int = 0) -> list[str]:
     """Held-out texts, `per_domain` of each domain."""
-    chosen = []
-    for file in PROMPT_FILES:
-        lines = file.read_text(encoding="utf-8").splitlines()[skip : skip + per_domain]
-        chosen += [json.loads(line)["text"] for line in lines]
-    return chosen
+    return [text for file in PROMPT_FILES for text in _texts(file)[skip : skip + per_domain]]
+
+
+def prompts_by_domain() -> list[list[str]]:
+    """Traffic: 24 texts of each domain that `prompts(per_domain=5)` does not have."""
+    return [_texts(file)[8:32] for file in PROMPT_FILES]
+
+
+def _texts(file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 class Server:
@@ -43,7 +49,7 @@ class Server:
         self.log = log
         self._client = httpx.Client(base_url=self.url, timeout=300)
 
-    def answers(self, texts: Sequence[str], concurrency: int = 8) -> list[list[int]]:
+    def answers(self, texts: Sequence[str], concurrency: int = 12) -> list[list[int]]:
         """Greedy token ids for each prompt, asked `concurrency` at a time."""
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(self.answer, texts))
@@ -75,15 +81,15 @@ class Server:
     def metrics(self) -> str:
         return self._client.get("/metrics").text
 
-    def drive_until(
-        self, done: Any, texts: Sequence[str], *, seconds: float = 240
-    ) -> dict[str, Any]:
-        """Serve `texts` again and again until `done(status)`; the status then."""
+    def drive_until(self, done: Any, *, seconds: float = 400) -> dict[str, Any]:
+        """Serve one domain after the other, so that the load shifts, until `done(status)`."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        for texts in itertools.cycle(prompts_by_domain()):
             status = self.status()
             if done(status):
                 return status
+            if time.monotonic() > end:
+                break
             self.answers(texts)
         raise AssertionError(f"not reached in {seconds} s; status {self.status()}; log {self.log}")
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sys
 
+_REGISTERED = "_ep_rebalance_registered"
+
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`: runs in every vLLM process, whether the plugin is
@@ -25,9 +27,10 @@ def register() -> None:
     processes that parse arguments. An exception here would stop vLLM, so nothing else is done.
     """
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
-    if arg_utils is None:
+    if arg_utils is None or hasattr(arg_utils.EngineArgs, _REGISTERED):
         return
     from ep_rebalance.engines.vllm import activation, arguments
 
     arguments.install(arg_utils.EngineArgs)
     activation.install(arg_utils.EngineArgs)
+    setattr(arg_utils.EngineArgs, _REGISTERED, True)

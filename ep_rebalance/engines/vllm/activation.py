@@ -50,7 +50,12 @@ def install(engine_args: type[Any]) -> None:
         else:
             config = load_config(settings_from_environment(), additional[CONFIG_KEY])
         _prepare_arguments(self, config)
-        vllm_config = original(self, *args, **kwargs)
+        try:
+            vllm_config = original(self, *args, **kwargs)
+        except ValueError as error:
+            if "Number of experts" in str(error):
+                raise _no_experts(self.model) from error
+            raise
         _check(vllm_config, config)
         _complete(vllm_config, config)
         return vllm_config
@@ -161,10 +166,7 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
     model = vllm_config.model_config
     experts, ranks = model.get_num_experts(), ep_size(vllm_config.parallel_config)
     if experts < 1:
-        raise ConfigurationError(
-            f"model {model.model!r} has no Mixture-of-Experts layers.",
-            "serve it without --plugin ep_rebalance.",
-        )
+        raise _no_experts(model.model)
     if model.quantization is not None and config.mode != "observe":
         raise ConfigurationError(
             f"quantisation {model.quantization!r} is not verified: scales of an expert might stay behind.",
@@ -173,15 +175,25 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
     redundant = config.planner.redundant_experts
     if (experts + redundant) % ranks:
         fitting = -(-experts // ranks) * ranks - experts
+        choices = f"{fitting}, {fitting + ranks}, {fitting + 2 * ranks}, ..."
         raise ConfigurationError(
             f"{experts} experts + planner.redundant_experts={redundant} do not divide by {ranks} ranks.",
-            f"set planner.redundant_experts to {fitting}, {fitting + ranks}, {fitting + 2 * ranks}, ...",
+            f"use a number of ranks that divides {experts}."
+            if config.mode == "observe"
+            else f"set planner.redundant_experts to {choices}",
         )
     if (experts + redundant) // ranks > experts:
         raise ConfigurationError(
             f"planner.redundant_experts={redundant} gives a rank more slots than there are experts.",
             f"set it to at most {experts * ranks - experts}.",
         )
+
+
+def _no_experts(model: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"model {model!r} has no Mixture-of-Experts layers.",
+        "serve it without --plugin ep_rebalance.",
+    )
 
 
 def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:

@@ -35,8 +35,9 @@ class Contract:
                 found = getattr(found, name)
         except (ImportError, AttributeError) as error:
             raise _unsupported(f"{self.target} is missing ({error})") from None
-        if self.parameters:
-            assert callable(found)
+        if self.parameters and not callable(found):
+            raise _unsupported(f"{self.target} is no function")
+        if callable(found):
             missing = [p for p in self.parameters if p not in inspect.signature(found).parameters]
             if missing:
                 raise _unsupported(f"{self.target} has no parameter {', '.join(missing)}")
