@@ -72,6 +72,9 @@ class Server:
         """Send the server's API key from now on."""
         self._client.headers["authorization"] = f"Bearer {key}"
 
+    def close(self) -> None:
+        self._client.close()
+
     def status(self) -> dict[str, Any]:
         response = self._client.get("/ep_rebalance/status")
         response.raise_for_status()
@@ -117,6 +120,7 @@ def environment(ranks: int, **extra: str) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": binding,
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
     }
     return {**os.environ, **settings, **extra}
 
@@ -138,6 +142,7 @@ def serving(log: Path, *arguments: str, ranks: int = 2, **extra: str) -> Iterato
         _wait_until_healthy(server)
         yield server
     finally:
+        server.close()
         stop(process)
 
 
