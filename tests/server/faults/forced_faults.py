@@ -12,16 +12,32 @@ from typing import Any
 
 
 def register() -> None:
+    """Break the balancer once the worker has set its kernels up.
+
+    Not before: vLLM 0.32 scans all loaded modules for kernels then, and fails on numba's.
+    """
     faults = dict(
         part.split(":") for part in os.environ.get("FORCED_FAULTS", "").split(",") if part
     )
     if faults:
-        from ep_rebalance import background
-        from ep_rebalance.transport.round_exchange import RoundExchange
+        from vllm.platforms import current_platform
 
-        _fail_plan(background, int(faults["planner"]))
-        _flip_byte(RoundExchange, int(faults["checksum"]))
-        _fail_packing(RoundExchange, int(faults["transport"]))
+        original = current_platform.register_triton_kernel_overrides
+
+        def set_up() -> None:
+            original()
+            _break(faults)
+
+        type(current_platform).register_triton_kernel_overrides = staticmethod(set_up)
+
+
+def _break(faults: dict[str, str]) -> None:
+    from ep_rebalance import background
+    from ep_rebalance.transport.round_exchange import RoundExchange
+
+    _fail_plan(background, int(faults["planner"]))
+    _flip_byte(RoundExchange, int(faults["checksum"]))
+    _fail_packing(RoundExchange, int(faults["transport"]))
 
 
 def _fail_plan(module: Any, at: int) -> None:
