@@ -1,0 +1,331 @@
+"""Serve a Mixture-of-Experts model with a skewed router in several ways, side by side, and compare.
+
+Servers, each with two data-parallel ranks that are two expert-parallel ranks:
+  contiguous    the plugin only counts; experts lie in order, the hot ones on rank 0
+  ep_rebalance  the plugin moves experts
+  even router   the same model with a router that uses all experts alike: the best that balancing can do
+  vLLM EPLB     vLLM's own balancer, made to run on CPU (vllm_eplb_on_cpu)
+  counting off  contiguous without counting (--overhead)
+
+In each repetition the balancers start anew and serve from there (phase `moving`); then all servers,
+kept alive and paused while they are not measured, serve in turn (phases `steady`, several rounds),
+so that each round compares what was measured within a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import numpy as np
+import psutil
+from rich.console import Console
+from serving_load import ClosedLoop, Load, StreamFailed, measure
+from serving_model import ModelShape, ensure_model
+from serving_report import BALANCERS, Moves, Phase, Results, show
+from serving_servers import Clock, Engine, Server, ServerFailed, variants
+
+SERVER_BYTES = 3 << 30
+"""Memory that a server takes: two ranks, each with two processes, and the API server."""
+
+IMBALANCE_READINGS = 5
+"""Per phase; the median counts, because a snapshot of few tokens says little."""
+
+DEFAULT_SERVERS = ("observe", "rebalance", "even", "eplb")
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--repetitions", type=int, default=3, help="fresh starts of the balancers (default 3)")
+    add("--rounds", type=int, default=3, help="measured rounds per repetition (default 3)")
+    add("--seconds", type=float, default=20, help="length of a measured phase (default 20)")
+    add("--ramp-seconds", type=float, default=5, help="load before each of them (default 5)")
+    add(
+        "--moving-seconds",
+        type=float,
+        default=60,
+        help="load of each kind after a start (default 60)",
+    )
+    add(
+        "--drift",
+        type=int,
+        default=1,
+        help="kinds of load with other hot experts before (default 1)",
+    )
+    add("--interval-steps", type=int, default=64, help="steps between two plans (default 64)")
+    add("--redundant", type=int, default=0, help="slots beyond one per expert (default 0)")
+    add(
+        "--servers",
+        default=",".join(DEFAULT_SERVERS),
+        help="which ones, by comma (default %(default)s)",
+    )
+    add("--overhead", action="store_true", help="only measure what counting costs")
+    add("--concurrency", type=int, default=24, help="requests in flight per rank (default 24)")
+    add("--port", type=int, default=8300, help="first of as many ports as servers (default 8300)")
+    add("--seed", type=int, default=0, help="of the prompts")
+    add("--output", type=Path, help="write everything measured to this JSON file")
+    add("--quick", action="store_true", help="one repetition of short phases, to see that all runs")
+    add("--one-at-a-time", action="store_true", help="stop servers that wait, to save memory")
+    options = parser.parse_args()
+    if options.quick:
+        options.repetitions, options.rounds = 1, 1
+        options.seconds, options.moving_seconds, options.ramp_seconds = 12, 40, 4
+        options.drift = 0
+    if options.overhead:
+        options.servers = "observe,uncounted"
+    return options
+
+
+class Comparison:
+    """One run of the benchmark."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, console: Console) -> None:
+        self._options = options
+        self._console = console
+        self._began = time.monotonic()
+        self._shape = ModelShape()
+        skewed, even = ensure_model(self._shape), ensure_model(self._shape.even())
+        clock = Clock(interval_steps=options.interval_steps, redundant=options.redundant)
+        available = variants(skewed, even, clock)
+        names = options.servers.split(",")
+        self._servers = {
+            name: Server(available[name], Engine(), port=options.port + index, folder=folder)
+            for index, name in enumerate(names)
+        }
+        self.titles = {name: available[name].title for name in names}
+        self.results = Results(machine(), {key: str(value) for key, value in vars(options).items()})
+        needed, free = len(names) * SERVER_BYTES, psutil.virtual_memory().available
+        self._one_at_a_time = options.one_at_a_time or needed > free
+        if self._one_at_a_time and not options.one_at_a_time:
+            self._say(f"{free >> 30} GiB are free, so one server runs at a time.")
+
+    async def run(self) -> None:
+        """Measure everything; all servers are stopped afterwards, whatever happens."""
+        try:
+            for repetition in range(self._options.repetitions):
+                await self._repeat(repetition)
+        finally:
+            for server in self._servers.values():
+                server.begin_stop()
+            for server in self._servers.values():
+                server.stop()
+
+    def kill(self) -> None:
+        """End what still runs, without a delay."""
+        for server in self._servers.values():
+            server.kill()
+
+    async def _repeat(self, repetition: int) -> None:
+        for name in self._servers:
+            if name in BALANCERS:
+                self._servers[name].stop()
+            if not self._one_at_a_time:
+                await self._ensure(name, repetition)
+                self._servers[name].pause()
+        for number in range(self._options.rounds):
+            names = list(self._servers)
+            for name in names if number % 2 == 0 else reversed(names):
+                await self._measure_steady(name, repetition, number)
+        for name in self._servers:
+            if name in BALANCERS and not self._one_at_a_time:
+                with self._resumed(name) as server:
+                    self.results.moves.append(await self._moves(server, repetition))
+
+    async def _ensure(self, name: str, repetition: int) -> None:
+        """Start the server unless it runs; a balancer first serves for a while."""
+        server = self._servers[name]
+        if server.running:
+            return
+        self._say(f"{server.variant.title}: starting")
+        await server.start()
+        if name in BALANCERS:
+            await self._measure_moving(server, repetition)
+
+    @contextlib.contextmanager
+    def _resumed(self, name: str) -> Iterator[Server]:
+        server = self._servers[name]
+        server.resume()
+        yield server
+        server.pause()
+
+    async def _measure_steady(self, name: str, repetition: int, number: int) -> None:
+        await self._ensure(name, repetition)
+        options = self._options
+        with self._resumed(name) as server:
+            phase = await self._serve(
+                server, "steady", repetition, number, options.seconds, options.ramp_seconds
+            )
+            if self._one_at_a_time and name in BALANCERS:
+                self.results.moves.append(await self._moves(server, repetition))
+        if self._one_at_a_time:
+            server.stop()
+        self._tell(phase, f"round {number + 1} of {options.rounds}")
+
+    async def _measure_moving(self, server: Server, repetition: int) -> None:
+        """Serve other kinds of text first, then the one that is measured."""
+        for number, domain in enumerate([*range(1, self._options.drift + 1), 0]):
+            phase = await self._serve(
+                server, "moving", repetition, number, self._options.moving_seconds, 0.0, domain
+            )
+            self._tell(phase, f"{sum(phase.carried)} steps moved experts")
+
+    async def _serve(
+        self,
+        server: Server,
+        kind: str,
+        repetition: int,
+        number: int,
+        seconds: float,
+        ramp_seconds: float,
+        domain: int = 0,
+    ) -> Phase:
+        load = Load(
+            tokens=self._shape.token_ids(domain),
+            concurrency=self._options.concurrency,
+            seed=self._options.seed + 1000 * repetition + number + (500 if kind == "moving" else 0),
+        )
+        seen: list[float] = []
+        try:
+            async with ClosedLoop(server.url, str(server.variant.model), load) as loop:
+                await loop.run(ramp_seconds)
+                await server.call("ep_rebalance_step_times")
+                start = time.perf_counter()
+                for _ in range(IMBALANCE_READINGS):
+                    await loop.run(seconds / IMBALANCE_READINGS)
+                    seen += await self._imbalance(server)
+                stop = time.perf_counter()
+                steps = await server.call("ep_rebalance_step_times")
+        except (aiohttp.ClientError, httpx.HTTPError, StreamFailed) as error:
+            raise ServerFailed(f"{server.variant.title}: {error!r}\n{server.log_tail()}") from error
+        phase = Phase(
+            variant=server.variant.name,
+            kind=kind,
+            repetition=repetition,
+            round=number,
+            measurement=measure(loop.answers, start, stop),
+            step_seconds=[step[0] for step in steps],
+            carried=[step[1] for step in steps],
+            imbalance=float(np.median(seen)) if seen else None,
+        )
+        self.results.phases.append(phase)
+        return phase
+
+    async def _imbalance(self, server: Server) -> list[float]:
+        """max/mean rank load, mean of the layers, of the steps counted last; [] if unknown."""
+        if server.variant.name == "uncounted":
+            return []
+        if server.variant.name == "eplb":
+            done = await server.call("vllm_eplb_rearrangements")
+            return [float(np.mean(done[-1]["before"]))] if done else []
+        status = await server.status()
+        return [float(np.mean(status["imbalance"]))] if status["imbalance"] else []
+
+    async def _moves(self, server: Server, repetition: int) -> Moves:
+        name = server.variant.name
+        if name == "eplb":
+            done = await server.call("vllm_eplb_rearrangements")
+            return Moves(
+                variant=name,
+                repetition=repetition,
+                migrations=len(done),
+                experts=sum(entry["moved"] for entry in done),
+                bytes=sum(entry["fetched"] for entry in done) * self._shape.expert_bytes,
+            )
+        status = await server.status()
+        sent = status["migrated_bytes"]
+        return Moves(
+            variant=name,
+            repetition=repetition,
+            migrations=status["plans"]["committed"],
+            experts=sum(status["migrated_experts"].values()),
+            bytes=sent["intranode"] + sent["internode"],
+        )
+
+    def _tell(self, phase: Phase, more: str) -> None:
+        steps = phase.step_seconds or [float("nan")]
+        imbalance = "" if phase.imbalance is None else f", imbalance {phase.imbalance:.2f}"
+        self._say(
+            f"{self.titles[phase.variant]}, {phase.kind}, repetition {phase.repetition + 1} of "
+            f"{self._options.repetitions}, {more}: {phase.measurement.tokens_per_second:.0f} tokens/s, "
+            f"{len(steps)} steps of {1e3 * np.median(steps):.0f} ms{imbalance}"
+        )
+
+    def _say(self, text: str) -> None:
+        elapsed = int(time.monotonic() - self._began)
+        self._console.print(
+            f"[dim]{elapsed // 60:3d}:{elapsed % 60:02d}[/]  {text}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "CPU": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory GiB": round(psutil.virtual_memory().total / 2**30),
+        "ep-rebalance": version("ep-rebalance"),
+        "vLLM": version("vllm"),
+        "torch": version("torch"),
+        "Python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+async def _run(comparison: Comparison) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await comparison.run()
+
+
+def main() -> None:
+    """Measure, print, and write the results."""
+    options, console = parse_options(), Console()
+    folder = Path(tempfile.mkdtemp(prefix="ep-rebalance-serving-"))
+    comparison = Comparison(options, folder, console)
+    try:
+        asyncio.run(_run(comparison))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print("Stopped, and so are the servers.")
+        raise SystemExit(130) from None
+    except BaseException as error:
+        console.print(f"Failed; the servers' logs are in {folder}", style="red")
+        if isinstance(error, ServerFailed):
+            console.print(str(error), highlight=False, markup=False)
+            raise SystemExit(1) from None
+        raise
+    finally:
+        comparison.kill()
+    show(comparison.results, comparison.titles, console)
+    if options.output:
+        options.output.write_text(json.dumps(comparison.results.as_dict()))
+        console.print(f"Written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A vLLM plugin for benchmarks: vLLM's own expert balancer (`--enable-eplb`) on CPU, and a server
+that counts nothing.
+
+vLLM offers `--enable-eplb` on GPUs only. What is added here lets its own code - `EplbState`, its
+default policy, its weight exchange over gloo - run on CPU unchanged, so that it can be measured
+beside ep_rebalance in one run. The transport of tokens is ep_rebalance's all-to-all in both, and so
+is the order in which outputs are summed.
+
+`install_metadata` makes the entry point that vLLM looks for; nothing happens without the
+environment variable SWITCH.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+SWITCH = "EP_BENCHMARK_SERVER"
+"""Environment variable: what this plugin does to a server."""
+
+VLLM_EPLB = "vllm-eplb"
+UNCOUNTED = "uncounted"
+
+WORKER_EXTENSION = f"{__name__}.worker.WorkerExtension"
+
+_METADATA = "Metadata-Version: 2.1\nName: ep-rebalance-benchmark\nVersion: 0\n"
+_ENTRY_POINTS = f"[vllm.general_plugins]\nep_rebalance_benchmark = {__name__}:register\n"
+
+
+def install_metadata(folder: Path) -> str:
+    """Make `folder` hold an installed distribution's metadata; returns the PYTHONPATH to it."""
+    information = folder / "ep_rebalance_benchmark-0.dist-info"
+    information.mkdir(parents=True, exist_ok=True)
+    (information / "METADATA").write_text(_METADATA)
+    (information / "entry_points.txt").write_text(_ENTRY_POINTS)
+    return os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: runs in every process of every server of a benchmark."""
+    wanted = os.environ.get(SWITCH)
+    if wanted == VLLM_EPLB:
+        _allow_eplb()
+    elif wanted == UNCOUNTED:
+        _count_nothing()
+
+
+def _allow_eplb() -> None:
+    """Let the configuration pass that refuses `enable_eplb` on CPU."""
+    import vllm.config.parallel as parallel
+
+    if not isinstance(parallel.current_platform, _GpuInName):
+        parallel.current_platform = _GpuInName(parallel.current_platform)
+
+
+class _GpuInName:
+    """The platform, but that it says yes to the one question that keeps `enable_eplb` off a CPU."""
+
+    def __init__(self, platform: Any) -> None:
+        self._platform = platform
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform, name)
+
+
+def _count_nothing() -> None:
+    """Take out of mode observe all that it adds to a step: counting, phases, snapshots."""
+    import time
+
+    from ep_rebalance.counts import DeviceCounts
+    from ep_rebalance.rebalancer import Rebalancer, StepTime
+
+    def route(self: Any, layer: int, topk_ids_TK: Any, first_token: int) -> Any:
+        return topk_ids_TK
+
+    def mark_tokens(self: Any, phases_T: Any) -> None: ...
+
+    def step(self: Any, started: float | None) -> None:
+        if started is not None:
+            self.step_times.append(StepTime(time.perf_counter() - started, migrated=False))
+
+    DeviceCounts.route = route
+    DeviceCounts.mark_tokens = mark_tokens
+    Rebalancer.step = step
