@@ -117,7 +117,7 @@ class ClosedLoop:
     async def __aenter__(self) -> ClosedLoop:
         self._session = aiohttp.ClientSession(
             self._url,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=600),
         )
         for rank in range(self._load.ranks):

@@ -47,6 +47,27 @@ class Proposal:
     seconds: float
 
 
+class DaemonThread:
+    """Runs jobs one at a time; unlike an executor's, one that hangs does not keep the process alive."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()
+
+    def submit(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Start a job, or queue it behind the one that runs."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            with self._one_at_a_time:
+                try:
+                    future.set_result(job(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, name="ep_rebalance", daemon=True).start()
+        return future
+
+
 class Background:
     """The jobs of one rank. expert_bytes_L: packed size of one expert of each layer."""
 
@@ -64,36 +85,22 @@ class Background:
         self._identity = identity
         self._expert_bytes_L = expert_bytes_L
         self._staging_slots = staging_slots
-        self._one_at_a_time = threading.Lock()
+        self._thread = DaemonThread()
 
     def propose(
         self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float
     ) -> Future[Proposal]:
         """Plan from `served` and decide whether the plan is worth its migration."""
-        return self._start(self._propose, samples_WLE, served, step_seconds)
+        return self._thread.submit(self._propose, samples_WLE, served, step_seconds)
 
     def schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Future[Migration]:
         """Read a plan from its wire form and work out the rounds that lead to it."""
-        return self._start(self._schedule, served, wire_2LP.copy())
+        return self._thread.submit(self._schedule, served, wire_2LP.copy())
 
     def save(self, served: Served, load_LE: NDArray[np.float64]) -> None:
         """Write the state file, if one is configured."""
         if self._config.state.path:
-            self._start(self._save, Path(self._config.state.path), served, load_LE)
-
-    def _start(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Run a job in a daemon thread: one that hangs must not keep the process from ending."""
-        future: Future[Result] = Future()
-
-        def run() -> None:
-            with self._one_at_a_time:
-                try:
-                    future.set_result(job(*arguments))
-                except BaseException as error:
-                    future.set_exception(error)
-
-        threading.Thread(target=run, name="ep_rebalance", daemon=True).start()
-        return future
+            self._thread.submit(self._save, Path(self._config.state.path), served, load_LE)
 
     def _propose(
         self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float

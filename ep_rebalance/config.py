@@ -88,7 +88,7 @@ class DecisionConfig(_Section):
 
     horizon_steps: int = Field(default=2000, gt=0)
     """Engine steps over which a new placement is expected to pay."""
-    min_gain: float = Field(default=0.01, ge=0.0)
+    min_gain: float = Field(default=0.005, ge=0.0)
     """Smallest predicted part of the step time saved that is acted on (hysteresis)."""
     min_gain_over_cost: float = Field(default=2.0, ge=0.0)
     """Predicted seconds saved over the horizon divided by the seconds that the migration costs."""
