@@ -7,21 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from serving import Server, prompts, serving
-
-SNAPSHOTS_BEFORE_PLAN = 40
-"""Enough that all questions asked at once (about 15 snapshots) are answered before the first plan."""
-
-SETTINGS = {
-    "window": {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 2},
-    "planner": {"interval_snapshots": SNAPSHOTS_BEFORE_PLAN},
-    "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
-    "metrics": {"poll_seconds": 0.5},
-}
-
-PLUGIN = ("--enable-expert-parallel", "--plugin", "ep_rebalance")
-DATA_PARALLEL = ("--data-parallel-size", "2")
-TENSOR_PARALLEL = ("--tensor-parallel-size", "2")
+from serving import DATA_PARALLEL, PLUGIN, SETTINGS, TENSOR_PARALLEL, Server, prompts, serving
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,20 @@ PROMPT_FILES = sorted((TINY_MOE / "prompts").glob("*.jsonl"))
 START_SECONDS = 600
 TOKENS = 64
 
+SNAPSHOTS_BEFORE_PLAN = 40
+"""Enough that all questions asked at once (about 15 snapshots) are answered before the first plan."""
+
+SETTINGS = {
+    "window": {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 2},
+    "planner": {"interval_snapshots": SNAPSHOTS_BEFORE_PLAN},
+    "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
+    "metrics": {"poll_seconds": 0.5},
+}
+
+PLUGIN = ("--enable-expert-parallel", "--plugin", "ep_rebalance")
+DATA_PARALLEL = ("--data-parallel-size", "2")
+TENSOR_PARALLEL = ("--tensor-parallel-size", "2")
+
 
 def prompts(per_domain: int, skip: int = 0) -> list[str]:
     """Held-out texts, `per_domain` of each domain."""

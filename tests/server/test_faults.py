@@ -12,8 +12,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from conftest import DATA_PARALLEL, PLUGIN, SETTINGS
-from serving import Server, family_of, prompts_by_domain, serving
+from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, family_of, prompts_by_domain, serving
 
 pytestmark = pytest.mark.server
 

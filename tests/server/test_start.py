@@ -1,73 +1,15 @@
-"""Metrics, status and start-up errors of real servers."""
+"""Other ways to start a server, and starts that are refused."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from conftest import DATA_PARALLEL, PLUGIN, TENSOR_PARALLEL
-from prometheus_client.parser import text_string_to_metric_families
-from serving import Server, prompts, refused_start, serving
+from metrics_page import assert_metrics_agree
+from serving import DATA_PARALLEL, PLUGIN, TENSOR_PARALLEL, prompts, refused_start, serving
 
 pytestmark = pytest.mark.server
-
-
-def samples(server: Server) -> dict[tuple[str, str], float]:
-    """Our series: (name, own label) -> value."""
-    found = {}
-    for family in text_string_to_metric_families(server.metrics()):
-        for sample in family.samples:
-            if sample.name.startswith("ep_rebalance_"):
-                assert sample.labels["model_name"] == "tiny_moe"
-                own = [
-                    v for k, v in sample.labels.items() if k not in ("model_name", "engine", "pid")
-                ]
-                found[sample.name, ",".join(own)] = sample.value
-    return found
-
-
-def assert_metrics_agree(server: Server) -> None:
-    time.sleep(2)
-    status, seen = server.status(), samples(server)
-    assert seen["ep_rebalance_placement_generation", ""] == status["generation"]
-    for outcome, count in status["plans"].items():
-        assert seen["ep_rebalance_plans_total", outcome] == count
-    for link, count in status["migrated_bytes"].items():
-        assert seen["ep_rebalance_migrated_bytes_total", link] == count
-    for phase, count in status["phase_tokens"].items():
-        assert seen["ep_rebalance_phase_tokens_total", phase] == count
-    for layer, ratio in enumerate(status["imbalance"]):
-        assert seen["ep_rebalance_load_imbalance_ratio", str(layer)] == pytest.approx(ratio)
-    stalls: dict[str, Any] = status["commit_stall_seconds"]
-    total = stalls["first"] + len(stalls["values"])
-    assert seen["ep_rebalance_commit_stall_seconds_count", ""] == total
-
-
-def test_metrics_agree_with_the_status(data_parallel: Server) -> None:
-    data_parallel.answers(prompts(per_domain=4, skip=8))
-    assert_metrics_agree(data_parallel)
-
-
-def test_promtool_accepts_our_metrics(data_parallel: Server) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool (Debian package prometheus) is not installed")
-    ours = [
-        line
-        for line in data_parallel.metrics().splitlines()
-        if line.removeprefix("# HELP ").removeprefix("# TYPE ").startswith("ep_rebalance_")
-    ]
-    assert len(ours) > 50
-    text = "\n".join(ours) + "\n"
-    checked = subprocess.run(
-        [promtool, "check", "metrics"], input=text, capture_output=True, text=True
-    )
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
 def test_two_api_servers_with_a_key(logs: Path, settings_file: str) -> None:
