@@ -41,6 +41,9 @@ from serving_servers import Clock, Engine, Server, ServerFailed, variants
 SERVER_BYTES = 3 << 30
 """Memory that a server takes: two ranks, each with two processes, and the API server."""
 
+BUSY = 0.5
+"""Load average from which the machine is not quiet."""
+
 IMBALANCE_READINGS = 5
 """Per phase; the median counts, because a snapshot of few tokens says little."""
 
@@ -115,6 +118,10 @@ class Comparison:
         self._one_at_a_time = options.one_at_a_time or needed > free
         if self._one_at_a_time and not options.one_at_a_time:
             self._say(f"{free >> 30} GiB are free, so one server runs at a time.")
+        if (busy := os.getloadavg()[0]) > BUSY:
+            self._say(
+                f"The load average is {busy:.1f}: what else runs here will disturb the figures."
+            )
 
     async def run(self) -> None:
         """Measure everything; all servers are stopped afterwards, whatever happens."""

@@ -24,7 +24,7 @@ from ep_rebalance.config import PlannerConfig
 START_SECONDS = 600
 """A start takes 40 to 60 seconds on two idle cores."""
 STOP_SECONDS = 20
-LOG_LINES = 30
+LOG_LINES, LOG_COLUMNS = 15, 200
 
 
 class ServerFailed(RuntimeError):
@@ -193,7 +193,8 @@ class Server:
     def log_tail(self) -> str:
         """The last lines of its log."""
         lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join([*lines[-LOG_LINES:], f"the whole log: {self.log}"])
+        shown = [line[:LOG_COLUMNS] for line in lines[-LOG_LINES:]]
+        return "\n".join([*shown, f"the whole log: {self.log}"])
 
 
 def _is_taken(port: int) -> bool:
