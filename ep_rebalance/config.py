@@ -120,8 +120,10 @@ class DispatchConfig(_Section):
 class MetricsConfig(_Section):
     """What is seen from outside."""
 
-    poll_seconds: float = Field(default=2.0, gt=0.0)
-    """Seconds between two reads of the engine by the API server."""
+    poll_seconds: float = Field(default=10.0, gt=0.0)
+    """Seconds between two reads of the engine by the API server. vLLM's workers busy-wait for about
+    a second after each message, so frequent reads cost an idle server a core.
+    """
     poll_timeout_seconds: float = Field(default=5.0, gt=0.0)
     """Seconds after which one read is given up."""
 
