@@ -50,7 +50,7 @@ class Journal:
         self.status.plan_seconds.add(proposal.seconds)
         self.status.last_decision = proposal.decision.reason
         self._promised = proposal.plan.imbalance_after_L.tolist()
-        if proposal.decision.outcome != "accepted":
+        if not proposal.decision.accepted:
             self.outcome(proposal.decision.outcome, proposal.decision.reason)
 
     def round_stalled(self, seconds: float) -> None:

@@ -227,7 +227,7 @@ class Rebalancer:
                 self._flags = Flags(planned=1, proposed=int(self._take_proposal(job)))
                 job = None
             elif job is not None and time.monotonic() > deadline:
-                self._journal.stuck("the planner does not end; no more experts will move")
+                self._journal.stuck("the planner takes longer than planner.deadline_seconds")
             snapshot = yield from self._snapshot()
             if snapshot.flags.planned:
                 break
@@ -320,7 +320,7 @@ class Rebalancer:
             return False
         self._journal.proposal(proposal)
         self._plan_wire.copy_(torch.from_numpy(wire))
-        return proposal.decision.outcome == "accepted"
+        return proposal.decision.accepted
 
     def _take_schedule(self, job: Future[Migration]) -> Migration | None:
         try:

@@ -13,6 +13,7 @@ environment variable SWITCH.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def register() -> None:
     if wanted == VLLM_EPLB:
         _allow_eplb()
     elif wanted == UNCOUNTED:
-        _count_nothing()
+        _after_kernel_set_up(_count_nothing)
 
 
 def _allow_eplb() -> None:
@@ -67,6 +68,19 @@ class _GpuInName:
         return getattr(self._platform, name)
 
 
+def _after_kernel_set_up(change: Callable[[], None]) -> None:
+    """Not before: vLLM 0.32 scans all loaded modules for kernels then, and fails on numba's."""
+    from vllm.platforms import current_platform
+
+    original = current_platform.register_triton_kernel_overrides
+
+    def set_up() -> None:
+        original()
+        change()
+
+    type(current_platform).register_triton_kernel_overrides = staticmethod(set_up)
+
+
 def _count_nothing() -> None:
     """Take out of mode observe all that it adds to a step: counting, phases, snapshots."""
     import time
@@ -74,8 +88,7 @@ def _count_nothing() -> None:
     from ep_rebalance.counts import DeviceCounts
     from ep_rebalance.rebalancer import Rebalancer, StepTime
 
-    def route(self: Any, layer: int, topk_ids_TK: Any, first_token: int) -> Any:
-        return topk_ids_TK
+    def count(self: Any, layer: int, topk_ids_TK: Any, first_token: int) -> None: ...
 
     def mark_tokens(self: Any, phases_T: Any) -> None: ...
 
@@ -83,6 +96,6 @@ def _count_nothing() -> None:
         if started is not None:
             self.step_times.append(StepTime(time.perf_counter() - started, migrated=False))
 
-    DeviceCounts.route = route
+    DeviceCounts.count = count
     DeviceCounts.mark_tokens = mark_tokens
     Rebalancer.step = step

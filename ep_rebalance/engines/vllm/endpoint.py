@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request, Response
 from ep_rebalance.config import MetricsConfig, load_config
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY
 from ep_rebalance.exporter import Exporter
-from ep_rebalance.metrics import Status, decode
+from ep_rebalance.metrics import decode
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,3 @@ def _authorised(request: Request, keys: list[str]) -> bool:
 
 def _json(content: dict[str, str], status: int) -> Response:
     return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")
-
-
-__all__ = ["EndpointPlugin", "EngineStatus", "Status", "create_endpoint_plugin"]
