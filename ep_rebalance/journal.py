@@ -25,6 +25,7 @@ class Journal:
     def __init__(self, status: Status, *, contiguous: Placement, rank: int) -> None:
         self.status = status
         self._contiguous = contiguous
+        self._contiguous_quotas_LP = contiguous.even_quotas_LP()
         self._rank = rank
         self._promised: list[float] = []
 
@@ -37,7 +38,8 @@ class Journal:
             return
         rank_load_LR = served.placement.rank_load_LR(load_LE, served.quotas_LP)
         status.imbalance = imbalance_L(rank_load_LR).tolist()
-        status.contiguous_imbalance = imbalance_L(self._contiguous.rank_load_LR(load_LE)).tolist()
+        contiguous_LR = self._contiguous.rank_load_LR(load_LE, self._contiguous_quotas_LP)
+        status.contiguous_imbalance = imbalance_L(contiguous_LR).tolist()
         status.step_seconds = sample.step_seconds
         for rank, tokens in enumerate(rank_load_LR.sum(0)):
             status.rank_tokens[rank] += round(tokens)

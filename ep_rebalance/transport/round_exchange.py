@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -135,16 +136,22 @@ class RoundExchange:
         """Bytes to and from each peer. Adds up all ranks, so that StagingFull is raised on all or
         on none.
         """
-        wire_RR = [[0] * self.size for _ in range(self.size)]
+        to_peer_R, from_peer_R = [0] * self.size, [0] * self.size
+        sent_R, received_R = [0] * self.size, [0] * self.size
         for transfer in round_.transfers:
-            move = batch.moves[transfer.move]
-            wire_RR[move.src_rank][move.dst_rank] += self._wire_bytes(batch, transfer)
-        busiest = max(max(map(sum, wire_RR)), max(map(sum, zip(*wire_RR, strict=True))))
+            move, size = batch.moves[transfer.move], self._wire_bytes(batch, transfer)
+            sent_R[move.src_rank] += size
+            received_R[move.dst_rank] += size
+            if move.src_rank == self.rank:
+                to_peer_R[move.dst_rank] += size
+            if move.dst_rank == self.rank:
+                from_peer_R[move.src_rank] += size
+        busiest = max(*sent_R, *received_R)
         if busiest > self._send.numel():
             raise StagingFull(
                 f"a round of {busiest} bytes on one rank does not fit into {self._send.numel()}"
             )
-        return wire_RR[self.rank], [row[self.rank] for row in wire_RR]
+        return to_peer_R, from_peer_R
 
     def _pack(self, batch: Batch, round_: Round) -> None:
         for transfer, region in self._regions(batch, round_, self._send, sending=True):
@@ -168,12 +175,15 @@ class RoundExchange:
         self, batch: Batch, round_: Round, buffer: torch.Tensor, *, sending: bool
     ) -> Iterator[tuple[Transfer, torch.Tensor]]:
         """This rank's transfers by peer, then in round order: the layout that both ends agree on."""
+        by_peer = []
+        for transfer in round_.transfers:
+            move = batch.moves[transfer.move]
+            ends = (move.src_rank, move.dst_rank)
+            here, peer = ends if sending else reversed(ends)
+            if here == self.rank:
+                by_peer.append((peer, transfer))
         position = 0
-        for peer in range(self.size):
-            for transfer in round_.transfers:
-                move = batch.moves[transfer.move]
-                ends = (move.src_rank, move.dst_rank)
-                if ends == ((self.rank, peer) if sending else (peer, self.rank)):
-                    size = self._wire_bytes(batch, transfer)
-                    yield transfer, buffer[position : position + size]
-                    position += size
+        for _, transfer in sorted(by_peer, key=itemgetter(0)):
+            size = self._wire_bytes(batch, transfer)
+            yield transfer, buffer[position : position + size]
+            position += size
