@@ -48,15 +48,16 @@ class Placement:
                 f"expert ids must be in 0..{self.num_experts - 1}, "
                 f"got {slots_LP.min()}..{slots_LP.max()}"
             )
-        for layer, slots_P in enumerate(slots_LP):
-            missing = np.setdiff1d(np.arange(self.num_experts), slots_P)
-            if missing.size:
-                raise PlacementError(f"layer {layer}: no slot holds expert {missing[0]}")
-            by_rank = np.sort(slots_P.reshape(self.num_ranks, -1), axis=1)
-            ranks, where = np.nonzero(by_rank[:, 1:] == by_rank[:, :-1])
-            if ranks.size:
-                expert = by_rank[ranks[0], where[0]]
-                raise PlacementError(f"layer {layer}: rank {ranks[0]} holds expert {expert} twice")
+        missing_N2 = np.argwhere(_replica_counts_LE(slots_LP, self.num_experts) == 0)
+        if missing_N2.size:
+            layer, expert = missing_N2[0]
+            raise PlacementError(f"layer {layer}: no slot holds expert {expert}")
+        sorted_LRS = np.sort(slots_LP.reshape(len(slots_LP), self.num_ranks, -1), axis=2)
+        twice_N3 = np.argwhere(sorted_LRS[:, :, 1:] == sorted_LRS[:, :, :-1])
+        if twice_N3.size:
+            layer, rank, place = twice_N3[0]
+            expert = sorted_LRS[layer, rank, place]
+            raise PlacementError(f"layer {layer}: rank {rank} holds expert {expert} twice")
 
     @classmethod
     def contiguous(
@@ -101,10 +102,7 @@ class Placement:
 
     def replica_counts_LE(self) -> NDArray[np.int32]:
         """int32 [L, E], slots that each expert has."""
-        counts_LE = np.zeros((self.num_layers, self.num_experts), dtype=np.int32)
-        for layer, slots_P in enumerate(self.slots_LP):
-            counts_LE[layer] = np.bincount(slots_P, minlength=self.num_experts)
-        return counts_LE
+        return _replica_counts_LE(self.slots_LP, self.num_experts)
 
     def replica_slots(self, layer: int) -> NDArray[np.int32]:
         """int32 [E, max_replicas], the slots of each expert in ascending order, then -1."""
@@ -145,6 +143,13 @@ class Placement:
             self.num_layers, self.num_ranks, -1
         ).sum(2)
         return load_LR
+
+
+def _replica_counts_LE(slots_LP: NDArray[np.int32], num_experts: int) -> NDArray[np.int32]:
+    layers = len(slots_LP)
+    cells_LP = slots_LP + num_experts * np.arange(layers)[:, None]
+    counts = np.bincount(cells_LP.ravel(), minlength=layers * num_experts)
+    return counts.reshape(layers, num_experts).astype(np.int32)
 
 
 def imbalance_L(rank_load_LR: NDArray[np.float64]) -> NDArray[np.float64]:

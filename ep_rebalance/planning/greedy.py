@@ -3,8 +3,8 @@
 
 Copies go one by one to the expert with the highest load per replica. Replicas are then packed,
 heaviest first, onto the rank with the lowest load that has a slot free. Unlike the published code,
-no rank gets an expert
-twice: such a rank is passed over, or swaps an expert with one that may take it.
+no rank gets an expert twice: such a rank is passed over, or swaps an expert with one that may take
+it.
 """
 
 from __future__ import annotations

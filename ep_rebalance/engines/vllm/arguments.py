@@ -2,8 +2,8 @@
 
 Target: `EngineArgs.add_cli_args`. Why: vLLM has no list of plugins on the command line; it reads
 `VLLM_PLUGINS`. Can go when vLLM takes plugin arguments itself. The flags are folded into
-`additional_config`, which reaches every process, only after
-parsing: vLLM appends dotted keys (`--ep-rebalance-config.mode observe`) last.
+`additional_config`, which reaches every process, only after parsing: vLLM appends dotted keys
+(`--ep-rebalance-config.mode observe`) last.
 """
 
 from __future__ import annotations

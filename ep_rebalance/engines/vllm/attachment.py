@@ -62,7 +62,7 @@ class Attachment:
         )
         if moves:
             _restore(rebalancer, config, vllm_config)
-        if config.mode == "rebalance":
+        if config.mode == "rebalance" and _ep_group().rank_in_group == 0:
             compile_planner()
         logger.info(
             "ep_rebalance: mode %s, %d MoE layers, %d experts in %d slots on %d ranks",

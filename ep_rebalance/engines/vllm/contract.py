@@ -1,8 +1,8 @@
 """What we rely on in vLLM, checked at start.
 
 A seam states the functions that it wraps and the parameters that it passes or reads. If one is
-missing, the server does not
-start: a wrong guess about an engine's insides would show up as wrong answers.
+missing, the server does not start: a wrong guess about an engine's insides would show up as wrong
+answers.
 """
 
 from __future__ import annotations
