@@ -29,13 +29,11 @@ from ep_rebalance.planning.plan import Budget, Plan
 from ep_rebalance.planning.policies import make_plan
 from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, ModelIdentity, SavedState, save_state
 from ep_rebalance.topology import Topology
+from ep_rebalance.transport.plan_broadcast import read_plan
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-QUOTA_UNIT = 1 << 30
-"""Quotas travel as integers in this unit, so that every rank reads the same bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +92,7 @@ class Background:
         return self._thread.submit(self._propose, samples_WLE, served, step_seconds)
 
     def schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Future[Migration]:
-        """Read a plan from its wire form and work out the rounds that lead to it."""
+        """Read a plan that was broadcast and work out the rounds that lead to it."""
         return self._thread.submit(self._schedule, served, wire_2LP.copy())
 
     def save(self, served: Served, load_LE: NDArray[np.float64]) -> None:
@@ -121,11 +119,11 @@ class Background:
 
     def _schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Migration:
         current = served.placement
-        slots_LP, quota_units_LP = wire_2LP
+        slots_LP, quotas_LP = read_plan(wire_2LP)
         return schedule(
             current,
-            Placement(slots_LP.astype(np.int32), current.num_experts, current.num_ranks),
-            quota_units_LP / QUOTA_UNIT,
+            Placement(slots_LP, current.num_experts, current.num_ranks),
+            quotas_LP,
             topology=self._topology,
             expert_bytes_L=self._expert_bytes_L,
             max_bytes_per_round=self._config.migration.max_bytes_per_step,
@@ -157,9 +155,3 @@ def plan_budget(planner: PlannerConfig, current: Placement) -> Budget:
         max_moved_slots=max(2, int(slots * planner.max_moved_fraction)),
         max_arrivals=planner.max_arrivals_per_rank_and_layer,
     )
-
-
-def plan_to_wire(plan: Plan) -> NDArray[np.int64]:
-    """int64 [2, L, P]: the slots, and the quotas in QUOTA_UNIT."""
-    quota_units_LP = np.rint(plan.quotas_LP * QUOTA_UNIT).astype(np.int64)
-    return np.stack([plan.placement.slots_LP.astype(np.int64), quota_units_LP])

@@ -55,6 +55,9 @@ class Journal:
         if not proposal.decision.accepted:
             self.outcome(proposal.decision.outcome, proposal.decision.reason)
 
+    def migration_began(self) -> None:
+        self.status.migrating = 1
+
     def round_stalled(self, seconds: float) -> None:
         self.status.round_stall_seconds.add(seconds)
 

@@ -91,6 +91,11 @@ class Migration:
     def num_rounds(self) -> int:
         return sum(len(batch.rounds) for batch in self.batches)
 
+    @property
+    def num_steps(self) -> int:
+        """Engine steps that it takes: one for each round, and one for each batch's vote."""
+        return self.num_rounds + len(self.batches)
+
     def num_bytes(self, link: Link | None = None) -> int:
         """Bytes over links of that kind; over all of them if None."""
         return sum(batch.num_bytes(link) for batch in self.batches)

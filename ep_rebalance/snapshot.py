@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.load_window import LoadSample
+from ep_rebalance.step_times import StepSum
 from ep_rebalance.transport.host_copy import HostCopy
 
 HEAD = 6
@@ -54,24 +55,21 @@ class SnapshotExchange:
         )
         self._steps = 0
 
-    def begin(self, flags: Flags, *, steps: int, busy_steps: int, busy_seconds: float) -> HostCopy:
-        """Sum and clear the counters.
-
-        busy_steps, busy_seconds: the steps in which this rank had tokens, and their wall time.
-        """
+    def begin(self, flags: Flags, steps: StepSum) -> HostCopy:
+        """Sum and clear the counters. steps: those of this rank since the snapshot before."""
         head = [
             flags.planned,
             flags.proposed,
             flags.scheduled,
             flags.failed,
-            busy_steps,
-            round(busy_seconds * 1e6),
+            steps.busy_steps,
+            round(steps.busy_seconds * 1e6),
         ]
         counts_LAE = self._counts.counts_LAE
         self._buffer[:HEAD].copy_(torch.tensor(head), non_blocking=True)
         self._buffer[HEAD:].copy_(counts_LAE[:, :2].reshape(-1))
         counts_LAE.zero_()
-        self._steps = steps
+        self._steps = steps.steps
         dist.all_reduce(self._buffer, group=self._group)
         return HostCopy(self._buffer)
 

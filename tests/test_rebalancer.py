@@ -357,7 +357,7 @@ def test_a_rank_that_cannot_work_out_the_rounds_stops_all_ranks_from_beginning(t
 def spoil(rank, size, config, spoilt_batch):
     """One byte in the staging of one rank changes before the vote on one batch."""
     engine = Engine(rank, size, config)
-    exchange = engine.rebalancer._exchange
+    exchange = engine.rebalancer.migrator._exchange
     vote, votes = exchange.vote, []
 
     def spoiled_vote(batch):
@@ -397,7 +397,7 @@ def test_a_fault_in_a_later_batch_keeps_the_layers_that_were_committed(two_ranks
 
 def fail_to_pack(rank, size, config):
     engine = Engine(rank, size, config)
-    memory = engine.rebalancer._memory
+    memory = engine.rebalancer.migrator._memory
     if rank == 0:
         memory.read = None
     engine.run_until(lambda status: status.plans["abandoned"])
@@ -444,7 +444,7 @@ def save(rank, size, config):
 
 def take_up(rank, size, config, state):
     engine = Engine(rank, size, config)
-    engine.rebalancer.restore(state.placement, state.quotas_LP, state.header.generation)
+    engine.rebalancer.migrator.restore(state.placement, state.quotas_LP, state.header.generation)
     wrong = wrong_slots(engine.tensors, state.placement, rank, DTYPE, SHAPES)
     restored = engine.rebalancer.served
     for _ in range(12):
@@ -477,7 +477,7 @@ def test_a_saved_placement_is_taken_up_by_new_ranks(two_ranks: Ranks, tmp_path: 
 
 def take_up_and_go_on(rank, size, config, state):
     engine = Engine(rank, size, config)
-    engine.rebalancer.restore(state.placement, state.quotas_LP, state.header.generation)
+    engine.rebalancer.migrator.restore(state.placement, state.quotas_LP, state.header.generation)
     engine.run_until(has_generation(3), skew=0.5)
     return engine.seen
 

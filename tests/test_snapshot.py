@@ -10,6 +10,7 @@ from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.snapshot import Flags, SnapshotExchange
+from ep_rebalance.step_times import StepSum
 
 EXPERTS, LAYERS = 4, 2
 
@@ -22,9 +23,8 @@ def make_counts(size: int, counts_here: bool = True) -> DeviceCounts:
 
 
 def begin_and_finish(exchange, flags=None, *, steps=3, step_seconds=0.5):
-    copy = exchange.begin(
-        flags or Flags(), steps=steps, busy_steps=steps, busy_seconds=step_seconds * steps
-    )
+    busy = StepSum(steps=steps, busy_steps=steps, busy_seconds=step_seconds * steps)
+    copy = exchange.begin(flags or Flags(), busy)
     return exchange.finish(copy)
 
 
@@ -92,7 +92,7 @@ def count_in_between(rank):
     counts = make_counts(2)
     exchange = SnapshotExchange(group=dist.group.WORLD, counts=counts)
     counts.counts_LAE[0, PREFILL, 0] = 1
-    copy = exchange.begin(Flags(), steps=1, busy_steps=0, busy_seconds=0.0)
+    copy = exchange.begin(Flags(), StepSum(steps=1))
     counts.counts_LAE[0, PREFILL, 0] += 5
     first = exchange.finish(copy)
     return plain(first)[0], plain(begin_and_finish(exchange))[0]

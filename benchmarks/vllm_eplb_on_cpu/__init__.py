@@ -86,7 +86,7 @@ def _count_nothing() -> None:
     import time
 
     from ep_rebalance.counts import DeviceCounts
-    from ep_rebalance.rebalancer import Rebalancer, StepTime
+    from ep_rebalance.rebalancer import Rebalancer
 
     def count(self: Any, layer: int, topk_ids_TK: Any, first_token: int) -> None: ...
 
@@ -94,7 +94,7 @@ def _count_nothing() -> None:
 
     def step(self: Any, started: float | None) -> None:
         if started is not None:
-            self.step_times.append(StepTime(time.perf_counter() - started, migrated=False))
+            self.step_times.end(time.perf_counter() - started, migrated=False)
 
     DeviceCounts.count = count
     DeviceCounts.mark_tokens = mark_tokens

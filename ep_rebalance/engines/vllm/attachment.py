@@ -210,7 +210,7 @@ def _restore(rebalancer: Rebalancer, config: RebalanceConfig, vllm_config: Any) 
             "delete it, or name another file in state.path.",
         )
     placement = Placement(slots_LP, loaded.num_experts, loaded.num_ranks)
-    rebalancer.restore(placement, quotas_LP, generation)
+    rebalancer.migrator.restore(placement, quotas_LP, generation)
     logger.info("ep_rebalance: took up the saved placement of generation %d", generation)
 
 

@@ -31,8 +31,8 @@ class WorkerExtension:
         attachment = model_runner.attachment_of(self.model_runner)
         if attachment is None:
             return []
-        times = attachment.rebalancer.step_times
-        return [(t.seconds, t.migrated) for t in (times.popleft() for _ in range(len(times)))]
+        times = attachment.rebalancer.step_times.take_recent()
+        return [(time.seconds, time.migrated) for time in times]
 
 
 def _install() -> None:

@@ -1,0 +1,182 @@
+"""Migrator: carries migrations out on one rank, and holds what is served.
+
+A batch goes through its rounds, the vote of all ranks on what arrived, and the commit; then the
+next one begins. What is served changes nowhere else, and on every rank in the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator
+from dataclasses import replace
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ep_rebalance.commit import Served, commit_batch, commit_tables
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.counts import DeviceCounts
+from ep_rebalance.journal import Journal
+from ep_rebalance.migration import Batch, Migration, schedule
+from ep_rebalance.placement import Placement
+from ep_rebalance.topology import Topology
+from ep_rebalance.transport.expert_memory import ExpertMemory
+from ep_rebalance.transport.round_exchange import RoundExchange
+
+logger = logging.getLogger(__name__)
+
+RESTORE_BYTES_PER_ROUND = 32 << 20
+
+
+class Migrator:
+    """One rank's part in every migration.
+
+    placement: what the engine loaded. memory: this rank's expert weights, or None in mode observe,
+    where nothing is ever moved.
+    served: what the forward pass runs on. actions: rounds and commits that this rank has done.
+    staging_slots: experts that fit into the staging memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RebalanceConfig,
+        placement: Placement,
+        counts: DeviceCounts,
+        memory: ExpertMemory | None,
+        group: dist.ProcessGroup,
+        topology: Topology,
+        journal: Journal,
+    ) -> None:
+        self.served = Served.initial(placement)
+        self.actions = 0
+        self.staging_slots = _staging_slots(config, placement)
+        self._counts = counts
+        self._memory = memory
+        self._group = group
+        self._rank = dist.get_rank(group)
+        self._topology = topology
+        self._journal = journal
+        self._exchange: RoundExchange | None = None
+        if memory is not None:
+            self._exchange = RoundExchange(
+                group=group,
+                memory=memory,
+                max_bytes=config.migration.max_bytes_per_step,
+                staging_slots=self.staging_slots,
+            )
+        for layer in range(placement.num_layers):
+            counts.set_dispatch(layer, placement, self.served.quotas_LP[layer], self._rank)
+
+    @property
+    def expert_bytes_L(self) -> tuple[int, ...]:
+        """Packed size of one expert of each layer; empty where nothing is moved."""
+        return () if self._memory is None else self._memory.expert_bytes_L
+
+    def migrate(self, migration: Migration) -> Generator[None, None, str]:
+        """Carry a migration out, one `yield` per engine step, `migration.num_steps` in all.
+
+        Returns the fault that ended it early, or "". Batches committed before the fault stay in
+        service, under a generation of their own.
+        """
+        assert self._exchange is not None, "mode observe moves nothing"
+        fault = ""
+        for batch in migration.batches:
+            fault = yield from self._move(batch, self._exchange)
+            if fault:
+                break
+            self._commit(batch, migration, self._exchange)
+        if not fault:
+            self._commit_tables_alone(migration)
+        if self.served.placement != migration.source:
+            self._number(self.served.generation + 1)
+        return fault
+
+    def restore(
+        self, placement: Placement, quotas_LP: NDArray[np.float64], generation: int
+    ) -> None:
+        """Take up a saved placement before serving begins; blocks until all ranks have it.
+
+        Raises RuntimeError if experts did not arrive whole.
+        """
+        assert self._memory is not None, "mode observe moves nothing"
+        exchange = RoundExchange(
+            group=self._group,
+            memory=self._memory,
+            max_bytes=RESTORE_BYTES_PER_ROUND,
+            staging_slots=placement.slots_per_rank,
+        )
+        migration = schedule(
+            self.served.placement,
+            placement,
+            quotas_LP,
+            topology=self._topology,
+            expert_bytes_L=self._memory.expert_bytes_L,
+            max_bytes_per_round=RESTORE_BYTES_PER_ROUND,
+            staging_slots=placement.slots_per_rank,
+        )
+        for batch in migration.batches:
+            exchange.begin_batch()
+            for round_ in batch.rounds:
+                exchange.exchange(batch, round_)
+            if faults := exchange.faults_of(exchange.vote(batch)):
+                raise RuntimeError(f"the saved placement could not be taken up: {faults}")
+            self._commit(batch, migration, exchange)
+        self._commit_tables_alone(migration)
+        self._number(generation)
+
+    def _move(self, batch: Batch, exchange: RoundExchange) -> Generator[None, None, str]:
+        """All rounds of a batch and the vote on them; the fault, or "" if the batch can be
+        committed.
+        """
+        exchange.begin_batch()
+        try:
+            for round_ in batch.rounds:
+                began = time.perf_counter()
+                exchange.exchange(batch, round_)
+                self._journal.round_stalled(time.perf_counter() - began)
+                self.actions += 1
+                yield
+            vote = exchange.vote(batch)
+            yield
+            return str(faults) if (faults := exchange.faults_of(vote)) else ""
+        except RuntimeError as error:
+            logger.exception("ep_rebalance: the migration cannot go on")
+            return str(error)
+
+    def _commit(self, batch: Batch, migration: Migration, exchange: RoundExchange) -> None:
+        assert self._memory is not None
+        began = time.perf_counter()
+        self.served = commit_batch(
+            batch,
+            migration,
+            self.served,
+            staging=exchange.staging,
+            memory=self._memory,
+            counts=self._counts,
+            rank=self._rank,
+        )
+        self._journal.committed(batch, self._memory.expert_bytes_L, time.perf_counter() - began)
+        self.actions += 1
+
+    def _commit_tables_alone(self, migration: Migration) -> None:
+        """Layers that only change their quotas."""
+        moved = {layer for batch in migration.batches for layer in batch.layers}
+        rest = tuple(layer for layer in range(migration.target.num_layers) if layer not in moved)
+        self.served = commit_tables(
+            rest, migration.target, migration.quotas_LP, self.served, self._counts, self._rank
+        )
+
+    def _number(self, generation: int) -> None:
+        self.served = replace(self.served, generation=generation)
+        self._journal.generation(generation)
+
+
+def _staging_slots(config: RebalanceConfig, placement: Placement) -> int:
+    """Experts that staging holds: two layers' arrivals, or for a planner without a bound a whole
+    rank's.
+    """
+    bounded = 2 * config.planner.max_arrivals_per_rank_and_layer
+    return placement.slots_per_rank if config.planner.policy == "greedy" else bounded

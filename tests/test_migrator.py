@@ -1,0 +1,184 @@
+"""Migrations on gloo ranks, step by step, without the loop that decides on them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from expert_weights import loaded, memory_of, wrong_slots
+from ranks import Ranks
+
+from ep_rebalance.commit import Served
+from ep_rebalance.config import load_config
+from ep_rebalance.counts import DeviceCounts
+from ep_rebalance.journal import Journal, initial_status
+from ep_rebalance.migration import schedule
+from ep_rebalance.migrator import Migrator
+from ep_rebalance.placement import Placement
+from ep_rebalance.topology import Topology
+from ep_rebalance.transport.round_exchange import RoundExchange
+
+DTYPE = torch.float32
+SHAPES = ((30, 20), (20, 11), (7,))
+STAY, MOVE = [0, 1, 2, 3, 0, 1], [0, 1, 3, 2, 0, 1]
+SOURCE = Placement(np.array([STAY] * 4), 4, 2)
+TARGET = Placement(np.array([MOVE, STAY, MOVE, MOVE]), 4, 2)
+HALF_WAY = SOURCE.replaced([0, 2], TARGET)
+"""Staging holds two experts of a rank, so that the last layer is a batch of its own."""
+QUOTAS_LP = SOURCE.even_quotas_LP()
+QUOTAS_LP[1] = [0.25, 0.5, 1, 1, 0.75, 0.5]
+CONFIG = load_config(
+    {
+        "planner": {"max_arrivals_per_rank_and_layer": 1},
+        "migration": {"max_bytes_per_step": 4096},
+    }
+)
+
+
+class Rig:
+    """One rank with loaded weights and a migrator."""
+
+    def __init__(self, rank: int, *, moves: bool = True) -> None:
+        self.rank = rank
+        self.tensors = loaded(SOURCE, rank, DTYPE, SHAPES)
+        self.status = initial_status(config=CONFIG, model="m", placement=SOURCE, top_k=2)
+        self.migrator = Migrator(
+            config=CONFIG,
+            placement=SOURCE,
+            counts=DeviceCounts(placement=SOURCE, max_tokens=4, device=torch.device("cpu")),
+            memory=memory_of(self.tensors) if moves else None,
+            group=dist.group.WORLD,
+            topology=Topology.single_node(2),
+            journal=Journal(self.status, contiguous=SOURCE, rank=rank),
+        )
+
+    def scheduled(self, target: Placement):
+        return schedule(
+            SOURCE,
+            target,
+            QUOTAS_LP,
+            topology=Topology.single_node(2),
+            expert_bytes_L=self.migrator.expert_bytes_L,
+            max_bytes_per_round=CONFIG.migration.max_bytes_per_step,
+            staging_slots=self.migrator.staging_slots,
+        )
+
+    def migrate(self, target: Placement) -> "Outcome":
+        migration = self.scheduled(target)
+        steps, seen = self.migrator.migrate(migration), []
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return self.outcome(seen, str(end.value), migration.num_steps)
+            seen.append(self.migrator.served.placement)
+
+    def outcome(self, seen=(), fault: str = "", num_steps: int = 0) -> "Outcome":
+        placement = self.migrator.served.placement
+        assert wrong_slots(self.tensors, placement, self.rank, DTYPE, SHAPES) == []
+        return Outcome(list(seen), fault, num_steps, self.migrator.served, self.migrator.actions)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was served at the end of each step, and what came of the migration."""
+
+    seen: list[Placement]
+    fault: str
+    num_steps: int
+    served: Served
+    actions: int
+
+
+def migrate(rank, target):
+    return Rig(rank).migrate(target)
+
+
+def test_a_migration_takes_a_step_for_each_round_and_each_vote(two_ranks: Ranks):
+    for outcome in two_ranks.run(migrate, TARGET):
+        assert outcome.fault == ""
+        assert len(outcome.seen) == outcome.num_steps
+        assert outcome.actions == outcome.num_steps > 4
+        assert outcome.served.placement == TARGET
+        assert (outcome.served.quotas_LP == QUOTAS_LP).all()
+        assert outcome.served.generation == 1
+
+
+def test_a_batch_is_served_while_the_next_one_moves(two_ranks: Ranks):
+    ours, theirs = two_ranks.run(migrate, TARGET)
+    assert ours.seen == theirs.seen
+    committed = ours.seen.index(HALF_WAY)
+    assert ours.seen[:committed] == [SOURCE] * committed
+    assert ours.seen[committed:] == [HALF_WAY] * (ours.num_steps - committed)
+    assert 0 < committed < ours.num_steps
+
+
+def test_quotas_alone_take_no_step_and_no_generation(two_ranks: Ranks):
+    for outcome in two_ranks.run(migrate, SOURCE):
+        assert (outcome.num_steps, outcome.seen, outcome.actions) == (0, [], 0)
+        assert outcome.served.placement == SOURCE
+        assert (outcome.served.quotas_LP == QUOTAS_LP).all()
+        assert outcome.served.generation == 0
+
+
+def migrate_with_a_damaged_batch(rank):
+    rig, votes, vote = Rig(rank), [], RoundExchange.vote
+
+    def damaged_vote(exchange, batch):
+        votes.append(batch)
+        if rank == 1 and len(votes) == 2:
+            exchange.staging[0, 5] ^= 1
+        return vote(exchange, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoundExchange, "vote", damaged_vote)
+        return rig.migrate(TARGET)
+
+
+def test_a_damaged_batch_ends_the_migration_after_the_batches_before_it(two_ranks: Ranks):
+    for outcome in two_ranks.run(migrate_with_a_damaged_batch):
+        assert "1 with a checksum error" in outcome.fault
+        assert outcome.served.placement == HALF_WAY
+        assert (outcome.served.quotas_LP == SOURCE.even_quotas_LP()).all()
+        assert outcome.served.generation == 1
+
+
+def restore(rank):
+    rig = Rig(rank)
+    rig.migrator.restore(TARGET, QUOTAS_LP, 7)
+    return rig.outcome(), rig.status.generation
+
+
+def test_a_saved_placement_is_restored_with_its_quotas_and_number(two_ranks: Ranks):
+    for outcome, generation in two_ranks.run(restore):
+        assert outcome.served.placement == TARGET
+        assert (outcome.served.quotas_LP == QUOTAS_LP).all()
+        assert outcome.served.generation == generation == 7
+
+
+def restore_what_one_rank_cannot_send(rank):
+    rig = Rig(rank)
+    if rank == 0:
+        rig.migrator._memory.read = None
+    with pytest.raises(RuntimeError) as raised:
+        rig.migrator.restore(TARGET, QUOTAS_LP, 7)
+    return str(raised.value), rig.outcome()
+
+
+def test_what_cannot_be_restored_is_refused_on_all_ranks(two_ranks: Ranks):
+    for text, outcome in two_ranks.run(restore_what_one_rank_cannot_send):
+        assert "could not be taken up: 1 rank(s) with a transport error" in text
+        assert outcome.served.placement == SOURCE
+        assert outcome.served.generation == 0
+
+
+def observe(rank):
+    rig = Rig(rank, moves=False)
+    return rig.migrator.served, rig.migrator.expert_bytes_L
+
+
+def test_without_expert_memory_the_loaded_placement_is_served(two_ranks: Ranks):
+    for served, expert_bytes_L in two_ranks.run(observe):
+        assert served.placement == SOURCE
+        assert expert_bytes_L == ()
