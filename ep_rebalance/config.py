@@ -126,6 +126,14 @@ class MetricsConfig(_Section):
     """
     poll_timeout_seconds: float = Field(default=5.0, gt=0.0)
     """Seconds after which one read is given up."""
+    replicas: bool = False
+    """Export `ep_rebalance_replicas`, one series per MoE layer."""
+    expert_tokens: bool = False
+    """Export `ep_rebalance_expert_tokens_total`, one series per MoE layer and logical expert. `GET
+    /ep_rebalance/load` shows the same counts without any series.
+    """
+    max_series: int = Field(default=2000, gt=0)
+    """Most series that `expert_tokens` may make; with more the server does not start."""
 
 
 class TraceConfig(_Section):

@@ -11,9 +11,11 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from ep_rebalance.config import MetricsConfig
 from ep_rebalance.metrics import METRICS, Metric, Observations, Status
 
 COMMON_LABELS = ("model_name", "engine")
+_DEFAULTS = MetricsConfig()
 
 
 class Exporter:
@@ -24,10 +26,15 @@ class Exporter:
     """
 
     def __init__(
-        self, *, model_name: str, engine: str = "0", registry: CollectorRegistry = REGISTRY
+        self,
+        *,
+        model_name: str,
+        engine: str = "0",
+        config: MetricsConfig = _DEFAULTS,
+        registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._common = {"model_name": model_name, "engine": engine}
-        self._metrics = {metric: _create(metric, registry) for metric in METRICS}
+        self._metrics = {metric: _create(metric, registry) for metric in shown(config)}
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._observed: dict[str, int] = {}
         self._started = 0.0
@@ -64,6 +71,11 @@ class Exporter:
         return number - before
 
 
+def shown(config: MetricsConfig) -> list[Metric]:
+    """The metrics that the configuration asks for."""
+    return [metric for metric in METRICS if not metric.optional or getattr(config, metric.name)]
+
+
 def _create(metric: Metric, registry: CollectorRegistry) -> Any:
     labels = (*COMMON_LABELS, *metric.labels)
     if metric.kind == "gauge":
@@ -78,14 +90,19 @@ def _create(metric: Metric, registry: CollectorRegistry) -> Any:
 
 
 def _series(metric: Metric, value: Any) -> Iterator[tuple[dict[str, str], float]]:
-    """(own labels, number) of each series: a number, a list by index, a mapping by key, or the info
-    labels.
-    """
-    if not metric.labels:
-        yield {}, float(value)
-    elif metric.field == "info":
+    """(own labels, number) of each series."""
+    if metric.field == "info":
         yield {label: value[label] for label in metric.labels}, 1.0
-    else:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, number in items:
-            yield {metric.labels[0]: str(key)}, float(number)
+        return
+    for keys, number in _numbers(value):
+        yield dict(zip(metric.labels, keys, strict=True)), number
+
+
+def _numbers(value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    """A number, or all numbers in lists and mappings with the indices and keys that lead to them."""
+    if not isinstance(value, list | dict):
+        yield (), float(value)
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        for keys, number in _numbers(inner):
+            yield (str(key), *keys), number

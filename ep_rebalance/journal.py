@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import time
 
+import numpy as np
+
 from ep_rebalance import __version__
 from ep_rebalance.background import Proposal
 from ep_rebalance.commit import Served
-from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config import MetricsConfig, RebalanceConfig
+from ep_rebalance.expert_load import ExpertLoad, expert_load
 from ep_rebalance.load_window import PHASES
 from ep_rebalance.metrics import OUTCOMES, Status
 from ep_rebalance.migration import Batch
@@ -28,6 +31,20 @@ class Journal:
         self._contiguous_quotas_LP = contiguous.even_quotas_LP()
         self._rank = rank
         self._promised: list[float] = []
+        phases, layers, experts = len(PHASES), contiguous.num_layers, contiguous.num_experts
+        self._tokens_ALE = np.zeros((phases, layers, experts), dtype=np.int64)
+
+    def report(self, served: Served, metrics: MetricsConfig) -> Status:
+        """The status, with what only optional metrics show if they are on."""
+        if metrics.replicas:
+            self.status.replicas = (served.placement.replica_counts_LE() - 1).sum(1).tolist()
+        if metrics.expert_tokens:
+            self.status.expert_tokens = self._tokens_ALE.sum(0).tolist()
+        return self.status
+
+    def load(self, served: Served) -> ExpertLoad:
+        """What every expert got since the start, and where it is served now."""
+        return expert_load(self.status, self._tokens_ALE, served)
 
     def snapshot(self, snapshot: Snapshot, served: Served) -> None:
         """Measure the load that the served placement got, and what the loaded one would have got."""
@@ -36,6 +53,7 @@ class Journal:
         load_LE = sample.counts_ALE.sum(0)
         if not load_LE.any():
             return
+        self._tokens_ALE += sample.counts_ALE
         rank_load_LR = served.placement.rank_load_LR(load_LE, served.quotas_LP)
         status.imbalance = imbalance_L(rank_load_LR).tolist()
         contiguous_LR = self._contiguous.rank_load_LR(load_LE, self._contiguous_quotas_LP)

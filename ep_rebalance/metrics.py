@@ -22,6 +22,7 @@ class Metric:
     """One row of the table; README, exporter and dashboards are made from it.
 
     field: the attribute of `Status` that it shows.
+    optional: shown only where `metrics.<name>` is set in the configuration.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Metric:
     field: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    optional: bool = False
 
     @property
     def full_name(self) -> str:
@@ -149,6 +151,22 @@ METRICS: tuple[Metric, ...] = (
         help="1 while a plan is overdue; serving goes on with the placement as it is.",
     ),
     Metric(
+        name="replicas",
+        kind="gauge",
+        labels=("layer",),
+        field="replicas",
+        optional=True,
+        help="Slots above one per logical expert. Only with metrics.replicas.",
+    ),
+    Metric(
+        name="expert_tokens",
+        kind="counter",
+        labels=("layer", "expert"),
+        field="expert_tokens",
+        optional=True,
+        help="Tokens routed to a logical expert. Only with metrics.expert_tokens: layers x experts series.",
+    ),
+    Metric(
         name="info",
         kind="gauge",
         labels=("version", "mode", "policy", "ep_size", "slots"),
@@ -182,6 +200,8 @@ class Status(msgspec.Struct, kw_only=True):
     imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer.
     rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.
     step_seconds: mean wall time of a step in the last snapshot.
+    replicas: slots above one per logical expert, per MoE layer; expert_tokens: routed tokens per MoE
+    layer and logical expert. Both are empty unless the configuration asks for their metric.
     """
 
     started: float
@@ -209,15 +229,17 @@ class Status(msgspec.Struct, kw_only=True):
     commit_stall_seconds: Observations = msgspec.field(default_factory=Observations)
     round_stall_seconds: Observations = msgspec.field(default_factory=Observations)
     generation: int = 0
+    replicas: list[int] = []
+    expert_tokens: list[list[int]] = []
     last_commit_timestamp: float = 0.0
     migrating: int = 0
     stuck: int = 0
     message: str = ""
 
 
-def encode(status: Status) -> bytes:
-    """JSON text for the wire and for `GET /ep_rebalance/status`."""
-    return msgspec.json.encode(status)
+def encode(answer: msgspec.Struct) -> bytes:
+    """JSON text, for the wire and for our routes alike."""
+    return msgspec.json.encode(answer)
 
 
 def decode(payload: bytes) -> Status:

@@ -61,7 +61,7 @@ class Rebalancer:
         self.step_times = StepTimes()
         self._rank = dist.get_rank(group)
         self._counts = counts
-        self._journal = Journal(status, contiguous=placement, rank=self._rank)
+        self.journal = Journal(status, contiguous=placement, rank=self._rank)
         self.migrator = Migrator(
             config=config,
             placement=placement,
@@ -69,7 +69,7 @@ class Rebalancer:
             memory=memory,
             group=group,
             topology=topology,
-            journal=self._journal,
+            journal=self.journal,
         )
         self._window = LoadWindow(config.window.snapshots)
         self._snapshots = SnapshotExchange(group=group, counts=counts)
@@ -90,7 +90,7 @@ class Rebalancer:
 
     @property
     def status(self) -> Status:
-        return self._journal.status
+        return self.journal.status
 
     @property
     def served(self) -> Served:
@@ -152,7 +152,7 @@ class Rebalancer:
         if snapshot.sample.counts_ALE.any():
             self._window.append(snapshot.sample)
             self._snapshots_since_plan += 1
-        self._journal.snapshot(snapshot, self.served)
+        self.journal.snapshot(snapshot, self.served)
         return snapshot
 
     def _plan(self) -> Generator[None, None, bool]:
@@ -169,12 +169,12 @@ class Rebalancer:
                 self._flags = Flags(planned=1, proposed=int(self._take_proposal(job)))
                 job = None
             elif job is not None and time.monotonic() > deadline:
-                self._journal.stuck("the planner takes longer than planner.deadline_seconds")
+                self.journal.stuck("the planner takes longer than planner.deadline_seconds")
             snapshot = yield from self._snapshot()
             if snapshot.flags.planned:
                 break
         self._flags = Flags()
-        self._journal.unstuck()
+        self.journal.unstuck()
         return bool(snapshot.flags.proposed)
 
     def _schedule(self) -> Generator[None, None, Migration | None]:
@@ -195,11 +195,11 @@ class Rebalancer:
         self._flags = Flags()
         if snapshot.flags.failed:
             reason = f"{snapshot.flags.failed} rank(s) could not work out the rounds"
-            self._journal.outcome("failed", reason)
+            self.journal.outcome("failed", reason)
             return None
         migration, limits = job.result(), self.config.migration
         if migration.num_steps > limits.deadline_steps:
-            self._journal.outcome(
+            self.journal.outcome(
                 "over_budget",
                 f"moving {migration.num_moves} experts takes {migration.num_steps} steps at "
                 f"{limits.max_bytes_per_step} bytes per step, more than "
@@ -210,11 +210,11 @@ class Rebalancer:
 
     def _migrate(self, migration: Migration) -> Steps:
         began, generation = time.perf_counter(), self.served.generation
-        self._journal.migration_began()
+        self.journal.migration_began()
         fault = yield from self.migrator.migrate(migration)
         if self._rank == 0 and self.served.generation != generation:
             self._background.save(self.served, self._window.load_LE().astype(np.float64))
-        self._journal.migration_ended(time.perf_counter() - began, fault)
+        self.journal.migration_ended(time.perf_counter() - began, fault)
         yield
 
     def _take_proposal(self, job: Future[Proposal]) -> bool:
@@ -224,7 +224,7 @@ class Rebalancer:
             self._plans.put(proposal.plan)
         except Exception as error:
             logger.exception("ep_rebalance: planning failed; serving goes on unchanged")
-            self._journal.outcome("failed", f"the planner raised {type(error).__name__}: {error}")
+            self.journal.outcome("failed", f"the planner raised {type(error).__name__}: {error}")
             return False
-        self._journal.proposal(proposal)
+        self.journal.proposal(proposal)
         return proposal.decision.accepted

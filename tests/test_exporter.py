@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.exporter import COMMON_LABELS, Exporter
 from ep_rebalance.journal import initial_status
 from ep_rebalance.metrics import METRICS, OBSERVATIONS_KEPT, Observations, Status
@@ -31,9 +31,10 @@ def make_status() -> Status:
 class Scrape:
     """An exporter with a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, **metrics: bool) -> None:
         self.registry = CollectorRegistry()
-        self.exporter = Exporter(model_name="m", registry=self.registry)
+        config = MetricsConfig(**metrics)
+        self.exporter = Exporter(model_name="m", config=config, registry=self.registry)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"ep_rebalance_{name}", {**COMMON, **labels})
@@ -44,9 +45,14 @@ def scrape() -> Scrape:
     return Scrape()
 
 
-def test_every_metric_of_the_table_is_exported_with_its_help_and_labels(scrape: Scrape):
+OPTIONAL = [metric.name for metric in METRICS if metric.optional]
+
+
+def test_every_metric_of_the_table_is_exported_with_its_help_and_labels():
+    scrape = Scrape(**dict.fromkeys(OPTIONAL, True))
     status = make_status()
     status.predicted_imbalance = status.contiguous_imbalance = [1.0, 1.0]
+    status.replicas, status.expert_tokens = [0, 0], [[1, 2, 3, 4], [4, 3, 2, 1]]
     scrape.exporter.update(status)
     families = {family.name: family for family in scrape.registry.collect()}
     assert set(families) == {metric.full_name for metric in METRICS}
@@ -56,6 +62,25 @@ def test_every_metric_of_the_table_is_exported_with_its_help_and_labels(scrape: 
         assert family.type == metric.kind
         labels = {name for sample in family.samples for name in sample.labels}
         assert labels - {"le"} == {*COMMON_LABELS, *metric.labels}
+
+
+def test_optional_metrics_are_off_until_their_key_is_set(scrape: Scrape):
+    assert OPTIONAL == ["replicas", "expert_tokens"]
+    names = {family.name for family in scrape.registry.collect()}
+    assert names == {metric.full_name for metric in METRICS if not metric.optional}
+    for name in OPTIONAL:
+        more = {family.name for family in Scrape(**{name: True}).registry.collect()}
+        assert more - names == {f"ep_rebalance_{name}"}
+
+
+def test_tokens_of_an_expert_are_a_counter_by_layer_and_expert():
+    scrape, status = Scrape(expert_tokens=True), make_status()
+    status.expert_tokens = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    scrape.exporter.update(status)
+    status.expert_tokens = [[1, 2, 3, 9], [5, 6, 7, 8]]
+    scrape.exporter.update(status)
+    assert scrape.value("expert_tokens_total", layer="0", expert="3") == 9
+    assert scrape.value("expert_tokens_total", layer="1", expert="0") == 5
 
 
 def test_text_for_prometheus_is_well_formed(scrape: Scrape):

@@ -287,6 +287,25 @@ def test_unknown_settings_are_refused(create):
     )  # fmt: skip
 
 
+def test_a_series_for_each_expert_is_refused_above_the_limit(create):
+    expert_tokens = {"expert_tokens": True, "max_series": LAYERS * EXPERTS - 1}
+    assert_refused(
+        create,
+        [
+            "expert_tokens would make up to 12 time series",
+            "6 experts in each of 2 layers",
+            "max_series=11",
+        ],
+        ["GET /ep_rebalance/load", "raise metrics.max_series"],
+        {"metrics": expert_tokens},
+    )
+
+
+def test_a_series_for_each_expert_can_be_had_up_to_the_limit(create):
+    create({"metrics": {"expert_tokens": True, "max_series": LAYERS * EXPERTS}})
+    create({"metrics": {"replicas": True, "max_series": 1}})
+
+
 # --- refused: state file
 
 

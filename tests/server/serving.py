@@ -90,7 +90,13 @@ class Server:
         self._client.close()
 
     def status(self) -> dict[str, Any]:
-        response = self._client.get("/ep_rebalance/status")
+        return self._get("/ep_rebalance/status")
+
+    def load(self) -> dict[str, Any]:
+        return self._get("/ep_rebalance/load")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        response = self._client.get(path)
         response.raise_for_status()
         answer: dict[str, Any] = response.json()
         return answer

@@ -38,6 +38,16 @@ def test_metrics_agree_with_the_status(data_parallel: Server) -> None:
     assert_metrics_agree(data_parallel)
 
 
+def test_load_of_the_experts_agrees_with_the_status(data_parallel: Server) -> None:
+    status, load = data_parallel.status(), data_parallel.load()
+    assert load["generation"] == status["generation"]
+    assert len(load["layers"]) == status["layers"]
+    for layer in load["layers"]:
+        assert len(layer["slots"]) == len(layer["quotas"]) == status["slots"]
+        for phase, tokens in status["phase_tokens"].items():
+            assert sum(layer["tokens"][phase]) == tokens * int(status["info"]["top_k"])
+
+
 def test_promtool_accepts_our_metrics(data_parallel: Server) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:

@@ -17,12 +17,12 @@ def test_two_api_servers_with_a_key(logs: Path, settings_file: str) -> None:
     arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
     more = ("--api-server-count", "2", "--api-key", "secret")
     with serving(logs / "two_api_servers.log", *arguments, *more) as server:
-        refused = httpx.get(f"{server.url}/ep_rebalance/status")
-        assert refused.status_code == 401
+        for route in ("status", "load"):
+            assert httpx.get(f"{server.url}/ep_rebalance/{route}").status_code == 401
         server.authorise("secret")
         server.answers(prompts(per_domain=2))
         for _ in range(4):
-            assert server.status()["ep_size"] == 2
+            assert server.status()["ep_size"] == server.load()["ep_size"] == 2
         assert_metrics_agree(server)
 
 

@@ -9,7 +9,7 @@
 | router | counts logical expert ids and turns them into slots | worker |
 | eplb_state | keeps vLLM's own balancer out | worker |
 | prepare_finalize | expert parallelism on CPU by all-to-all | worker |
-| endpoint | `/ep_rebalance/status` and `/metrics` | API server |
+| endpoint | `/ep_rebalance/status`, `/ep_rebalance/load` and `/metrics` | API server |
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Any
 from ep_rebalance import __version__
 from ep_rebalance.config import (
     ConfigurationError,
+    MetricsConfig,
     RebalanceConfig,
     load_config,
     settings_from_environment,
@@ -128,6 +129,7 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_contracts()
     _check_parallel(vllm_config.parallel_config)
     _check_model(vllm_config, config)
+    _check_metrics(vllm_config.model_config, config.metrics)
     _check_state(vllm_config, config)
 
 
@@ -186,6 +188,19 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
         raise ConfigurationError(
             f"planner.redundant_experts={redundant} gives a rank more slots than there are experts.",
             f"set it to at most {experts * ranks - experts}.",
+        )
+
+
+def _check_metrics(model: Any, metrics: MetricsConfig) -> None:
+    """Dense layers are taken for MoE layers: a check before the model is loaded knows no better."""
+    if not metrics.expert_tokens:
+        return
+    layers, experts = model.get_total_num_hidden_layers(), model.get_num_experts()
+    if layers * experts > metrics.max_series:
+        raise ConfigurationError(
+            f"metrics.expert_tokens would make up to {layers * experts} time series, for {experts} experts "
+            f"in each of {layers} layers; metrics.max_series={metrics.max_series}.",
+            "drop metrics.expert_tokens and read GET /ep_rebalance/load, or raise metrics.max_series.",
         )
 
 

@@ -86,7 +86,12 @@ class Attachment:
 
     def status(self) -> bytes:
         """The encoded status."""
-        return encode(self.rebalancer.status)
+        rebalancer = self.rebalancer
+        return encode(rebalancer.journal.report(rebalancer.served, rebalancer.config.metrics))
+
+    def load(self) -> bytes:
+        """The encoded load of every expert."""
+        return encode(self.rebalancer.journal.load(self.rebalancer.served))
 
 
 def _ep_group() -> Any:

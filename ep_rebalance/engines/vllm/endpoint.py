@@ -1,9 +1,10 @@
-"""Seam: the API server - `GET /ep_rebalance/status`, and our metrics on vLLM's own `/metrics`.
+"""Seam: the API server - `GET /ep_rebalance/status`, `GET /ep_rebalance/load`, and our metrics on
+vLLM's own `/metrics`.
 
 Target: the entry point group `vllm.endpoint_plugins` (vllm/plugins/endpoint_plugins/interface.py).
 Why: workers export nothing, and vLLM's statistics have no place for a plugin's; the API server
 polls the engine instead. With several API servers only the first one exports; each answers the
-route.
+routes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hmac
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -31,30 +33,38 @@ def create_endpoint_plugin() -> EndpointPlugin:
     return EndpointPlugin()
 
 
-class EngineStatus:
-    """Reads the engine's status, in bounded time."""
+class EngineReports:
+    """Reads what the engine reports, in bounded time."""
 
     def __init__(self, engine_client: Any, config: MetricsConfig) -> None:
         self._engine = engine_client
         self._config = config
         self._last: bytes | None = None
 
-    async def read(self) -> bytes | None:
+    async def status(self) -> bytes | None:
         """The encoded status; the one before if the engine does not answer in time; None before the
         first.
         """
+        self._last = await self._ask("ep_rebalance_snapshot") or self._last
+        return self._last
+
+    async def load(self) -> bytes | None:
+        """The encoded load of every expert; None if the engine does not answer in time."""
+        return await self._ask("ep_rebalance_load")
+
+    async def _ask(self, method: str) -> bytes | None:
         try:
             async with asyncio.timeout(self._config.poll_timeout_seconds):
-                answers = await self._engine.collective_rpc("ep_rebalance_snapshot")
-            self._last = next((answer for answer in answers if answer), self._last)
+                answers = await self._engine.collective_rpc(method)
+            return next((answer for answer in answers if answer), None)
         except Exception as error:
-            logger.debug("ep_rebalance: the engine's status could not be read: %r", error)
-        return self._last
+            logger.debug("ep_rebalance: %s was not answered: %r", method, error)
+            return None
 
     async def export(self, exporter: Exporter) -> None:
         """Fill the metrics for ever. Never raises: the server must not notice."""
         while True:
-            payload = await self.read()
+            payload = await self.status()
             if payload is not None:
                 try:
                     exporter.update(decode(payload))
@@ -71,9 +81,8 @@ class EndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes."""
-        app.add_api_route(
-            "/ep_rebalance/status", show_status, methods=["GET"], include_in_schema=True
-        )
+        for path, show in (("status", show_status), ("load", show_load)):
+            app.add_api_route(f"/ep_rebalance/{path}", show, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Begin to poll, if this engine runs the plugin."""
@@ -86,25 +95,35 @@ class EndpointPlugin:
         if settings is None:
             return
         config = load_config(settings)
-        state.ep_rebalance = EngineStatus(engine_client, config.metrics)
+        state.ep_rebalance = EngineReports(engine_client, config.metrics)
         if vllm_config.parallel_config._api_process_rank in (0, -1):
             names = getattr(args, "served_model_name", None) or [vllm_config.model_config.model]
-            exporter = Exporter(model_name=names[0])
+            exporter = Exporter(model_name=names[0], config=config.metrics)
             state.ep_rebalance_poll = asyncio.create_task(state.ep_rebalance.export(exporter))
 
 
 async def show_status(request: Request) -> Response:
-    """The whole status as JSON: 401 without the server's API key, 503 before the engine has
-    answered once.
-    """
+    """The whole status as JSON."""
+    return await _show(request, EngineReports.status)
+
+
+async def show_load(request: Request) -> Response:
+    """What every expert got since the start, and where it is served, as JSON."""
+    return await _show(request, EngineReports.load)
+
+
+async def _show(
+    request: Request, read: Callable[[EngineReports], Awaitable[bytes | None]]
+) -> Response:
+    """401 without the server's API key, 404 without the plugin, 503 if the engine does not answer."""
     state = request.app.state
     if not _authorised(request, state.ep_rebalance_keys):
         return _json({"error": "Unauthorized"}, 401)
     if state.ep_rebalance is None:
         return _json({"error": "ep_rebalance is not active on this server"}, 404)
-    payload = await state.ep_rebalance.read()
+    payload = await read(state.ep_rebalance)
     if payload is None:
-        return _json({"error": "the engine has not reported yet; try again"}, 503)
+        return _json({"error": "the engine has not answered; try again"}, 503)
     return Response(payload, media_type="application/json")
 
 

@@ -24,6 +24,11 @@ class WorkerExtension:
         attachment = model_runner.attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.status()
 
+    def ep_rebalance_load(self) -> bytes:
+        """The encoded load of every expert since the start, equal on all ranks."""
+        attachment = model_runner.attachment_of(self.model_runner)
+        return b"" if attachment is None else attachment.load()
+
     def ep_rebalance_step_times(self) -> list[tuple[float, bool]]:
         """Wall seconds of this rank's steps since the last call, and whether experts moved in it.
         For benchmarks.

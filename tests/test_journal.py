@@ -1,0 +1,68 @@
+"""Journal: what snapshots add up to, in the status and in the load of every expert."""
+
+import numpy as np
+import pytest
+
+from ep_rebalance.commit import Served
+from ep_rebalance.config import MetricsConfig, RebalanceConfig
+from ep_rebalance.journal import Journal, initial_status
+from ep_rebalance.load_window import LoadSample
+from ep_rebalance.metrics import encode
+from ep_rebalance.placement import Placement
+from ep_rebalance.snapshot import Flags, Snapshot
+
+TOP_K = 2
+LOADED = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)
+SERVED = Served(
+    placement=Placement(np.array([[0, 1, 2, 3, 0, 2], [0, 1, 2, 3, 0, 1]]), 4, 2),
+    quotas_LP=np.array([[0.25, 1, 0.5, 1, 0.75, 0.5], [0.5, 0.5, 1, 1, 0.5, 0.5]]),
+    generation=3,
+)
+PREFILL_LE = [[8, 4, 2, 2], [4, 4, 4, 4]]
+DECODE_LE = [[0, 1, 1, 0], [2, 0, 0, 0]]
+
+
+def snapshot(prefill_LE, decode_LE) -> Snapshot:
+    sample = LoadSample(counts_ALE=np.array([prefill_LE, decode_LE]), steps=4, step_seconds=0.1)
+    return Snapshot(sample=sample, flags=Flags())
+
+
+@pytest.fixture
+def journal() -> Journal:
+    """After two snapshots of the same load, and one without tokens."""
+    status = initial_status(config=RebalanceConfig(), model="m", placement=LOADED, top_k=TOP_K)
+    journal = Journal(status, contiguous=LOADED, rank=0)
+    for _ in range(2):
+        journal.snapshot(snapshot(PREFILL_LE, DECODE_LE), SERVED)
+    journal.snapshot(snapshot(np.zeros((2, 4)), np.zeros((2, 4))), SERVED)
+    return journal
+
+
+def test_load_holds_what_every_expert_got_and_where_it_is_served(journal: Journal):
+    load = journal.load(SERVED)
+    assert (load.model, load.started, load.generation) == ("m", journal.status.started, 3)
+    for index, layer in enumerate(load.layers):
+        assert layer.tokens == {
+            "prefill": [2 * tokens for tokens in PREFILL_LE[index]],
+            "decode": [2 * tokens for tokens in DECODE_LE[index]],
+        }
+        assert layer.slots == SERVED.placement.slots_LP[index].tolist()
+        assert layer.quotas == SERVED.quotas_LP[index].tolist()
+
+
+def test_load_adds_up_to_the_tokens_of_the_status(journal: Journal):
+    for layer in journal.load(SERVED).layers:
+        for phase, tokens in journal.status.phase_tokens.items():
+            assert sum(layer.tokens[phase]) == tokens * TOP_K
+
+
+def test_load_of_the_experts_is_not_in_the_status_unless_asked_for(journal: Journal):
+    status = journal.report(SERVED, MetricsConfig())
+    assert status.expert_tokens == status.replicas == []
+    assert b'"expert_tokens":[],' in encode(status)
+
+
+def test_optional_metrics_are_filled_where_they_are_switched_on(journal: Journal):
+    status = journal.report(SERVED, MetricsConfig(expert_tokens=True, replicas=True))
+    assert status.expert_tokens == [[16, 10, 6, 4], [12, 8, 8, 8]]
+    assert status.replicas == [2, 2]
