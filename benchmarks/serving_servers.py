@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,9 +17,9 @@ import vllm_eplb_on_cpu
 
 from ep_rebalance.config import PlannerConfig
 
-START_SECONDS = 600
-"""A start takes 40 to 60 seconds on two idle cores."""
-STOP_SECONDS = 20
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from cpu_server import NotServing, ServerProcess, cpu_environment, free_port
+
 LOG_LINES, LOG_COLUMNS = 15, 200
 
 
@@ -72,20 +68,12 @@ class Engine:
 
     def environment(self) -> dict[str, str]:
         """Each rank on its own part of the cores that this process may use."""
-        cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // self.ranks)
-        parts = (cores[rank * share : (rank + 1) * share] for rank in range(self.ranks))
-        return {
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        share = max(1, len(os.sched_getaffinity(0)) // self.ranks)
+        return {**cpu_environment(self.ranks, cores_per_rank=share), "VLLM_SERVER_DEV_MODE": "1"}
 
 
 class Server:
-    """One `vllm serve` with its children, in a process group of their own.
+    """One of the servers that are compared.
 
     A paused server takes no CPU at all; a merely idle one would: vLLM's workers poll for a second
     after each message.
@@ -98,15 +86,16 @@ class Server:
         self._engine = engine
         self._port = port
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ServerProcess | None = None
 
     async def start(self) -> None:
         """Start and wait until it serves. Raises ServerFailed."""
-        if _is_taken(self._port):
-            raise ServerFailed(f"port {self._port} is taken; choose others with --port")
-        vllm = Path(sys.executable).with_name("vllm")
-        command = [str(vllm), "serve", str(self.variant.model), "--port", str(self._port)]
-        command += [*self._engine.arguments(), *self.variant.arguments]
+        try:
+            free_port(self._port)
+        except OSError:
+            raise ServerFailed(f"port {self._port} is taken; choose others with --port") from None
+        arguments = [str(self.variant.model), "--port", str(self._port)]
+        arguments += [*self._engine.arguments(), *self.variant.arguments]
         path = vllm_eplb_on_cpu.install_metadata(self._folder / "path")
         environment = {
             **os.environ,
@@ -114,29 +103,11 @@ class Server:
             "PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")])),
             **self.variant.environment,
         }
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        await self._wait_until_healthy()
-
-    async def _wait_until_healthy(self) -> None:
-        assert self._process is not None
-        async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
-            for _ in range(2 * START_SECONDS):
-                await asyncio.sleep(0.5)
-                if self._process.poll() is not None:
-                    raise ServerFailed(
-                        f"{self.variant.title} ended while starting\n{self.log_tail()}"
-                    )
-                with contextlib.suppress(httpx.HTTPError):
-                    if (await client.get("/health")).status_code == 200:
-                        return
-        raise ServerFailed(f"{self.variant.title} did not start in time\n{self.log_tail()}")
+        self._process = ServerProcess(arguments, environment, self.log)
+        try:
+            await self._process.ready(self.url)
+        except NotServing as error:
+            raise ServerFailed(f"{self.variant.title} {error}\n{self.log_tail()}") from None
 
     @property
     def running(self) -> bool:
@@ -161,20 +132,16 @@ class Server:
         if self._process is None:
             return
         self.begin_stop()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-        self.kill()
-        self._process.wait()
+        self._process.stop()
         self._process = None
 
     def kill(self) -> None:
         """End it and all its children at once."""
         self._signal(signal.SIGKILL)
 
-    def _signal(self, number: int) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+            self._process.send_signal(number)
 
     async def status(self) -> dict[str, Any]:
         """`GET /ep_rebalance/status`."""
@@ -195,16 +162,6 @@ class Server:
         lines = self.log.read_text(errors="replace").splitlines()
         shown = [line[:LOG_COLUMNS] for line in lines[-LOG_LINES:]]
         return "\n".join([*shown, f"the whole log: {self.log}"])
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

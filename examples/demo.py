@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 from demo_phase import Phase
 from demo_screen import Screen, verdict
-from demo_server import Launch, Server, ServerError, choose_port, two_cores
+from demo_server import Launch, Server, ServerError, check_cores, choose_port
 from demo_traffic import Client, FixedQuestions, Tally, Traffic, read_prompts
 from rich.console import Console
 
@@ -292,12 +292,12 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     scratch = Path(tempfile.mkdtemp(prefix="ep_rebalance_demo_"))
     try:
+        check_cores()
         launch = Launch(
             model=options.model.resolve(),
             config=EXAMPLES / "demo.yaml",
             port=choose_port(options.port),
             tensor_parallel=options.tensor_parallel,
-            cores=two_cores(),
         )
         server = Server(launch, options.log or scratch / "server.log")
         code = asyncio.run(run(options, console, server))

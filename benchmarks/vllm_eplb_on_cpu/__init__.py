@@ -44,7 +44,7 @@ def register() -> None:
     if wanted == VLLM_EPLB:
         _allow_eplb()
     elif wanted == UNCOUNTED:
-        _after_kernel_set_up(_count_nothing)
+        after_kernel_scan(_count_nothing)
 
 
 def _allow_eplb() -> None:
@@ -68,8 +68,11 @@ class _GpuInName:
         return getattr(self._platform, name)
 
 
-def _after_kernel_set_up(change: Callable[[], None]) -> None:
-    """Not before: vLLM 0.32 scans all loaded modules for kernels then, and fails on numba's."""
+def after_kernel_scan(change: Callable[[], None]) -> None:
+    """Make a change that imports ep_rebalance, in a worker, when its kernels are set up.
+
+    vLLM 0.32 scans all loaded modules for kernels then, and fails on those of numba.
+    """
     from vllm.platforms import current_platform
 
     original = current_platform.register_triton_kernel_overrides

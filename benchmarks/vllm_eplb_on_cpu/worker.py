@@ -7,8 +7,6 @@ runner is built.
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 import time
 from typing import Any
 
@@ -19,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from ep_rebalance.engines.vllm.prepare_finalize import AllToAllPrepareAndFinalize
+from ep_rebalance.engines.vllm.prepare_finalize import AllToAllPrepareAndFinalize, rebind
 
 KNUTH_MULTIPLIER = 2654435769
 """Of vLLM's kernel, which spreads a token's copies over replicas by a hash of its position."""
@@ -113,17 +111,11 @@ def _install() -> None:
 
 def _carry_tokens_by_all_to_all() -> None:
     """CPU has no all-to-all backend of vLLM's own."""
-    name = "maybe_make_prepare_finalize"
-    home = importlib.import_module("vllm.model_executor.layers.fused_moe.all2all_utils")
-    importlib.import_module("vllm.model_executor.layers.fused_moe.oracle.unquantized")
-    original = getattr(home, name)
 
     def make(moe: Any, *args: Any, **kwargs: Any) -> AllToAllPrepareAndFinalize:
         return AllToAllPrepareAndFinalize(moe, "exact")
 
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("vllm.") and vars(module).get(name) is original:
-            setattr(module, name, make)
+    rebind(make)
 
 
 def _balance_after_loading() -> None:

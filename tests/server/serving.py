@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
+from cpu_server import (
+    HOST,
+    START_SECONDS,
+    VLLM,
+    NotServing,
+    ServerProcess,
+    cpu_environment,
+    free_port,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 PROMPT_FILES = sorted((TINY_MOE / "prompts").glob("*.jsonl"))
-START_SECONDS = 600
 TOKENS = 64
 
 SNAPSHOTS_BEFORE_PLAN = 40
@@ -57,9 +62,9 @@ def _texts(file: Path) -> list[str]:
 class Server:
     """A running `vllm serve` of tiny_moe."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(self, process: ServerProcess, port: int, log: Path) -> None:
         self.process = process
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{HOST}:{port}"
         self.log = log
         self._client = httpx.Client(base_url=self.url, timeout=300)
 
@@ -120,57 +125,44 @@ class Server:
         return self.log.read_text(errors="replace")
 
 
-def command(port: int, *arguments: str) -> list[str]:
-    """One API server unless asked for more: with data parallelism vLLM would start one per rank."""
+def complete(port: int, *arguments: str) -> list[str]:
+    """All arguments of `vllm serve`.
+
+    One API server unless asked for more: with data parallelism vLLM would start one per rank.
+    """
     if "--api-server-count" not in arguments:
         arguments = (*arguments, "--api-server-count", "1")
     return [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(TINY_MOE),
-        "--served-model-name", "tiny_moe", "--dtype", "float32", "--max-model-len", "1024",
-        "--host", "127.0.0.1", "--port", str(port), *arguments,
+        str(TINY_MOE), "--served-model-name", "tiny_moe", "--dtype", "float32", "--max-model-len", "1024",
+        "--host", HOST, "--port", str(port), *arguments,
     ]  # fmt: skip
 
 
-def environment(ranks: int, **extra: str) -> dict[str, str]:
-    """What vLLM's CPU build needs for `ranks` processes on the cores that there are."""
-    cores = sorted(os.sched_getaffinity(0))
-    binding = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": binding,
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
-    }
-    return {**os.environ, **settings, **extra}
+def environment(ranks: int, extra: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, **cpu_environment(ranks), **extra}
 
 
 @contextmanager
 def serving(log: Path, *arguments: str, ranks: int = 2, **extra: str) -> Iterator[Server]:
     """A server that has answered /health; ended with all its processes."""
     port = free_port()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command(port, *arguments),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(ranks, **extra),
-            start_new_session=True,
-        )
+    process = ServerProcess(complete(port, *arguments), environment(ranks, extra), log)
     server = Server(process, port, log)
     try:
-        _wait_until_healthy(server)
+        asyncio.run(process.ready(server.url))
         yield server
+    except NotServing as error:
+        raise AssertionError(f"the server {error}:\n{server.log_text()[-6000:]}") from None
     finally:
         server.close()
-        stop(process)
+        process.stop()
 
 
 def refused_start(tmp_path: Path, *arguments: str, **extra: str) -> tuple[int, str]:
     """Exit code and output of a server that must not come up."""
     result = subprocess.run(
-        command(free_port(), *arguments),
-        env=environment(2, **extra),
+        [str(VLLM), "serve", *complete(free_port(), *arguments)],
+        env=environment(2, extra),
         capture_output=True,
         text=True,
         errors="replace",
@@ -178,45 +170,3 @@ def refused_start(tmp_path: Path, *arguments: str, **extra: str) -> tuple[int, s
         cwd=tmp_path,
     )
     return result.returncode, result.stdout + result.stderr
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, then SIGKILL for whatever of the process tree is left after 30 s."""
-    family = family_of(process.pid)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=30)
-    for survivor in alive:
-        survivor.kill()
-    psutil.wait_procs(alive, timeout=10)
-    process.wait(10)
-
-
-def family_of(pid: int) -> list[psutil.Process]:
-    """The process and all that it started."""
-    try:
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def _wait_until_healthy(server: Server) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        if server.process.poll() is not None:
-            raise AssertionError(f"the server ended at start:\n{server.log_text()[-6000:]}")
-        try:
-            if httpx.get(f"{server.url}/health", timeout=5).is_success:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"no answer in {START_SECONDS} s:\n{server.log_text()[-6000:]}")

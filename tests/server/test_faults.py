@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, family_of, prompts_by_domain, serving
+from serving import DATA_PARALLEL, PLUGIN, ROOT, SETTINGS, Server, prompts_by_domain, serving
 
 pytestmark = pytest.mark.server
 
@@ -21,7 +21,7 @@ FAULTS = Path(__file__).parent / "faults"
 
 @pytest.fixture(scope="module")
 def faults_on_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with `forced_faults` and the metadata by which vLLM finds its entry point."""
+    """Where vLLM finds `forced_faults`, by metadata in a folder of its own, and what it imports."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "forced_faults.py").write_bytes((FAULTS / "forced_faults.py").read_bytes())
     metadata = folder / "forced_faults-1.dist-info"
@@ -30,7 +30,8 @@ def faults_on_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     (metadata / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nforced_faults = forced_faults:register\n"
     )
-    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    path = [str(folder), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(path)
 
 
 def test_forced_faults_are_counted_and_serving_goes_on(
@@ -74,7 +75,7 @@ def test_killed_worker_ends_the_server_and_a_restart_warm_starts(
         server.drive_until(lambda status: status["generation"] >= 1)
         _wait_for_file(state)
         saved = drive_into_migration(server)
-        family = family_of(server.process.pid)
+        family = server.process.family()
         worker = next(p for p in family if "Worker_DP1" in " ".join(p.cmdline()))
         worker.kill()
         _, alive = psutil.wait_procs(family, timeout=60)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,9 +38,7 @@ CONTRACTS = (
 
 
 def install() -> None:
-    """Re-bind the factory in every module that imported it by name."""
-    original = getattr(importlib.import_module(_HOME), _NAME)
-    importlib.import_module("vllm.model_executor.layers.fused_moe.oracle.unquantized")
+    """Carry tokens by our all-to-all, with the combine that the configuration names."""
 
     def make(moe: Any, *args: Any, **kwargs: Any) -> mk.FusedMoEPrepareAndFinalize:
         from vllm.config import get_current_vllm_config
@@ -47,6 +46,13 @@ def install() -> None:
         combine = active_config(get_current_vllm_config()).dispatch.combine
         return AllToAllPrepareAndFinalize(moe, combine)
 
+    rebind(make)
+
+
+def rebind(make: Callable[..., mk.FusedMoEPrepareAndFinalize]) -> None:
+    """Put `make` in the factory's place in every module that imported it by name."""
+    original = getattr(importlib.import_module(_HOME), _NAME)
+    importlib.import_module("vllm.model_executor.layers.fused_moe.oracle.unquantized")
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and vars(module).get(_NAME) is original:
             setattr(module, _NAME, make)

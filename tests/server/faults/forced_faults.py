@@ -10,25 +10,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from vllm_eplb_on_cpu import after_kernel_scan
+
 
 def register() -> None:
-    """Break the balancer once the worker has set its kernels up.
-
-    Not before: vLLM 0.32 scans all loaded modules for kernels then, and fails on numba's.
-    """
+    """Entry point of `vllm.general_plugins`."""
     faults = dict(
         part.split(":") for part in os.environ.get("FORCED_FAULTS", "").split(",") if part
     )
     if faults:
-        from vllm.platforms import current_platform
-
-        original = current_platform.register_triton_kernel_overrides
-
-        def set_up() -> None:
-            original()
-            _break(faults)
-
-        type(current_platform).register_triton_kernel_overrides = staticmethod(set_up)
+        after_kernel_scan(lambda: _break(faults))
 
 
 def _break(faults: dict[str, str]) -> None:
