@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 ENVIRONMENT_PREFIX = "EP_REBALANCE_"
 
 Mode = Literal["observe", "static", "rebalance"]
-Policy = Literal["incremental", "greedy", "none"]
+Policy = Literal["incremental", "greedy", "vllm", "none"]
+PhaseChoice = Literal["all", "prefill", "decode"]
 
 
 class ConfigurationError(ValueError):
@@ -65,22 +66,53 @@ class PlannerConfig(_Section):
 
     policy: Policy = "incremental"
     """`incremental` improves the current placement within the budget; `greedy` is the published
-    DeepSeek EPLB algorithm, which starts anew each time; `none` never plans.
+    DeepSeek EPLB algorithm, which starts anew each time; `vllm` asks the installed vLLM's own
+    policy, which does so too; `none` never plans.
     """
+    objective: Literal["tokens", "time"] = "tokens"
+    """What is balanced: `tokens` per rank, or by the figures of `hardware` the `time` that a rank needs
+    to read the experts that it activates or to compute its tokens, whichever is longer (decode).
+    """
+    phase: PhaseChoice = "all"
+    """Whose tokens count: `all`, `prefill` or `decode`."""
     redundant_experts: int = Field(default=0, ge=0)
     """Slots beyond one per logical expert, over all ranks; experts + redundant must divide by the
     ranks.
     """
+    half_life_snapshots: float = Field(default=16.0, gt=0.0)
+    """Snapshots after which load counts half in a plan."""
     interval_snapshots: int = Field(default=8, gt=0)
     """Snapshots between two plans."""
     max_moved_fraction: float = Field(default=0.10, gt=0.0, le=1.0)
     """Largest part of all slots that one plan may change."""
     max_arrivals_per_rank_and_layer: int = Field(default=2, gt=0)
     """Most slots of one layer that a plan may change on one rank. Sizes the staging memory."""
+    internode_token_price: float = Field(default=0.02, ge=0.0)
+    """What a token that crosses a node boundary costs, in units of computing it: among placements of
+    equal balance the one with replicas on more nodes is better.
+    """
+    threads: int = Field(default=1, gt=0)
+    """Layers that are planned at the same time, each on a core; the plan is the same."""
     deadline_seconds: float = Field(default=300.0, gt=0.0)
     """Wall time after which a plan that is still being made is reported as stuck."""
     seed: int = 0
     """Seed of every tie that the planner breaks."""
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Those whose tokens count."""
+        return ("prefill", "decode") if self.phase == "all" else (self.phase,)
+
+
+class HardwareConfig(_Section):
+    """What one rank's accelerator can do; needed for `planner.objective: time` only."""
+
+    memory_bytes_per_second: float | None = Field(default=None, gt=0.0)
+    """Memory bandwidth, e.g. 3.35e12 for an H100 SXM."""
+    flops_per_second: float | None = Field(default=None, gt=0.0)
+    """Peak of the expert kernels' arithmetic, e.g. 0.99e15 for an H100 SXM in bfloat16."""
+    bytes_per_parameter: float = Field(default=2.0, gt=0.0)
+    """Of the experts' weights: 2 for bfloat16, 1 for 8-bit, 0.5 for 4-bit."""
 
 
 class DecisionConfig(_Section):
@@ -155,6 +187,7 @@ class RebalanceConfig(_Section):
     `rebalance` also moves experts."""
     window: WindowConfig = WindowConfig()
     planner: PlannerConfig = PlannerConfig()
+    hardware: HardwareConfig = HardwareConfig()
     decision: DecisionConfig = DecisionConfig()
     migration: MigrationConfig = MigrationConfig()
     dispatch: DispatchConfig = DispatchConfig()

@@ -5,8 +5,10 @@ Letters: `A` phases, `L` MoE layers, `E` logical experts, `W` snapshots in the w
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +24,41 @@ class LoadSample:
         of PHASES; a token counts once for each expert it was routed to.
     steps: engine steps that the snapshot sums up.
     step_seconds: mean wall time of one of them.
+    routed: tokens that the busiest layer routed, each counted once for each of its experts.
     """
 
     counts_ALE: NDArray[np.int64]
     steps: int
     step_seconds: float
+    routed: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.counts_ALE.ndim != 3 or self.counts_ALE.shape[0] != len(PHASES):
             raise ValueError(
                 f"counts must be [{len(PHASES)} phases, layers, experts], got {self.counts_ALE.shape}"
             )
+        object.__setattr__(self, "routed", int(self.counts_ALE.sum(axis=(0, 2)).max()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WindowLoad:
+    """The window as a planner sees it.
+
+    tokens_WLE: float64 [W, L, E], tokens per logical expert in each sample, oldest first; a token
+        counts once for each expert it was routed to.
+    weight_W: float64 [W], what a sample counts for its age; the newest 1.
+    steps_W: float64 [W], engine steps that it sums up.
+    """
+
+    tokens_WLE: NDArray[np.float64]
+    weight_W: NDArray[np.float64]
+    steps_W: NDArray[np.float64]
+
+    @property
+    def load_LE(self) -> NDArray[np.float64]:
+        """float64 [L, E], tokens per logical expert, samples weighted by their age."""
+        load_LE: NDArray[np.float64] = np.tensordot(self.weight_W, self.tokens_WLE, axes=1)
+        return load_LE
 
 
 class LoadWindow:
@@ -56,36 +82,20 @@ class LoadWindow:
                 f"snapshot of shape {sample.counts_ALE.shape} does not fit a window of "
                 f"{self._samples[0].counts_ALE.shape}"
             )
-        if sample.counts_ALE.any():
+        if sample.routed:
             self._samples.append(sample)
 
     def clear(self) -> None:
         self._samples.clear()
 
-    def samples_WLE(self) -> NDArray[np.float64]:
-        """float64 [W, L, E], tokens per logical expert in each snapshot, phases summed, oldest
-        first.
-
-        Raises ValueError on an empty window, whose layers and experts are unknown.
-        """
-        self._require_samples()
-        counts_WLE = [sample.counts_ALE.sum(axis=0) for sample in self._samples]
-        return np.stack(counts_WLE).astype(np.float64)
-
-    def load_LE(self) -> NDArray[np.int64]:
-        """int64 [L, E], tokens per logical expert in the whole window. Raises ValueError if it is
-        empty.
-        """
-        self._require_samples()
-        load_LE = np.zeros(self._samples[0].counts_ALE.shape[1:], dtype=np.int64)
-        for sample in self._samples:
-            load_LE += sample.counts_ALE.sum(axis=0)
-        return load_LE
+    def samples(self) -> tuple[LoadSample, ...]:
+        """The snapshots that it keeps, oldest first."""
+        return tuple(self._samples)
 
     @property
-    def tokens(self) -> int:
+    def routed(self) -> int:
         """Tokens that the busiest layer routed, each counted once for each of its experts."""
-        return int(self.load_LE().sum(axis=1).max()) if self._samples else 0
+        return sum(sample.routed for sample in self._samples)
 
     @property
     def step_seconds(self) -> float:
@@ -94,6 +104,36 @@ class LoadWindow:
         seconds = sum(sample.steps * sample.step_seconds for sample in self._samples)
         return seconds / steps if steps else 0.0
 
-    def _require_samples(self) -> None:
-        if not self._samples:
-            raise ValueError("the load window holds no snapshot with tokens yet")
+
+def window_load(
+    samples: Sequence[LoadSample],
+    *,
+    phases: Sequence[str] = PHASES,
+    half_life: float = math.inf,
+    max_samples: int = 24,
+) -> WindowLoad:
+    """What a planner gets of `samples`, oldest first.
+
+    phases: whose tokens count. half_life: snapshots after which one counts half. max_samples: the
+    older half of a longer window is summed up in groups, since planning takes as long as there are
+    samples. Raises ValueError without samples: layers and experts are unknown.
+    """
+    if not samples:
+        raise ValueError("the load window holds no snapshot with tokens yet")
+    chosen = [PHASES.index(phase) for phase in phases]
+    groups = _group(len(samples), max_samples)
+    tokens_GLE = [sum(samples[i].counts_ALE[chosen].sum(axis=0) for i in group) for group in groups]
+    ages_G = [len(samples) - 1 - np.mean(group) for group in groups]
+    return WindowLoad(
+        tokens_WLE=np.array(tokens_GLE, dtype=np.float64),
+        weight_W=0.5 ** (np.array(ages_G) / half_life),
+        steps_W=np.array([sum(samples[i].steps for i in group) for group in groups], np.float64),
+    )
+
+
+def _group(count: int, most: int) -> list[NDArray[np.intp]]:
+    """Indices 0..count-1 in order, in `most` groups at most; the newer half stand alone."""
+    alone = count if count <= most else most // 2
+    old, new = np.arange(count - alone), np.arange(count - alone, count)
+    groups = np.array_split(old, most - alone) if old.size else []
+    return [*groups, *new.reshape(-1, 1)]

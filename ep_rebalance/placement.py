@@ -106,11 +106,12 @@ class Placement:
 
     def replica_slots(self, layer: int) -> NDArray[np.int32]:
         """int32 [E, max_replicas], the slots of each expert in ascending order, then -1."""
+        slots_P = self.slots_LP[layer]
+        by_expert_P = np.argsort(slots_P, kind="stable")
+        experts_P = slots_P[by_expert_P]
+        first_P = np.searchsorted(experts_P, experts_P)
         slots = np.full((self.num_experts, self.max_replicas), -1, dtype=np.int32)
-        filled = np.zeros(self.num_experts, dtype=np.int32)
-        for slot, expert in enumerate(self.slots_LP[layer]):
-            slots[expert, filled[expert]] = slot
-            filled[expert] += 1
+        slots[experts_P, np.arange(len(slots_P)) - first_P] = by_expert_P
         return slots
 
     def replaced(self, layers: Iterable[int], source: Placement) -> Placement:
@@ -129,20 +130,29 @@ class Placement:
         counts_LE = self.replica_counts_LE()
         return 1.0 / np.take_along_axis(counts_LE, self.slots_LP.astype(np.int64), axis=1)
 
+    def slot_load_LP(
+        self,
+        load_LE: NDArray[np.floating | np.integer],
+        quotas_LP: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float64]:
+        """float64 [..., L, P], tokens of each slot under `load_LE` [..., L, E] and the quotas
+        (even if None).
+        """
+        quotas = self.even_quotas_LP() if quotas_LP is None else quotas_LP
+        experts = np.broadcast_to(self.slots_LP, (*load_LE.shape[:-2], *self.slots_LP.shape))
+        load: NDArray[np.float64] = np.take_along_axis(load_LE, experts, axis=-1) * quotas
+        return load
+
     def rank_load_LR(
         self,
         load_LE: NDArray[np.floating | np.integer],
         quotas_LP: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """float64 [L, R], tokens that each rank computes under `load_LE` and the quotas (even if
-        None).
-        """
-        quotas = self.even_quotas_LP() if quotas_LP is None else quotas_LP
-        slot_load_LP = np.take_along_axis(load_LE, self.slots_LP.astype(np.int64), axis=1) * quotas
-        load_LR: NDArray[np.float64] = slot_load_LP.reshape(
-            self.num_layers, self.num_ranks, -1
-        ).sum(2)
-        return load_LR
+        """float64 [..., L, R], tokens that each rank computes."""
+        slot_load = self.slot_load_LP(load_LE, quotas_LP)
+        by_rank = slot_load.reshape(*slot_load.shape[:-1], self.num_ranks, self.slots_per_rank)
+        load: NDArray[np.float64] = by_rank.sum(axis=-1)
+        return load
 
 
 def _replica_counts_LE(slots_LP: NDArray[np.int32], num_experts: int) -> NDArray[np.int32]:
@@ -153,7 +163,9 @@ def _replica_counts_LE(slots_LP: NDArray[np.int32], num_experts: int) -> NDArray
 
 
 def imbalance_L(rank_load_LR: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [L], max over mean rank load: 1 is even; 1 also where a layer saw no tokens."""
-    mean_L = rank_load_LR.mean(axis=1)
-    busiest_L = rank_load_LR.max(axis=1)
+    """float64 [..., L], max over mean rank load [..., L, R]: 1 is even; 1 also where a layer saw no
+    tokens.
+    """
+    mean_L = rank_load_LR.mean(axis=-1)
+    busiest_L = rank_load_LR.max(axis=-1)
     return np.where(mean_L > 0, busiest_L / np.where(mean_L > 0, mean_L, 1.0), 1.0)

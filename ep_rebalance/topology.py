@@ -21,8 +21,8 @@ class Topology:
     bytes_per_second: tuple[float, float, float] = (200e9, 20e9, 5e9)
 
     def __post_init__(self) -> None:
-        if not self.node_of_rank:
-            raise ValueError("a topology needs at least one rank")
+        if not self.node_of_rank or min(self.node_of_rank) < 0:
+            raise ValueError(f"node_of_rank={self.node_of_rank} needs a node number for each rank")
         if len(self.bytes_per_second) != len(LINKS) or min(self.bytes_per_second) <= 0:
             raise ValueError(
                 f"bytes_per_second={self.bytes_per_second} must be positive for {LINKS}"
@@ -35,6 +35,10 @@ class Topology:
     @property
     def num_ranks(self) -> int:
         return len(self.node_of_rank)
+
+    @property
+    def num_nodes(self) -> int:
+        return max(self.node_of_rank) + 1
 
     def link(self, source: int, destination: int) -> Link:
         """The kind of link between two ranks."""

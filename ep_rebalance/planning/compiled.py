@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -19,3 +21,17 @@ def compiled(function: Function) -> Function:
         return cast("Function", numba.njit(nogil=True, cache=True)(function))
     except RuntimeError:
         return cast("Function", numba.njit(nogil=True)(function))
+
+
+def _drop_stale_code() -> None:
+    """Numba compiles callees from other files into a function, but asks only the function's own
+    file whether its cached code is still good."""
+    folder = Path(__file__).parent
+    newest = max(source.stat().st_mtime for source in folder.glob("*.py"))
+    with suppress(OSError):
+        for index in (folder / "__pycache__").glob("*.nbi"):
+            if index.stat().st_mtime < newest:
+                index.unlink()
+
+
+_drop_stale_code()

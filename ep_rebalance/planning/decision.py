@@ -22,7 +22,8 @@ class Decision:
     """What was decided, and the numbers to hold against what is achieved later.
 
     reason: one sentence with the numbers.
-    predicted_gain: part of the step time saved, below 0 if the plan makes it longer.
+    predicted_gain: part of the step time saved, below 0 if the plan makes it longer; what the plan
+        promises, times the trust in it.
     predicted_saved_seconds: over the horizon.
     migration_seconds: time of the busiest rank's bytes over its links.
     """
@@ -46,13 +47,15 @@ def decide(
     current: Placement,
     topology: Topology,
     config: DecisionConfig,
+    trust: float = 1.0,
 ) -> Decision:
     """Accept `plan` if its gain is large enough, and large enough for what the migration costs.
 
     Each layer waits for its busiest rank, so the expert part of a step shrinks as the sum of the
-    imbalances over the layers does; the rest of the step stays as it is.
+    imbalances over the layers does; the rest of the step stays as it is. trust: part of earlier
+    plans' promises that was kept.
     """
-    gain = predicted_gain(plan, config)
+    gain = config.expert_time_fraction * plan.promised * trust
     saved = gain * step_seconds * config.horizon_steps
     cost = migration_seconds(plan.placement, current, topology, expert_bytes_L)
     outcome, reason = _judge(plan, gain, saved, cost, config)
@@ -63,12 +66,6 @@ def decide(
         predicted_saved_seconds=saved,
         migration_seconds=cost,
     )
-
-
-def predicted_gain(plan: Plan, config: DecisionConfig) -> float:
-    """Part of the step time that `plan` saves on the window it was made from."""
-    before, after = plan.imbalance_before_L.sum(), plan.imbalance_after_L.sum()
-    return float(config.expert_time_fraction * (1.0 - after / before))
 
 
 def migration_seconds(

@@ -1,4 +1,5 @@
-"""Steepest descent on one layer's sum of squared rank loads, by swaps and exchanges."""
+"""Descent on one layer's sum of squared rank loads: the costliest rank is relieved first, by the
+swap or exchange that gains most for what it moves."""
 
 from __future__ import annotations
 
@@ -6,70 +7,72 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.planning.compiled import compiled
-from ep_rebalance.planning.exchanges import best_exchange, held_cross
-from ep_rebalance.planning.layer import (
-    Change,
-    Layer,
-    apply_change,
-    costliest_first,
-    start_layer,
-)
-from ep_rebalance.planning.swaps import Swaps, best_swap, no_swaps
-
-_RELIEVED_RANKS = 4
-"""Costliest ranks whose experts are always tried for one more replica."""
+from ep_rebalance.planning.exchanges import best_copy, best_drop
+from ep_rebalance.planning.layer import Change, Experts, Layer, apply_change, start_layer
+from ep_rebalance.planning.relief import relief_of
+from ep_rebalance.planning.swaps import best_swap
 
 
 @compiled
 def improve_layer(
-    moment_EE: NDArray[np.float64],
+    experts: Experts,
     slots_P: NDArray[np.int32],
-    num_ranks: int,
     max_moved: int,
     max_arrivals: int,
-    price: float,
+    least_price: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The changes that improve a layer, each the best on top of those before it.
+    """The changes that improve a layer, each on top of those before it.
 
-    price: least gain for each slot that a change moves, in units of the mean square load of an
-        even rank.
+    least_price: least gain for a move within a node, in units of the mean square load of an even
+        rank.
 
-    Returns int64 [N, 4] and float64 [N]: for each change the slots moved and (slot, other, expert)
-    as in `Change`, and the gain. After each of them `max_arrivals` holds on every rank and
-    `max_moved` for their sum.
+    Returns int64 [N, 4] and float64 [N, 2]: for each change the slots moved and (slot, other,
+    expert) as in `Change`, and its gain and price. After each of them `max_arrivals` holds on every
+    rank and `max_moved` for their sum.
     """
-    layer, swaps = start_layer(moment_EE, slots_P, num_ranks), no_swaps(num_ranks)
+    layer = start_layer(experts, slots_P)
     limit = 4 * slots_P.size
-    changes_N4, gains_N = np.empty((limit, 4), np.int64), np.empty(limit)
+    changes_N4, gains_N2 = np.empty((limit, 4), np.int64), np.empty((limit, 2))
     count = 0
     while count < limit:
-        change = _best_change(layer, swaps, max_moved, max_arrivals, price)
-        if change.slot < 0 or change.price < price:
+        change = _next_change(experts, layer, max_moved, max_arrivals, least_price)
+        if change.slot < 0:
             break
         changes_N4[count] = (change.moved, change.slot, change.other, change.expert)
-        gains_N[count] = change.gain
-        apply_change(layer, change)
+        gains_N2[count] = (change.gain, change.price)
+        apply_change(experts, layer, change)
         count += 1
-    return changes_N4[:count], gains_N[:count]
+    return changes_N4[:count], gains_N2[:count]
 
 
 @compiled
-def _best_change(
-    layer: Layer, swaps: Swaps, max_moved: int, max_arrivals: int, price: float
+def _next_change(
+    experts: Experts, layer: Layer, max_moved: int, max_arrivals: int, least_price: float
 ) -> Change:
-    """The best of all swaps and of the exchanges that relieve the costliest ranks.
+    """For the costliest rank that can be relieved. Ranks that could not stay marked until a change
+    touches them; those below the average are not tried."""
+    left = max_moved - layer.arrivals_R.sum()
+    average = layer.square_R.mean()
+    nothing = Change(least_price, 0.0, 0, -1, -1, -1)
+    while True:
+        rank = _costliest_touched(layer)
+        if rank < 0 or layer.square_R[rank] < average:
+            return nothing
+        relief = relief_of(experts, layer, rank)
+        best = best_swap(experts, layer, relief, left, max_arrivals, nothing)
+        best = best_copy(experts, layer, relief, left, max_arrivals, best)
+        best = best_drop(experts, layer, relief, left, max_arrivals, best)
+        if best.slot >= 0:
+            return best
+        layer.touched_R[rank] = False
 
-    Experts of other ranks are tried only while nothing is found that is worth `price`.
-    """
-    best = best_swap(layer, swaps, max_moved, max_arrivals)
-    held_cross_E = held_cross(layer)
-    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
-    ranks = costliest_first(layer)
-    for index in range(ranks.size):
-        if index >= _RELIEVED_RANKS and best.price >= price:
-            break
-        first = ranks[index] * slots_per_rank
-        for slot in range(first, first + slots_per_rank):
-            expert = int(layer.slots_P[slot])
-            best = best_exchange(layer, expert, held_cross_E, max_moved, max_arrivals, best)
-    return best
+
+@compiled
+def _costliest_touched(layer: Layer) -> int:
+    costliest = -1
+    for rank in range(layer.square_R.size):
+        if layer.touched_R[rank] and (
+            costliest < 0 or layer.square_R[rank] > layer.square_R[costliest]
+        ):
+            costliest = rank
+    return costliest

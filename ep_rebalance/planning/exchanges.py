@@ -2,68 +2,104 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ep_rebalance.planning.compiled import compiled
-from ep_rebalance.planning.layer import Change, Layer
+from ep_rebalance.planning.layer import (
+    Change,
+    Experts,
+    Layer,
+    fetched_by,
+    inner_product,
+    moved_by,
+)
+from ep_rebalance.planning.relief import Relief
 
 
 @compiled
-def held_cross(layer: Layer) -> NDArray[np.float64]:
-    """float64 [E], sum of `cross_RE` over the ranks that hold the expert."""
-    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
-    held_cross_E = np.zeros(layer.replicas_E.size)
-    for slot in range(layer.slots_P.size):
-        expert = layer.slots_P[slot]
-        held_cross_E[expert] += layer.cross_RE[slot // slots_per_rank, expert]
-    return held_cross_E
-
-
-@compiled
-def best_exchange(
-    layer: Layer,
-    a: int,
-    held_cross_E: NDArray[np.float64],
-    max_moved: int,
-    max_arrivals: int,
-    best: Change,
+def best_copy(
+    experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
 ) -> Change:
-    """`best`, or a slot for one more replica of `a` that has a higher gain per moved slot."""
+    """`best`, or one more replica elsewhere of an expert of the rank, if it has a higher price."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
-    budget = max_moved - layer.arrivals_R.sum()
-    for slot in range(layer.slots_P.size):
-        rank, b = slot // slots_per_rank, layer.slots_P[slot]
-        if layer.replicas_E[b] < 2 or layer.held_RE[rank, a]:
-            continue
-        gain = _exchange_gain(layer, held_cross_E, rank, a, b)
-        moved = layer.origin_RE[rank, b] - layer.origin_RE[rank, a]
-        price = gain / max(moved, 1)
-        if (
-            price > best.price
-            and moved <= budget
-            and layer.arrivals_R[rank] + moved <= max_arrivals
-        ):
-            best = Change(price, gain, moved, slot, -1, a)
+    held_RE, slots_P, spare_N, freed_N = layer.held_RE, layer.slots_P, relief.spare_N, relief.freed_N
+    nodes_NE, node_R, traffic_E = layer.nodes_NE, experts.node_R, experts.traffic_E
+    mean_E, rest_E = experts.vectors_VE[0], experts.rest_E
+    for index in range(slots_per_rank):
+        a = slots_P[relief.rank * slots_per_rank + index]
+        part, product_R = experts.part_EC[a, layer.replicas_E[a] + 1], relief.product_SR[index]
+        less, copied = relief.less_E[a], relief.copied_E[a]
+        for n in range(spare_N.size):
+            rank, b = spare_N[n] // slots_per_rank, slots_P[spare_N[n]]
+            if held_RE[rank, a]:
+                continue
+            gain = copied + freed_N[n] - 2.0 * part * product_R[rank]
+            if nodes_NE[node_R[rank], a] == 0:
+                gain += traffic_E[a]
+            product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
+            if gain + 2.0 * (part * relief.part_N[n] + less * relief.most_N[n]) * product > best.price:
+                together = part * relief.part_N[n] + less * relief.more_N[n] * _shared_ranks(layer, a, b)
+                if gain + 2.0 * together * product > best.price:
+                    gain += 2.0 * together * inner_product(experts, a, b)
+                    best = _better(experts, layer, spare_N[n], a, gain, left, max_arrivals, best)
     return best
 
 
 @compiled
-def _exchange_gain(
-    layer: Layer, held_cross_E: NDArray[np.float64], rank: int, a: int, b: int
-) -> float:
-    """What the objective loses if `rank` gets a replica of `a` in place of `b`.
+def best_drop(
+    experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
+) -> Change:
+    """`best`, or another expert in one of the rank's own slots whose expert is elsewhere too."""
+    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
+    held_E, product_E, replicas_E = layer.held_RE[relief.rank], relief.product_E, layer.replicas_E
+    nodes_E, traffic_E = layer.nodes_NE[experts.node_R[relief.rank]], experts.traffic_E
+    copied_E, less_E, part_EC = relief.copied_E, relief.less_E, experts.part_EC
+    mean_E, rest_E = experts.vectors_VE[0], experts.rest_E
+    for n in range(relief.spare_N.size):
+        slot = relief.spare_N[n]
+        if slot // slots_per_rank != relief.rank:
+            continue
+        b, freed, part_b = layer.slots_P[slot], relief.freed_N[n], relief.part_N[n]
+        more, most = relief.more_N[n], relief.most_N[n]
+        for a in range(replicas_E.size):
+            if held_E[a]:
+                continue
+            part = part_EC[a, replicas_E[a] + 1]
+            gain = copied_E[a] + freed - 2.0 * part * product_E[a]
+            if nodes_E[a] == 0:
+                gain += traffic_E[a]
+            product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
+            if gain + 2.0 * (part * part_b + less_E[a] * most) * product > best.price:
+                together = part * part_b + less_E[a] * more * _shared_ranks(layer, a, b)
+                if gain + 2.0 * together * product > best.price:
+                    gain += 2.0 * together * inner_product(experts, a, b)
+                    best = _better(experts, layer, slot, a, gain, left, max_arrivals, best)
+    return best
 
-    Each rank that holds `a` is relieved of `less_a` of it, each other rank with `b` takes `more_b`.
-    """
-    moment_EE, cross_RE, replicas_E = layer.moment_EE, layer.cross_RE, layer.replicas_E
-    part_a, part_b = 1.0 / (replicas_E[a] + 1), 1.0 / replicas_E[b]
-    less_a, more_b = part_a / replicas_E[a], part_b / (replicas_E[b] - 1)
-    gain: float = (
-        2.0 * (held_cross_E[a] * less_a - (held_cross_E[b] - cross_RE[rank, b]) * more_b)
-        - 2.0 * (cross_RE[rank, a] * part_a - cross_RE[rank, b] * part_b)
-        - moment_EE[a, a] * (replicas_E[a] * less_a**2 + part_a**2)
-        - moment_EE[b, b] * ((replicas_E[b] - 1) * more_b**2 + part_b**2)
-        + 2.0 * moment_EE[a, b] * (layer.together_EE[a, b] * less_a * more_b + part_a * part_b)
-    )
-    return gain
+
+@compiled
+def _shared_ranks(layer: Layer, a: int, b: int) -> int:
+    """Ranks that hold both."""
+    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
+    shared = 0
+    for index in range(layer.replicas_E[b]):
+        shared += int(layer.held_RE[layer.holders_EC[b, index] // slots_per_rank, a])
+    return shared
+
+
+@compiled
+def _better(
+    experts: Experts,
+    layer: Layer,
+    slot: int,
+    a: int,
+    gain: float,
+    left: int,
+    max_arrivals: int,
+    best: Change,
+) -> Change:
+    """`best`, or `a` in `slot` if that is allowed and has a higher price."""
+    rank, b = slot * layer.arrivals_R.size // layer.slots_P.size, layer.slots_P[slot]
+    moved = moved_by(experts, rank, a, b)
+    price = gain / max(fetched_by(experts, rank, a, b), 1.0)
+    if price > best.price and moved <= left and layer.arrivals_R[rank] + moved <= max_arrivals:
+        return Change(price, gain, moved, int(slot), -1, int(a))
+    return best

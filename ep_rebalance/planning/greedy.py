@@ -15,24 +15,17 @@ from numpy.typing import NDArray
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.alignment import align
 from ep_rebalance.planning.compiled import compiled
-from ep_rebalance.planning.plan import Budget
-from ep_rebalance.topology import Topology
+from ep_rebalance.planning.plan import Problem
 
 
-def plan_greedy(
-    samples_WLE: NDArray[np.float64],
-    current: Placement,
-    topology: Topology,
-    budget: Budget,
-    seed: int,
-) -> Placement:
-    """A placement made anew from the total load, slots then aligned with `current`.
+def plan_greedy(problem: Problem) -> Placement:
+    """A placement made anew from the total load, slots then aligned with the current ones.
 
-    It is there to compare with, so `budget` is ignored: it may change every slot, and the staging
-    memory must hold all slots of a rank. Topology is ignored as well, and ties go to the lowest id
-    whatever the seed. A layer without load stays as it is.
+    It is there to compare with, so the budget is ignored: it may change every slot, and the staging
+    memory must hold all slots of a rank. Topology and cost model are ignored as well, and ties go
+    to the lowest id whatever the seed. A layer without load stays as it is.
     """
-    load_LE = samples_WLE.sum(axis=0)
+    current, load_LE = problem.current, problem.load.load_LE
     slots_LP = current.slots_LP.copy()
     for layer in np.flatnonzero(load_LE.sum(axis=1)):
         replicas_E = _replica_counts(load_LE[layer], current.num_slots, current.num_ranks)

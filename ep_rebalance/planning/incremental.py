@@ -1,7 +1,7 @@
 """Incremental planner: improve the current placement by the few moves that pay best.
 
-The objective is the mean over the window's snapshots of the squared rank loads, so that experts
-which are busy at the same time part ways. Swaps between ranks, and redundant slots given to another
+The objective is the mean over the window's samples of the squared rank loads, so that experts which
+are busy at the same time part ways. Swaps between ranks, and redundant slots given to another
 expert, are taken in the order of their gain for each slot that they move, as long as that gain is
 worth a move and the budget lasts.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,15 @@ from numpy.typing import NDArray
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.alignment import align
 from ep_rebalance.planning.descent import improve_layer
-from ep_rebalance.planning.plan import Budget
-from ep_rebalance.planning.second_moment import second_moment_EE
-from ep_rebalance.topology import Topology
+from ep_rebalance.planning.layer import describe_experts
+from ep_rebalance.planning.plan import Problem
 
 MIN_GAIN_PER_MOVED_SLOT = 4e-4
 """Least gain that is worth a moved slot, in units of the mean square load of an even rank: two
 ranks that swap experts must each come about 2 % of the mean rank load closer to it."""
+
+_LARGEST_SHARE = 2
+"""Most that one layer may take of the budget, in even shares: bounds the time that a plan takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,52 +36,59 @@ class _Descent:
     them."""
 
     changes_N4: NDArray[np.int64]
-    gains_N: NDArray[np.float64]
+    gains_N2: NDArray[np.float64]
 
     def moved(self, index: int) -> int:
         return int(self.changes_N4[index, 0])
 
-    def gain_per_move(self, index: int) -> float:
-        return float(self.gains_N[index]) / max(self.moved(index), 1)
+    def price(self, index: int) -> float:
+        return float(self.gains_N2[index, 1])
 
 
-def plan_incremental(
-    samples_WLE: NDArray[np.float64],
-    current: Placement,
-    topology: Topology,
-    budget: Budget,
-    seed: int,
-) -> Placement:
+def plan_incremental(problem: Problem) -> Placement:
     """The current placement with the best changes that the budget allows, over all layers.
 
-    Topology is not looked at, and ties go to the lowest ids whatever the seed. A layer without load
-    stays.
+    Ties go to the lowest ids whatever the seed. A layer without load stays.
     """
-    descents = [
-        _descend(samples_WLE[:, layer], current.slots_LP[layer], current.num_ranks, budget)
-        for layer in range(current.num_layers)
-    ]
+    current, cost_WLE = problem.current, problem.cost.expert_cost_WLE(problem.load)
+
+    def descend(layer: int) -> _Descent:
+        return _descend(problem, np.ascontiguousarray(cost_WLE[:, layer]), layer)
+
+    layers = range(current.num_layers)
+    if problem.threads > 1:
+        with ThreadPoolExecutor(problem.threads) as pool:
+            descents = list(pool.map(descend, layers))
+    else:
+        descents = [descend(layer) for layer in layers]
     slots_LP = current.slots_LP.copy()
-    for layer, count in enumerate(_spend(descents, budget.max_moved_slots)):
+    for layer, count in enumerate(_spend(descents, problem.budget.max_moved_slots)):
         _apply(slots_LP[layer], descents[layer].changes_N4[:count])
     aligned_LP = align(slots_LP, current.slots_LP, current.num_ranks)
     return Placement(aligned_LP, current.num_experts, current.num_ranks)
 
 
-def _descend(
-    samples_WE: NDArray[np.float64], slots_P: NDArray[np.int32], num_ranks: int, budget: Budget
-) -> _Descent:
-    if not samples_WE.any():
-        return _Descent(changes_N4=np.empty((0, 4), dtype=np.int64), gains_N=np.empty(0))
-    changes_N4, gains_N = improve_layer(
-        second_moment_EE(samples_WE, num_ranks),
-        np.array(slots_P),
-        num_ranks,
-        budget.max_moved_slots,
+def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Descent:
+    current, topology, budget = problem.current, problem.topology, problem.budget
+    slots_P = np.array(current.slots_LP[layer])
+    experts = describe_experts(
+        cost_WE,
+        problem.load.weight_W,
+        problem.cost.replica_part_EC(problem.load, layer, current.max_replicas),
+        slots_P,
+        np.array(topology.node_of_rank, dtype=np.int64),
+        max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
+        problem.internode_token_price,
+    )
+    share = -(-budget.max_moved_slots // current.num_layers)
+    changes_N4, gains_N2 = improve_layer(
+        experts,
+        slots_P,
+        min(budget.max_moved_slots, max(2, _LARGEST_SHARE * share)),
         budget.max_arrivals,
         MIN_GAIN_PER_MOVED_SLOT,
     )
-    return _Descent(changes_N4=changes_N4, gains_N=gains_N)
+    return _Descent(changes_N4=changes_N4, gains_N2=gains_N2)
 
 
 def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
@@ -86,7 +96,7 @@ def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
     budget."""
     taken = [0] * len(descents)
     left = max_moved
-    waiting = [(-d.gain_per_move(0), layer) for layer, d in enumerate(descents) if d.gains_N.size]
+    waiting = [(-d.price(0), layer) for layer, d in enumerate(descents) if len(d.changes_N4)]
     heapq.heapify(waiting)
     while waiting:
         _, layer = heapq.heappop(waiting)
@@ -96,8 +106,8 @@ def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
             continue
         left -= moved
         taken[layer] += 1
-        if taken[layer] < descent.gains_N.size:
-            heapq.heappush(waiting, (-descent.gain_per_move(taken[layer]), layer))
+        if taken[layer] < len(descent.changes_N4):
+            heapq.heappush(waiting, (-descent.price(taken[layer]), layer))
     return taken
 
 

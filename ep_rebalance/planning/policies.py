@@ -9,23 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import Policy
+from ep_rebalance.load_window import WindowLoad
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.incremental import plan_incremental
-from ep_rebalance.planning.plan import Budget, Plan, Planner
+from ep_rebalance.planning.plan import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.topology import Topology
 
 
-def keep_current(
-    samples_WLE: NDArray[np.float64],
-    current: Placement,
-    topology: Topology,
-    budget: Budget,
-    seed: int,
-) -> Placement:
+def keep_current(problem: Problem) -> Placement:
     """The policy `none`: quotas may follow the load, experts stay."""
-    return current
+    return problem.current
 
 
 PLANNERS: Mapping[Policy, Planner] = MappingProxyType(
@@ -33,40 +28,37 @@ PLANNERS: Mapping[Policy, Planner] = MappingProxyType(
 )
 
 
-def make_plan(
-    policy: Policy,
-    samples_WLE: NDArray[np.float64],
-    current: Placement,
-    topology: Topology,
-    budget: Budget,
-    seed: int,
-) -> Plan:
+def make_plan(planner: Planner, problem: Problem) -> Plan:
     """Run the planner and predict what its placement does on the same window.
 
-    samples_WLE: float64 [W, L, E], tokens per logical expert in each snapshot, oldest first.
-
     Both imbalances use quotas fitted to the window's total, so that their difference is what moving
-    adds; the mean over snapshots sees the load vary under fixed quotas, but both are optimistic
-    about load to come.
+    adds; the mean over samples sees the load vary under fixed quotas, but both are optimistic about
+    load to come.
     """
-    load_LE = samples_WLE.sum(axis=0)
-    target = PLANNERS[policy](samples_WLE, current, topology, budget, seed)
-    quotas_LP = split_quotas(target, load_LE)
+    target = planner(problem)
+    quotas_LP = split_quotas(target, problem.load.load_LE)
+    after_L = predicted_imbalance_L(problem, target, quotas_LP)
+    before_L = after_L
+    if target != problem.current:
+        unmoved_LP = split_quotas(problem.current, problem.load.load_LE)
+        before_L = predicted_imbalance_L(problem, problem.current, unmoved_LP)
     return Plan(
         placement=target,
         quotas_LP=quotas_LP,
-        imbalance_before_L=mean_imbalance_L(samples_WLE, current, split_quotas(current, load_LE)),
-        imbalance_after_L=mean_imbalance_L(samples_WLE, target, quotas_LP),
-        moved_slots=target.changed_slots(current),
+        imbalance_before_L=before_L,
+        imbalance_after_L=after_L,
+        moved_slots=target.changed_slots(problem.current),
     )
 
 
-def mean_imbalance_L(
-    samples_WLE: NDArray[np.float64], placement: Placement, quotas_LP: NDArray[np.float64]
+def predicted_imbalance_L(
+    problem: Problem, placement: Placement, quotas_LP: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """float64 [L], max/mean rank load of each snapshot, averaged over the snapshots."""
-    samples = [imbalance_L(placement.rank_load_LR(load_LE, quotas_LP)) for load_LE in samples_WLE]
-    mean_L: NDArray[np.float64] = np.mean(samples, axis=0)
+    """float64 [L], max/mean rank cost of each sample, averaged over the samples by their weight."""
+    cost_WLR = problem.cost.rank_cost_WLR(problem.load, placement, quotas_LP)
+    mean_L: NDArray[np.float64] = np.average(
+        imbalance_L(cost_WLR), axis=0, weights=problem.load.weight_W
+    )
     return mean_L
 
 
@@ -75,8 +67,12 @@ def compile_planner() -> None:
 
     Takes seconds the first time on a machine; later starts load the cached code.
     """
-    samples_WLE = np.arange(1, 25, dtype=np.float64).reshape(3, 1, 8) ** 2
-    current = Placement.contiguous(num_layers=1, num_experts=8, num_ranks=2, num_redundant=2)
-    budget = Budget(max_moved_slots=10, max_arrivals=5)
-    for policy in PLANNERS:
-        make_plan(policy, samples_WLE, current, Topology.single_node(2), budget, 0)
+    tokens_WLE = np.arange(1, 25, dtype=np.float64).reshape(3, 1, 8) ** 2
+    problem = Problem(
+        load=WindowLoad(tokens_WLE=tokens_WLE, weight_W=np.ones(3), steps_W=np.ones(3)),
+        current=Placement.contiguous(num_layers=1, num_experts=8, num_ranks=2, num_redundant=2),
+        topology=Topology.single_node(2),
+        budget=Budget(max_moved_slots=10, max_arrivals=5),
+    )
+    for planner in PLANNERS.values():
+        make_plan(planner, problem)

@@ -2,107 +2,122 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.planning.compiled import compiled
-from ep_rebalance.planning.layer import Change, Layer
+from ep_rebalance.planning.layer import (
+    Change,
+    Experts,
+    Layer,
+    fetched_by,
+    inner_product,
+    moved_by,
+)
+from ep_rebalance.planning.relief import Relief
 
 
-class Swaps(NamedTuple):
-    """Best swap of each pair of ranks (first > second), remembered until one of them is stale.
+@compiled
+def best_swap(
+    experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
+) -> Change:
+    """`best`, or a swap of one of the rank's experts with one of a less loaded rank that has a higher
+    price.
 
-    price_RR: 0 where no swap gains anything.
-    slots_RR2: the slots on the first and on the second rank.
+    left: slots that may still change. Most candidates are ruled out by the triangle inequality: two
+    load vectors are no nearer to each other than their means and the lengths of the rest.
     """
-
-    price_RR: NDArray[np.float64]
-    gain_RR: NDArray[np.float64]
-    moved_RR: NDArray[np.int64]
-    slots_RR2: NDArray[np.int64]
-
-
-@compiled
-def no_swaps(num_ranks: int) -> Swaps:
-    return Swaps(
-        np.zeros((num_ranks, num_ranks)),
-        np.zeros((num_ranks, num_ranks)),
-        np.zeros((num_ranks, num_ranks), np.int64),
-        np.zeros((num_ranks, num_ranks, 2), np.int64),
-    )
-
-
-@compiled
-def best_swap(layer: Layer, swaps: Swaps, max_moved: int, max_arrivals: int) -> Change:
-    """The swap with the highest gain per moved slot; brings `swaps` up to date."""
-    _refresh(layer, swaps, max_moved - layer.arrivals_R.sum(), max_arrivals)
-    pair = np.argmax(swaps.price_RR)
-    first, second = pair // layer.stale_R.size, pair % layer.stale_R.size
-    price = swaps.price_RR[first, second]
-    if price <= 0.0:
-        return Change(0.0, 0.0, 0, -1, -1, -1)
-    slot, other = swaps.slots_RR2[first, second, 0], swaps.slots_RR2[first, second, 1]
-    gain, moved = swaps.gain_RR[first, second], swaps.moved_RR[first, second]
-    return Change(price, gain, moved, slot, other, int(layer.slots_P[other]))
-
-
-@compiled
-def _refresh(layer: Layer, swaps: Swaps, budget: int, max_arrivals: int) -> None:
-    """Search the pairs with a stale rank again; all pairs once two moves are no longer allowed."""
-    for first in range(layer.stale_R.size):
-        for second in range(first):
-            if layer.stale_R[first] or layer.stale_R[second] or budget < 2:
-                _search_pair(layer, swaps, first, second, budget, max_arrivals)
-    layer.stale_R[:] = False
-
-
-@compiled
-def _search_pair(
-    layer: Layer, swaps: Swaps, first: int, second: int, budget: int, max_arrivals: int
-) -> None:
-    slots_P, origin_RE = layer.slots_P, layer.origin_RE
-    slots_per_rank = slots_P.size // layer.arrivals_R.size
-    best = 0.0
-    for slot in range(first * slots_per_rank, (first + 1) * slots_per_rank):
-        a = slots_P[slot]
-        if layer.held_RE[second, a]:
-            continue
-        for other in range(second * slots_per_rank, (second + 1) * slots_per_rank):
-            b = slots_P[other]
-            if layer.held_RE[first, b]:
+    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
+    here, node_R, held_RE, slots_P = relief.rank, experts.node_R, layer.held_RE, layer.slots_P
+    square_R = layer.square_R
+    leaves_P, mean_P, rest_P = _elsewhere(experts, layer, relief)
+    for index in range(slots_per_rank):
+        slot = here * slots_per_rank + index
+        a, product_R = slots_P[slot], relief.product_SR[index]
+        part_a = experts.part_EC[a, layer.replicas_E[a]]
+        mean_a, rest_a = part_a * experts.vectors_VE[0, a], part_a * experts.rest_E[a]
+        for there in range(product_R.size):
+            if held_RE[there, a] or square_R[there] >= square_R[here]:
                 continue
-            gain = _swap_gain(layer, first, second, a, b)
-            if gain <= best:
-                continue
-            moved_first = origin_RE[first, a] - origin_RE[first, b]
-            moved_second = origin_RE[second, b] - origin_RE[second, a]
-            moved = moved_first + moved_second
-            price = gain / max(moved, 1)
-            if (
-                price > best
-                and moved <= budget
-                and layer.arrivals_R[first] + moved_first <= max_arrivals
-                and layer.arrivals_R[second] + moved_second <= max_arrivals
-            ):
-                best = price
-                swaps.gain_RR[first, second] = gain
-                swaps.moved_RR[first, second] = moved
-                swaps.slots_RR2[first, second] = (slot, other)
-    swaps.price_RR[first, second] = best
+            across = node_R[there] != node_R[here]
+            leaves_a = part_a * (relief.product_E[a] - product_R[there])
+            for other in range(there * slots_per_rank, (there + 1) * slots_per_rank):
+                gain = 2.0 * (leaves_a + leaves_P[other])
+                if across:
+                    gain += _traffic_gain(experts, layer, here, there, a, slots_P[other])
+                means, rests = mean_a - mean_P[other], rest_a - rest_P[other]
+                if gain - 2.0 * (means**2 + rests**2) > best.price:
+                    b = slots_P[other]
+                    part_b = experts.part_EC[b, layer.replicas_E[b]]
+                    gain -= 2.0 * _square_distance(experts, a, part_a, b, part_b)
+                    if gain > best.price and not held_RE[here, b]:
+                        best = _better(
+                            experts, layer, slot, other, gain, left, max_arrivals, best
+                        )
+    return best
 
 
 @compiled
-def _swap_gain(layer: Layer, first: int, second: int, a: int, b: int) -> float:
-    """What the objective loses if `a` leaves `first` for `second` and `b` comes back."""
-    moment_EE, cross_RE = layer.moment_EE, layer.cross_RE
-    part_a, part_b = 1.0 / layer.replicas_E[a], 1.0 / layer.replicas_E[b]
-    loss: float = 2.0 * (
-        (cross_RE[first, b] - cross_RE[second, b]) * part_b
-        + (cross_RE[second, a] - cross_RE[first, a]) * part_a
-        + moment_EE[a, a] * part_a**2
-        + moment_EE[b, b] * part_b**2
-        - 2.0 * moment_EE[a, b] * part_a * part_b
+def _elsewhere(
+    experts: Experts, layer: Layer, relief: Relief
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """For each slot: what its load gains by going from its rank to the relieved one, before its
+    square, and the mean and the length of the rest of that load."""
+    leaves_P, mean_P = np.empty(layer.slots_P.size), np.empty(layer.slots_P.size)
+    rest_P = np.empty(layer.slots_P.size)
+    for slot in range(layer.slots_P.size):
+        b = layer.slots_P[slot]
+        part = experts.part_EC[b, layer.replicas_E[b]]
+        leaves_P[slot] = part * (layer.product_P[slot] - relief.product_E[b])
+        mean_P[slot], rest_P[slot] = part * experts.vectors_VE[0, b], part * experts.rest_E[b]
+    return leaves_P, mean_P, rest_P
+
+
+@compiled
+def _better(
+    experts: Experts,
+    layer: Layer,
+    slot: int,
+    other: int,
+    gain: float,
+    left: int,
+    max_arrivals: int,
+    best: Change,
+) -> Change:
+    """`best`, or the swap of the two slots if that is allowed and has a higher price."""
+    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
+    here, there = slot // slots_per_rank, other // slots_per_rank
+    a, b = int(layer.slots_P[slot]), int(layer.slots_P[other])
+    moved_here, moved_there = moved_by(experts, here, b, a), moved_by(experts, there, a, b)
+    fetched = fetched_by(experts, here, b, a) + fetched_by(experts, there, a, b)
+    price = gain / max(fetched, 1.0)
+    if (
+        price > best.price
+        and moved_here + moved_there <= left
+        and layer.arrivals_R[here] + moved_here <= max_arrivals
+        and layer.arrivals_R[there] + moved_there <= max_arrivals
+    ):
+        return Change(price, gain, moved_here + moved_there, slot, other, b)
+    return best
+
+
+@compiled
+def _square_distance(experts: Experts, a: int, part_a: float, b: int, part_b: float) -> float:
+    distance: float = (
+        part_a**2 * experts.square_E[a]
+        + part_b**2 * experts.square_E[b]
+        - 2.0 * part_a * part_b * inner_product(experts, a, b)
     )
-    return -loss
+    return distance
+
+
+@compiled
+def _traffic_gain(
+    experts: Experts, layer: Layer, here: int, there: int, a: int, b: int
+) -> float:
+    """What is gained because the swap changes on how many nodes `a` and `b` are at hand."""
+    near, far = experts.node_R[here], experts.node_R[there]
+    nodes_a = int(layer.nodes_NE[far, a] == 0) - int(layer.nodes_NE[near, a] == 1)
+    nodes_b = int(layer.nodes_NE[near, b] == 0) - int(layer.nodes_NE[far, b] == 1)
+    gain: float = nodes_a * experts.traffic_E[a] + nodes_b * experts.traffic_E[b]
+    return gain

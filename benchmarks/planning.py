@@ -1,0 +1,492 @@
+"""Compare placement policies on load that they have not seen.
+
+A placement made from the windows up to one moment is scored on the steps of the next window. Peers
+run on the same steps:
+  contiguous    experts in order, as the engine loads them
+  never move    the placement of the first window, kept
+  greedy        the published DeepSeek EPLB algorithm, anew from each window
+  vLLM          the installed vLLM's policy, anew from each window; `vLLM groups` its branch for
+                DeepSeek's expert groups, where those divide by the nodes
+  ep_rebalance  the plugin's window, planner and decision at their defaults
+  hindsight     a placement made from the very steps that it is scored on
+
+Columns: balancedness (mean over mean/max rank load of steps and layers; 1 is even) with every
+expert's tokens split evenly over its replicas; with the plugin's quotas, refreshed each snapshot;
+and with the best split for each step, which no dispatch can beat on that placement. Slots that a plan
+changes; GB over links in all and on the busiest rank, per plan; expert transfers that the busiest
+rank makes one after another in a layer; parts of moved experts and of tokens that cross a node
+boundary; milliseconds to plan on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+from machine import machine
+from numpy.typing import NDArray
+from planning_load import gpt_oss_sequences, sglang_domains
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ep_rebalance.config import RebalanceConfig, load_config
+from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import TokenCost
+from ep_rebalance.planning.greedy import plan_greedy
+from ep_rebalance.planning.incremental import plan_incremental
+from ep_rebalance.planning.plan import Budget, Planner, Problem
+from ep_rebalance.planning.policies import compile_planner
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.replay.balancing import ReplayedBalancer
+from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.replay.model_shape import SHAPES, ModelShape
+from ep_rebalance.replay.scoring import (
+    Moves,
+    balancedness,
+    best_split_balancedness,
+    cross_node_tokens,
+    moves_between,
+)
+from ep_rebalance.topology import Topology
+
+WINDOW_STEPS, SNAPSHOT_STEPS = 48, 6
+RANKS_PER_NODE = 8
+EXPERT_GROUPS = 8
+STEP_SECONDS = 0.05
+
+Steps = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One comparison: whose load, on which model, on how many ranks."""
+
+    load: str
+    shape: str
+    ranks: int
+    redundant: int
+    tokens_per_rank: int = 128
+
+    @property
+    def title(self) -> str:
+        tokens = f", {self.tokens_per_rank} tokens a rank" if self.tokens_per_rank != 128 else ""
+        return (
+            f"{SHAPES[self.shape].title if self.shape in SHAPES else self.shape}, {self.load}: "
+            f"EP{self.ranks}, {self.redundant} redundant{tokens}"
+        )
+
+
+CASES = (
+    Case(load="real", shape="deepseek-v3", ranks=8, redundant=16),
+    Case(load="real", shape="deepseek-v3", ranks=8, redundant=32),
+    Case(load="real", shape="deepseek-v3", ranks=16, redundant=16),
+    Case(load="real", shape="deepseek-v3", ranks=32, redundant=32),
+    Case(load="real", shape="deepseek-v3", ranks=32, redundant=64),
+    Case(load="real", shape="deepseek-v3", ranks=32, redundant=32, tokens_per_rank=2048),
+    Case(load="real", shape="deepseek-v3", ranks=64, redundant=64),
+    Case(load="real", shape="deepseek-v3", ranks=144, redundant=32),
+    Case(load="real", shape="deepseek-v3", ranks=144, redundant=176),
+    Case(load="steady", shape="deepseek-v3", ranks=32, redundant=0),
+    Case(load="steady", shape="deepseek-v3", ranks=32, redundant=32),
+    Case(load="steady", shape="deepseek-v3", ranks=144, redundant=32),
+    Case(load="steady", shape="deepseek-v3", ranks=144, redundant=176),
+    Case(load="drift", shape="deepseek-v3", ranks=32, redundant=32),
+    Case(load="burst", shape="deepseek-v3", ranks=32, redundant=32),
+    Case(load="drift", shape="qwen3-235b", ranks=8, redundant=16),
+    Case(load="drift", shape="qwen3-235b", ranks=32, redundant=32),
+    Case(load="drift", shape="gpt-oss-120b", ranks=16, redundant=16),
+    Case(load="drift", shape="mixtral-8x7b", ranks=8, redundant=8),
+    Case(load="recorded", shape="gpt-oss-20b", ranks=8, redundant=8),
+)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, help="repetitions with other load (default 3)")
+    add("--windows", type=int, default=6, help="windows of 48 steps each (default 6)")
+    add("--only", default="", help="cases whose title contains this, e.g. 'real: EP32'")
+    add("--policies", default="", help="these policies only, by comma")
+    add(
+        "--data",
+        type=Path,
+        default=os.environ.get("EP_REBALANCE_DATA"),
+        help="folder with recorded loads: deepseek-logical-counts/*.json (SGLang) and "
+        "gpt-oss-20b/*.npz; cases that need them are left out without it "
+        "(default: EP_REBALANCE_DATA)",
+    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the plugin")
+    add("--fast", action="store_true", help="leave out the best split and hindsight")
+    add("--output", type=Path, help="write everything measured to this JSON file")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one policy did in one repetition; means over the windows that follow the first."""
+
+    case: Case
+    policy: str
+    seed: int
+    even: float
+    quotas: float
+    best_split: float | None
+    plans: int
+    moved: float
+    gigabytes: float
+    busiest_gigabytes: float
+    serial: float
+    cross_node_moves: float
+    cross_node_tokens: float
+    milliseconds: float | None
+
+
+class Policy:
+    """What serves a window, and learns from it afterwards."""
+
+    name: str
+    placement: Placement
+    quotas_LP: NDArray[np.float64]
+    milliseconds: list[float]
+
+    def snapshot(self, sample: LoadSample) -> None: ...
+
+    def window_ends(self, samples: Sequence[LoadSample]) -> None: ...
+
+
+class Kept(Policy):
+    """A placement that stays; its quotas follow the load as the plugin's do."""
+
+    def __init__(self, name: str, placement: Placement) -> None:
+        self.name, self.placement, self.milliseconds = name, placement, []
+        self._samples: list[LoadSample] = []
+        self.quotas_LP = placement.even_quotas_LP()
+
+    def snapshot(self, sample: LoadSample) -> None:
+        self._samples = [*self._samples, sample][-48:]
+        load = window_load(self._samples, half_life=load_config().planner.half_life_snapshots)
+        self.quotas_LP = split_quotas(self.placement, load.load_LE)
+
+
+class Anew(Kept):
+    """A planner that starts anew from each window."""
+
+    def __init__(self, name: str, planner: Planner, start: Placement, topology: Topology) -> None:
+        super().__init__(name, start)
+        self._planner, self._topology = planner, topology
+
+    def window_ends(self, samples: Sequence[LoadSample]) -> None:
+        problem = everything_may_move(window_load(samples), self.placement, self._topology)
+        began = time.perf_counter()
+        self.placement = self._planner(problem)
+        self.milliseconds.append(1e3 * (time.perf_counter() - began))
+        self.quotas_LP = split_quotas(self.placement, window_load(self._samples).load_LE)
+
+
+class Ours(Policy):
+    """The plugin at its defaults, from a placement like the one that a state file brings back."""
+
+    def __init__(
+        self, config: RebalanceConfig, start: Placement, topology: Topology, bytes_L: Sequence[int]
+    ) -> None:
+        self.name, self.milliseconds = "ep_rebalance", []
+        self._balancer = ReplayedBalancer(
+            config=config,
+            planner=plan_incremental,
+            cost=TokenCost(),
+            topology=topology,
+            expert_bytes_L=bytes_L,
+            placement=start,
+        )
+
+    @property
+    def placement(self) -> Placement:  # type: ignore[override]
+        return self._balancer.placement
+
+    @property
+    def quotas_LP(self) -> NDArray[np.float64]:  # type: ignore[override]
+        return self._balancer.quotas_LP
+
+    def snapshot(self, sample: LoadSample) -> None:
+        self._balancer.append(sample)
+
+    def window_ends(self, samples: Sequence[LoadSample]) -> None:
+        began = time.perf_counter()
+        self._balancer.plan()
+        self.milliseconds.append(1e3 * (time.perf_counter() - began))
+
+
+def everything_may_move(load: WindowLoad, current: Placement, topology: Topology) -> Problem:
+    budget = Budget(
+        max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank
+    )
+    return Problem(load=load, current=current, topology=topology, budget=budget)
+
+
+def place_anew(load: WindowLoad, current: Placement, topology: Topology) -> Placement:
+    """The best that we know for a window: the greedy placement, improved without a bound."""
+    start = plan_greedy(everything_may_move(load, current, topology))
+    return plan_incremental(everything_may_move(load, start, topology))
+
+
+def run_case(
+    case: Case, seed: int, options: argparse.Namespace, advance: Callable[[], None]
+) -> Iterator[Row]:
+    shape, steps = load_of(case, seed, options)
+    windows = [np.stack(list(itertools.islice(steps, WINDOW_STEPS))) for _ in range(options.windows)]
+    topology = Topology(node_of_rank=tuple(r // RANKS_PER_NODE for r in range(case.ranks)))
+    bytes_L = [shape.expert_bytes] * shape.layers
+    contiguous = Placement.contiguous(
+        num_layers=shape.layers,
+        num_experts=shape.experts,
+        num_ranks=case.ranks,
+        num_redundant=case.redundant,
+    )
+    first = [snapshot_of(part) for part in np.split(windows[0], WINDOW_STEPS // SNAPSHOT_STEPS)]
+    start = place_anew(window_load(first), contiguous, topology)
+    config = load_config(*(setting(text) for text in options.set))
+    policies: list[Policy] = [
+        Kept("contiguous", contiguous),
+        Kept("never move", start),
+        Anew("greedy", plan_greedy, contiguous, topology),
+        *vllm_policies(case, contiguous, topology),
+        Ours(config, start, topology, bytes_L),
+    ]
+    for policy in policies:
+        if not options.policies or policy.name in options.policies.split(","):
+            yield score_policy(policy, case, seed, windows, topology, bytes_L, options)
+        advance()
+    if not options.fast:
+        yield hindsight(case, seed, windows, contiguous, topology)
+
+
+def score_policy(
+    policy: Policy,
+    case: Case,
+    seed: int,
+    windows: Sequence[Steps],
+    topology: Topology,
+    bytes_L: Sequence[int],
+    options: argparse.Namespace,
+) -> Row:
+    even, quotas, best, crossing = [], [], [], []
+    moves: list[Moves] = []
+    for number, window_NLE in enumerate(windows):
+        if number:
+            even.append(balancedness(window_NLE, policy.placement))
+            if not options.fast:
+                best.append(best_split_balancedness(window_NLE, policy.placement))
+        samples = []
+        for part_NLE in np.split(window_NLE, WINDOW_STEPS // SNAPSHOT_STEPS):
+            if number:
+                quotas.append(balancedness(part_NLE, policy.placement, policy.quotas_LP))
+                crossing.append(
+                    cross_node_tokens(part_NLE, policy.placement, policy.quotas_LP, topology)
+                )
+            samples.append(snapshot_of(part_NLE))
+            policy.snapshot(samples[-1])
+        before = policy.placement
+        policy.window_ends(samples)
+        if 0 < number < len(windows) - 1:
+            moves.append(moves_between(before, policy.placement, topology, bytes_L))
+    made = [move for move in moves if move.slots]
+    return Row(
+        case=case,
+        policy=policy.name,
+        seed=seed,
+        even=float(np.mean(even)),
+        quotas=float(np.mean(quotas)),
+        best_split=float(np.mean(best)) if best else None,
+        plans=len(made),
+        moved=mean(move.fraction for move in moves),
+        gigabytes=mean(move.bytes / 1e9 for move in moves),
+        busiest_gigabytes=mean(move.busiest_rank_bytes / 1e9 for move in moves),
+        serial=mean(move.serial_transfers for move in made),
+        cross_node_moves=mean(move.cross_node for move in made),
+        cross_node_tokens=float(np.mean(crossing)),
+        milliseconds=float(np.median(policy.milliseconds[1:])) if policy.milliseconds[1:] else None,
+    )
+
+
+def hindsight(
+    case: Case, seed: int, windows: Sequence[Steps], contiguous: Placement, topology: Topology
+) -> Row:
+    even, quotas, best, crossing = [], [], [], []
+    for window_NLE in windows[1:]:
+        load = WindowLoad(
+            tokens_WLE=window_NLE[::2].astype(np.float64) + window_NLE[1::2],
+            weight_W=np.ones(WINDOW_STEPS // 2),
+            steps_W=np.full(WINDOW_STEPS // 2, 2.0),
+        )
+        placement = place_anew(load, contiguous, topology)
+        quotas_LP = split_quotas(placement, load.load_LE)
+        even.append(balancedness(window_NLE, placement))
+        quotas.append(balancedness(window_NLE, placement, quotas_LP))
+        best.append(best_split_balancedness(window_NLE, placement))
+        crossing.append(cross_node_tokens(window_NLE, placement, quotas_LP, topology))
+    return Row(
+        case=case,
+        policy="hindsight",
+        seed=seed,
+        even=float(np.mean(even)),
+        quotas=float(np.mean(quotas)),
+        best_split=float(np.mean(best)),
+        plans=0,
+        moved=0.0,
+        gigabytes=0.0,
+        busiest_gigabytes=0.0,
+        serial=0.0,
+        cross_node_moves=0.0,
+        cross_node_tokens=float(np.mean(crossing)),
+        milliseconds=None,
+    )
+
+
+def load_of(
+    case: Case, seed: int, options: argparse.Namespace
+) -> tuple[ModelShape, Iterator[Steps]]:
+    """The model, and its steps without end."""
+    if case.load == "recorded":
+        return gpt_oss_sequences(options.data / case.shape, case.ranks * 128, seed)
+    shape = SHAPES[case.shape]
+    timing = TIMINGS["drift" if case.load == "real" else case.load]
+    if case.load == "real":
+        domains_DLE = sglang_domains(options.data / "deepseek-logical-counts")
+    else:
+        domains_DLE = synthetic_domains(
+            domains=8, layers=shape.layers, experts=shape.experts, seed=seed
+        )
+    pairs = case.ranks * case.tokens_per_rank * shape.top_k
+    return shape, generate_steps(domains_DLE, timing, pairs_per_step=pairs, seed=seed)
+
+
+def vllm_policies(case: Case, start: Placement, topology: Topology) -> list[Policy]:
+    try:
+        from ep_rebalance.engines.vllm.policy import hierarchical_planner, plan_vllm
+    except ImportError:
+        return []
+    policies: list[Policy] = [Anew("vLLM", plan_vllm, start, topology)]
+    nodes = topology.num_nodes
+    splits = nodes > 1 and EXPERT_GROUPS % nodes == 0 and case.ranks % nodes == 0
+    if splits and case.shape == "deepseek-v3" and start.num_slots % nodes == 0:
+        grouped = hierarchical_planner(EXPERT_GROUPS)
+        policies.append(Anew("vLLM groups", grouped, start, topology))
+    return policies
+
+
+def snapshot_of(steps_NLE: Steps) -> LoadSample:
+    counts_LE = steps_NLE.sum(axis=0)
+    return LoadSample(
+        counts_ALE=np.stack([np.zeros_like(counts_LE), counts_LE]),
+        steps=len(steps_NLE),
+        step_seconds=STEP_SECONDS,
+    )
+
+
+def setting(text: str) -> dict[str, Any]:
+    keys, _, value = text.partition("=")
+    nested: Any = json.loads(value) if value[:1] in "0123456789-tf{[" else value
+    for key in reversed(keys.split(".")):
+        nested = {key: nested}
+    return dict(nested)
+
+
+def mean(values: Iterator[float]) -> float:
+    listed = list(values)
+    return float(np.mean(listed)) if listed else 0.0
+
+
+def show(case: Case, rows: Sequence[Row], console: Console) -> None:
+    table = Table(title=case.title, title_justify="left")
+    heads = ("", "even", "quotas", "best split", "moved", "GB", "GB busiest", "serial",
+             "x-node moves", "x-node tokens", "ms")  # fmt: skip
+    for head in heads:
+        table.add_column(head, justify="right" if head else "left")
+    for name in dict.fromkeys(row.policy for row in rows):
+        own = [row for row in rows if row.policy == name]
+        table.add_row(
+            name,
+            spread([r.even for r in own], ".3f"),
+            spread([r.quotas for r in own], ".3f"),
+            spread([r.best_split for r in own], ".3f"),
+            spread([100 * r.moved for r in own], ".1f", "%"),
+            spread([r.gigabytes for r in own], ".1f"),
+            spread([r.busiest_gigabytes for r in own], ".2f"),
+            spread([r.serial for r in own], ".1f"),
+            spread([100 * r.cross_node_moves for r in own], ".0f", "%"),
+            spread([100 * r.cross_node_tokens for r in own], ".0f", "%"),
+            spread([r.milliseconds for r in own], ".0f"),
+        )
+    console.print(table)
+    for line in regret_lines(rows):
+        console.print(line, highlight=False)
+
+
+def regret_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """How the plugin did against each peer, seed by seed, in points of balancedness."""
+    ours = {row.seed: row for row in rows if row.policy == "ep_rebalance"}
+    for peer in ("vLLM", "never move", "hindsight"):
+        gaps = [
+            100 * (ours[row.seed].even - row.even)
+            for row in rows
+            if row.policy == peer and row.seed in ours
+        ]
+        if gaps:
+            yield f"  against {peer}: {spread(gaps, '+.1f')} points with an even split"
+
+
+def spread(values: Sequence[float | None], pattern: str, unit: str = "") -> str:
+    """Median, and least to most if there are several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    middle = f"{np.median(known):{pattern}}{unit}"
+    if len(known) < 2 or f"{min(known):{pattern}}" == f"{max(known):{pattern}}":
+        return middle
+    return f"{middle} ({min(known):{pattern}}..{max(known):{pattern}})"
+
+
+def chosen_cases(options: argparse.Namespace) -> list[Case]:
+    cases = [case for case in CASES if options.only in case.title]
+    if options.data is None:
+        cases = [case for case in cases if case.load not in ("real", "recorded")]
+    return cases
+
+
+def main() -> None:
+    options, console = parse_options(), Console(width=150)
+    compile_planner()
+    rows: list[Row] = []
+    cases = chosen_cases(options)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("planning", total=len(cases) * options.seeds * 6)
+        for case in cases:
+            own = [
+                row
+                for seed in range(options.seeds)
+                for row in run_case(case, seed, options, lambda: progress.advance(task))
+            ]
+            show(case, own, console)
+            rows += own
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()), style="dim")
+    if options.output:
+        content = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        options.output.write_text(json.dumps(content, default=str))
+
+
+if __name__ == "__main__":
+    main()

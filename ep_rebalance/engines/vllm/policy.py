@@ -1,0 +1,63 @@
+"""vLLM's own placement policy as a planner, to compare with (`planner.policy: vllm`).
+
+Target: `DefaultEplbPolicy.rebalance_experts` (vllm/distributed/eplb/policy/default.py), called as
+vLLM calls it on a model without expert groups. It starts anew each time and may put two replicas of
+an expert on one rank; these are spread, which can only make its balance better.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.alignment import align
+from ep_rebalance.planning.plan import Planner, Problem
+from ep_rebalance.planning.spreading import spread_replicas
+
+_POLICY = "vllm.distributed.eplb.policy:DefaultEplbPolicy"
+
+CONTRACTS = (
+    Contract(
+        f"{_POLICY}.rebalance_experts",
+        ("weight", "num_replicas", "num_groups", "num_nodes", "num_ranks"),
+    ),
+)
+
+
+def plan_vllm(problem: Problem) -> Placement:
+    """Global placement; budget, topology and cost model are ignored. A layer without load stays."""
+    return _plan(problem, groups=1, nodes=max(problem.topology.num_nodes, 2))
+
+
+def hierarchical_planner(groups: int) -> Planner:
+    """vLLM's branch for models whose router picks groups of experts first, as DeepSeek's does."""
+
+    def plan(problem: Problem) -> Placement:
+        return _plan(problem, groups=groups, nodes=problem.topology.num_nodes)
+
+    return plan
+
+
+def _plan(problem: Problem, *, groups: int, nodes: int) -> Placement:
+    """The policy packs groups onto nodes where their number divides, and is global elsewhere."""
+    from vllm.distributed.eplb.policy import DefaultEplbPolicy
+
+    current, load_LE = problem.current, problem.load.load_LE
+    found = DefaultEplbPolicy.rebalance_experts(
+        torch.from_numpy(load_LE),
+        current.num_slots,
+        groups,
+        nodes,
+        current.num_ranks,
+        torch.from_numpy(current.slots_LP.astype(np.int64)),
+    )
+    slots_LP = found.numpy()
+    for layer, load_E in enumerate(load_LE):
+        if load_E.any():
+            spread_replicas(slots_LP[layer], load_E, current.num_ranks)
+        else:
+            slots_LP[layer] = current.slots_LP[layer]
+    aligned_LP = align(slots_LP.astype(np.int32), current.slots_LP, current.num_ranks)
+    return Placement(aligned_LP, current.num_experts, current.num_ranks)

@@ -1,0 +1,130 @@
+"""Cost model: what a rank's work costs, in tokens or in seconds.
+
+Token counts say enough where experts are bound by arithmetic, as in prefill. In decode a rank mostly
+reads weights: what it costs is the experts that it must read, however few tokens each has, so that
+more replicas of a hot expert cost more (METRO, arXiv 2512.09277). `RooflineCost` takes the longer of
+the two times, reading the activated experts and computing the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.placement import Placement
+
+
+class CostModel(Protocol):
+    """Costs are in any unit that can be compared between ranks."""
+
+    def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
+        """float64 [W, L, E], cost of each expert with one replica."""
+        ...
+
+    def replica_part_EC(
+        self, load: WindowLoad, layer: int, max_replicas: int
+    ) -> NDArray[np.float64]:
+        """float64 [E, max_replicas + 2], part of that which each of `c` replicas costs; column 0 is
+        0.
+        """
+        ...
+
+    def rank_cost_WLR(
+        self, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """float64 [W, L, R], cost of each rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCost:
+    """A rank costs the tokens that it computes."""
+
+    def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
+        return load.tokens_WLE
+
+    def replica_part_EC(
+        self, load: WindowLoad, layer: int, max_replicas: int
+    ) -> NDArray[np.float64]:
+        return _even_parts(load.tokens_WLE.shape[2], max_replicas)
+
+    def rank_cost_WLR(
+        self, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        return placement.rank_load_LR(load.tokens_WLE, quotas_LP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RooflineCost:
+    """A rank costs the seconds that the slower of reading weights and computing tokens takes.
+
+    expert_bytes_L: size of one expert of each layer. flops_per_byte: arithmetic for a token per byte
+    of an expert's weights: 2 operations a parameter, so 1 for two-byte weights.
+    """
+
+    expert_bytes_L: Sequence[int]
+    memory_bytes_per_second: float
+    flops_per_second: float
+    flops_per_byte: float = 1.0
+
+    def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
+        seconds_WLE = self._slower(_per_step(load), self._bytes_L[:, None])
+        return seconds_WLE * load.steps_W[:, None, None]
+
+    def replica_part_EC(
+        self, load: WindowLoad, layer: int, max_replicas: int
+    ) -> NDArray[np.float64]:
+        tokens_WE = _per_step(load)[:, layer]
+        counts_C = np.arange(1, max_replicas + 2)
+        seconds_WEC = self._slower(tokens_WE[:, :, None] / counts_C, self._bytes_L[layer])
+        cost_EC = np.tensordot(load.weight_W * load.steps_W, seconds_WEC, axes=1)
+        whole_E1 = cost_EC[:, :1]
+        part_EC = np.where(whole_E1 > 0, cost_EC / np.where(whole_E1 > 0, whole_E1, 1), 1 / counts_C)
+        return np.hstack([np.zeros_like(whole_E1), part_EC])
+
+    def rank_cost_WLR(
+        self, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        tokens_WLP = placement.slot_load_LP(_per_step(load), quotas_LP)
+        read_WLP, computed_WLP = self._seconds(tokens_WLP, self._bytes_L[:, None])
+        by_rank = (*tokens_WLP.shape[:2], placement.num_ranks, placement.slots_per_rank)
+        seconds_WLR = np.maximum(
+            read_WLP.reshape(by_rank).sum(3), computed_WLP.reshape(by_rank).sum(3)
+        )
+        return seconds_WLR * load.steps_W[:, None, None]
+
+    @property
+    def _bytes_L(self) -> NDArray[np.float64]:
+        return np.array(self.expert_bytes_L, dtype=np.float64)
+
+    def _slower(
+        self, tokens: NDArray[np.float64], expert_bytes: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        slower: NDArray[np.float64] = np.maximum(*self._seconds(tokens, expert_bytes))
+        return slower
+
+    def _seconds(
+        self, tokens: NDArray[np.float64], expert_bytes: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of reading, and of computing; an expert with `n` tokens a step on average is read in
+        `1 - exp(-n)` of the steps."""
+        read = (1.0 - np.exp(-tokens)) * expert_bytes / self.memory_bytes_per_second
+        computed = tokens * expert_bytes * self.flops_per_byte / self.flops_per_second
+        return read, computed
+
+
+@cache
+def _even_parts(experts: int, max_replicas: int) -> NDArray[np.float64]:
+    part_C = np.append(0.0, 1.0 / np.arange(1, max_replicas + 2))
+    return np.tile(part_C, (experts, 1))
+
+
+def _per_step(load: WindowLoad) -> NDArray[np.float64]:
+    per_step: NDArray[np.float64] = load.tokens_WLE / load.steps_W[:, None, None]
+    return per_step

@@ -1,0 +1,131 @@
+"""Proposal: from the window to a plan and what the decision says of it.
+
+The same in the server and in replay. It remembers the last plan, so that the next window can tell
+whether the plan kept its promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ep_rebalance.config import DecisionConfig, PlannerConfig
+from ep_rebalance.load_window import LoadSample, window_load
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import CostModel
+from ep_rebalance.planning.decision import Decision, decide
+from ep_rebalance.planning.plan import Budget, Plan, Planner, Problem
+from ep_rebalance.planning.policies import make_plan
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.planning.track_record import Promise, TrackRecord
+from ep_rebalance.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A plan and what the decision said of it.
+
+    achieved_gain: part of the step time that the last committed plan saved on load that it had not
+        seen, measured against the placement before it; None if there is nothing to tell.
+    trust: part of the plan's promise that the decision believed.
+    """
+
+    plan: Plan
+    decision: Decision
+    achieved_gain: float | None
+    trust: float
+
+
+class Proposer:
+    """Asked for one proposal after the other."""
+
+    def __init__(
+        self,
+        *,
+        planner: Planner,
+        settings: PlannerConfig,
+        decision: DecisionConfig,
+        cost: CostModel,
+        topology: Topology,
+        expert_bytes_L: Sequence[int],
+    ) -> None:
+        self._planner = planner
+        self._settings = settings
+        self._decision = decision
+        self._cost = cost
+        self._topology = topology
+        self._expert_bytes_L = expert_bytes_L
+        self._record = TrackRecord()
+        self._promise: Promise | None = None
+
+    def propose(
+        self,
+        samples: Sequence[LoadSample],
+        current: Placement,
+        *,
+        unseen: int,
+        step_seconds: float,
+    ) -> Proposal:
+        """A plan from `samples`, oldest first; the newest `unseen` are later than the plan before."""
+        achieved = self._learn(samples[len(samples) - unseen :], current)
+        problem = self._problem(samples, current)
+        plan = make_plan(self._planner, problem)
+        decision = decide(
+            plan,
+            step_seconds=step_seconds,
+            expert_bytes_L=self._expert_bytes_L,
+            current=current,
+            topology=self._topology,
+            config=self._decision,
+            trust=self._record.trust,
+        )
+        if decision.accepted:
+            self._promise = _promise(problem, plan)
+        return Proposal(
+            plan=plan, decision=decision, achieved_gain=achieved, trust=self._record.trust
+        )
+
+    def _learn(self, unseen: Sequence[LoadSample], current: Placement) -> float | None:
+        """Hold the last plan against what came after it, if it was carried out."""
+        promise, self._promise = self._promise, None
+        if promise is None or promise.after != current or not unseen:
+            self._record = self._record.faded()
+            return None
+        load = window_load(unseen, phases=self._settings.phases)
+        achieved = promise.achieved(load, self._cost)
+        self._record = self._record.with_outcome(promise.predicted, achieved)
+        return self._decision.expert_time_fraction * achieved
+
+    def _problem(self, samples: Sequence[LoadSample], current: Placement) -> Problem:
+        settings = self._settings
+        return Problem(
+            load=window_load(
+                samples, phases=settings.phases, half_life=settings.half_life_snapshots
+            ),
+            current=current,
+            topology=self._topology,
+            budget=plan_budget(settings, current),
+            cost=self._cost,
+            internode_token_price=settings.internode_token_price,
+            seed=settings.seed,
+            threads=settings.threads,
+        )
+
+
+def plan_budget(settings: PlannerConfig, current: Placement) -> Budget:
+    """At least one swap, however few slots there are."""
+    slots = current.slots_LP.size
+    return Budget(
+        max_moved_slots=max(2, int(slots * settings.max_moved_fraction)),
+        max_arrivals=settings.max_arrivals_per_rank_and_layer,
+    )
+
+
+def _promise(problem: Problem, plan: Plan) -> Promise:
+    return Promise(
+        before=problem.current,
+        before_quotas_LP=split_quotas(problem.current, problem.load.load_LE),
+        after=plan.placement,
+        after_quotas_LP=plan.quotas_LP,
+        predicted=plan.promised,
+    )

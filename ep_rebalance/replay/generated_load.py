@@ -1,0 +1,91 @@
+"""Generated load: domains of text that come and go, each with experts that it prefers.
+
+A step's routing is drawn from a mixture of the domains' routing. The mixture drifts, or jumps from
+one domain to another; each expert's popularity wavers on its own; and the tokens of a step are a
+sample, so that even the best placement is never quite even. Marginals of real workloads can stand
+for the domains; the timing is always made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How the mixture of domains moves from step to step.
+
+    drift: standard deviation of each domain's log-weight in the long run; it forgets as fast as
+        `memory_steps`.
+    burst_steps: mean steps between two jumps to another domain; 0 for none.
+    wavering: standard deviation of each expert's log-popularity about its domain's, with the same
+        memory.
+    """
+
+    drift: float
+    memory_steps: float = 96.0
+    burst_steps: float = 0.0
+    wavering: float = 0.1
+
+
+TIMINGS: Mapping[str, Timing] = MappingProxyType(
+    {
+        "steady": Timing(drift=0.3),
+        "drift": Timing(drift=2.0),
+        "burst": Timing(drift=1.0, burst_steps=36.0),
+    }
+)
+
+
+def synthetic_domains(
+    *, domains: int, layers: int, experts: int, seed: int, spread: float = 1.0, shared: float = 0.5
+) -> NDArray[np.float64]:
+    """float64 [D, L, E], log-normal popularities that sum to 1 over the experts.
+
+    spread: standard deviation of the logarithm; 1.0 gives the coefficient of variation, 1.3, that
+    was published for DeepSeek-R1 on translation (TensorRT-LLM, "Scaling expert parallelism").
+    shared: part of the variance that all domains have in common.
+    """
+    random = np.random.default_rng([seed, 1])
+    common_LE = random.standard_normal((layers, experts))
+    own_DLE = random.standard_normal((domains, layers, experts))
+    log_DLE = spread * (np.sqrt(shared) * common_LE + np.sqrt(1.0 - shared) * own_DLE)
+    return _normalised(np.exp(log_DLE))
+
+
+def generate_steps(
+    domains_DLE: NDArray[np.float64], timing: Timing, *, pairs_per_step: int, seed: int
+) -> Iterator[NDArray[np.int64]]:
+    """Without end: int64 [L, E], pairs of a token and an expert of one step, `pairs_per_step` in
+    each layer."""
+    random = np.random.default_rng([seed, 2])
+    domains, layers, experts = domains_DLE.shape
+    kept = float(np.exp(-1.0 / timing.memory_steps))
+    fresh = float(np.sqrt(1.0 - kept**2))
+    weights_D = timing.drift * random.standard_normal(domains)
+    wavering_LE = timing.wavering * random.standard_normal((layers, experts))
+    ahead = random.integers(domains)
+    while True:
+        if timing.burst_steps and random.random() < 1.0 / timing.burst_steps:
+            ahead = random.integers(domains)
+        mixture_D = weights_D + (4.0 * (np.arange(domains) == ahead) if timing.burst_steps else 0.0)
+        routing_LE = np.tensordot(_softmax(mixture_D), domains_DLE, axes=1) * np.exp(wavering_LE)
+        yield random.multinomial(pairs_per_step, _normalised(routing_LE))
+        weights_D = kept * weights_D + fresh * timing.drift * random.standard_normal(domains)
+        noise_LE = random.standard_normal((layers, experts))
+        wavering_LE = kept * wavering_LE + fresh * timing.wavering * noise_LE
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    powers: NDArray[np.float64] = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+def _normalised(popularity: NDArray[np.float64]) -> NDArray[np.float64]:
+    parts: NDArray[np.float64] = popularity / popularity.sum(axis=-1, keepdims=True)
+    return parts

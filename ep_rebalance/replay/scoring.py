@@ -1,0 +1,110 @@
+"""Scoring: how even a placement makes steps that its planner has not seen, and what it costs to get
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.planning.sources import choose_sources
+from ep_rebalance.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """What the way from one placement to another takes.
+
+    slots: that get another expert, and fraction of all. bytes, busiest_rank_bytes: over links, sent
+    or received.
+    serial_transfers: expert transfers that a rank has to make one after another, in the busiest
+        rank of each layer that moves anything, mean over these layers; by Koenig's theorem that
+        many rounds of one send and one receive per rank suffice.
+    cross_node: part of the slots that are filled from another node.
+    """
+
+    slots: int
+    fraction: float
+    bytes: int
+    busiest_rank_bytes: int
+    serial_transfers: float
+    cross_node: float
+
+
+def balancedness(
+    steps_NLE: NDArray[np.integer],
+    placement: Placement,
+    quotas_LP: NDArray[np.float64] | None = None,
+) -> float:
+    """Mean/max rank load, averaged over steps and layers; an even split if no quotas are given."""
+    return float(np.mean(1.0 / imbalance_L(placement.rank_load_LR(steps_NLE, quotas_LP))))
+
+
+def best_split_balancedness(steps_NLE: NDArray[np.integer], placement: Placement) -> float:
+    """The same if each step's tokens were split over the replicas in the best way for that step:
+    the ceiling of any dispatch on this placement."""
+    return float(
+        np.mean(
+            [
+                balancedness(step_LE[None], placement, split_quotas(placement, step_LE))
+                for step_LE in steps_NLE
+            ]
+        )
+    )
+
+
+def cross_node_tokens(
+    steps_NLE: NDArray[np.integer],
+    placement: Placement,
+    quotas_LP: NDArray[np.float64],
+    topology: Topology,
+) -> float:
+    """Part of the (token, expert) pairs that are computed on another node than the token's, if each
+    rank brings the same part of every expert's tokens and near replicas are preferred."""
+    node_P = np.repeat(topology.node_of_rank, placement.slots_per_rank)
+    staying_LE = np.zeros((placement.num_layers, placement.num_experts))
+    layers_LP = np.broadcast_to(np.arange(placement.num_layers)[:, None], placement.slots_LP.shape)
+    for node in range(topology.num_nodes):
+        share = topology.node_of_rank.count(node) / topology.num_ranks
+        quota_LE = np.zeros_like(staying_LE)
+        here = node_P == node
+        np.add.at(
+            quota_LE, (layers_LP[:, here], placement.slots_LP[:, here]), quotas_LP[:, here]
+        )
+        staying_LE += np.minimum(quota_LE, share)
+    load_LE = steps_NLE.sum(axis=0)
+    return float(1.0 - np.sum(load_LE * staying_LE) / load_LE.sum())
+
+
+def moves_between(
+    source: Placement, target: Placement, topology: Topology, expert_bytes_L: Sequence[int]
+) -> Moves:
+    """What the migration from `source` to `target` takes."""
+    fetches = choose_sources(
+        source,
+        target,
+        layers=range(source.num_layers),
+        topology=topology,
+        expert_bytes_L=expert_bytes_L,
+    )
+    sent_LR = np.zeros((source.num_layers, source.num_ranks), dtype=np.int64)
+    received_LR = np.zeros_like(sent_LR)
+    for fetch in fetches:
+        if fetch.link != "local":
+            sent_LR[fetch.layer, fetch.src_rank] += 1
+            received_LR[fetch.layer, fetch.dst_rank] += 1
+    serial_L = np.maximum(sent_LR, received_LR).max(axis=1)
+    bytes_L = np.array(expert_bytes_L, dtype=np.int64)
+    return Moves(
+        slots=len(fetches),
+        fraction=len(fetches) / source.slots_LP.size,
+        bytes=int(sent_LR.sum(axis=1) @ bytes_L),
+        busiest_rank_bytes=int(max((bytes_L @ sent_LR).max(), (bytes_L @ received_LR).max())),
+        serial_transfers=float(serial_L[serial_L > 0].mean()) if serial_L.any() else 0.0,
+        cross_node=sum(f.link == "internode" for f in fetches) / max(len(fetches), 1),
+    )
