@@ -231,9 +231,7 @@ class Ours(Policy):
 
 
 def everything_may_move(load: WindowLoad, current: Placement, topology: Topology) -> Problem:
-    budget = Budget(
-        max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank
-    )
+    budget = Budget(max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank)
     return Problem(load=load, current=current, topology=topology, budget=budget)
 
 
@@ -247,7 +245,9 @@ def run_case(
     case: Case, seed: int, options: argparse.Namespace, advance: Callable[[], None]
 ) -> Iterator[Row]:
     shape, steps = load_of(case, seed, options)
-    windows = [np.stack(list(itertools.islice(steps, WINDOW_STEPS))) for _ in range(options.windows)]
+    windows = [
+        np.stack(list(itertools.islice(steps, WINDOW_STEPS))) for _ in range(options.windows)
+    ]
     topology = Topology(node_of_rank=tuple(r // RANKS_PER_NODE for r in range(case.ranks)))
     bytes_L = [shape.expert_bytes] * shape.layers
     contiguous = Placement.contiguous(

@@ -80,7 +80,7 @@ def parse_options() -> argparse.Namespace:
         help="which ones, by comma (default %(default)s)",
     )
     add("--overhead", action="store_true", help="only measure what counting costs")
-    add("--concurrency", type=int, default=24, help="requests in flight per rank (default 24)")
+    add("--concurrency", type=int, default=64, help="requests in flight per rank (default 64)")
     add("--port", type=int, default=8300, help="first of as many ports as servers (default 8300)")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--output", type=Path, help="write everything measured to this JSON file")

@@ -30,7 +30,7 @@ class Load:
 
     tokens: range
     ranks: int = 2
-    concurrency: int = 24
+    concurrency: int = 64
     prompt_tokens: tuple[int, int] = (200, 500)
     output_tokens: tuple[int, int] = (8, 16)
     seed: int = 0

@@ -48,7 +48,7 @@ class Engine:
 
     ranks: int = 2
     step_tokens: int = 256
-    max_sequences: int = 32
+    max_sequences: int = 96
     max_tokens: int = 640
 
     def arguments(self) -> list[str]:

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from ep_rebalance import __version__
 from ep_rebalance.commit import Served
-from ep_rebalance.config import PlannerConfig, RebalanceConfig
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.load_window import LoadSample, window_load
 from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.decision import Decision, decide
-from ep_rebalance.planning.plan import Budget, Plan
-from ep_rebalance.planning.policies import make_plan
+from ep_rebalance.planning.cost_model import cost_model
+from ep_rebalance.planning.plan import Planner
+from ep_rebalance.planning.proposal import Proposal, Proposer
 from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, ModelIdentity, SavedState, save_state
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.plan_broadcast import read_plan
@@ -37,11 +38,10 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """A plan, what the decision said of it, and the seconds that both took."""
+class TimedProposal:
+    """A proposal and the seconds that it took."""
 
-    plan: Plan
-    decision: Decision
+    proposal: Proposal
     seconds: float
 
 
@@ -73,6 +73,7 @@ class Background:
         self,
         *,
         config: RebalanceConfig,
+        planner: Planner,
         topology: Topology,
         identity: ModelIdentity,
         expert_bytes_L: Sequence[int],
@@ -84,38 +85,40 @@ class Background:
         self._expert_bytes_L = expert_bytes_L
         self._staging_slots = staging_slots
         self._thread = DaemonThread()
+        self._proposer = Proposer(
+            planner=planner,
+            settings=config.planner,
+            decision=config.decision,
+            cost=cost_model(config, expert_bytes_L),
+            topology=topology,
+            expert_bytes_L=expert_bytes_L,
+        )
 
     def propose(
-        self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float
-    ) -> Future[Proposal]:
-        """Plan from `served` and decide whether the plan is worth its migration."""
-        return self._thread.submit(self._propose, samples_WLE, served, step_seconds)
+        self, samples: Sequence[LoadSample], served: Served, unseen: int, step_seconds: float
+    ) -> Future[TimedProposal]:
+        """Plan from `served` and decide whether the plan is worth its migration; arguments as of
+        `Proposer.propose`.
+        """
+        return self._thread.submit(self._propose, samples, served, unseen, step_seconds)
 
     def schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Future[Migration]:
         """Read a plan that was broadcast and work out the rounds that lead to it."""
         return self._thread.submit(self._schedule, served, wire_2LP.copy())
 
-    def save(self, served: Served, load_LE: NDArray[np.float64]) -> None:
+    def save(self, served: Served, samples: Sequence[LoadSample]) -> None:
         """Write the state file, if one is configured."""
         if self._config.state.path:
-            self._thread.submit(self._save, Path(self._config.state.path), served, load_LE)
+            self._thread.submit(self._save, Path(self._config.state.path), served, samples)
 
     def _propose(
-        self, samples_WLE: NDArray[np.float64], served: Served, step_seconds: float
-    ) -> Proposal:
+        self, samples: Sequence[LoadSample], served: Served, unseen: int, step_seconds: float
+    ) -> TimedProposal:
         began = time.perf_counter()
-        planner, current = self._config.planner, served.placement
-        budget = plan_budget(planner, current)
-        plan = make_plan(planner.policy, samples_WLE, current, self._topology, budget, planner.seed)
-        decision = decide(
-            plan,
-            step_seconds=step_seconds,
-            expert_bytes_L=self._expert_bytes_L,
-            current=current,
-            topology=self._topology,
-            config=self._config.decision,
+        proposal = self._proposer.propose(
+            samples, served.placement, unseen=unseen, step_seconds=step_seconds
         )
-        return Proposal(plan=plan, decision=decision, seconds=time.perf_counter() - began)
+        return TimedProposal(proposal=proposal, seconds=time.perf_counter() - began)
 
     def _schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Migration:
         current = served.placement
@@ -130,7 +133,7 @@ class Background:
             staging_slots=self._staging_slots,
         )
 
-    def _save(self, path: Path, served: Served, load_LE: NDArray[np.float64]) -> None:
+    def _save(self, path: Path, served: Served, samples: Sequence[LoadSample]) -> None:
         header = Header(
             format=FORMAT,
             version=FORMAT_VERSION,
@@ -140,18 +143,12 @@ class Background:
             plugin_version=__version__,
         )
         state = SavedState(
-            header=header, placement=served.placement, quotas_LP=served.quotas_LP, load_LE=load_LE
+            header=header,
+            placement=served.placement,
+            quotas_LP=served.quotas_LP,
+            load_LE=window_load(samples).load_LE,
         )
         try:
             save_state(path, state)
         except OSError as error:
             logger.warning("ep_rebalance: the state was not saved in %s: %s", path, error)
-
-
-def plan_budget(planner: PlannerConfig, current: Placement) -> Budget:
-    """At least one swap, however few slots there are."""
-    slots = current.slots_LP.size
-    return Budget(
-        max_moved_slots=max(2, int(slots * planner.max_moved_fraction)),
-        max_arrivals=planner.max_arrivals_per_rank_and_layer,
-    )

@@ -49,7 +49,7 @@ def commit_batch(
         if move.dst_rank == rank:
             packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
             memory.write(move.layer, move.dst_slot % memory.slots, packed)
-    return commit_tables(batch.layers, migration.target, migration.quotas_LP, served, counts, rank)
+    return commit_tables(batch.layers, migration.target, migration.quotas_LP, served, counts)
 
 
 def commit_tables(
@@ -58,13 +58,11 @@ def commit_tables(
     quotas_LP: NDArray[np.float64],
     served: Served,
     counts: DeviceCounts,
-    rank: int,
 ) -> Served:
     """Swap the dispatch tables of `layers`; their slots must hold the target's experts already."""
     quotas = served.quotas_LP.copy()
     quotas[list(layers)] = quotas_LP[list(layers)]
-    for layer in layers:
-        counts.set_dispatch(layer, target, quotas_LP[layer], rank)
+    counts.set_dispatch(layers, target, quotas_LP)
     return Served(
         placement=served.placement.replaced(layers, target),
         quotas_LP=quotas,

@@ -196,9 +196,15 @@ class RebalanceConfig(_Section):
     state: StateConfig = StateConfig()
 
     @model_validator(mode="after")
-    def _static_needs_a_file(self) -> RebalanceConfig:
+    def _settings_fit_each_other(self) -> RebalanceConfig:
         if self.mode == "static" and not self.state.path:
             raise ValueError("mode=static serves a saved placement; set state.path to its file")
+        figures = (self.hardware.memory_bytes_per_second, self.hardware.flops_per_second)
+        if self.planner.objective == "time" and None in figures:
+            raise ValueError(
+                "planner.objective=time needs hardware.memory_bytes_per_second and "
+                "hardware.flops_per_second; give both or use objective=tokens"
+            )
         if self.mode == "observe" and self.planner.redundant_experts:
             raise ValueError(
                 f"mode=observe changes nothing, so planner.redundant_experts="

@@ -5,6 +5,8 @@ All memory is reserved here once; afterwards it is only written in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +18,8 @@ from ep_rebalance.kernels.route_and_count import (
     route_and_count,
 )
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.quotas import dispatch_thresholds
+from ep_rebalance.planning.dispatch import dispatch_thresholds
+from ep_rebalance.topology import Topology
 
 HASH_STRIDE = 20_011
 """Added to the hash offset each step: coprime to 65536, so that every offset comes up."""
@@ -25,6 +28,7 @@ HASH_STRIDE = 20_011
 class DeviceCounts:
     """Counters of all layers, and the phase of each token of the step that runs.
 
+    topology, rank: where the tokens are that it routes.
     counts_LAE: int64 [L, 3, E]; phase_T: int64 [max_tokens], IGNORED but for the tokens that a real
     step marks.
     """
@@ -35,6 +39,8 @@ class DeviceCounts:
         placement: Placement,
         max_tokens: int,
         device: torch.device,
+        topology: Topology,
+        rank: int,
         counts_here: bool = True,
     ) -> None:
         layers, experts = placement.num_layers, placement.num_experts
@@ -54,6 +60,7 @@ class DeviceCounts:
         self.phase_T = torch.full((max_tokens,), IGNORED, dtype=torch.int64, device=device)
         self._marked = 0
         self._counts_here = counts_here
+        self._topology, self._rank = topology, rank
         self.offset = torch.zeros(1, dtype=torch.int64, device=device)
 
     def mark_tokens(self, phases_T: NDArray[np.int64]) -> None:
@@ -88,9 +95,16 @@ class DeviceCounts:
         count_experts(topk_ids_TK, phase_T, self.layers[layer].counts_AE)
 
     def set_dispatch(
-        self, layer: int, placement: Placement, quotas_P: NDArray[np.float64], rank: int
+        self, layers: Sequence[int], placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> None:
-        """Swap one layer's dispatch tables, in place and in stream order."""
-        slots_EC, thresholds_EC = dispatch_thresholds(placement, layer, quotas_P, rank)
-        self._replica_slots[layer].copy_(torch.from_numpy(slots_EC), non_blocking=True)
-        self._thresholds[layer].copy_(torch.from_numpy(thresholds_EC), non_blocking=True)
+        """Swap the dispatch tables of `layers`, in place and in stream order."""
+        if not layers:
+            return
+        slots_NEC, thresholds_NEC = dispatch_thresholds(
+            placement, layers, quotas_LP, topology=self._topology, rank=self._rank
+        )
+        for index, layer in enumerate(layers):
+            slots_EC = torch.from_numpy(slots_NEC[index])
+            thresholds_EC = torch.from_numpy(thresholds_NEC[index])
+            self._replica_slots[layer].copy_(slots_EC, non_blocking=True)
+            self._thresholds[layer].copy_(thresholds_EC, non_blocking=True)

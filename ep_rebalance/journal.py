@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from ep_rebalance import __version__
-from ep_rebalance.background import Proposal
+from ep_rebalance.background import TimedProposal
 from ep_rebalance.commit import Served
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.expert_load import ExpertLoad, expert_load
@@ -31,6 +31,7 @@ class Journal:
         self._contiguous_quotas_LP = contiguous.even_quotas_LP()
         self._rank = rank
         self._promised: list[float] = []
+        self._predicted_gain = 0.0
         phases, layers, experts = len(PHASES), contiguous.num_layers, contiguous.num_experts
         self._tokens_ALE = np.zeros((phases, layers, experts), dtype=np.int64)
 
@@ -65,11 +66,15 @@ class Journal:
         for phase, counts_LE in zip(PHASES, sample.counts_ALE, strict=True):
             status.phase_tokens[phase] += int(counts_LE.sum()) // pairs_per_token
 
-    def proposal(self, proposal: Proposal) -> None:
+    def proposal(self, timed: TimedProposal) -> None:
         """A plan was made; unless it was accepted, that is the end of it."""
-        self.status.plan_seconds.add(proposal.seconds)
+        proposal = timed.proposal
+        self.status.plan_seconds.add(timed.seconds)
         self.status.last_decision = proposal.decision.reason
+        if proposal.achieved_gain is not None:
+            self.status.achieved_gain = proposal.achieved_gain
         self._promised = proposal.plan.imbalance_after_L.tolist()
+        self._predicted_gain = proposal.decision.predicted_gain
         if not proposal.decision.accepted:
             self.outcome(proposal.decision.outcome, proposal.decision.reason)
 
@@ -94,6 +99,7 @@ class Journal:
             self.outcome("abandoned", fault)
         else:
             self.status.predicted_imbalance = self._promised
+            self.status.predicted_gain = self._predicted_gain
             self.status.last_commit_timestamp = time.time()
             self.outcome("committed", self.status.last_decision)
 

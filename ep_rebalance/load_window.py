@@ -57,7 +57,7 @@ class WindowLoad:
     @property
     def load_LE(self) -> NDArray[np.float64]:
         """float64 [L, E], tokens per logical expert, samples weighted by their age."""
-        load_LE: NDArray[np.float64] = np.tensordot(self.weight_W, self.tokens_WLE, axes=1)
+        load_LE: NDArray[np.float64] = np.einsum("w,wle->le", self.weight_W, self.tokens_WLE)
         return load_LE
 
 

@@ -64,6 +64,18 @@ METRICS: tuple[Metric, ...] = (
         help="Max over mean tokens per EP rank that the last committed plan promised.",
     ),
     Metric(
+        name="predicted_gain_ratio",
+        kind="gauge",
+        field="predicted_gain",
+        help="Part of the step time that the last committed plan was to save.",
+    ),
+    Metric(
+        name="achieved_gain_ratio",
+        kind="gauge",
+        field="achieved_gain",
+        help="Part that it saved, measured on later load against the placement before it.",
+    ),
+    Metric(
         name="rank_tokens",
         kind="counter",
         labels=("ep_rank",),
@@ -218,6 +230,8 @@ class Status(msgspec.Struct, kw_only=True):
     imbalance: list[float] = []
     contiguous_imbalance: list[float] = []
     predicted_imbalance: list[float] = []
+    predicted_gain: float = 0.0
+    achieved_gain: float = 0.0
     rank_tokens: list[int] = []
     phase_tokens: dict[str, int] = {}
     plans: dict[str, int] = {}

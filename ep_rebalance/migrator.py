@@ -67,8 +67,7 @@ class Migrator:
                 max_bytes=config.migration.max_bytes_per_step,
                 staging_slots=self.staging_slots,
             )
-        for layer in range(placement.num_layers):
-            counts.set_dispatch(layer, placement, self.served.quotas_LP[layer], self._rank)
+        counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
 
     @property
     def expert_bytes_L(self) -> tuple[int, ...]:
@@ -166,7 +165,7 @@ class Migrator:
         moved = {layer for batch in migration.batches for layer in batch.layers}
         rest = tuple(layer for layer in range(migration.target.num_layers) if layer not in moved)
         self.served = commit_tables(
-            rest, migration.target, migration.quotas_LP, self.served, self._counts, self._rank
+            rest, migration.target, migration.quotas_LP, self.served, self._counts
         )
 
     def _number(self, generation: int) -> None:
@@ -179,4 +178,4 @@ def _staging_slots(config: RebalanceConfig, placement: Placement) -> int:
     rank's.
     """
     bounded = 2 * config.planner.max_arrivals_per_rank_and_layer
-    return placement.slots_per_rank if config.planner.policy == "greedy" else bounded
+    return bounded if config.planner.policy == "incremental" else placement.slots_per_rank

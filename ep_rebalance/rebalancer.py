@@ -13,10 +13,9 @@ import time
 from collections.abc import Generator
 from concurrent.futures import Future
 
-import numpy as np
 import torch.distributed as dist
 
-from ep_rebalance.background import Background, Proposal
+from ep_rebalance.background import Background, TimedProposal
 from ep_rebalance.commit import Served
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
@@ -26,6 +25,7 @@ from ep_rebalance.metrics import Status
 from ep_rebalance.migration import Migration
 from ep_rebalance.migrator import Migrator
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.plan import Planner
 from ep_rebalance.snapshot import Flags, Snapshot, SnapshotExchange
 from ep_rebalance.state import ModelIdentity
 from ep_rebalance.step_times import StepTimes
@@ -53,6 +53,7 @@ class Rebalancer:
         counts: DeviceCounts,
         memory: ExpertMemory | None,
         group: dist.ProcessGroup,
+        planner: Planner,
         topology: Topology,
         identity: ModelIdentity,
         status: Status,
@@ -75,6 +76,7 @@ class Rebalancer:
         self._snapshots = SnapshotExchange(group=group, counts=counts)
         self._background = Background(
             config=config,
+            planner=planner,
             topology=topology,
             identity=identity,
             expert_bytes_L=self.migrator.expert_bytes_L,
@@ -137,7 +139,7 @@ class Rebalancer:
             yield from self._snapshot()
             due = plans and self._snapshots_since_plan >= planner.interval_snapshots
             seen = len(self._window) >= window.min_snapshots
-            if due and seen and self._window.tokens >= window.min_tokens:
+            if due and seen and self._window.routed >= window.min_tokens:
                 return
 
     def _snapshot(self) -> Generator[None, None, Snapshot]:
@@ -157,12 +159,15 @@ class Rebalancer:
 
     def _plan(self) -> Generator[None, None, bool]:
         """Rank 0 plans; True if its plan is to be carried out."""
-        self._snapshots_since_plan = 0
+        unseen, self._snapshots_since_plan = self._snapshots_since_plan, 0
         self._flags = Flags()
-        job: Future[Proposal] | None = None
+        job: Future[TimedProposal] | None = None
         if self._rank == 0:
             window = self._window
-            job = self._background.propose(window.samples_WLE(), self.served, window.step_seconds)
+            unseen = min(unseen, len(window))
+            job = self._background.propose(
+                window.samples(), self.served, unseen, window.step_seconds
+            )
         deadline = time.monotonic() + self.config.planner.deadline_seconds
         while True:
             if job is not None and job.done():
@@ -213,18 +218,18 @@ class Rebalancer:
         self.journal.migration_began()
         fault = yield from self.migrator.migrate(migration)
         if self._rank == 0 and self.served.generation != generation:
-            self._background.save(self.served, self._window.load_LE().astype(np.float64))
+            self._background.save(self.served, self._window.samples())
         self.journal.migration_ended(time.perf_counter() - began, fault)
         yield
 
-    def _take_proposal(self, job: Future[Proposal]) -> bool:
+    def _take_proposal(self, job: Future[TimedProposal]) -> bool:
         """True if the plan is to be carried out; then it waits in `_plans`."""
         try:
-            proposal = job.result()
-            self._plans.put(proposal.plan)
+            timed = job.result()
+            self._plans.put(timed.proposal.plan)
         except Exception as error:
             logger.exception("ep_rebalance: planning failed; serving goes on unchanged")
             self.journal.outcome("failed", f"the planner raised {type(error).__name__}: {error}")
             return False
-        self.journal.proposal(proposal)
-        return proposal.decision.accepted
+        self.journal.proposal(timed)
+        return timed.proposal.decision.accepted

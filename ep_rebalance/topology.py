@@ -22,7 +22,9 @@ class Topology:
 
     def __post_init__(self) -> None:
         if not self.node_of_rank or min(self.node_of_rank) < 0:
-            raise ValueError(f"node_of_rank={self.node_of_rank} needs a node number for each rank")
+            raise ValueError(
+                f"a topology needs at least one rank and node numbers from 0, got {self.node_of_rank}"
+            )
         if len(self.bytes_per_second) != len(LINKS) or min(self.bytes_per_second) <= 0:
             raise ValueError(
                 f"bytes_per_second={self.bytes_per_second} must be positive for {LINKS}"

@@ -67,9 +67,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds-per-phase",
         type=_seconds,
-        default=45.0,
+        default=35.0,
         metavar="S",
-        help="how long each of the three kinds of traffic lasts (default: 45)",
+        help="how long each of the three kinds of traffic lasts (default: 35)",
     )
     parser.add_argument("--port", type=int, help="port to serve on (default: one that is free)")
     parser.add_argument(

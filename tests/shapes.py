@@ -1,15 +1,25 @@
-"""Random placements and loads for the planning tests."""
+"""Random placements, loads and problems for the planning tests."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ep_rebalance.load_window import WindowLoad
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.plan import Budget
+from ep_rebalance.planning.cost_model import RooflineCost, TokenCost
+from ep_rebalance.planning.plan import Budget, Problem
+from ep_rebalance.topology import Topology
 
 Samples = NDArray[np.float64]
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+STEPS = 16
+"""Engine steps in each sample."""
 
 
 @st.composite
@@ -17,10 +27,87 @@ def placements(draw: st.DrawFn, max_layers: int = 2) -> Placement:
     """Any placement of small sizes: every expert somewhere, no expert twice on a rank."""
     ranks = draw(st.integers(1, 5))
     slots_per_rank = draw(st.integers(1, 6))
-    slots = ranks * slots_per_rank
-    experts = draw(st.integers(slots_per_rank, slots))
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    experts = draw(st.integers(slots_per_rank, ranks * slots_per_rank))
     layers = draw(st.integers(1, max_layers))
+    return random_placement(draw(SEEDS), layers, ranks, slots_per_rank, experts)
+
+
+@st.composite
+def clusters(draw: st.DrawFn, max_layers: int = 2) -> tuple[Placement, Topology]:
+    """A placement on ranks of one or of several, uneven nodes; often of a size that is easily got
+    wrong.
+    """
+    ranks = draw(st.integers(1, 7))
+    slots_per_rank = draw(st.integers(1, 6))
+    most = ranks * slots_per_rank
+    experts = draw(st.integers(slots_per_rank, most))
+    shape = draw(
+        st.sampled_from(["any", "one redundant slot", "an expert per rank", "indivisible"])
+    )
+    if shape == "one redundant slot":
+        experts = max(most - 1, slots_per_rank)
+    elif shape == "an expert per rank":
+        experts, slots_per_rank = ranks, min(slots_per_rank, ranks)
+    topology = draw(topologies(ranks))
+    if shape == "indivisible" and experts % topology.num_nodes == 0:
+        experts = max(experts - 1, slots_per_rank)
+    layers = draw(st.integers(1, max_layers))
+    return random_placement(draw(SEEDS), layers, ranks, slots_per_rank, experts), topology
+
+
+@st.composite
+def topologies(draw: st.DrawFn, num_ranks: int) -> Topology:
+    """One node, or several of any sizes; ranks of a node need not be neighbours."""
+    nodes = draw(st.integers(1, min(3, num_ranks)))
+    elsewhere = draw(
+        st.lists(st.integers(0, nodes - 1), min_size=num_ranks - nodes, max_size=num_ranks - nodes)
+    )
+    return Topology(node_of_rank=tuple(draw(st.permutations([*range(nodes), *elsewhere]))))
+
+
+@st.composite
+def loads(draw: st.DrawFn, placement: Placement) -> Samples:
+    """Counts that may be even, skewed, few, all of one expert, or absent from a layer or a sample."""
+    skew = draw(st.sampled_from([0.0, 1.0, 3.0]))
+    snapshots = draw(st.integers(1, 6))
+    samples_WLE = random_samples(draw(SEEDS), placement, snapshots=snapshots, skew=skew)
+    layer = draw(st.integers(0, placement.num_layers - 1))
+    kind = draw(st.sampled_from(["any", "few", "one expert", "idle layer", "idle sample"]))
+    if kind == "few":
+        samples_WLE //= 200
+    elif kind == "one expert":
+        expert = draw(st.integers(0, placement.num_experts - 1))
+        samples_WLE[:, layer] = 0
+        samples_WLE[:, layer, expert] = 200 * placement.num_experts
+    elif kind == "idle layer":
+        samples_WLE[:, layer] = 0
+    elif kind == "idle sample":
+        samples_WLE[0] = 0
+    return samples_WLE
+
+
+@st.composite
+def problems(draw: st.DrawFn, max_layers: int = 2) -> Problem:
+    """Any of the above, in tokens or in time, with a budget that may be tight or none."""
+    current, topology = draw(clusters(max_layers))
+    samples_WLE = draw(loads(current))
+    return problem_of(
+        window_of(samples_WLE, half_life=draw(st.sampled_from([np.inf, 2.0]))),
+        current,
+        topology=topology,
+        budget=Budget(
+            max_moved_slots=draw(st.integers(0, 12) | st.just(1000)),
+            max_arrivals=draw(st.integers(1, 6)),
+        ),
+        cost=draw(st.sampled_from([TokenCost(), small_roofline(current.num_layers)])),
+        internode_token_price=draw(st.sampled_from([0.0, 0.02, 0.5])),
+    )
+
+
+def random_placement(
+    seed: int, layers: int, ranks: int, slots_per_rank: int, experts: int
+) -> Placement:
+    generator = np.random.default_rng(seed)
     slots_LP = [random_slots(generator, ranks, slots_per_rank, experts) for _ in range(layers)]
     return Placement(np.array(slots_LP, dtype=np.int32), experts, ranks)
 
@@ -52,8 +139,34 @@ def random_samples(
     return counts.astype(np.float64)
 
 
+def window_of(samples_WLE: Samples, *, half_life: float = np.inf) -> WindowLoad:
+    """The samples as a window, oldest first."""
+    ages_W = np.arange(len(samples_WLE))[::-1]
+    return WindowLoad(
+        tokens_WLE=samples_WLE,
+        weight_W=0.5 ** (ages_W / half_life),
+        steps_W=np.full(len(samples_WLE), float(STEPS)),
+    )
+
+
+def problem_of(load: Samples | WindowLoad, current: Placement, **others: Any) -> Problem:
+    """On one node and with a budget for everything, unless `others` say more."""
+    defaults = {"topology": Topology.single_node(current.num_ranks), "budget": budget_of(current)}
+    window = load if isinstance(load, WindowLoad) else window_of(load)
+    return Problem(load=window, current=current, **(defaults | others))
+
+
 def budget_of(placement: Placement, fraction: float = 1.0, arrivals: int | None = None) -> Budget:
     return Budget(
         max_moved_slots=int(fraction * placement.slots_LP.size),
         max_arrivals=placement.slots_per_rank if arrivals is None else arrivals,
+    )
+
+
+def small_roofline(num_layers: int, unit: float = 1.0) -> RooflineCost:
+    """Reading an expert takes as long as computing 10 tokens. unit: seconds of reading one."""
+    return RooflineCost(
+        expert_bytes_L=(1000,) * num_layers,
+        memory_bytes_per_second=1000 / unit,
+        flops_per_second=10_000 / unit,
     )

@@ -45,7 +45,7 @@ def test_printed_configuration_holds_every_key_under_its_meaning():
 
 
 def test_printed_configuration_names_the_choices():
-    assert 'policy: "incremental"  # one of incremental, greedy, none' in run("config").output
+    assert 'policy: "incremental"  # one of incremental, greedy, vllm, none' in run("config").output
 
 
 def test_json_schema_is_json():

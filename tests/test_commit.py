@@ -9,13 +9,15 @@ from ep_rebalance.commit import Served, commit_batch, commit_tables
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.quotas import dispatch_thresholds
+from ep_rebalance.planning.dispatch import dispatch_thresholds
 from ep_rebalance.topology import Topology
 
 DTYPE = torch.float32
 SOURCE = Placement(np.array([[0, 1, 2, 3, 0, 1]] * 3), 4, 2)
 TARGET = Placement(np.array([[0, 1, 2, 3, 0, 1], [3, 1, 2, 0, 3, 1], [0, 1, 3, 2, 0, 1]]), 4, 2)
 QUOTAS_LP = np.array([[0.25, 0.5, 1, 1, 0.75, 0.5], [0.1, 0.5, 1, 1, 0.9, 0.5], [0.5] * 6])
+
+TOPOLOGY = Topology.single_node(2)
 
 
 class Rig:
@@ -25,10 +27,16 @@ class Rig:
         self.rank = rank
         self.tensors = loaded(SOURCE, rank, DTYPE)
         self.memory = memory_of(self.tensors)
-        self.counts = DeviceCounts(placement=SOURCE, max_tokens=4, device=torch.device("cpu"))
+        self.counts = DeviceCounts(
+            placement=SOURCE,
+            max_tokens=4,
+            device=torch.device("cpu"),
+            topology=TOPOLOGY,
+            rank=rank,
+        )
         self.served = Served.initial(SOURCE)
         self.served = commit_tables(
-            (0, 1, 2), SOURCE, self.served.quotas_LP, self.served, self.counts, rank
+            (0, 1, 2), SOURCE, self.served.quotas_LP, self.served, self.counts
         )
         self.migration = migration_of(self.memory.expert_bytes_L)
 
@@ -54,12 +62,16 @@ class Rig:
     def check_serves(self, placement: Placement) -> None:
         assert self.served.placement == placement
         assert wrong_slots(self.tensors, placement, self.rank, DTYPE) == []
+        slots, thresholds = dispatch_thresholds(
+            placement,
+            range(placement.num_layers),
+            self.served.quotas_LP,
+            topology=TOPOLOGY,
+            rank=self.rank,
+        )
         for layer, tables in enumerate(self.counts.layers):
-            slots, thresholds = dispatch_thresholds(
-                placement, layer, self.served.quotas_LP[layer], self.rank
-            )
-            assert (tables.replica_slots_EC.numpy() == slots).all()
-            assert (tables.thresholds_EC.numpy() == thresholds).all()
+            assert (tables.replica_slots_EC.numpy() == slots[layer]).all()
+            assert (tables.thresholds_EC.numpy() == thresholds[layer]).all()
 
 
 def migration_of(expert_bytes_L) -> Migration:
@@ -67,7 +79,7 @@ def migration_of(expert_bytes_L) -> Migration:
         SOURCE,
         TARGET,
         QUOTAS_LP,
-        topology=Topology.single_node(2),
+        topology=TOPOLOGY,
         expert_bytes_L=expert_bytes_L,
         max_bytes_per_round=1 << 20,
         staging_slots=2,
@@ -90,7 +102,7 @@ def test_each_batch_serves_its_layers_and_leaves_the_others(rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_tables_alone_change_quotas_and_move_nothing(rank):
     rig = Rig(rank)
-    rig.served = commit_tables((0,), TARGET, QUOTAS_LP, rig.served, rig.counts, rank)
+    rig.served = commit_tables((0,), TARGET, QUOTAS_LP, rig.served, rig.counts)
     rig.check_serves(SOURCE)
     assert (rig.served.quotas_LP[0] == QUOTAS_LP[0]).all()
 

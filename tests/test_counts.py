@@ -7,6 +7,7 @@ import torch
 from ep_rebalance.counts import HASH_STRIDE, DeviceCounts
 from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
 from ep_rebalance.placement import Placement
+from ep_rebalance.topology import Topology
 
 PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)
 PHASES = np.array([PREFILL, PREFILL, DECODE])
@@ -15,10 +16,14 @@ IDS = torch.tensor([[0, 1], [0, 2], [3, 1]], dtype=torch.int32)
 
 def make_counts(counts_here: bool = True) -> DeviceCounts:
     counts = DeviceCounts(
-        placement=PLACEMENT, max_tokens=16, device=torch.device("cpu"), counts_here=counts_here
+        placement=PLACEMENT,
+        max_tokens=16,
+        device=torch.device("cpu"),
+        topology=Topology.single_node(2),
+        rank=0,
+        counts_here=counts_here,
     )
-    for layer in range(PLACEMENT.num_layers):
-        counts.set_dispatch(layer, PLACEMENT, PLACEMENT.even_quotas_LP()[layer], rank=0)
+    counts.set_dispatch(range(PLACEMENT.num_layers), PLACEMENT, PLACEMENT.even_quotas_LP())
     return counts
 
 
@@ -91,7 +96,7 @@ def test_dispatch_tables_are_changed_in_place_and_for_one_layer():
     addresses = tables.replica_slots_EC.data_ptr(), tables.thresholds_EC.data_ptr()
     other = counts.layers[0].replica_slots_EC.clone()
     target = Placement(PLACEMENT.slots_LP[:, ::-1], 4, 2)
-    counts.set_dispatch(1, target, target.even_quotas_LP()[1], rank=0)
+    counts.set_dispatch((1,), target, target.even_quotas_LP())
     assert (tables.replica_slots_EC.numpy() == target.replica_slots(1)).all()
     assert (tables.replica_slots_EC.data_ptr(), tables.thresholds_EC.data_ptr()) == addresses
     assert torch.equal(counts.layers[0].replica_slots_EC, other)

@@ -18,7 +18,9 @@ from ep_rebalance.kernels.route_and_count import (
     route_torch,
 )
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.quotas import dispatch_thresholds, split_quotas
+from ep_rebalance.planning.dispatch import dispatch_thresholds
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.topology import Topology
 
 # (tokens, top_k, experts, redundant, ranks)
 SHAPES = [
@@ -41,12 +43,18 @@ def random_step(tokens, top_k, experts, redundant, ranks, dtype, seed=0, device=
         num_layers=1, num_experts=experts, num_ranks=ranks, num_redundant=redundant
     )
     quotas_LP = split_quotas(placement, rng.exponential(size=(1, experts)) ** 3)
-    slots, thresholds = dispatch_thresholds(placement, 0, quotas_LP[0], int(rng.integers(ranks)))
+    slots, thresholds = dispatch_thresholds(
+        placement,
+        [0],
+        quotas_LP,
+        topology=Topology.single_node(ranks),
+        rank=int(rng.integers(ranks)),
+    )
     ids = np.array([rng.permutation(experts)[:top_k] for _ in range(tokens)]).reshape(tokens, top_k)
     tables = LayerTables(
         counts_AE=torch.zeros(3, experts, dtype=torch.int64, device=device),
-        replica_slots_EC=torch.from_numpy(slots).to(device),
-        thresholds_EC=torch.from_numpy(thresholds).to(device),
+        replica_slots_EC=torch.from_numpy(slots[0]).to(device),
+        thresholds_EC=torch.from_numpy(thresholds[0]).to(device),
     )
     topk_ids_TK = torch.from_numpy(ids).to(device, dtype)
     phase_T = torch.from_numpy(rng.integers(0, 3, tokens)).to(device)

@@ -46,7 +46,13 @@ class Rig:
         self.migrator = Migrator(
             config=CONFIG,
             placement=SOURCE,
-            counts=DeviceCounts(placement=SOURCE, max_tokens=4, device=torch.device("cpu")),
+            counts=DeviceCounts(
+                placement=SOURCE,
+                max_tokens=4,
+                device=torch.device("cpu"),
+                topology=Topology.single_node(2),
+                rank=rank,
+            ),
             memory=memory_of(self.tensors) if moves else None,
             group=dist.group.WORLD,
             topology=Topology.single_node(2),

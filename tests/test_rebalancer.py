@@ -23,6 +23,8 @@ from ep_rebalance.journal import initial_status
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.metrics import Status, decode, encode
 from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.planning import proposal
+from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.state import ModelIdentity, load_state
 from ep_rebalance.topology import Topology
@@ -90,8 +92,13 @@ class Engine:
             num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size, num_redundant=redundant
         )
         self.tensors = loaded(self.placement, rank, DTYPE, SHAPES)
+        topology = Topology.single_node(size)
         self.counts = DeviceCounts(
-            placement=self.placement, max_tokens=TOKENS + 4, device=torch.device("cpu")
+            placement=self.placement,
+            max_tokens=TOKENS + 4,
+            device=torch.device("cpu"),
+            topology=topology,
+            rank=rank,
         )
         self.rebalancer = Rebalancer(
             config=config,
@@ -99,7 +106,8 @@ class Engine:
             counts=self.counts,
             memory=None if config.mode == "observe" else memory_of(self.tensors),
             group=dist.group.WORLD,
-            topology=Topology.single_node(size),
+            planner=PLANNERS[config.planner.policy],
+            topology=topology,
             identity=identity(size, redundant),
             status=initial_status(config=config, model="m", placement=self.placement, top_k=TOP_K),
         )
@@ -309,7 +317,7 @@ def test_a_rank_without_requests_keeps_in_step(two_ranks: Ranks):
 
 
 def plan_raises_once(rank, size, config):
-    make_plan, calls = background.make_plan, []
+    make_plan, calls = proposal.make_plan, []
 
     def raising(*args):
         calls.append(args)
@@ -318,7 +326,7 @@ def plan_raises_once(rank, size, config):
         return make_plan(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "make_plan", raising)
+        patch.setattr(proposal, "make_plan", raising)
         engine = Engine(rank, size, config)
         engine.run_until(has_generation(1))
     return engine.seen, engine.rebalancer.status.plans

@@ -11,14 +11,20 @@ from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.snapshot import Flags, SnapshotExchange
 from ep_rebalance.step_times import StepSum
+from ep_rebalance.topology import Topology
 
 EXPERTS, LAYERS = 4, 2
 
 
-def make_counts(size: int, counts_here: bool = True) -> DeviceCounts:
+def make_counts(size: int, rank: int = 0, counts_here: bool = True) -> DeviceCounts:
     placement = Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size)
     return DeviceCounts(
-        placement=placement, max_tokens=8, device=torch.device("cpu"), counts_here=counts_here
+        placement=placement,
+        max_tokens=8,
+        device=torch.device("cpu"),
+        topology=Topology.single_node(size),
+        rank=rank,
+        counts_here=counts_here,
     )
 
 
@@ -59,10 +65,9 @@ def test_counts_are_summed_by_phase_layer_and_expert_then_cleared(ranks_of: dict
 
 def sum_shared_tokens(rank, size):
     """Tensor parallelism: all ranks route the same tokens, and one of them is built to count."""
-    counts = make_counts(size, counts_here=rank == 0)
-    for layer in range(LAYERS):
-        placement = Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size)
-        counts.set_dispatch(layer, placement, placement.even_quotas_LP()[layer], rank)
+    counts = make_counts(size, rank, counts_here=rank == 0)
+    placement = Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size)
+    counts.set_dispatch(range(LAYERS), placement, placement.even_quotas_LP())
     counts.mark_tokens(np.array([PREFILL, DECODE, DECODE]))
     counts.route(0, torch.tensor([[0, 1], [2, 3], [2, 0]]), 0)
     counts.end_step()

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load_window import WindowLoad
 from ep_rebalance.placement import Placement
 
@@ -83,9 +84,11 @@ class RooflineCost:
         tokens_WE = _per_step(load)[:, layer]
         counts_C = np.arange(1, max_replicas + 2)
         seconds_WEC = self._slower(tokens_WE[:, :, None] / counts_C, self._bytes_L[layer])
-        cost_EC = np.tensordot(load.weight_W * load.steps_W, seconds_WEC, axes=1)
+        cost_EC = np.einsum("w,wec->ec", load.weight_W * load.steps_W, seconds_WEC)
         whole_E1 = cost_EC[:, :1]
-        part_EC = np.where(whole_E1 > 0, cost_EC / np.where(whole_E1 > 0, whole_E1, 1), 1 / counts_C)
+        part_EC = np.where(
+            whole_E1 > 0, cost_EC / np.where(whole_E1 > 0, whole_E1, 1), 1 / counts_C
+        )
         return np.hstack([np.zeros_like(whole_E1), part_EC])
 
     def rank_cost_WLR(
@@ -97,7 +100,8 @@ class RooflineCost:
         seconds_WLR = np.maximum(
             read_WLP.reshape(by_rank).sum(3), computed_WLP.reshape(by_rank).sum(3)
         )
-        return seconds_WLR * load.steps_W[:, None, None]
+        total_WLR: NDArray[np.float64] = seconds_WLR * load.steps_W[:, None, None]
+        return total_WLR
 
     @property
     def _bytes_L(self) -> NDArray[np.float64]:
@@ -117,6 +121,21 @@ class RooflineCost:
         read = (1.0 - np.exp(-tokens)) * expert_bytes / self.memory_bytes_per_second
         computed = tokens * expert_bytes * self.flops_per_byte / self.flops_per_second
         return read, computed
+
+
+def cost_model(config: RebalanceConfig, expert_bytes_L: Sequence[int]) -> CostModel:
+    """What `planner.objective` and `hardware` ask for."""
+    hardware = config.hardware
+    if config.planner.objective == "tokens":
+        return TokenCost()
+    assert hardware.memory_bytes_per_second is not None
+    assert hardware.flops_per_second is not None
+    return RooflineCost(
+        expert_bytes_L=expert_bytes_L,
+        memory_bytes_per_second=hardware.memory_bytes_per_second,
+        flops_per_second=hardware.flops_per_second,
+        flops_per_byte=2.0 / hardware.bytes_per_parameter,
+    )
 
 
 @cache

@@ -20,7 +20,12 @@ def best_copy(
 ) -> Change:
     """`best`, or one more replica elsewhere of an expert of the rank, if it has a higher price."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
-    held_RE, slots_P, spare_N, freed_N = layer.held_RE, layer.slots_P, relief.spare_N, relief.freed_N
+    held_RE, slots_P, spare_N, freed_N = (
+        layer.held_RE,
+        layer.slots_P,
+        relief.spare_N,
+        relief.freed_N,
+    )
     nodes_NE, node_R, traffic_E = layer.nodes_NE, experts.node_R, experts.traffic_E
     mean_E, rest_E = experts.vectors_VE[0], experts.rest_E
     for index in range(slots_per_rank):
@@ -35,8 +40,13 @@ def best_copy(
             if nodes_NE[node_R[rank], a] == 0:
                 gain += traffic_E[a]
             product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
-            if gain + 2.0 * (part * relief.part_N[n] + less * relief.most_N[n]) * product > best.price:
-                together = part * relief.part_N[n] + less * relief.more_N[n] * _shared_ranks(layer, a, b)
+            if (
+                gain + 2.0 * (part * relief.part_N[n] + less * relief.most_N[n]) * product
+                > best.price
+            ):
+                together = part * relief.part_N[n] + less * relief.more_N[n] * _shared_ranks(
+                    layer, a, b
+                )
                 if gain + 2.0 * together * product > best.price:
                     gain += 2.0 * together * inner_product(experts, a, b)
                     best = _better(experts, layer, spare_N[n], a, gain, left, max_arrivals, best)

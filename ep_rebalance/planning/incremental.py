@@ -72,7 +72,7 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
     current, topology, budget = problem.current, problem.topology, problem.budget
     slots_P = np.array(current.slots_LP[layer])
     experts = describe_experts(
-        cost_WE,
+        _in_tokens(cost_WE, problem.load.tokens_WLE[:, layer]),
         problem.load.weight_W,
         problem.cost.replica_part_EC(problem.load, layer, current.max_replicas),
         slots_P,
@@ -89,6 +89,13 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
         MIN_GAIN_PER_MOVED_SLOT,
     )
     return _Descent(changes_N4=changes_N4, gains_N2=gains_N2)
+
+
+def _in_tokens(cost_WE: NDArray[np.float64], tokens_WE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The costs in a unit in which they sum to the tokens, since their noise is taken for that of a
+    count."""
+    total = cost_WE.sum()
+    return cost_WE * (tokens_WE.sum() / total) if total > 0.0 else cost_WE
 
 
 def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:

@@ -91,11 +91,13 @@ def _shrink_spread(
                 gram_WW[first, second] += spread_EW[expert, first] * spread_EW[expert, second]
     gram_squares = np.sum(gram_WW**2)
     pairs = gram_squares - np.sum(variance_E**2)
-    shared = _signal_part(pairs, products - pairs / samples, experts)
+    counted = float(np.sum(part_W > 0.0))
+    shared = _signal_part(pairs, products - pairs / counted, experts)
     counting = np.sum(part_W * (1.0 - part_W) * counting_W)
     kept = _signal_part(variance_E.sum(), counting, experts)
     spread_WE *= np.sqrt(shared)
-    return np.maximum(kept - shared, 0.0) * variance_E
+    beyond_E: NDArray[np.float64] = max(kept - shared, 0.0) * variance_E
+    return beyond_E
 
 
 @compiled

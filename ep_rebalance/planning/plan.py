@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -39,7 +39,7 @@ class Problem:
     current: Placement
     topology: Topology
     budget: Budget
-    cost: CostModel = TokenCost()
+    cost: CostModel = field(default_factory=TokenCost)
     internode_token_price: float = 0.0
     seed: int = 0
     threads: int = 1

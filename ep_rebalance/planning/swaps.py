@@ -21,8 +21,8 @@ from ep_rebalance.planning.relief import Relief
 def best_swap(
     experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
 ) -> Change:
-    """`best`, or a swap of one of the rank's experts with one of a less loaded rank that has a higher
-    price.
+    """`best`, or a swap of one of the rank's experts with one of a rank that is no more loaded, if it
+    has a higher price.
 
     left: slots that may still change. Most candidates are ruled out by the triangle inequality: two
     load vectors are no nearer to each other than their means and the lengths of the rest.
@@ -37,7 +37,7 @@ def best_swap(
         part_a = experts.part_EC[a, layer.replicas_E[a]]
         mean_a, rest_a = part_a * experts.vectors_VE[0, a], part_a * experts.rest_E[a]
         for there in range(product_R.size):
-            if held_RE[there, a] or square_R[there] >= square_R[here]:
+            if held_RE[there, a] or square_R[there] > square_R[here]:
                 continue
             across = node_R[there] != node_R[here]
             leaves_a = part_a * (relief.product_E[a] - product_R[there])
@@ -51,9 +51,7 @@ def best_swap(
                     part_b = experts.part_EC[b, layer.replicas_E[b]]
                     gain -= 2.0 * _square_distance(experts, a, part_a, b, part_b)
                     if gain > best.price and not held_RE[here, b]:
-                        best = _better(
-                            experts, layer, slot, other, gain, left, max_arrivals, best
-                        )
+                        best = _better(experts, layer, slot, other, gain, left, max_arrivals, best)
     return best
 
 
@@ -112,9 +110,7 @@ def _square_distance(experts: Experts, a: int, part_a: float, b: int, part_b: fl
 
 
 @compiled
-def _traffic_gain(
-    experts: Experts, layer: Layer, here: int, there: int, a: int, b: int
-) -> float:
+def _traffic_gain(experts: Experts, layer: Layer, here: int, there: int, a: int, b: int) -> float:
     """What is gained because the swap changes on how many nodes `a` and `b` are at hand."""
     near, far = experts.node_R[here], experts.node_R[there]
     nodes_a = int(layer.nodes_NE[far, a] == 0) - int(layer.nodes_NE[near, a] == 1)

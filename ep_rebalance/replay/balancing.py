@@ -46,10 +46,11 @@ class ReplayedBalancer:
         )
 
     def append(self, sample: LoadSample) -> None:
-        """One more snapshot; the quotas follow it."""
+        """One more snapshot; the quotas follow it. An idle one changes nothing."""
         self._window.append(sample)
-        self._unseen += 1
-        self._refresh_quotas()
+        if sample.routed:
+            self._unseen += 1
+            self._refresh_quotas()
 
     def plan(self) -> Proposal:
         """Plan from the window, and serve the plan if it is accepted."""

@@ -33,6 +33,9 @@ class Timing:
     wavering: float = 0.1
 
 
+_LEAD = 4.0
+"""Log-weight that the domain of a burst has ahead of the others."""
+
 TIMINGS: Mapping[str, Timing] = MappingProxyType(
     {
         "steady": Timing(drift=0.3),
@@ -73,8 +76,9 @@ def generate_steps(
     while True:
         if timing.burst_steps and random.random() < 1.0 / timing.burst_steps:
             ahead = random.integers(domains)
-        mixture_D = weights_D + (4.0 * (np.arange(domains) == ahead) if timing.burst_steps else 0.0)
-        routing_LE = np.tensordot(_softmax(mixture_D), domains_DLE, axes=1) * np.exp(wavering_LE)
+        lead = _LEAD if timing.burst_steps else 0.0
+        mixture_D = _softmax(weights_D + lead * (np.arange(domains) == ahead))
+        routing_LE = np.einsum("d,dle->le", mixture_D, domains_DLE) * np.exp(wavering_LE)
         yield random.multinomial(pairs_per_step, _normalised(routing_LE))
         weights_D = kept * weights_D + fresh * timing.drift * random.standard_normal(domains)
         noise_LE = random.standard_normal((layers, experts))
@@ -82,8 +86,9 @@ def generate_steps(
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    powers: NDArray[np.float64] = np.exp(logits - logits.max())
-    return powers / powers.sum()
+    powers = np.exp(logits - logits.max())
+    parts: NDArray[np.float64] = powers / powers.sum()
+    return parts
 
 
 def _normalised(popularity: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -73,9 +73,7 @@ def cross_node_tokens(
         share = topology.node_of_rank.count(node) / topology.num_ranks
         quota_LE = np.zeros_like(staying_LE)
         here = node_P == node
-        np.add.at(
-            quota_LE, (layers_LP[:, here], placement.slots_LP[:, here]), quotas_LP[:, here]
-        )
+        np.add.at(quota_LE, (layers_LP[:, here], placement.slots_LP[:, here]), quotas_LP[:, here])
         staying_LE += np.minimum(quota_LE, share)
     load_LE = steps_NLE.sum(axis=0)
     return float(1.0 - np.sum(load_LE * staying_LE) / load_LE.sum())

@@ -15,7 +15,12 @@ TOPOLOGY = Topology(node_of_rank=(0, 0), bytes_per_second=(1000.0, 100.0, 10.0))
 
 
 def judge(
-    after: float, *, target: Placement = SWAPPED, step_seconds: float = 0.1, **settings: float
+    after: float,
+    *,
+    target: Placement = SWAPPED,
+    step_seconds: float = 0.1,
+    trust: float = 1.0,
+    **settings: float,
 ) -> Decision:
     plan = Plan(
         placement=target,
@@ -34,6 +39,7 @@ def judge(
         current=CURRENT,
         topology=TOPOLOGY,
         config=config,
+        trust=trust,
     )
 
 
@@ -63,6 +69,15 @@ def test_a_gain_that_does_not_repay_the_transfers_is_over_budget() -> None:
     assert judge(1.0, min_gain_over_cost=2.4).outcome == "accepted"
     assert judge(1.0, min_gain_over_cost=2.6).outcome == "over_budget"
     assert judge(1.0, step_seconds=0.01).outcome == "over_budget"
+
+
+def test_a_promise_counts_for_the_part_of_it_that_is_trusted() -> None:
+    believed, doubted = judge(1.0), judge(1.0, trust=0.2)
+    assert doubted.predicted_gain == pytest.approx(0.2 * believed.predicted_gain)
+    assert doubted.predicted_saved_seconds == pytest.approx(0.2 * believed.predicted_saved_seconds)
+    assert doubted.migration_seconds == believed.migration_seconds
+    assert (believed.outcome, doubted.outcome) == ("accepted", "over_budget")
+    assert judge(1.0, trust=0.05).outcome == "no_gain"
 
 
 def test_cost_is_the_time_of_the_busiest_rank_over_its_links() -> None:

@@ -1,74 +1,109 @@
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
-from shapes import Samples, budget_of, placements, random_samples
+from shapes import budget_of, problem_of, problems, random_samples, small_roofline
 
+from ep_rebalance import planning
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.descent import improve_layer
 from ep_rebalance.planning.incremental import _apply, plan_incremental
-from ep_rebalance.planning.plan import Budget
+from ep_rebalance.planning.layer import Experts, describe_experts
+from ep_rebalance.planning.plan import Budget, Plan, Problem
 from ep_rebalance.planning.policies import PLANNERS, compile_planner, make_plan
-from ep_rebalance.planning.second_moment import second_moment_EE
 from ep_rebalance.topology import Topology
 
-SEEDS = st.integers(0, 2**32 - 1)
+TOKENS = 1e6
+"""So many that the noise of counting them is out of sight."""
 
 
-def incremental(samples_WLE: Samples, current: Placement, budget: Budget) -> Placement:
-    topology = Topology.single_node(current.num_ranks)
-    return plan_incremental(samples_WLE, current, topology, budget, 0)
+def on_four_ranks(*experts_of_ranks: tuple[int, int]) -> Placement:
+    slots_P = np.array(experts_of_ranks, dtype=np.int32).reshape(-1)
+    return Placement(slots_P[None], int(slots_P.max()) + 1, 4)
 
 
-def objective(moment_EE: NDArray[np.float64], slots_P: NDArray[np.int32], ranks: int) -> float:
-    replicas_E = np.bincount(slots_P, minlength=len(moment_EE))
-    total = 0.0
-    for experts_S in slots_P.reshape(ranks, -1):
-        part_S = 1.0 / replicas_E[experts_S]
-        total += float(part_S @ moment_EE[np.ix_(experts_S, experts_S)] @ part_S)
-    return total
+def tiny(redundant: int) -> Placement:
+    return Placement.contiguous(num_layers=4, num_experts=16, num_ranks=2, num_redundant=redundant)
 
 
-@given(placements(), SEEDS, st.integers(0, 12), st.integers(1, 4))
-@settings(max_examples=150, deadline=None)
-def test_every_plan_is_a_placement_within_the_budget(
-    current: Placement, seed: int, max_moved: int, max_arrivals: int
-) -> None:
-    budget = Budget(max_moved_slots=max_moved, max_arrivals=max_arrivals)
-    target = incremental(random_samples(seed, current, skew=1.5), current, budget)
-    changed_LP = target.slots_LP != current.slots_LP
-    assert changed_LP.sum() <= max_moved
+def describe_first_layer(problem: Problem) -> Experts:
+    current = problem.current
+    return describe_experts(
+        np.ascontiguousarray(problem.cost.expert_cost_WLE(problem.load)[:, 0]),
+        problem.load.weight_W,
+        problem.cost.replica_part_EC(problem.load, 0, current.max_replicas),
+        np.array(current.slots_LP[0]),
+        np.array(problem.topology.node_of_rank),
+        4.0,
+        problem.internode_token_price,
+    )
+
+
+def objective(problem: Problem, experts: Experts, slots_P: NDArray[np.int32]) -> float:
+    """Sum of squared rank loads, and what it costs that experts are missing on nodes."""
+    topology, mean_E = problem.topology, experts.vectors_EV[:, 0]
+    replicas_E = np.bincount(slots_P, minlength=len(mean_E))
+    part_E = experts.part_EC[np.arange(len(mean_E)), replicas_E]
+    total = float(replicas_E @ (part_E**2 * experts.own_E))
+    nodes_of_expert: list[set[int]] = [set() for _ in mean_E]
+    for rank, experts_S in enumerate(slots_P.reshape(topology.num_ranks, -1)):
+        total += float(np.sum((part_E[experts_S] @ experts.vectors_EV[experts_S]) ** 2))
+        for expert in experts_S:
+            nodes_of_expert[expert].add(topology.node_of_rank[rank])
+    at_hand_E = np.array([len(nodes) for nodes in nodes_of_expert]) / topology.num_nodes
+    return total - 2.0 * problem.internode_token_price * float(at_hand_E @ mean_E)
+
+
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_every_plan_is_a_placement_within_the_budget(problem: Problem) -> None:
+    current, budget = problem.current, problem.budget
+    changed_LP = plan_incremental(problem).slots_LP != current.slots_LP
+    assert changed_LP.sum() <= budget.max_moved_slots
     by_rank = changed_LP.reshape(current.num_layers, current.num_ranks, -1).sum(axis=2)
-    assert by_rank.max() <= max_arrivals
+    assert by_rank.max() <= budget.max_arrivals
 
 
-@given(placements(max_layers=1), SEEDS)
-@settings(max_examples=100, deadline=None)
-def test_gains_are_what_the_objective_loses(current: Placement, seed: int) -> None:
-    samples_WLE = random_samples(seed, current, skew=1.5)
-    moment_EE = second_moment_EE(samples_WLE[:, 0], current.num_ranks)
-    slots_P = current.slots_LP[0].copy()
-    descent = improve_layer(moment_EE, slots_P, current.num_ranks, 1000, 1000, 1e-6)
-    before = objective(moment_EE, slots_P, current.num_ranks)
-    for change_4, gain in zip(*descent, strict=True):
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_gains_are_what_the_objective_loses(problem: Problem) -> None:
+    experts, slots_P = describe_first_layer(problem), np.array(problem.current.slots_LP[0])
+    descent = improve_layer(experts, slots_P, 1000, 1000, 1e-6)
+    before = objective(problem, experts, slots_P)
+    for change_4, (gain, _) in zip(*descent, strict=True):
         _apply(slots_P, change_4[None])
-        after = objective(moment_EE, slots_P, current.num_ranks)
+        after = objective(problem, experts, slots_P)
         assert gain > 0
-        assert after == pytest.approx(before - gain)
+        assert after == pytest.approx(before - gain, rel=1e-9, abs=1e-9)
         before = after
+
+
+@given(problems(max_layers=5))
+@settings(max_examples=30, deadline=None)
+def test_threads_and_repetition_do_not_change_the_plan(problem: Problem) -> None:
+    others = {
+        "topology": problem.topology,
+        "budget": problem.budget,
+        "cost": problem.cost,
+        "internode_token_price": problem.internode_token_price,
+    }
+    plans = [
+        plan_incremental(problem_of(problem.load, problem.current, threads=threads, **others))
+        for threads in (1, 1, 2, 4)
+    ]
+    assert all(plan == plans[0] for plan in plans)
 
 
 @pytest.mark.parametrize("redundant", [0, 4])
 @pytest.mark.parametrize("skew", [0.5, 0.8])
 def test_a_tiny_model_gets_even_in_one_plan(redundant: int, skew: float) -> None:
     current = tiny(redundant)
-    samples_WLE = random_samples(1, current, skew=skew)
-    plan = make_plan(
-        "incremental", samples_WLE, current, Topology.single_node(2), budget_of(current), 0
-    )
+    plan = plan_of(problem_of(random_samples(1, current, skew=skew), current))
     assert (1 / plan.imbalance_after_L).mean() >= 0.97
 
 
@@ -76,32 +111,37 @@ def test_a_tiny_model_gets_even_in_one_plan(redundant: int, skew: float) -> None
 def test_a_tiny_model_gets_even_in_a_few_plans_of_a_tenth(redundant: int) -> None:
     current = tiny(redundant)
     samples_WLE = random_samples(2, current, skew=0.8)
+    budget = budget_of(current, fraction=0.1, arrivals=2)
     for _ in range(6):
-        budget = budget_of(current, fraction=0.1, arrivals=2)
-        plan = make_plan("incremental", samples_WLE, current, Topology.single_node(2), budget, 0)
+        plan = plan_of(problem_of(samples_WLE, current, budget=budget))
         assert plan.moved_slots <= 0.1 * current.slots_LP.size
         current = plan.placement
     assert (1 / plan.imbalance_after_L).mean() >= 0.97
     assert plan.moved_slots == 0
 
 
-def tiny(redundant: int) -> Placement:
-    return Placement.contiguous(num_layers=4, num_experts=16, num_ranks=2, num_redundant=redundant)
+def plan_of(problem: Problem) -> Plan:
+    return make_plan(plan_incremental, problem)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_noise_moves_next_to_nothing(seed: int) -> None:
-    current = Placement.contiguous(num_layers=8, num_experts=64, num_ranks=8)
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_noise_moves_next_to_nothing(seed: int, redundant: int) -> None:
+    """Where replicas make the loads uneven, the redundant slots may be spread."""
+    current = Placement.contiguous(
+        num_layers=8, num_experts=64, num_ranks=8, num_redundant=redundant
+    )
     samples_WLE = random_samples(seed, current, skew=0.0)
-    target = incremental(samples_WLE, current, budget_of(current))
-    assert target.changed_slots(current) <= 0.01 * current.slots_LP.size
+    settled = plan_incremental(problem_of(np.full_like(samples_WLE, TOKENS), current))
+    target = plan_incremental(problem_of(samples_WLE, settled))
+    assert target.changed_slots(settled) <= 0.01 * current.slots_LP.size
 
 
 def test_experts_that_are_busy_together_part_ways() -> None:
     """All experts have the same mean load, so only their covariance says what to do."""
     current = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2)
     samples_WLE = np.tile([[[9000.0, 9000, 1000, 1000]], [[1000, 1000, 9000, 9000]]], (8, 1, 1))
-    target = incremental(samples_WLE, current, budget_of(current))
+    target = plan_incremental(problem_of(samples_WLE, current))
     load = [target.rank_load_LR(load_LE).tolist() for load_LE in samples_WLE]
     assert load == [[[10000, 10000]]] * 16
 
@@ -109,24 +149,72 @@ def test_experts_that_are_busy_together_part_ways() -> None:
 def test_an_idle_layer_stays_and_the_worst_layer_is_served_first() -> None:
     current = Placement.contiguous(num_layers=3, num_experts=4, num_ranks=2)
     load_LE = np.array([[0, 0, 0, 0], [60, 50, 40, 50], [90, 90, 10, 10]]) * 1e4
-    target = incremental(
-        np.tile(load_LE, (4, 1, 1)), current, Budget(max_moved_slots=2, max_arrivals=2)
-    )
+    budget = Budget(max_moved_slots=2, max_arrivals=2)
+    target = plan_incremental(problem_of(np.tile(load_LE, (4, 1, 1)), current, budget=budget))
     changed_L = (target.slots_LP != current.slots_LP).sum(axis=1)
     assert changed_L.tolist() == [0, 0, 2]
 
 
+@pytest.mark.parametrize(("node_of_rank", "partner"), [((0, 0, 0, 0), 1), ((0, 1, 0, 1), 2)])
+def test_an_equally_good_move_within_the_node_is_preferred(
+    node_of_rank: tuple[int, ...], partner: int
+) -> None:
+    current = on_four_ranks((0, 1), (2, 3), (4, 5), (6, 7))
+    load_E = TOKENS * np.array([12.0, 12, 8, 8, 8, 8, 8, 8])
+    topology = Topology(node_of_rank=node_of_rank)
+    target = plan_incremental(problem_of(np.tile(load_E, (4, 1, 1)), current, topology=topology))
+    changed_LR = (target.slots_LP != current.slots_LP).reshape(1, 4, 2).any(axis=2)
+    assert np.flatnonzero(changed_LR[0]).tolist() == [0, partner]
+
+
+@pytest.mark.parametrize(("price", "ranks"), [(0.0, [0, 1]), (0.5, [0, 2])])
+def test_replicas_spread_over_nodes_where_tokens_pay_for_the_way(
+    price: float, ranks: list[int]
+) -> None:
+    """One more replica of expert 0 may take the place of expert 1 on rank 1 or 2 alike."""
+    current = on_four_ranks((0, 2), (1, 3), (1, 4), (5, 6))
+    load_E = TOKENS * np.array([30.0, 4, 2, 8, 8, 8, 2])
+    target = plan_incremental(
+        problem_of(
+            np.tile(load_E, (4, 1, 1)),
+            current,
+            topology=Topology(node_of_rank=(0, 0, 1, 1)),
+            budget=Budget(max_moved_slots=1, max_arrivals=1),
+            internode_token_price=price,
+        )
+    )
+    assert (np.flatnonzero(target.slots_LP[0] == 0) // 2).tolist() == ranks
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e3])
+def test_the_unit_of_the_cost_does_not_change_the_plan(unit: float) -> None:
+    current = Placement.contiguous(num_layers=3, num_experts=16, num_ranks=4, num_redundant=4)
+    samples_WLE = random_samples(3, current)
+    plans = [
+        plan_of(problem_of(samples_WLE, current, cost=small_roofline(3, seconds)))
+        for seconds in (1.0, unit)
+    ]
+    assert plans[0].placement == plans[1].placement
+    assert plans[0].imbalance_before_L.mean() > 1.2
+    assert plans[0].imbalance_after_L.mean() < 1.1
+
+
+def signatures() -> dict[str, int]:
+    found = {}
+    for info in pkgutil.iter_modules(planning.__path__, f"{planning.__name__}."):
+        for name, function in vars(importlib.import_module(info.name)).items():
+            if hasattr(function, "signatures"):
+                found[f"{info.name}.{name}"] = len(function.signatures)
+    return found
+
+
 def test_nothing_is_left_to_compile_after_start() -> None:
     compile_planner()
-    known = len(improve_layer.signatures)  # type: ignore[attr-defined]
+    known = signatures()
     current = Placement.contiguous(num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)
-    for policy in PLANNERS:
-        make_plan(
-            policy,
-            random_samples(0, current),
-            current,
-            Topology.single_node(2),
-            budget_of(current),
-            0,
-        )
-    assert len(improve_layer.signatures) == known  # type: ignore[attr-defined]
+    samples_WLE = random_samples(0, current)
+    for planner in PLANNERS.values():
+        make_plan(planner, problem_of(samples_WLE, current))
+        make_plan(planner, problem_of(samples_WLE, current, cost=small_roofline(2), threads=2))
+    assert known["ep_rebalance.planning.descent.improve_layer"]
+    assert signatures() == known

@@ -6,42 +6,57 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import budget_of, placements, random_samples
+from shapes import problem_of, problems, window_of
 
 from ep_rebalance.config import Policy
+from ep_rebalance.load_window import WindowLoad
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import PLANNERS, make_plan, mean_imbalance_L
-from ep_rebalance.topology import Topology
+from ep_rebalance.planning.plan import Problem
+from ep_rebalance.planning.policies import PLANNERS, make_plan, predicted_imbalance_L
+
+TWO_RANKS = Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2)
 
 
-def test_every_policy_has_a_planner() -> None:
-    assert set(PLANNERS) == set(get_args(Policy))
+def test_every_policy_but_the_engines_own_has_a_planner() -> None:
+    assert set(PLANNERS) == set(get_args(Policy)) - {"vllm"}
 
 
-@given(placements(), st.integers(0, 2**32 - 1), st.sampled_from(get_args(Policy)))
-@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from(sorted(PLANNERS)))
+@settings(max_examples=100, deadline=None)
 def test_plans_are_whole_repeatable_and_leave_their_input_alone(
-    current: Placement, seed: int, policy: Policy
+    problem: Problem, policy: Policy
 ) -> None:
-    samples_WLE = random_samples(seed, current)
-    given_WLE = samples_WLE.copy()
-    topology = Topology.single_node(current.num_ranks)
-    plans = [
-        make_plan(policy, samples_WLE, current, topology, budget_of(current, 0.5), 0)
-        for _ in range(2)
-    ]
+    load, current = problem.load, problem.current
+    inputs = (load.tokens_WLE, load.weight_W, load.steps_W)
+    given = [array.copy() for array in inputs]
+    plans = [make_plan(PLANNERS[policy], problem) for _ in range(2)]
     assert plans[0].placement == plans[1].placement
     assert (plans[0].quotas_LP == plans[1].quotas_LP).all()
-    assert (samples_WLE == given_WLE).all()
+    assert all((now == before).all() for now, before in zip(inputs, given, strict=True))
     assert plans[0].moved_slots == plans[0].placement.changed_slots(current)
     assert min(plans[0].imbalance_before_L.min(), plans[0].imbalance_after_L.min()) >= 1 - 1e-9
     if policy == "none":
         assert plans[0].placement == current
-        assert (plans[0].imbalance_before_L == plans[0].imbalance_after_L).all()
+        assert plans[0].promised == 0.0
 
 
-def test_imbalance_is_the_mean_over_snapshots() -> None:
-    placement = Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2)
-    samples_WLE = np.array([[[1.0, 1.0]], [[3.0, 1.0]], [[0.0, 0.0]]])
-    imbalance = mean_imbalance_L(samples_WLE, placement, placement.even_quotas_LP())
-    assert imbalance == pytest.approx([(1 + 1.5 + 1) / 3])
+def test_a_plan_promises_what_the_busiest_ranks_save() -> None:
+    current = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
+    load_LE = np.array([[6e6, 6e6, 2e6, 2e6], [1e6, 1e6, 1e6, 1e6]])
+    plan = make_plan(PLANNERS["incremental"], problem_of(load_LE[None], current))
+    assert plan.imbalance_before_L == pytest.approx([1.5, 1.0])
+    assert plan.imbalance_after_L == pytest.approx([1.0, 1.0])
+    assert plan.promised == pytest.approx(1 - 2 / 2.5)
+
+
+def test_imbalance_is_the_mean_over_samples() -> None:
+    problem = problem_of(np.array([[[1.0, 1.0]], [[3.0, 1.0]], [[0.0, 0.0]]]), TWO_RANKS)
+    imbalance_L = predicted_imbalance_L(problem, TWO_RANKS, TWO_RANKS.even_quotas_LP())
+    assert imbalance_L == pytest.approx([(1 + 1.5 + 1) / 3])
+
+
+def test_older_samples_count_less() -> None:
+    load: WindowLoad = window_of(np.array([[[3.0, 1.0]], [[1.0, 1.0]]]), half_life=1.0)
+    problem = problem_of(load, TWO_RANKS)
+    imbalance_L = predicted_imbalance_L(problem, TWO_RANKS, TWO_RANKS.even_quotas_LP())
+    assert imbalance_L == pytest.approx([(0.5 * 1.5 + 1) / 1.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,23 @@ def questions() -> list[str]:
     return prompts(per_domain=5)
 
 
-@pytest.fixture(scope="session")
-def one_rank_answers(logs: Path, questions: list[str]) -> list[list[int]]:
+@dataclass(frozen=True)
+class OneRank:
     """What vLLM answers without us."""
+
+    answers: list[list[int]]
+    log_probabilities: list[list[dict[str, float]]]
+
+
+@pytest.fixture(scope="session")
+def one_rank(logs: Path, questions: list[str]) -> OneRank:
     with serving(logs / "one_rank.log", "--enforce-eager", ranks=1) as server:
-        return server.answers(questions)
+        return OneRank(server.answers(questions), server.log_probabilities(questions))
+
+
+@pytest.fixture(scope="session")
+def one_rank_answers(one_rank: OneRank) -> list[list[int]]:
+    return one_rank.answers
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +56,8 @@ def data_parallel(logs: Path, settings_file: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def tensor_parallel(logs: Path, settings_file: str) -> Iterator[Server]:
+def tensor_parallel(logs: Path, settings_file: str, one_rank: OneRank) -> Iterator[Server]:
+    """Starts after `one_rank` has ended: an idle server keeps the cores from another one."""
     arguments = (*TENSOR_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
     with serving(logs / "tensor_parallel.log", *arguments) as server:
         yield server

@@ -74,6 +74,14 @@ class Server:
             return list(pool.map(self.answer, texts))
 
     def answer(self, text: str) -> list[int]:
+        token_ids: list[int] = self._complete(text)["token_ids"]
+        return token_ids
+
+    def log_probabilities(self, texts: Sequence[str]) -> list[list[dict[str, float]]]:
+        """For each prompt and token of its greedy answer, those of the five likeliest tokens."""
+        return [self._complete(text, logprobs=5)["logprobs"]["top_logprobs"] for text in texts]
+
+    def _complete(self, text: str, **more: Any) -> dict[str, Any]:
         body = {
             "model": "tiny_moe",
             "prompt": text,
@@ -81,11 +89,12 @@ class Server:
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
+            **more,
         }
         response = self._client.post("/v1/completions", json=body)
         response.raise_for_status()
-        token_ids: list[int] = response.json()["choices"][0]["token_ids"]
-        return token_ids
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
 
     def authorise(self, key: str) -> None:
         """Send the server's API key from now on."""

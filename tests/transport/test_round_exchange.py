@@ -52,7 +52,13 @@ class Rig:
         self.tensors = loaded(self.source, rank, dtype)
         self.memory = memory_of(self.tensors)
         staging = staging or per_rank + int(rng.integers(0, 2 * per_rank))
-        self.counts = DeviceCounts(placement=self.source, max_tokens=4, device=torch.device("cpu"))
+        self.counts = DeviceCounts(
+            placement=self.source,
+            max_tokens=4,
+            device=torch.device("cpu"),
+            topology=Topology.single_node(size),
+            rank=rank,
+        )
         self.max_bytes = max_bytes
         self.migration = schedule(
             self.source,

@@ -9,6 +9,7 @@
 | router | counts logical expert ids and turns them into slots | worker |
 | eplb_state | keeps vLLM's own balancer out | worker |
 | prepare_finalize | expert parallelism on CPU by all-to-all | worker |
+| policy | vLLM's own placement policy as a planner, to compare with | worker, rank 0 |
 | endpoint | `/ep_rebalance/status`, `/ep_rebalance/load` and `/metrics` | API server |
 """
 

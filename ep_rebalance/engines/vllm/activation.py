@@ -134,9 +134,9 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
 
 
 def _check_contracts() -> None:
-    from ep_rebalance.engines.vllm import eplb_state, model_runner, prepare_finalize, router
+    from ep_rebalance.engines.vllm import eplb_state, model_runner, policy, prepare_finalize, router
 
-    for seam in (model_runner, router, eplb_state, prepare_finalize):
+    for seam in (model_runner, router, eplb_state, prepare_finalize, policy):
         for contract in seam.CONTRACTS:
             contract.check()
 

@@ -18,7 +18,8 @@ from ep_rebalance.engines.vllm.activation import active_config, model_identity
 from ep_rebalance.journal import initial_status
 from ep_rebalance.metrics import encode
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import compile_planner
+from ep_rebalance.planning.plan import Planner
+from ep_rebalance.planning.policies import PLANNERS, compile_planner
 from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.state import SavedState, load_state
 from ep_rebalance.topology import Topology
@@ -42,7 +43,8 @@ class Attachment:
         moe_model = _moe_model(model)
         moves = config.mode != "observe"
         placement = _loaded_placement(moe_model, vllm_config)
-        counts = _device_counts(placement, vllm_config, device)
+        topology = _topology()
+        counts = _device_counts(placement, topology, vllm_config, device)
         _attach_routers(moe_model, counts, moves_experts=moves)
         memory = _expert_memory(moe_model, counts, device) if moves else None
         rebalancer = Rebalancer(
@@ -51,7 +53,8 @@ class Attachment:
             counts=counts,
             memory=memory,
             group=_ep_group().device_group,
-            topology=_topology(),
+            planner=_planner(config),
+            topology=topology,
             identity=model_identity(vllm_config, config),
             status=initial_status(
                 config=config,
@@ -121,7 +124,17 @@ def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
     )
 
 
-def _device_counts(placement: Placement, vllm_config: Any, device: torch.device) -> DeviceCounts:
+def _planner(config: RebalanceConfig) -> Planner:
+    if config.planner.policy == "vllm":
+        from ep_rebalance.engines.vllm.policy import plan_vllm
+
+        return plan_vllm
+    return PLANNERS[config.planner.policy]
+
+
+def _device_counts(
+    placement: Placement, topology: Topology, vllm_config: Any, device: torch.device
+) -> DeviceCounts:
     from vllm.distributed.parallel_state import get_tp_group
 
     splits_tokens = vllm_config.parallel_config.use_sequence_parallel_moe
@@ -131,6 +144,8 @@ def _device_counts(placement: Placement, vllm_config: Any, device: torch.device)
         placement=placement,
         max_tokens=tokens + 2 * tensor_group.world_size + 1024,
         device=device,
+        topology=topology,
+        rank=_ep_group().rank_in_group,
         counts_here=splits_tokens or tensor_group.rank_in_group == 0,
     )
 

@@ -23,10 +23,10 @@ def register() -> None:
 
 
 def _break(faults: dict[str, str]) -> None:
-    from ep_rebalance import background
+    from ep_rebalance.planning import proposal
     from ep_rebalance.transport.round_exchange import RoundExchange
 
-    _fail_plan(background, int(faults["planner"]))
+    _fail_plan(proposal, int(faults["planner"]))
     _flip_byte(RoundExchange, int(faults["checksum"]))
     _fail_packing(RoundExchange, int(faults["transport"]))
 

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ep_rebalance.config import load_config
+from ep_rebalance.load_window import PHASES, LoadSample
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import TokenCost
+from ep_rebalance.planning.incremental import plan_incremental
+from ep_rebalance.planning.proposal import Proposal, Proposer, plan_budget
+from ep_rebalance.topology import Topology
+
+CURRENT = Placement.contiguous(num_layers=2, num_experts=8, num_ranks=2)
+FIRST_RANK_BUSY = [90_000, 80_000, 70_000, 60_000, 10_000, 10_000, 10_000, 10_000]
+SETTINGS = {"planner": {"max_moved_fraction": 1.0}}
+
+
+def proposer(**sections: dict[str, object]) -> Proposer:
+    config = load_config(SETTINGS, sections)
+    return Proposer(
+        planner=plan_incremental,
+        settings=config.planner,
+        decision=config.decision,
+        cost=TokenCost(),
+        topology=Topology.single_node(2),
+        expert_bytes_L=(1000, 1000),
+    )
+
+
+def snapshots(tokens_E: list[int], count: int = 4, phase: str = "decode") -> list[LoadSample]:
+    counts_ALE = np.zeros((len(PHASES), 2, 8), dtype=np.int64)
+    counts_ALE[PHASES.index(phase)] = tokens_E
+    return [LoadSample(counts_ALE=counts_ALE, steps=16, step_seconds=0.1)] * count
+
+
+def propose(
+    asked: Proposer, samples: list[LoadSample], current: Placement, unseen: int = 4
+) -> Proposal:
+    return asked.propose(samples, current, unseen=unseen, step_seconds=0.1)
+
+
+def against(target: Placement) -> list[int]:
+    """Load that is even in the contiguous placement and not at all in `target`."""
+    moved = [e for e in range(8) if e < 4 and e not in target.slots_LP[0, :4]]
+    stayed = [e for e in range(8) if e >= 4 and e not in target.slots_LP[0, :4]]
+    return [90_000 if expert in (moved[0], stayed[0]) else 10_000 for expert in range(8)]
+
+
+def test_the_first_proposal_has_nothing_to_tell() -> None:
+    proposal = propose(proposer(), snapshots(FIRST_RANK_BUSY), CURRENT)
+    assert proposal.decision.accepted
+    assert (proposal.achieved_gain, proposal.trust) == (None, 1.0)
+    assert proposal.decision.predicted_gain == pytest.approx(0.5 * proposal.plan.promised)
+
+
+def test_a_kept_promise_is_reported_and_keeps_the_trust() -> None:
+    asked, samples = proposer(), snapshots(FIRST_RANK_BUSY)
+    first = propose(asked, samples, CURRENT)
+    second = propose(asked, samples * 2, first.plan.placement)
+    assert second.achieved_gain == pytest.approx(first.decision.predicted_gain)
+    assert second.trust == pytest.approx(1.0)
+    assert propose(asked, samples * 3, first.plan.placement).achieved_gain is None
+
+
+def test_a_broken_promise_lowers_the_trust_and_what_is_predicted_next() -> None:
+    asked, samples = proposer(decision={"min_gain": 0.0}), snapshots(FIRST_RANK_BUSY)
+    target = propose(asked, samples, CURRENT).plan.placement
+    second = propose(asked, samples + snapshots(against(target)), target)
+    assert second.achieved_gain is not None
+    assert second.achieved_gain < 0
+    assert second.trust < 0.5
+    assert second.plan.promised > 0
+    assert second.decision.predicted_gain == pytest.approx(
+        0.5 * second.plan.promised * second.trust
+    )
+
+
+def test_only_what_came_after_the_plan_is_held_against_it() -> None:
+    asked, samples = proposer(), snapshots(FIRST_RANK_BUSY)
+    target = propose(asked, samples, CURRENT).plan.placement
+    second = propose(asked, samples + snapshots(against(target), count=1), target, unseen=1)
+    assert second.achieved_gain is not None
+    assert second.achieved_gain < 0
+    asked = proposer()
+    target = propose(asked, samples, CURRENT).plan.placement
+    assert propose(asked, samples, target, unseen=0).achieved_gain is None
+
+
+def test_a_plan_that_was_not_carried_out_is_forgotten() -> None:
+    asked, samples = proposer(), snapshots(FIRST_RANK_BUSY)
+    first = propose(asked, samples, CURRENT)
+    second = propose(asked, samples * 2, CURRENT)
+    assert (second.achieved_gain, second.trust) == (None, 1.0)
+    assert second.plan.placement == first.plan.placement
+
+
+def test_lost_trust_comes_back_while_nothing_is_carried_out() -> None:
+    asked, samples = proposer(), snapshots(FIRST_RANK_BUSY)
+    target = propose(asked, samples, CURRENT).plan.placement
+    lost = propose(asked, samples + snapshots(against(target)), target).trust
+    trusts = [propose(asked, samples, CURRENT).trust for _ in range(24)]
+    assert lost < 0.5
+    assert trusts == sorted(trusts)
+    assert trusts[-1] > 0.9
+
+
+def test_a_refused_plan_is_no_promise() -> None:
+    asked, samples = proposer(decision={"min_gain": 0.9}), snapshots(FIRST_RANK_BUSY)
+    first = propose(asked, samples, CURRENT)
+    assert not first.decision.accepted
+    assert propose(asked, samples * 2, first.plan.placement).achieved_gain is None
+
+
+def test_only_the_chosen_phase_is_planned_for() -> None:
+    asked = proposer(planner=SETTINGS["planner"] | {"phase": "prefill"})
+    decode, prefill = snapshots(FIRST_RANK_BUSY), snapshots([50_000] * 8, phase="prefill")
+    assert propose(asked, decode + prefill, CURRENT, unseen=8).plan.moved_slots == 0
+
+
+def test_the_budget_allows_at_least_a_swap() -> None:
+    planner = load_config({"planner": {"max_moved_fraction": 0.01}}).planner
+    assert plan_budget(planner, CURRENT).max_moved_slots == 2
+    large = Placement.contiguous(num_layers=10, num_experts=100, num_ranks=2)
+    assert plan_budget(planner, large).max_moved_slots == 10
+    assert plan_budget(planner, large).max_arrivals == planner.max_arrivals_per_rank_and_layer

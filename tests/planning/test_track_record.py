@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from shapes import window_of
+
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import TokenCost
+from ep_rebalance.planning.track_record import Promise, TrackRecord
+
+BEFORE = Placement(np.array([[0, 1, 2, 3]], dtype=np.int32), 4, 2)
+AFTER = Placement(np.array([[0, 2, 1, 3]], dtype=np.int32), 4, 2)
+PROMISE = Promise(
+    before=BEFORE,
+    before_quotas_LP=np.ones((1, 4)),
+    after=AFTER,
+    after_quotas_LP=np.ones((1, 4)),
+    predicted=0.5,
+)
+
+
+def achieved(*tokens_WE: list[float]) -> float:
+    return PROMISE.achieved(window_of(np.array(tokens_WE)[:, None]), TokenCost())
+
+
+def test_nothing_known_is_full_trust() -> None:
+    assert TrackRecord().trust == 1.0
+
+
+def test_kept_and_surpassed_promises_keep_the_trust() -> None:
+    record = TrackRecord().with_outcome(0.3, 0.3)
+    assert record.trust == pytest.approx(1.0)
+    assert record.with_outcome(0.1, 0.4).trust == 1.0
+
+
+def test_broken_promises_lower_it_as_far_as_a_tenth() -> None:
+    half = TrackRecord().with_outcome(0.3, 0.15)
+    assert half.trust == pytest.approx(0.17 / 0.32)
+    assert half.with_outcome(0.3, 0.0).trust < half.trust
+    assert half.with_outcome(0.3, -5.0).trust == pytest.approx(0.1)
+
+
+def test_small_promises_say_little() -> None:
+    assert TrackRecord().with_outcome(0.001, 0.0).trust > 0.95
+
+
+def test_what_was_long_ago_is_forgiven() -> None:
+    record = TrackRecord().with_outcome(0.3, 0.0)
+    trusts = [record.trust]
+    for _ in range(20):
+        record = record.faded()
+        trusts.append(record.trust)
+    assert trusts == sorted(trusts)
+    assert trusts[-1] > 0.95
+
+
+def test_a_plan_achieves_what_the_busiest_rank_saves() -> None:
+    assert achieved([3, 3, 1, 1]) == pytest.approx(1 - 1 / 1.5)
+    assert achieved([3, 1, 3, 1]) == pytest.approx(1 - 1.5)
+    assert achieved([3, 3, 1, 1], [1, 1, 1, 1]) == pytest.approx(1 - 2 / 2.5)
+
+
+def test_load_of_nothing_achieves_nothing() -> None:
+    assert achieved([0, 0, 0, 0]) == 0.0
