@@ -6,12 +6,20 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 
-def machine() -> dict[str, str]:
-    """Processor, cores that may be used, and versions."""
-    described = {"processor": _processor(), "cores": str(len(os.sched_getaffinity(0)))}
-    for name in ("vllm", "torch", "numba", "numpy"):
+def machine() -> dict[str, Any]:
+    """What the numbers depend on; a package that is not installed is left out."""
+    described: dict[str, Any] = {
+        "CPU": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory GiB": round(psutil.virtual_memory().total / 2**30),
+        "Python": platform.python_version(),
+    }
+    for name in ("ep-rebalance", "vllm", "torch", "numba", "numpy"):
         try:
             described[name] = version(name)
         except PackageNotFoundError:
@@ -19,7 +27,7 @@ def machine() -> dict[str, str]:
     return described
 
 
-def _processor() -> str:
+def _cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -33,6 +33,7 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
+import yaml
 from machine import machine
 from numpy.typing import NDArray
 from planning_load import gpt_oss_sequences, sglang_domains
@@ -40,7 +41,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ep_rebalance.config import RebalanceConfig, load_config
+from ep_rebalance.config import PlannerConfig, RebalanceConfig, WindowConfig, load_config, nest
 from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
@@ -145,14 +146,14 @@ class Row:
     even: float
     quotas: float
     best_split: float | None
-    plans: int
-    moved: float
-    gigabytes: float
-    busiest_gigabytes: float
-    serial: float
-    cross_node_moves: float
     cross_node_tokens: float
-    milliseconds: float | None
+    plans: int = 0
+    moved: float = 0.0
+    gigabytes: float = 0.0
+    busiest_gigabytes: float = 0.0
+    serial: float = 0.0
+    cross_node_moves: float = 0.0
+    milliseconds: float | None = None
 
 
 class Policy:
@@ -177,8 +178,8 @@ class Kept(Policy):
         self.quotas_LP = placement.even_quotas_LP()
 
     def snapshot(self, sample: LoadSample) -> None:
-        self._samples = [*self._samples, sample][-48:]
-        load = window_load(self._samples, half_life=load_config().planner.half_life_snapshots)
+        self._samples = [*self._samples, sample][-WindowConfig().snapshots :]
+        load = window_load(self._samples, half_life=PlannerConfig().half_life_snapshots)
         self.quotas_LP = split_quotas(self.placement, load.load_LE)
 
 
@@ -345,14 +346,7 @@ def hindsight(
         even=float(np.mean(even)),
         quotas=float(np.mean(quotas)),
         best_split=float(np.mean(best)),
-        plans=0,
-        moved=0.0,
-        gigabytes=0.0,
-        busiest_gigabytes=0.0,
-        serial=0.0,
-        cross_node_moves=0.0,
         cross_node_tokens=float(np.mean(crossing)),
-        milliseconds=None,
     )
 
 
@@ -399,10 +393,7 @@ def snapshot_of(steps_NLE: Steps) -> LoadSample:
 
 def setting(text: str) -> dict[str, Any]:
     keys, _, value = text.partition("=")
-    nested: Any = json.loads(value) if value[:1] in "0123456789-tf{[" else value
-    for key in reversed(keys.split(".")):
-        nested = {key: nested}
-    return dict(nested)
+    return nest(keys.split("."), yaml.safe_load(value))
 
 
 def mean(values: Iterator[float]) -> float:

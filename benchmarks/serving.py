@@ -19,19 +19,17 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import httpx
 import numpy as np
 import psutil
+from machine import machine
 from rich.console import Console
 from serving_load import ClosedLoop, Load, StreamFailed, measure
 from serving_model import ModelShape, ensure_model
@@ -281,26 +279,6 @@ class Comparison:
             highlight=False,
             soft_wrap=True,
         )
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        "CPU": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory GiB": round(psutil.virtual_memory().total / 2**30),
-        "ep-rebalance": version("ep-rebalance"),
-        "vLLM": version("vllm"),
-        "torch": version("torch"),
-        "Python": platform.python_version(),
-    }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 async def _run(comparison: Comparison) -> None:

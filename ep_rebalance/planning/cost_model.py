@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load_window import WindowLoad
-from ep_rebalance.placement import Placement
+from ep_rebalance.placement import Placement, imbalance_L
 
 
 class CostModel(Protocol):
@@ -121,6 +121,15 @@ class RooflineCost:
         read = (1.0 - np.exp(-tokens)) * expert_bytes / self.memory_bytes_per_second
         computed = tokens * expert_bytes * self.flops_per_byte / self.flops_per_second
         return read, computed
+
+
+def mean_imbalance_L(
+    cost: CostModel, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """float64 [L], max/mean rank cost of each sample, averaged over the samples by their weight."""
+    cost_WLR = cost.rank_cost_WLR(load, placement, quotas_LP)
+    mean_L: NDArray[np.float64] = np.average(imbalance_L(cost_WLR), axis=0, weights=load.weight_W)
+    return mean_L
 
 
 def cost_model(config: RebalanceConfig, expert_bytes_L: Sequence[int]) -> CostModel:

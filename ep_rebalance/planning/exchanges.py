@@ -20,12 +20,8 @@ def best_copy(
 ) -> Change:
     """`best`, or one more replica elsewhere of an expert of the rank, if it has a higher price."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
-    held_RE, slots_P, spare_N, freed_N = (
-        layer.held_RE,
-        layer.slots_P,
-        relief.spare_N,
-        relief.freed_N,
-    )
+    held_RE, slots_P = layer.held_RE, layer.slots_P
+    spare_N, freed_N = relief.spare_N, relief.freed_N
     nodes_NE, node_R, traffic_E = layer.nodes_NE, experts.node_R, experts.traffic_E
     mean_E, rest_E = experts.vectors_VE[0], experts.rest_E
     for index in range(slots_per_rank):

@@ -48,6 +48,8 @@ class Layer(NamedTuple):
     load_VR: the rank vectors, one in each column; square_R are their squares.
     product_P: product of the slot's load vector with its rank's vector.
     arrivals_R: experts on a rank that were not there before.
+    stale_R: ranks whose square and products are out of date. touched_R: ranks that changed since
+        relieving them was last tried in vain.
     """
 
     slots_P: NDArray[np.int64]
@@ -59,6 +61,7 @@ class Layer(NamedTuple):
     square_R: NDArray[np.float64]
     product_P: NDArray[np.float64]
     arrivals_R: NDArray[np.int64]
+    stale_R: NDArray[np.bool_]
     touched_R: NDArray[np.bool_]
 
 
@@ -131,6 +134,7 @@ def start_layer(experts: Experts, slots_P: NDArray[np.int32]) -> Layer:
         np.zeros(num_ranks),
         np.zeros(slots_P.size),
         np.zeros(num_ranks, np.int64),
+        np.ones(num_ranks, np.bool_),
         np.ones(num_ranks, np.bool_),
     )
     _fill(experts, layer)
@@ -212,7 +216,7 @@ def _add_load(experts: Experts, layer: Layer, expert: int, sign: float) -> None:
     factor = sign * experts.part_EC[expert, layer.replicas_E[expert]]
     for index in range(layer.replicas_E[expert]):
         rank = layer.holders_EC[expert, index] // slots_per_rank
-        layer.touched_R[rank] = True
+        layer.stale_R[rank] = layer.touched_R[rank] = True
         for v in range(layer.load_VR.shape[0]):
             layer.load_VR[v, rank] += factor * experts.vectors_EV[expert, v]
 
@@ -232,7 +236,7 @@ def _release(experts: Experts, layer: Layer, slot: int, expert: int) -> None:
     layer.held_RE[rank, expert] = False
     layer.nodes_NE[experts.node_R[rank], expert] -= 1
     layer.replicas_E[expert] -= 1
-    layer.touched_R[rank] = True
+    layer.stale_R[rank] = layer.touched_R[rank] = True
     last = layer.replicas_E[expert]
     for index in range(last):
         if layer.holders_EC[expert, index] == slot:
@@ -241,12 +245,12 @@ def _release(experts: Experts, layer: Layer, slot: int, expert: int) -> None:
 
 @compiled
 def _refresh_products(experts: Experts, layer: Layer) -> None:
-    """Of the ranks that were touched; whoever reads `touched_R` clears it."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     load_V = np.empty(layer.load_VR.shape[0])
     slots_P, product_P, vectors_EV = layer.slots_P, layer.product_P, experts.vectors_EV
     for rank in range(layer.arrivals_R.size):
-        if layer.touched_R[rank]:
+        if layer.stale_R[rank]:
+            layer.stale_R[rank] = False
             load_V[:] = layer.load_VR[:, rank]
             layer.square_R[rank] = np.sum(load_V * load_V)
             for slot in range(rank * slots_per_rank, (rank + 1) * slots_per_rank):

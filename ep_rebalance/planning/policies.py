@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ep_rebalance.config import Policy
 from ep_rebalance.load_window import WindowLoad
-from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import mean_imbalance_L
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.incremental import plan_incremental
 from ep_rebalance.planning.plan import Budget, Plan, Planner, Problem
@@ -37,11 +37,11 @@ def make_plan(planner: Planner, problem: Problem) -> Plan:
     """
     target = planner(problem)
     quotas_LP = split_quotas(target, problem.load.load_LE)
-    after_L = predicted_imbalance_L(problem, target, quotas_LP)
+    after_L = mean_imbalance_L(problem.cost, problem.load, target, quotas_LP)
     before_L = after_L
     if target != problem.current:
         unmoved_LP = split_quotas(problem.current, problem.load.load_LE)
-        before_L = predicted_imbalance_L(problem, problem.current, unmoved_LP)
+        before_L = mean_imbalance_L(problem.cost, problem.load, problem.current, unmoved_LP)
     return Plan(
         placement=target,
         quotas_LP=quotas_LP,
@@ -49,17 +49,6 @@ def make_plan(planner: Planner, problem: Problem) -> Plan:
         imbalance_after_L=after_L,
         moved_slots=target.changed_slots(problem.current),
     )
-
-
-def predicted_imbalance_L(
-    problem: Problem, placement: Placement, quotas_LP: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """float64 [L], max/mean rank cost of each sample, averaged over the samples by their weight."""
-    cost_WLR = problem.cost.rank_cost_WLR(problem.load, placement, quotas_LP)
-    mean_L: NDArray[np.float64] = np.average(
-        imbalance_L(cost_WLR), axis=0, weights=problem.load.weight_W
-    )
-    return mean_L
 
 
 def compile_planner() -> None:

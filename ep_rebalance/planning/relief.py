@@ -45,10 +45,13 @@ class Relief(NamedTuple):
 def relief_of(experts: Experts, layer: Layer, rank: int) -> Relief:
     num_slots, num_ranks = layer.slots_P.size, layer.arrivals_R.size
     less_E, copied_E = np.zeros(layer.replicas_E.size), np.zeros(layer.replicas_E.size)
+    held_E = np.zeros(layer.replicas_E.size)
     spares = 0
     if num_slots > layer.replicas_E.size:
         spares = num_slots - np.sum(layer.replicas_E == 1)
-        _set_copies(experts, layer, less_E, copied_E)
+        for slot in range(num_slots):
+            held_E[layer.slots_P[slot]] += layer.product_P[slot]
+        _set_copies(experts, layer, held_E, less_E, copied_E)
     relief = Relief(
         rank,
         np.zeros(layer.replicas_E.size),
@@ -63,7 +66,7 @@ def relief_of(experts: Experts, layer: Layer, rank: int) -> Relief:
     )
     _set_products(experts, layer, relief)
     if spares:
-        _set_spares(experts, layer, relief)
+        _set_spares(experts, layer, held_E, relief)
     return relief
 
 
@@ -86,6 +89,7 @@ def _set_products(experts: Experts, layer: Layer, relief: Relief) -> None:
 def _set_copies(
     experts: Experts,
     layer: Layer,
+    held_E: NDArray[np.float64],
     less_E: NDArray[np.float64],
     copied_E: NDArray[np.float64],
 ) -> None:
@@ -96,18 +100,17 @@ def _set_copies(
             continue
         before, part = experts.part_EC[a, count], experts.part_EC[a, count + 1]
         less_E[a] = before - part
-        held = 0.0
-        for index in range(count):
-            held += layer.product_P[layer.holders_EC[a, index]]
         copied_E[a] = (
-            2.0 * less_E[a] * held
+            2.0 * less_E[a] * held_E[a]
             - (count * less_E[a] ** 2 + part**2) * experts.square_E[a]
             + experts.own_E[a] * (count * before**2 - (count + 1) * part**2)
         )
 
 
 @compiled
-def _set_spares(experts: Experts, layer: Layer, relief: Relief) -> None:
+def _set_spares(
+    experts: Experts, layer: Layer, held_E: NDArray[np.float64], relief: Relief
+) -> None:
     slots_per_rank = relief.product_SR.shape[0]
     n = 0
     for b in range(layer.replicas_E.size):
@@ -115,9 +118,6 @@ def _set_spares(experts: Experts, layer: Layer, relief: Relief) -> None:
         if count < 2:
             continue
         part, after = experts.part_EC[b, count], experts.part_EC[b, count - 1]
-        held = 0.0
-        for index in range(count):
-            held += layer.product_P[layer.holders_EC[b, index]]
         more = after - part
         fixed = experts.own_E[b] * (count * part**2 - (count - 1) * after**2)
         fixed -= (part**2 + (count - 1) * more**2) * experts.square_E[b]
@@ -125,7 +125,7 @@ def _set_spares(experts: Experts, layer: Layer, relief: Relief) -> None:
             slot = layer.holders_EC[b, index]
             own = layer.product_P[slot]
             relief.spare_N[n], relief.more_N[n] = slot, more
-            relief.freed_N[n] = fixed + 2.0 * part * own - 2.0 * more * (held - own)
+            relief.freed_N[n] = fixed + 2.0 * part * own - 2.0 * more * (held_E[b] - own)
             if layer.nodes_NE[experts.node_R[slot // slots_per_rank], b] == 1:
                 relief.freed_N[n] -= experts.traffic_E[b]
             relief.part_N[n], relief.most_N[n] = part, count * more

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.load_window import WindowLoad
-from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.planning.cost_model import CostModel
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import CostModel, mean_imbalance_L
 
 _FULL_TRUST = 0.02
 """Gain that is believed before anything is known: as if one plan had promised and kept it."""
@@ -39,9 +39,9 @@ class Promise:
 
     def achieved(self, load: WindowLoad, cost: CostModel) -> float:
         """Part that it saved on `load`, which was seen after the commit; below 0 if it cost more."""
-        before = _busiest(load, cost, self.before, self.before_quotas_LP)
-        after = _busiest(load, cost, self.after, self.after_quotas_LP)
-        return 1.0 - after / before
+        before_L = mean_imbalance_L(cost, load, self.before, self.before_quotas_LP)
+        after_L = mean_imbalance_L(cost, load, self.after, self.after_quotas_LP)
+        return float(1.0 - after_L.sum() / before_L.sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +68,3 @@ class TrackRecord:
         return TrackRecord(
             predicted=_REMEMBERED * self.predicted, achieved=_REMEMBERED * self.achieved
         )
-
-
-def _busiest(
-    load: WindowLoad, cost: CostModel, placement: Placement, quotas_LP: NDArray[np.float64]
-) -> float:
-    """Sum over layers of the mean over samples of max/mean rank cost."""
-    cost_WLR = cost.rank_cost_WLR(load, placement, quotas_LP)
-    return float(np.average(imbalance_L(cost_WLR), axis=0, weights=load.weight_W).sum())

@@ -11,8 +11,9 @@ from shapes import problem_of, problems, window_of
 from ep_rebalance.config import Policy
 from ep_rebalance.load_window import WindowLoad
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import mean_imbalance_L
 from ep_rebalance.planning.plan import Problem
-from ep_rebalance.planning.policies import PLANNERS, make_plan, predicted_imbalance_L
+from ep_rebalance.planning.policies import PLANNERS, make_plan
 
 TWO_RANKS = Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2)
 
@@ -51,12 +52,16 @@ def test_a_plan_promises_what_the_busiest_ranks_save() -> None:
 
 def test_imbalance_is_the_mean_over_samples() -> None:
     problem = problem_of(np.array([[[1.0, 1.0]], [[3.0, 1.0]], [[0.0, 0.0]]]), TWO_RANKS)
-    imbalance_L = predicted_imbalance_L(problem, TWO_RANKS, TWO_RANKS.even_quotas_LP())
+    imbalance_L = mean_imbalance_L(
+        problem.cost, problem.load, TWO_RANKS, TWO_RANKS.even_quotas_LP()
+    )
     assert imbalance_L == pytest.approx([(1 + 1.5 + 1) / 3])
 
 
 def test_older_samples_count_less() -> None:
     load: WindowLoad = window_of(np.array([[[3.0, 1.0]], [[1.0, 1.0]]]), half_life=1.0)
     problem = problem_of(load, TWO_RANKS)
-    imbalance_L = predicted_imbalance_L(problem, TWO_RANKS, TWO_RANKS.even_quotas_LP())
+    imbalance_L = mean_imbalance_L(
+        problem.cost, problem.load, TWO_RANKS, TWO_RANKS.even_quotas_LP()
+    )
     assert imbalance_L == pytest.approx([(0.5 * 1.5 + 1) / 1.5])
