@@ -15,7 +15,7 @@ expert's tokens split evenly over its replicas; with the plugin's quotas, refres
 and with the best split for each step, which no dispatch can beat on that placement. Slots that a plan
 changes; GB over links in all and on the busiest rank, per plan; expert transfers that the busiest
 rank makes one after another in a layer; parts of moved experts and of tokens that cross a node
-boundary; milliseconds to plan on one core.
+boundary; milliseconds to plan, and microseconds to fit one layer's quotas, on one core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import argparse
 import itertools
 import json
 import os
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,22 +35,27 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 import yaml
 from machine import machine
-from numpy.typing import NDArray
 from planning_load import gpt_oss_sequences, sglang_domains
+from planning_policies import (
+    Anew,
+    Hindsight,
+    Kept,
+    Ours,
+    Policy,
+    Steps,
+    place_anew,
+    vllm_policies,
+)
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ep_rebalance.config import PlannerConfig, RebalanceConfig, WindowConfig, load_config, nest
-from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
+from ep_rebalance.config import load_config, nest
+from ep_rebalance.load_window import LoadSample, window_load
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.cost_model import TokenCost
 from ep_rebalance.planning.greedy import plan_greedy
-from ep_rebalance.planning.incremental import plan_incremental
-from ep_rebalance.planning.plan import Budget, Planner, Problem
 from ep_rebalance.planning.policies import compile_planner
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.replay.balancing import ReplayedBalancer
 from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
 from ep_rebalance.replay.model_shape import SHAPES, ModelShape
 from ep_rebalance.replay.scoring import (
@@ -58,16 +63,14 @@ from ep_rebalance.replay.scoring import (
     balancedness,
     best_split_balancedness,
     cross_node_tokens,
+    even_balancedness,
     moves_between,
 )
 from ep_rebalance.topology import Topology
 
 WINDOW_STEPS, SNAPSHOT_STEPS = 48, 6
 RANKS_PER_NODE = 8
-EXPERT_GROUPS = 8
 STEP_SECONDS = 0.05
-
-Steps = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +87,12 @@ class Case:
     def title(self) -> str:
         tokens = f", {self.tokens_per_rank} tokens a rank" if self.tokens_per_rank != 128 else ""
         return (
-            f"{SHAPES[self.shape].title if self.shape in SHAPES else self.shape}, {self.load}: "
-            f"EP{self.ranks}, {self.redundant} redundant{tokens}"
+            f"{self.model.title}, {self.load}: EP{self.ranks}, {self.redundant} redundant{tokens}"
         )
+
+    @property
+    def model(self) -> ModelShape:
+        return SHAPES[self.shape]
 
 
 CASES = (
@@ -154,98 +160,13 @@ class Row:
     serial: float = 0.0
     cross_node_moves: float = 0.0
     milliseconds: float | None = None
-
-
-class Policy:
-    """What serves a window, and learns from it afterwards."""
-
-    name: str
-    placement: Placement
-    quotas_LP: NDArray[np.float64]
-    milliseconds: list[float]
-
-    def snapshot(self, sample: LoadSample) -> None: ...
-
-    def window_ends(self, samples: Sequence[LoadSample]) -> None: ...
-
-
-class Kept(Policy):
-    """A placement that stays; its quotas follow the load as the plugin's do."""
-
-    def __init__(self, name: str, placement: Placement) -> None:
-        self.name, self.placement, self.milliseconds = name, placement, []
-        self._samples: list[LoadSample] = []
-        self.quotas_LP = placement.even_quotas_LP()
-
-    def snapshot(self, sample: LoadSample) -> None:
-        self._samples = [*self._samples, sample][-WindowConfig().snapshots :]
-        load = window_load(self._samples, half_life=PlannerConfig().half_life_snapshots)
-        self.quotas_LP = split_quotas(self.placement, load.load_LE)
-
-
-class Anew(Kept):
-    """A planner that starts anew from each window."""
-
-    def __init__(self, name: str, planner: Planner, start: Placement, topology: Topology) -> None:
-        super().__init__(name, start)
-        self._planner, self._topology = planner, topology
-
-    def window_ends(self, samples: Sequence[LoadSample]) -> None:
-        problem = everything_may_move(window_load(samples), self.placement, self._topology)
-        began = time.perf_counter()
-        self.placement = self._planner(problem)
-        self.milliseconds.append(1e3 * (time.perf_counter() - began))
-        self.quotas_LP = split_quotas(self.placement, window_load(self._samples).load_LE)
-
-
-class Ours(Policy):
-    """The plugin at its defaults, from a placement like the one that a state file brings back."""
-
-    def __init__(
-        self, config: RebalanceConfig, start: Placement, topology: Topology, bytes_L: Sequence[int]
-    ) -> None:
-        self.name, self.milliseconds = "ep_rebalance", []
-        self._balancer = ReplayedBalancer(
-            config=config,
-            planner=plan_incremental,
-            cost=TokenCost(),
-            topology=topology,
-            expert_bytes_L=bytes_L,
-            placement=start,
-        )
-
-    @property
-    def placement(self) -> Placement:  # type: ignore[override]
-        return self._balancer.placement
-
-    @property
-    def quotas_LP(self) -> NDArray[np.float64]:  # type: ignore[override]
-        return self._balancer.quotas_LP
-
-    def snapshot(self, sample: LoadSample) -> None:
-        self._balancer.append(sample)
-
-    def window_ends(self, samples: Sequence[LoadSample]) -> None:
-        began = time.perf_counter()
-        self._balancer.plan()
-        self.milliseconds.append(1e3 * (time.perf_counter() - began))
-
-
-def everything_may_move(load: WindowLoad, current: Placement, topology: Topology) -> Problem:
-    budget = Budget(max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank)
-    return Problem(load=load, current=current, topology=topology, budget=budget)
-
-
-def place_anew(load: WindowLoad, current: Placement, topology: Topology) -> Placement:
-    """The best that we know for a window: the greedy placement, improved without a bound."""
-    start = plan_greedy(everything_may_move(load, current, topology))
-    return plan_incremental(everything_may_move(load, start, topology))
+    quota_microseconds: float = 0.0
 
 
 def run_case(
     case: Case, seed: int, options: argparse.Namespace, advance: Callable[[], None]
 ) -> Iterator[Row]:
-    shape, steps = load_of(case, seed, options)
+    shape, steps = case.model, load_of(case, seed, options)
     windows = [
         np.stack(list(itertools.islice(steps, WINDOW_STEPS))) for _ in range(options.windows)
     ]
@@ -264,15 +185,15 @@ def run_case(
         Kept("contiguous", contiguous),
         Kept("never move", start),
         Anew("greedy", plan_greedy, contiguous, topology),
-        *vllm_policies(case, contiguous, topology),
+        *vllm_policies(contiguous, topology, grouped=case.shape == "deepseek-v3"),
         Ours(config, start, topology, bytes_L),
     ]
+    if not options.fast:
+        policies.append(Hindsight(contiguous, topology))
     for policy in policies:
         if not options.policies or policy.name in options.policies.split(","):
             yield score_policy(policy, case, seed, windows, topology, bytes_L, options)
         advance()
-    if not options.fast:
-        yield hindsight(case, seed, windows, contiguous, topology)
 
 
 def score_policy(
@@ -287,6 +208,7 @@ def score_policy(
     even, quotas, best, crossing = [], [], [], []
     moves: list[Moves] = []
     for number, window_NLE in enumerate(windows):
+        policy.window_begins(window_NLE)
         if number:
             even.append(balancedness(window_NLE, policy.placement))
             if not options.fast:
@@ -302,7 +224,7 @@ def score_policy(
             policy.snapshot(samples[-1])
         before = policy.placement
         policy.window_ends(samples)
-        if 0 < number < len(windows) - 1:
+        if 0 < number < len(windows) - 1 and policy.moves:
             moves.append(moves_between(before, policy.placement, topology, bytes_L))
     made = [move for move in moves if move.slots]
     return Row(
@@ -320,66 +242,30 @@ def score_policy(
         cross_node_moves=mean(move.cross_node for move in made),
         cross_node_tokens=float(np.mean(crossing)),
         milliseconds=float(np.median(policy.milliseconds[1:])) if policy.milliseconds[1:] else None,
+        quota_microseconds=quota_microseconds(policy.placement, windows[-1].sum(axis=0)),
     )
 
 
-def hindsight(
-    case: Case, seed: int, windows: Sequence[Steps], contiguous: Placement, topology: Topology
-) -> Row:
-    even, quotas, best, crossing = [], [], [], []
-    for window_NLE in windows[1:]:
-        load = WindowLoad(
-            tokens_WLE=window_NLE[::2].astype(np.float64) + window_NLE[1::2],
-            weight_W=np.ones(WINDOW_STEPS // 2),
-            steps_W=np.full(WINDOW_STEPS // 2, 2.0),
-        )
-        placement = place_anew(load, contiguous, topology)
-        quotas_LP = split_quotas(placement, load.load_LE)
-        even.append(balancedness(window_NLE, placement))
-        quotas.append(balancedness(window_NLE, placement, quotas_LP))
-        best.append(best_split_balancedness(window_NLE, placement))
-        crossing.append(cross_node_tokens(window_NLE, placement, quotas_LP, topology))
-    return Row(
-        case=case,
-        policy="hindsight",
-        seed=seed,
-        even=float(np.mean(even)),
-        quotas=float(np.mean(quotas)),
-        best_split=float(np.mean(best)),
-        cross_node_tokens=float(np.mean(crossing)),
-    )
+def quota_microseconds(placement: Placement, load_LE: Steps) -> float:
+    """For each layer, the median of several times."""
+    seconds = timeit.repeat(lambda: split_quotas(placement, load_LE), number=1, repeat=11)
+    return 1e6 * float(np.median(seconds)) / placement.num_layers
 
 
-def load_of(
-    case: Case, seed: int, options: argparse.Namespace
-) -> tuple[ModelShape, Iterator[Steps]]:
-    """The model, and its steps without end."""
+def load_of(case: Case, seed: int, options: argparse.Namespace) -> Iterator[Steps]:
+    """Steps without end."""
+    shape, tokens = case.model, case.ranks * case.tokens_per_rank
     if case.load == "recorded":
-        return gpt_oss_sequences(options.data / case.shape, case.ranks * 128, seed)
-    shape = SHAPES[case.shape]
-    timing = TIMINGS["drift" if case.load == "real" else case.load]
+        return gpt_oss_sequences(options.data / case.shape, shape, tokens, seed)
     if case.load == "real":
         domains_DLE = sglang_domains(options.data / "deepseek-logical-counts")
     else:
         domains_DLE = synthetic_domains(
             domains=8, layers=shape.layers, experts=shape.experts, seed=seed
         )
-    pairs = case.ranks * case.tokens_per_rank * shape.top_k
-    return shape, generate_steps(domains_DLE, timing, pairs_per_step=pairs, seed=seed)
-
-
-def vllm_policies(case: Case, start: Placement, topology: Topology) -> list[Policy]:
-    try:
-        from ep_rebalance.engines.vllm.policy import hierarchical_planner, plan_vllm
-    except ImportError:
-        return []
-    policies: list[Policy] = [Anew("vLLM", plan_vllm, start, topology)]
-    nodes = topology.num_nodes
-    splits = nodes > 1 and EXPERT_GROUPS % nodes == 0 and case.ranks % nodes == 0
-    if splits and case.shape == "deepseek-v3" and start.num_slots % nodes == 0:
-        grouped = hierarchical_planner(EXPERT_GROUPS)
-        policies.append(Anew("vLLM groups", grouped, start, topology))
-    return policies
+    return generate_steps(
+        domains_DLE, TIMINGS[case.load], pairs_per_step=tokens * shape.top_k, seed=seed
+    )
 
 
 def snapshot_of(steps_NLE: Steps) -> LoadSample:
@@ -404,7 +290,7 @@ def mean(values: Iterator[float]) -> float:
 def show(case: Case, rows: Sequence[Row], console: Console) -> None:
     table = Table(title=case.title, title_justify="left")
     heads = ("", "even", "quotas", "best split", "moved", "GB", "GB busiest", "serial",
-             "x-node moves", "x-node tokens", "ms")  # fmt: skip
+             "x-node moves", "x-node tokens", "ms", "us quotas")  # fmt: skip
     for head in heads:
         table.add_column(head, justify="right" if head else "left")
     for name in dict.fromkeys(row.policy for row in rows):
@@ -421,9 +307,10 @@ def show(case: Case, rows: Sequence[Row], console: Console) -> None:
             spread([100 * r.cross_node_moves for r in own], ".0f", "%"),
             spread([100 * r.cross_node_tokens for r in own], ".0f", "%"),
             spread([r.milliseconds for r in own], ".0f"),
+            spread([r.quota_microseconds for r in own], ".0f"),
         )
     console.print(table)
-    for line in regret_lines(rows):
+    for line in (*regret_lines(rows), chance_line(case)):
         console.print(line, highlight=False)
 
 
@@ -438,6 +325,14 @@ def regret_lines(rows: Sequence[Row]) -> Iterator[str]:
         ]
         if gaps:
             yield f"  against {peer}: {spread(gaps, '+.1f')} points with an even split"
+
+
+def chance_line(case: Case) -> str:
+    pairs = case.ranks * case.tokens_per_rank * case.model.top_k
+    return (
+        f"  chance alone: {even_balancedness(pairs, case.ranks):.3f} if each of the {pairs} pairs of a "
+        "step went to a rank by lot"
+    )
 
 
 def spread(values: Sequence[float | None], pattern: str, unit: str = "") -> str:
@@ -459,7 +354,7 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def main() -> None:
-    options, console = parse_options(), Console(width=150)
+    options, console = parse_options(), Console(width=165)
     compile_planner()
     rows: list[Row] = []
     cases = chosen_cases(options)

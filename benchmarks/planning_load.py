@@ -29,17 +29,10 @@ def sglang_domains(folder: Path) -> NDArray[np.float64]:
 
 
 def gpt_oss_sequences(
-    folder: Path, tokens_per_step: int, seed: int
-) -> tuple[ModelShape, Iterator[NDArray[np.int64]]]:
-    """Steps of recorded sequences in token order: as many at once as a step has tokens, each
-    replaced by another when it ends, files one after the other so that the subject shifts."""
-    shape = ModelShape(title="gpt-oss-20b", layers=24, experts=32, top_k=4, expert_bytes=13_219_200)
-    return shape, _decode(folder, shape, tokens_per_step, seed)
-
-
-def _decode(
     folder: Path, shape: ModelShape, tokens_per_step: int, seed: int
 ) -> Iterator[NDArray[np.int64]]:
+    """Steps of recorded sequences in token order: as many at once as a step has tokens, each
+    replaced by another when it ends, files one after the other so that the subject shifts."""
     sequences = _sequences(folder, seed)
     running = [next(sequences) for _ in range(tokens_per_step)]
     random = np.random.default_rng([seed, 3])

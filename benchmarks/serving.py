@@ -30,20 +30,20 @@ import httpx
 import numpy as np
 import psutil
 from machine import machine
+from numpy.typing import NDArray
 from rich.console import Console
 from serving_load import ClosedLoop, Load, StreamFailed, measure
 from serving_model import ModelShape, ensure_model
 from serving_report import BALANCERS, Moves, Phase, Results, show
 from serving_servers import Clock, Engine, Server, ServerFailed, variants
 
+from ep_rebalance.placement import Placement, imbalance_L
+
 SERVER_BYTES = 3 << 30
 """Memory that a server takes: two ranks, each with two processes, and the API server."""
 
 BUSY = 0.5
 """Load average from which the machine is not quiet."""
-
-IMBALANCE_READINGS = 5
-"""Per phase; the median counts, because a snapshot of few tokens says little."""
 
 DEFAULT_SERVERS = ("observe", "rebalance", "even", "eplb")
 
@@ -206,16 +206,15 @@ class Comparison:
             concurrency=self._options.concurrency,
             seed=self._options.seed + 1000 * repetition + number + (500 if kind == "moving" else 0),
         )
-        seen: list[float] = []
         try:
             async with ClosedLoop(server.url, str(server.variant.model), load) as loop:
                 await loop.run(ramp_seconds)
                 await server.call("ep_rebalance_step_times")
+                before = await self._load(server)
                 start = time.perf_counter()
-                for _ in range(IMBALANCE_READINGS):
-                    await loop.run(seconds / IMBALANCE_READINGS)
-                    seen += await self._imbalance(server)
+                await loop.run(seconds)
                 stop = time.perf_counter()
+                after = await self._load(server)
                 steps = await server.call("ep_rebalance_step_times")
         except (aiohttp.ClientError, httpx.HTTPError, StreamFailed) as error:
             raise ServerFailed(f"{server.variant.title}: {error!r}\n{server.log_tail()}") from error
@@ -227,20 +226,18 @@ class Comparison:
             measurement=measure(loop.answers, start, stop),
             step_seconds=[step[0] for step in steps],
             carried=[step[1] for step in steps],
-            imbalance=float(np.median(seen)) if seen else None,
+            imbalance=imbalance_between(before, after),
         )
         self.results.phases.append(phase)
         return phase
 
-    async def _imbalance(self, server: Server) -> list[float]:
-        """max/mean rank load, mean of the layers, of the steps counted last; [] if unknown."""
+    async def _load(self, server: Server) -> Any:
+        """What `imbalance_between` takes."""
         if server.variant.name == "uncounted":
             return []
         if server.variant.name == "eplb":
-            done = await server.call("vllm_eplb_rearrangements")
-            return [float(np.mean(done[-1]["before"]))] if done else []
-        status = await server.status()
-        return [float(np.mean(status["imbalance"]))] if status["imbalance"] else []
+            return await server.call("vllm_eplb_rearrangements")
+        return await server.report("load")
 
     async def _moves(self, server: Server, repetition: int) -> Moves:
         name = server.variant.name
@@ -253,7 +250,7 @@ class Comparison:
                 experts=sum(entry["moved"] for entry in done),
                 bytes=sum(entry["fetched"] for entry in done) * self._shape.expert_bytes,
             )
-        status = await server.status()
+        status = await server.report("status")
         sent = status["migrated_bytes"]
         return Moves(
             variant=name,
@@ -279,6 +276,24 @@ class Comparison:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def imbalance_between(before: Any, after: Any) -> float | None:
+    """Max/mean rank load of what was served between two answers of `GET /ep_rebalance/load` on the
+    placement of the second, mean of the layers; for vLLM's balancer, of the windows that it looked at
+    in that time. None if there is nothing to tell."""
+    if isinstance(after, list):
+        seen = [np.mean(entry["before"]) for entry in after[len(before) :]]
+        return float(np.mean(seen)) if seen else None
+    tokens_LE = total_tokens_LE(after) - total_tokens_LE(before)
+    slots_LP = np.array([layer["slots"] for layer in after["layers"]], dtype=np.int32)
+    placement = Placement(slots_LP, tokens_LE.shape[1], after["ep_size"])
+    quotas_LP = np.array([layer["quotas"] for layer in after["layers"]])
+    return float(np.mean(imbalance_L(placement.rank_load_LR(tokens_LE, quotas_LP))))
+
+
+def total_tokens_LE(load: dict[str, Any]) -> NDArray[np.int64]:
+    return np.array([np.sum(list(layer["tokens"].values()), axis=0) for layer in load["layers"]])
 
 
 async def _run(comparison: Comparison) -> None:

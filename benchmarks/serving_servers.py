@@ -143,10 +143,10 @@ class Server:
         if self._process is not None:
             self._process.send_signal(number)
 
-    async def status(self) -> dict[str, Any]:
-        """`GET /ep_rebalance/status`."""
+    async def report(self, name: str) -> dict[str, Any]:
+        """`GET /ep_rebalance/NAME`, with the name `status` or `load`."""
         async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
-            answer = await client.get("/ep_rebalance/status")
+            answer = await client.get(f"/ep_rebalance/{name}")
             answer.raise_for_status()
             return dict(answer.json())
 

@@ -20,14 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance import __version__
-from ep_rebalance.commit import Served
+from ep_rebalance.commit import Served, Split
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.load_window import LoadSample, window_load
 from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.proposal import Proposal, Proposer
+from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, ModelIdentity, SavedState, save_state
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.plan_broadcast import read_plan
@@ -106,6 +108,12 @@ class Background:
         """Read a plan that was broadcast and work out the rounds that lead to it."""
         return self._thread.submit(self._schedule, served, wire_2LP.copy())
 
+    def fit_split(
+        self, samples: Sequence[LoadSample], served: Served, counts: DeviceCounts
+    ) -> Future[Split]:
+        """Fit the quotas of what is served to the window."""
+        return self._thread.submit(self._fit_split, samples, served.placement, counts)
+
     def save(self, served: Served, samples: Sequence[LoadSample]) -> None:
         """Write the state file, if one is configured."""
         if self._config.state.path:
@@ -132,6 +140,22 @@ class Background:
             max_bytes_per_round=self._config.migration.max_bytes_per_step,
             staging_slots=self._staging_slots,
         )
+
+    def _fit_split(
+        self, samples: Sequence[LoadSample], placement: Placement, counts: DeviceCounts
+    ) -> Split:
+        settings = self._config.planner
+        load = window_load(
+            samples, phases=settings.phases, half_life=settings.half_life_snapshots
+        )
+        try:
+            quotas_LP = split_quotas(placement, load.load_LE)
+            return Split(
+                quotas_LP=quotas_LP, thresholds_LEC=counts.thresholds(placement, quotas_LP)
+            )
+        except Exception:
+            logger.exception("ep_rebalance: the quotas could not be fitted; they stay as they are")
+            raise
 
     def _save(self, path: Path, served: Served, samples: Sequence[LoadSample]) -> None:
         header = Header(

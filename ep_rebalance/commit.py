@@ -6,7 +6,7 @@ experts arrived whole. Until then nothing that the forward pass reads has been t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,17 @@ class Served:
     @classmethod
     def initial(cls, placement: Placement) -> Served:
         return cls(placement=placement, quotas_LP=placement.even_quotas_LP(), generation=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Split:
+    """How tokens are to be split over the replicas of a placement.
+
+    quotas_LP: float64 [L, P]. thresholds_LEC: int32 [L, E, C], this rank's, as of `DeviceCounts`.
+    """
+
+    quotas_LP: NDArray[np.float64]
+    thresholds_LEC: NDArray[np.int32]
 
 
 def commit_batch(
@@ -68,3 +79,9 @@ def commit_tables(
         quotas_LP=quotas,
         generation=served.generation,
     )
+
+
+def commit_split(split: Split, served: Served, counts: DeviceCounts) -> Served:
+    """Split tokens anew over the replicas of the placement that is served."""
+    counts.set_thresholds(split.thresholds_LEC)
+    return replace(served, quotas_LP=split.quotas_LP)

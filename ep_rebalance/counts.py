@@ -108,3 +108,20 @@ class DeviceCounts:
             thresholds_EC = torch.from_numpy(thresholds_NEC[index])
             self._replica_slots[layer].copy_(slots_EC, non_blocking=True)
             self._thresholds[layer].copy_(thresholds_EC, non_blocking=True)
+
+    def thresholds(
+        self, placement: Placement, quotas_LP: NDArray[np.float64]
+    ) -> NDArray[np.int32]:
+        """int32 [L, E, C], what `set_thresholds` takes for all layers; may run in any thread."""
+        _, thresholds_LEC = dispatch_thresholds(
+            placement,
+            range(placement.num_layers),
+            quotas_LP,
+            topology=self._topology,
+            rank=self._rank,
+        )
+        return thresholds_LEC
+
+    def set_thresholds(self, thresholds_LEC: NDArray[np.int32]) -> None:
+        """Split tokens anew over the replicas that are there, in place and in stream order."""
+        self._thresholds.copy_(torch.from_numpy(thresholds_LEC), non_blocking=True)

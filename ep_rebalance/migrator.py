@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ep_rebalance.commit import Served, commit_batch, commit_tables
+from ep_rebalance.commit import Served, Split, commit_batch, commit_split, commit_tables
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal
@@ -125,6 +125,10 @@ class Migrator:
             self._commit(batch, migration, exchange)
         self._commit_tables_alone(migration)
         self._number(generation)
+
+    def serve_split(self, split: Split) -> None:
+        """Serve the same placement with other quotas."""
+        self.served = commit_split(split, self.served, self._counts)
 
     def _move(self, batch: Batch, exchange: RoundExchange) -> Generator[None, None, str]:
         """All rounds of a batch and the vote on them; the fault, or "" if the batch can be

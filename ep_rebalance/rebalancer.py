@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -26,6 +27,7 @@ from ep_rebalance.migration import Migration
 from ep_rebalance.migrator import Migrator
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.plan import Planner
+from ep_rebalance.quota_refresh import QuotaRefresh
 from ep_rebalance.snapshot import Flags, Snapshot, SnapshotExchange
 from ep_rebalance.state import ModelIdentity
 from ep_rebalance.step_times import StepTimes
@@ -84,6 +86,12 @@ class Rebalancer:
         )
         self._plans = PlanBroadcast(
             group=group, shape=placement.slots_LP.shape, device=counts.counts_LAE.device
+        )
+        self._quotas = QuotaRefresh(
+            background=self._background,
+            counts=counts,
+            migrator=self.migrator,
+            ranks=dist.get_world_size(group),
         )
         self._flags = Flags()
         self._snapshots_since_plan = 0
@@ -148,13 +156,16 @@ class Rebalancer:
         """
         for _ in range(self.config.window.snapshot_steps):
             yield
-        copy = self._snapshots.begin(self._flags, self.step_times.take_sum())
+        flags = replace(self._flags, fitted=int(self._quotas.fitted))
+        copy = self._snapshots.begin(flags, self.step_times.take_sum())
         yield
         snapshot = self._snapshots.finish(copy)
-        if snapshot.sample.counts_ALE.any():
+        if snapshot.sample.routed:
             self._window.append(snapshot.sample)
             self._snapshots_since_plan += 1
         self.journal.snapshot(snapshot, self.served)
+        fresh = self._window.samples() if snapshot.sample.routed else ()
+        self._quotas.snapshot(snapshot.flags.fitted, fresh)
         return snapshot
 
     def _plan(self) -> Generator[None, None, bool]:
@@ -214,6 +225,7 @@ class Rebalancer:
         return migration
 
     def _migrate(self, migration: Migration) -> Steps:
+        self._quotas.forget()
         began, generation = time.perf_counter(), self.served.generation
         self.journal.migration_began()
         fault = yield from self.migrator.migrate(migration)

@@ -1,13 +1,13 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
-It is the only collective that steady traffic costs: `2 L E + 6` integers every `snapshot_steps`
+It is the only collective that steady traffic costs: `2 L E + 7` integers every `snapshot_steps`
 steps. All decisions that ranks must take in the same step are taken from what it returns, which is
 equal on every rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,21 +17,22 @@ from ep_rebalance.load_window import LoadSample
 from ep_rebalance.step_times import StepSum
 from ep_rebalance.transport.host_copy import HostCopy
 
-HEAD = 6
+HEAD = 7
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Flags:
     """What a rank tells the others; in a `Snapshot`, how many ranks said so.
 
     planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has
-    worked out its migration. failed: it could not.
+    worked out its migration. failed: it could not. fitted: it has quotas that follow the load.
     """
 
     planned: int = 0
     proposed: int = 0
     scheduled: int = 0
     failed: int = 0
+    fitted: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +58,7 @@ class SnapshotExchange:
 
     def begin(self, flags: Flags, steps: StepSum) -> HostCopy:
         """Sum and clear the counters. steps: those of this rank since the snapshot before."""
-        head = [
-            flags.planned,
-            flags.proposed,
-            flags.scheduled,
-            flags.failed,
-            steps.busy_steps,
-            round(steps.busy_seconds * 1e6),
-        ]
+        head = [*astuple(flags), steps.busy_steps, round(steps.busy_seconds * 1e6)]
         counts_LAE = self._counts.counts_LAE
         self._buffer[:HEAD].copy_(torch.tensor(head), non_blocking=True)
         self._buffer[HEAD:].copy_(counts_LAE[:, :2].reshape(-1))
@@ -76,9 +70,7 @@ class SnapshotExchange:
     def finish(self, copy: HostCopy) -> Snapshot:
         """The sums that `begin` started."""
         values = copy.result().numpy()
-        planned, proposed, scheduled, failed, busy_steps, microseconds = (
-            int(value) for value in values[:HEAD]
-        )
+        *flags, busy_steps, microseconds = (int(value) for value in values[:HEAD])
         counts_ALE = values[HEAD:].reshape(self._shape).transpose(1, 0, 2).copy()
         return Snapshot(
             sample=LoadSample(
@@ -86,5 +78,5 @@ class SnapshotExchange:
                 steps=self._steps,
                 step_seconds=microseconds / 1e6 / max(busy_steps, 1),
             ),
-            flags=Flags(planned=planned, proposed=proposed, scheduled=scheduled, failed=failed),
+            flags=Flags(*flags),
         )

@@ -67,15 +67,29 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds-per-phase",
         type=_seconds,
-        default=35.0,
+        default=25.0,
         metavar="S",
-        help="how long each of the three kinds of traffic lasts (default: 35)",
+        help="how long each of the three kinds of traffic lasts (default: 25)",
     )
     parser.add_argument("--port", type=int, help="port to serve on (default: one that is free)")
     parser.add_argument(
         "--tensor-parallel",
         action="store_true",
         help="two tensor-parallel ranks instead of two data-parallel ones",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("incremental", "greedy", "vllm"),
+        default="incremental",
+        help="who decides what moves: ours, DeepSeek's published algorithm, or vLLM's own "
+        "(default: incremental)",
+    )
+    parser.add_argument(
+        "--redundant",
+        type=int,
+        default=0,
+        metavar="N",
+        help="slots beyond one per expert, over both ranks (default: 0)",
     )
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's log here")
     parser.add_argument(
@@ -298,6 +312,8 @@ def main(arguments: Sequence[str]) -> int:
             config=EXAMPLES / "demo.yaml",
             port=choose_port(options.port),
             tensor_parallel=options.tensor_parallel,
+            policy=options.policy,
+            redundant_experts=options.redundant,
         )
         server = Server(launch, options.log or scratch / "server.log")
         code = asyncio.run(run(options, console, server))

@@ -33,6 +33,8 @@ class Launch:
     config: Path
     port: int
     tensor_parallel: bool
+    policy: str
+    redundant_experts: int
 
     @property
     def url(self) -> str:
@@ -49,6 +51,8 @@ class Launch:
             *(str(self.model), "--served-model-name", MODEL_NAME),
             *("--enable-expert-parallel", ranks, str(RANKS)),
             *("--plugin", "ep_rebalance", "--ep-rebalance-config", str(self.config)),
+            *("--ep-rebalance-config.planner.policy", self.policy),
+            *("--ep-rebalance-config.planner.redundant_experts", str(self.redundant_experts)),
             *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
             # Every answer is to be computed anew, by the experts where they are now.
             "--no-enable-prefix-caching",

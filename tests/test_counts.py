@@ -7,6 +7,7 @@ import torch
 from ep_rebalance.counts import HASH_STRIDE, DeviceCounts
 from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.topology import Topology
 
 PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)
@@ -100,6 +101,19 @@ def test_dispatch_tables_are_changed_in_place_and_for_one_layer():
     assert (tables.replica_slots_EC.numpy() == target.replica_slots(1)).all()
     assert (tables.replica_slots_EC.data_ptr(), tables.thresholds_EC.data_ptr()) == addresses
     assert torch.equal(counts.layers[0].replica_slots_EC, other)
+
+
+def test_a_new_split_is_what_setting_the_tables_would_have_made():
+    counts, same = make_counts(), make_counts()
+    load_LE = np.array([[5, 1, 1, 1], [1, 9, 1, 1]])
+    quotas_LP = split_quotas(PLACEMENT, load_LE)
+    before = counts.layers[0].thresholds_EC.clone()
+    counts.set_thresholds(counts.thresholds(PLACEMENT, quotas_LP))
+    same.set_dispatch((0, 1), PLACEMENT, quotas_LP)
+    for ours, expected in zip(counts.layers, same.layers, strict=True):
+        assert torch.equal(ours.thresholds_EC, expected.thresholds_EC)
+        assert torch.equal(ours.replica_slots_EC, expected.replica_slots_EC)
+    assert not torch.equal(before, counts.layers[0].thresholds_EC)
 
 
 def test_tables_of_the_layers_share_memory_with_the_counters():

@@ -252,6 +252,57 @@ def test_status_counts_each_token_once_by_phase_and_by_rank(two_ranks: Ranks):
     assert decode(encode(status)) == status
 
 
+# --- quotas follow the load
+
+
+def split_only(rank, size, config):
+    engine = Engine(rank, size, config)
+    for _ in range(30):
+        engine.step(skew=3.0)
+    return engine.seen, engine.imbalances()
+
+
+def test_quotas_follow_the_load_on_all_ranks_in_the_same_step_without_a_move(
+    ranks_of: dict[int, Ranks],
+):
+    config = eager({"planner": {"policy": "none", "redundant_experts": 8}})
+    answers = ranks_of[4].run(split_only, 4, config)
+    assert_in_step([seen for seen, _ in answers])
+    seen, (before, after) = answers[0]
+    assert {step.generation for step in seen} == {0}
+    assert len({step.slots_LP for step in seen}) == 1
+    assert len({step.quotas_LP for step in seen}) > 4
+    assert after - 1 < 0.9 * (before - 1)
+
+
+def fail_to_split_on_one_rank(rank, size, config):
+    def raising(*args):
+        raise FloatingPointError("no split today")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(background, "split_quotas", raising)
+        engine = Engine(rank, size, config)
+        for _ in range(12):
+            engine.step()
+    unsplit = engine.seen[-1]
+    engine.run_until(has_generation(1))
+    for _ in range(12):
+        engine.step()
+    return engine.seen, unsplit
+
+
+def test_quotas_that_one_rank_cannot_fit_are_taken_up_by_none(two_ranks: Ranks):
+    config = eager(
+        {"window": {"min_snapshots": 5}, "planner": {"redundant_experts": 4}},
+    )
+    answers = two_ranks.run(fail_to_split_on_one_rank, 2, config)
+    assert_in_step([seen for seen, _ in answers])
+    seen, unsplit = answers[0]
+    assert unsplit == seen[0]
+    assert seen[-1].quotas_LP != unsplit.quotas_LP
+
+
 # --- nothing moves where nothing should
 
 

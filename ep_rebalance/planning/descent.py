@@ -49,13 +49,13 @@ def improve_layer(
 def _next_change(
     experts: Experts, layer: Layer, max_moved: int, max_arrivals: int, least_price: float
 ) -> Change:
-    """For the costliest rank that can be relieved. Ranks that could not stay marked until a change
-    touches them; those below the average are not tried."""
+    """For the costliest rank that can be relieved. One that could not is tried again only after it
+    became costlier by what a move must gain; ranks below the average are not tried."""
     left = max_moved - layer.arrivals_R.sum()
     average = layer.square_R.mean()
     nothing = Change(least_price, 0.0, 0, -1, -1, -1)
     while True:
-        rank = _costliest_touched(layer)
+        rank = _costliest(layer, least_price)
         if rank < 0 or layer.square_R[rank] < average:
             return nothing
         relief = relief_of(experts, layer, rank)
@@ -64,14 +64,15 @@ def _next_change(
         best = best_drop(experts, layer, relief, left, max_arrivals, best)
         if best.slot >= 0:
             return best
-        layer.touched_R[rank] = False
+        layer.vain_R[rank] = layer.square_R[rank]
 
 
 @compiled
-def _costliest_touched(layer: Layer) -> int:
+def _costliest(layer: Layer, growth: float) -> int:
+    """Of the ranks whose square has grown by `growth` since they were tried in vain; -1 if none."""
     costliest = -1
     for rank in range(layer.square_R.size):
-        if layer.touched_R[rank] and (
+        if layer.square_R[rank] > layer.vain_R[rank] + growth and (
             costliest < 0 or layer.square_R[rank] > layer.square_R[costliest]
         ):
             costliest = rank

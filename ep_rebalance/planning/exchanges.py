@@ -20,7 +20,7 @@ def best_copy(
 ) -> Change:
     """`best`, or one more replica elsewhere of an expert of the rank, if it has a higher price."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
-    held_RE, slots_P = layer.held_RE, layer.slots_P
+    held_RE, slots_P, fetch_RE = layer.held_RE, layer.slots_P, experts.fetch_RE
     spare_N, freed_N = relief.spare_N, relief.freed_N
     nodes_NE, node_R, traffic_E = layer.nodes_NE, experts.node_R, experts.traffic_E
     mean_E, rest_E = experts.vectors_VE[0], experts.rest_E
@@ -35,16 +35,13 @@ def best_copy(
             gain = copied + freed_N[n] - 2.0 * part * product_R[rank]
             if nodes_NE[node_R[rank], a] == 0:
                 gain += traffic_E[a]
+            least = best.price * max(fetch_RE[rank, a] - fetch_RE[rank, b], 1.0)
             product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
-            if (
-                gain + 2.0 * (part * relief.part_N[n] + less * relief.most_N[n]) * product
-                > best.price
-            ):
-                together = part * relief.part_N[n] + less * relief.more_N[n] * _shared_ranks(
-                    layer, a, b
-                )
-                if gain + 2.0 * together * product > best.price:
-                    gain += 2.0 * together * inner_product(experts, a, b)
+            both = part * relief.part_N[n]
+            if gain + 2.0 * (both + less * relief.most_N[n]) * product > least:
+                both += less * relief.more_N[n] * _shared_ranks(layer, a, b)
+                if gain + 2.0 * both * product > least:
+                    gain += 2.0 * both * inner_product(experts, a, b)
                     best = _better(experts, layer, spare_N[n], a, gain, left, max_arrivals, best)
     return best
 
@@ -58,6 +55,7 @@ def best_drop(
     held_E, product_E, replicas_E = layer.held_RE[relief.rank], relief.product_E, layer.replicas_E
     nodes_E, traffic_E = layer.nodes_NE[experts.node_R[relief.rank]], experts.traffic_E
     copied_E, less_E, part_EC = relief.copied_E, relief.less_E, experts.part_EC
+    fetch_E = experts.fetch_RE[relief.rank]
     mean_E, rest_E = experts.vectors_VE[0], experts.rest_E
     for n in range(relief.spare_N.size):
         slot = relief.spare_N[n]
@@ -72,11 +70,13 @@ def best_drop(
             gain = copied_E[a] + freed - 2.0 * part * product_E[a]
             if nodes_E[a] == 0:
                 gain += traffic_E[a]
+            least = best.price * max(fetch_E[a] - fetch_E[b], 1.0)
             product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
-            if gain + 2.0 * (part * part_b + less_E[a] * most) * product > best.price:
-                together = part * part_b + less_E[a] * more * _shared_ranks(layer, a, b)
-                if gain + 2.0 * together * product > best.price:
-                    gain += 2.0 * together * inner_product(experts, a, b)
+            both = part * part_b
+            if gain + 2.0 * (both + less_E[a] * most) * product > least:
+                both += less_E[a] * more * _shared_ranks(layer, a, b)
+                if gain + 2.0 * both * product > least:
+                    gain += 2.0 * both * inner_product(experts, a, b)
                     best = _better(experts, layer, slot, a, gain, left, max_arrivals, best)
     return best
 

@@ -48,8 +48,8 @@ class Layer(NamedTuple):
     load_VR: the rank vectors, one in each column; square_R are their squares.
     product_P: product of the slot's load vector with its rank's vector.
     arrivals_R: experts on a rank that were not there before.
-    stale_R: ranks whose square and products are out of date. touched_R: ranks that changed since
-        relieving them was last tried in vain.
+    stale_R: ranks whose square and products are out of date.
+    vain_R: the rank's square when relieving it was last tried in vain; 0 before.
     """
 
     slots_P: NDArray[np.int64]
@@ -62,7 +62,7 @@ class Layer(NamedTuple):
     product_P: NDArray[np.float64]
     arrivals_R: NDArray[np.int64]
     stale_R: NDArray[np.bool_]
-    touched_R: NDArray[np.bool_]
+    vain_R: NDArray[np.float64]
 
 
 class Change(NamedTuple):
@@ -135,7 +135,7 @@ def start_layer(experts: Experts, slots_P: NDArray[np.int32]) -> Layer:
         np.zeros(slots_P.size),
         np.zeros(num_ranks, np.int64),
         np.ones(num_ranks, np.bool_),
-        np.ones(num_ranks, np.bool_),
+        np.zeros(num_ranks),
     )
     _fill(experts, layer)
     _refresh_products(experts, layer)
@@ -216,7 +216,7 @@ def _add_load(experts: Experts, layer: Layer, expert: int, sign: float) -> None:
     factor = sign * experts.part_EC[expert, layer.replicas_E[expert]]
     for index in range(layer.replicas_E[expert]):
         rank = layer.holders_EC[expert, index] // slots_per_rank
-        layer.stale_R[rank] = layer.touched_R[rank] = True
+        layer.stale_R[rank] = True
         for v in range(layer.load_VR.shape[0]):
             layer.load_VR[v, rank] += factor * experts.vectors_EV[expert, v]
 
@@ -236,7 +236,7 @@ def _release(experts: Experts, layer: Layer, slot: int, expert: int) -> None:
     layer.held_RE[rank, expert] = False
     layer.nodes_NE[experts.node_R[rank], expert] -= 1
     layer.replicas_E[expert] -= 1
-    layer.stale_R[rank] = layer.touched_R[rank] = True
+    layer.stale_R[rank] = True
     last = layer.replicas_E[expert]
     for index in range(last):
         if layer.holders_EC[expert, index] == slot:

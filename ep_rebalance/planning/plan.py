@@ -51,12 +51,14 @@ class Plan:
 
     quotas_LP: float64 [L, P], part of its expert's tokens that a slot receives; sums to 1 over an
     expert's slots.
+    unmoved_quotas_LP: the same for the current placement, fitted to the same load.
     imbalance_before_L, imbalance_after_L: float64 [L], max/mean rank cost predicted on the window
         without and with the plan.
     """
 
     placement: Placement
     quotas_LP: NDArray[np.float64]
+    unmoved_quotas_LP: NDArray[np.float64]
     imbalance_before_L: NDArray[np.float64]
     imbalance_after_L: NDArray[np.float64]
     moved_slots: int

@@ -38,13 +38,14 @@ def make_plan(planner: Planner, problem: Problem) -> Plan:
     target = planner(problem)
     quotas_LP = split_quotas(target, problem.load.load_LE)
     after_L = mean_imbalance_L(problem.cost, problem.load, target, quotas_LP)
-    before_L = after_L
+    before_L, unmoved_LP = after_L, quotas_LP
     if target != problem.current:
         unmoved_LP = split_quotas(problem.current, problem.load.load_LE)
         before_L = mean_imbalance_L(problem.cost, problem.load, problem.current, unmoved_LP)
     return Plan(
         placement=target,
         quotas_LP=quotas_LP,
+        unmoved_quotas_LP=unmoved_LP,
         imbalance_before_L=before_L,
         imbalance_after_L=after_L,
         moved_slots=target.changed_slots(problem.current),

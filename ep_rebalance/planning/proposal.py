@@ -16,7 +16,6 @@ from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.decision import Decision, decide
 from ep_rebalance.planning.plan import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.policies import make_plan
-from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.planning.track_record import Promise, TrackRecord
 from ep_rebalance.topology import Topology
 
@@ -88,10 +87,10 @@ class Proposer:
     def _learn(self, unseen: Sequence[LoadSample], current: Placement) -> float | None:
         """Hold the last plan against what came after it, if it was carried out."""
         promise, self._promise = self._promise, None
-        if promise is None or promise.after != current or not unseen:
+        load = window_load(unseen, phases=self._settings.phases) if unseen else None
+        if promise is None or promise.after != current or load is None or not load.load_LE.any():
             self._record = self._record.faded()
             return None
-        load = window_load(unseen, phases=self._settings.phases)
         achieved = promise.achieved(load, self._cost)
         self._record = self._record.with_outcome(promise.predicted, achieved)
         return self._decision.expert_time_fraction * achieved
@@ -124,7 +123,7 @@ def plan_budget(settings: PlannerConfig, current: Placement) -> Budget:
 def _promise(problem: Problem, plan: Plan) -> Promise:
     return Promise(
         before=problem.current,
-        before_quotas_LP=split_quotas(problem.current, problem.load.load_LE),
+        before_quotas_LP=plan.unmoved_quotas_LP,
         after=plan.placement,
         after_quotas_LP=plan.quotas_LP,
         predicted=plan.promised,

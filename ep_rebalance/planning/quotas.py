@@ -3,7 +3,8 @@
 The split that keeps the busiest rank lowest is a linear programme; pouring the load of one
 replicated expert after the other over its ranks like water, until nothing changes, reaches its
 optimum. (Each pour minimises the sum of squared rank loads over one expert's quotas, and the split
-of least squares also has the lowest maximum.)
+of least squares also has the lowest maximum.) Experts with two replicas, which most are, are poured
+a little beyond the level until the changes are small.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from ep_rebalance.planning.compiled import compiled
 _MAX_SWEEPS = 200
 _TOLERANCE = 1e-4
 """Change of a rank load in one sweep, as part of the mean rank load, that ends the pouring."""
+_BEYOND = 1.5
+"""Successive over-relaxation: long chains of ranks, each sharing an expert with the next, come to a
+level several times as fast."""
 
 
 def split_quotas(
@@ -57,24 +61,54 @@ def _pour_layer(
     for slot in range(slots_P.size):
         rank_load_R[slot // slots_per_rank] += load_E[slots_P[slot]] * quotas_P[slot]
     replicated, slots, first = _replicated(load_E, slots_P)
-    floors = np.empty(num_ranks)
     smallest_change = _TOLERANCE * rank_load_R.sum() / num_ranks
     for _ in range(_MAX_SWEEPS):
-        change = 0.0
-        for index in range(replicated.size):
-            begin, end, load = first[index], first[index + 1], load_E[replicated[index]]
-            for j in range(begin, end):
-                slot = slots[j]
-                floors[j - begin] = rank_load_R[slot // slots_per_rank] - load * quotas_P[slot]
-            level = _water_level(floors[: end - begin], load)
-            for j in range(begin, end):
-                rank, floor = slots[j] // slots_per_rank, floors[j - begin]
-                poured = max(level - floor, 0.0)
-                change = max(change, abs(floor + poured - rank_load_R[rank]))
-                quotas_P[slots[j]] = poured / load
-                rank_load_R[rank] = floor + poured
+        change = _sweep(
+            load_E, replicated, slots, first, slots_per_rank, _BEYOND, rank_load_R, quotas_P
+        )
         if change <= smallest_change:
             break
+    _sweep(load_E, replicated, slots, first, slots_per_rank, 1.0, rank_load_R, quotas_P)
+
+
+@compiled
+def _sweep(
+    load_E: NDArray[np.float64],
+    replicated: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    first: NDArray[np.int64],
+    slots_per_rank: int,
+    beyond: float,
+    rank_load_R: NDArray[np.float64],
+    quotas_P: NDArray[np.float64],
+) -> float:
+    """Split each expert anew; pairs go `beyond` times as far as to the level. Returns the largest
+    change of a rank's load."""
+    change = 0.0
+    for index in range(replicated.size):
+        begin, end, load = first[index], first[index + 1], load_E[replicated[index]]
+        if end - begin == 2:
+            one, other = slots[begin], slots[begin + 1]
+            here, there = one // slots_per_rank, other // slots_per_rank
+            poured = load * quotas_P[one]
+            level = poured + 0.5 * beyond * (rank_load_R[there] - rank_load_R[here])
+            level = min(max(level, 0.0), load)
+            quotas_P[one], quotas_P[other] = level / load, 1.0 - level / load
+            rank_load_R[here] += level - poured
+            rank_load_R[there] -= level - poured
+            change = max(change, abs(level - poured))
+            continue
+        floors = np.empty(end - begin)
+        for j in range(begin, end):
+            floors[j - begin] = rank_load_R[slots[j] // slots_per_rank] - load * quotas_P[slots[j]]
+        level = _water_level(floors, load)
+        for j in range(begin, end):
+            rank, floor = slots[j] // slots_per_rank, floors[j - begin]
+            poured = max(level - floor, 0.0)
+            change = max(change, abs(floor + poured - rank_load_R[rank]))
+            quotas_P[slots[j]] = poured / load
+            rank_load_R[rank] = floor + poured
+    return change
 
 
 @compiled

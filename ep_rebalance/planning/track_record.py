@@ -58,9 +58,12 @@ class TrackRecord:
         return float(min(max(kept, _LEAST_TRUST), 1.0))
 
     def with_outcome(self, predicted: float, achieved: float) -> TrackRecord:
+        """A loss counts for no more than the gain that was promised, or one bad window would silence
+        the planner for long."""
         faded = self.faded()
         return TrackRecord(
-            predicted=faded.predicted + predicted, achieved=faded.achieved + achieved
+            predicted=faded.predicted + predicted,
+            achieved=faded.achieved + max(achieved, -predicted),
         )
 
     def faded(self) -> TrackRecord:

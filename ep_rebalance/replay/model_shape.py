@@ -37,6 +37,13 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             top_k=4,
             expert_bytes=3 * 2880 * 2880 * 17 // 32,
         ),
+        "gpt-oss-20b": ModelShape(
+            title="gpt-oss-20b",
+            layers=24,
+            experts=32,
+            top_k=4,
+            expert_bytes=3 * 2880 * 2880 * 17 // 32,
+        ),
         "mixtral-8x7b": ModelShape(
             title="Mixtral-8x7B",
             layers=32,

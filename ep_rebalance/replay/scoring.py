@@ -58,6 +58,12 @@ def best_split_balancedness(steps_NLE: NDArray[np.integer], placement: Placement
     )
 
 
+def even_balancedness(pairs: int, ranks: int, *, steps: int = 10_000) -> float:
+    """What chance alone leaves: of steps in which each of `pairs` goes to a rank by lot."""
+    loads_NR = np.random.default_rng(0).multinomial(pairs, np.full(ranks, 1 / ranks), size=steps)
+    return float(np.mean(loads_NR.mean(axis=1) / loads_NR.max(axis=1)))
+
+
 def cross_node_tokens(
     steps_NLE: NDArray[np.integer],
     placement: Placement,

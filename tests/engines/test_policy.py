@@ -61,5 +61,20 @@ def test_groups_of_experts_stay_together_on_a_node(policy):
     nodes = Topology(node_of_rank=(0, 0, 1, 1))
     problem = problem_of(random_samples(0, current), current, topology=nodes)
     target = policy.hierarchical_planner(4)(problem)
-    groups = [set((slots_P // 4).tolist()) for slots_P in target.slots_LP.reshape(4, 8)]
-    assert [len(held) for held in groups] == [2] * 4
+    assert_two_groups_on_each_node(target)
+
+
+@pytest.mark.parametrize("redundant", [4, 8, 16])
+def test_replicas_stay_on_the_node_of_their_group(policy, redundant):
+    current = Placement.contiguous(
+        num_layers=2, num_experts=16, num_ranks=4, num_redundant=redundant
+    )
+    nodes = Topology(node_of_rank=(0, 0, 1, 1))
+    problem = problem_of(random_samples(0, current, skew=2.0), current, topology=nodes)
+    assert_two_groups_on_each_node(policy.hierarchical_planner(4)(problem))
+
+
+def assert_two_groups_on_each_node(target):
+    held_by_nodes = target.slots_LP.reshape(2 * target.num_layers, -1)
+    groups = [set((slots_P // 4).tolist()) for slots_P in held_by_nodes]
+    assert [len(held) for held in groups] == [2] * len(groups)

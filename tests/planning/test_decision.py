@@ -25,6 +25,7 @@ def judge(
     plan = Plan(
         placement=target,
         quotas_LP=target.even_quotas_LP(),
+        unmoved_quotas_LP=CURRENT.even_quotas_LP(),
         imbalance_before_L=np.array([2.0, 2.0]),
         imbalance_after_L=np.array([after, 2.0]),
         moved_slots=target.changed_slots(CURRENT),

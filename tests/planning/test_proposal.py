@@ -124,3 +124,12 @@ def test_the_budget_allows_at_least_a_swap() -> None:
     large = Placement.contiguous(num_layers=10, num_experts=100, num_ranks=2)
     assert plan_budget(planner, large).max_moved_slots == 10
     assert plan_budget(planner, large).max_arrivals == planner.max_arrivals_per_rank_and_layer
+
+
+def test_load_of_another_phase_says_nothing_of_a_promise() -> None:
+    asked = proposer(planner=SETTINGS["planner"] | {"phase": "decode"})
+    samples = snapshots(FIRST_RANK_BUSY)
+    target = propose(asked, samples, CURRENT).plan.placement
+    later = samples + snapshots([50_000] * 8, phase="prefill")
+    second = propose(asked, later, target)
+    assert (second.achieved_gain, second.trust) == (None, 1.0)

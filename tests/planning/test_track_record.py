@@ -40,6 +40,11 @@ def test_broken_promises_lower_it_as_far_as_a_tenth() -> None:
     assert half.with_outcome(0.3, -5.0).trust == pytest.approx(0.1)
 
 
+def test_a_great_loss_is_forgiven_as_soon_as_a_small_one() -> None:
+    great = TrackRecord().with_outcome(0.3, -5.0)
+    assert great == TrackRecord().with_outcome(0.3, -0.3)
+
+
 def test_small_promises_say_little() -> None:
     assert TrackRecord().with_outcome(0.001, 0.0).trust > 0.95
 

@@ -13,6 +13,7 @@ from ep_rebalance.replay.scoring import (
     balancedness,
     best_split_balancedness,
     cross_node_tokens,
+    even_balancedness,
     moves_between,
 )
 from ep_rebalance.topology import Topology
@@ -31,6 +32,12 @@ def test_balancedness_follows_the_quotas() -> None:
     steps_NLE = np.array([[[4, 3, 1]]])
     assert balancedness(steps_NLE, REPLICATED) == pytest.approx(4 / 5)
     assert balancedness(steps_NLE, REPLICATED, np.array([[0.25, 1, 0.75, 1]])) == 1.0
+
+
+def test_chance_alone_is_the_worse_the_fewer_pairs_a_rank_gets() -> None:
+    assert even_balancedness(32, 1) == 1.0
+    assert even_balancedness(2, 2) == pytest.approx((1 + 1 / 2) / 2, abs=0.02)
+    assert even_balancedness(1 << 15, 32) == pytest.approx(0.939, abs=0.002)
 
 
 def test_the_best_split_is_made_for_each_step() -> None:

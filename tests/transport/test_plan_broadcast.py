@@ -18,6 +18,7 @@ def plan_of(placement: Placement, quotas_LP) -> Plan:
     return Plan(
         placement=placement,
         quotas_LP=quotas_LP,
+        unmoved_quotas_LP=quotas_LP,
         imbalance_before_L=ones_L,
         imbalance_after_L=ones_L,
         moved_slots=0,

@@ -41,7 +41,8 @@ def hierarchical_planner(groups: int) -> Planner:
 
 
 def _plan(problem: Problem, *, groups: int, nodes: int) -> Placement:
-    """The policy packs groups onto nodes where their number divides, and is global elsewhere."""
+    """The policy packs groups onto nodes where their number divides, and is global elsewhere. What
+    it packed onto a node stays there when replicas are spread."""
     from vllm.distributed.eplb.policy import DefaultEplbPolicy
 
     current, load_LE = problem.current, problem.load.load_LE
@@ -54,9 +55,11 @@ def _plan(problem: Problem, *, groups: int, nodes: int) -> Placement:
         torch.from_numpy(current.slots_LP.astype(np.int64)),
     )
     slots_LP = found.numpy()
+    parts = nodes if groups % nodes == 0 else 1
     for layer, load_E in enumerate(load_LE):
         if load_E.any():
-            spread_replicas(slots_LP[layer], load_E, current.num_ranks)
+            for slots_P in np.split(slots_LP[layer], parts):
+                spread_replicas(slots_P, load_E, current.num_ranks // parts)
         else:
             slots_LP[layer] = current.slots_LP[layer]
     aligned_LP = align(slots_LP.astype(np.int32), current.slots_LP, current.num_ranks)

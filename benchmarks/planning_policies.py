@@ -1,0 +1,158 @@
+"""Who decides where experts sit, window by window: the plugin and its peers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.config import PlannerConfig, RebalanceConfig, WindowConfig
+from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import TokenCost
+from ep_rebalance.planning.greedy import plan_greedy
+from ep_rebalance.planning.incremental import plan_incremental
+from ep_rebalance.planning.plan import Budget, Planner, Problem
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.replay.balancing import ReplayedBalancer
+from ep_rebalance.topology import Topology
+
+EXPERT_GROUPS = 8
+"""Of DeepSeek-V3's router."""
+
+Steps = NDArray[np.int64]
+
+
+class Policy:
+    """What serves a window, and learns from it afterwards.
+
+    milliseconds: of each plan. moves: whether a change of its placement moves experts that serve.
+    """
+
+    name: str
+    placement: Placement
+    quotas_LP: NDArray[np.float64]
+    milliseconds: list[float]
+    moves = True
+
+    def window_begins(self, window_NLE: Steps) -> None:
+        """The steps that will come, for those who may see them."""
+
+    def snapshot(self, sample: LoadSample) -> None:
+        """The steps that have just been served."""
+
+    def window_ends(self, samples: Sequence[LoadSample]) -> None:
+        """All snapshots of the window that has just been served."""
+
+
+class Kept(Policy):
+    """A placement that stays; its quotas follow the load as the plugin's do."""
+
+    def __init__(self, name: str, placement: Placement) -> None:
+        self.name, self.placement, self.milliseconds = name, placement, []
+        self._samples: list[LoadSample] = []
+        self.quotas_LP = placement.even_quotas_LP()
+
+    def snapshot(self, sample: LoadSample) -> None:
+        self._samples = [*self._samples, sample][-WindowConfig().snapshots :]
+        load = window_load(self._samples, half_life=PlannerConfig().half_life_snapshots)
+        self.quotas_LP = split_quotas(self.placement, load.load_LE)
+
+
+class Anew(Kept):
+    """A planner that starts anew from each window."""
+
+    def __init__(self, name: str, planner: Planner, start: Placement, topology: Topology) -> None:
+        super().__init__(name, start)
+        self._planner, self._topology = planner, topology
+
+    def window_ends(self, samples: Sequence[LoadSample]) -> None:
+        problem = everything_may_move(window_load(samples), self.placement, self._topology)
+        began = time.perf_counter()
+        self.placement = self._planner(problem)
+        self.milliseconds.append(1e3 * (time.perf_counter() - began))
+        self.quotas_LP = split_quotas(self.placement, window_load(self._samples).load_LE)
+
+
+class Ours(Policy):
+    """The plugin at its defaults, from a placement like the one that a state file brings back."""
+
+    def __init__(
+        self, config: RebalanceConfig, start: Placement, topology: Topology, bytes_L: Sequence[int]
+    ) -> None:
+        self.name, self.milliseconds = "ep_rebalance", []
+        self._balancer = ReplayedBalancer(
+            config=config,
+            planner=plan_incremental,
+            cost=TokenCost(),
+            topology=topology,
+            expert_bytes_L=bytes_L,
+            placement=start,
+        )
+
+    @property
+    def placement(self) -> Placement:  # type: ignore[override]
+        return self._balancer.placement
+
+    @property
+    def quotas_LP(self) -> NDArray[np.float64]:  # type: ignore[override]
+        return self._balancer.quotas_LP
+
+    def snapshot(self, sample: LoadSample) -> None:
+        self._balancer.append(sample)
+
+    def window_ends(self, samples: Sequence[LoadSample]) -> None:
+        began = time.perf_counter()
+        self._balancer.plan()
+        self.milliseconds.append(1e3 * (time.perf_counter() - began))
+
+
+class Hindsight(Policy):
+    """A placement and quotas made from the very steps that they then serve."""
+
+    name = "hindsight"
+    moves = False
+
+    def __init__(self, start: Placement, topology: Topology) -> None:
+        self.placement, self.quotas_LP = start, start.even_quotas_LP()
+        self.milliseconds = []
+        self._start, self._topology = start, topology
+
+    def window_begins(self, window_NLE: Steps) -> None:
+        pairs = len(window_NLE) // 2
+        load = WindowLoad(
+            tokens_WLE=window_NLE[::2].astype(np.float64) + window_NLE[1::2],
+            weight_W=np.ones(pairs),
+            steps_W=np.full(pairs, 2.0),
+        )
+        self.placement = place_anew(load, self._start, self._topology)
+        self.quotas_LP = split_quotas(self.placement, load.load_LE)
+
+
+def vllm_policies(start: Placement, topology: Topology, *, grouped: bool) -> list[Policy]:
+    """The installed vLLM's, and if the model's router is `grouped` its branch for such models,
+    where the groups divide by the nodes."""
+    try:
+        from ep_rebalance.engines.vllm.policy import hierarchical_planner, plan_vllm
+    except ImportError:
+        return []
+    policies: list[Policy] = [Anew("vLLM", plan_vllm, start, topology)]
+    nodes = topology.num_nodes
+    divides = all(number % nodes == 0 for number in (EXPERT_GROUPS, start.num_ranks))
+    if grouped and nodes > 1 and divides and start.num_slots % nodes == 0:
+        planner = hierarchical_planner(EXPERT_GROUPS)
+        policies.append(Anew("vLLM groups", planner, start, topology))
+    return policies
+
+
+def place_anew(load: WindowLoad, current: Placement, topology: Topology) -> Placement:
+    """The best that we know for a window: the greedy placement, improved without a bound."""
+    start = plan_greedy(everything_may_move(load, current, topology))
+    return plan_incremental(everything_may_move(load, start, topology))
+
+
+def everything_may_move(load: WindowLoad, current: Placement, topology: Topology) -> Problem:
+    budget = Budget(max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank)
+    return Problem(load=load, current=current, topology=topology, budget=budget)
