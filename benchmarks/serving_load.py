@@ -64,14 +64,15 @@ class Answer:
 class Measurement:
     """What was served between two moments, `seconds` apart.
 
-    A prompt counts when its first token arrives, each output token when it does. ttft_seconds: of
-    requests whose first token came in that time. gap_seconds: between consecutive events of a
+    An output token counts when it arrives. A prompt's tokens are spread over the time from its request
+    to its first token: requests keep step with each other, and would else count by the hundred at one
+    moment or another. ttft_seconds: of requests whose first token came in that time. gap_seconds: between consecutive events of a
     stream.
     """
 
     seconds: float
     requests: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: float = 0.0
     output_tokens: int = 0
     ttft_seconds: list[float] = field(default_factory=list)
     gap_seconds: list[float] = field(default_factory=list)
@@ -86,6 +87,10 @@ def measure(answers: list[Answer], start: float, stop: float) -> Measurement:
     """What of `answers` falls between the moments `start` and `stop`."""
     seen = Measurement(seconds=stop - start)
     for answer in answers:
+        if answer.arrivals:
+            first = answer.arrivals[0][0]
+            within = max(min(first, stop) - max(answer.sent, start), 0.0)
+            seen.prompt_tokens += answer.prompt_tokens * within / (first - answer.sent)
         for before, (moment, tokens) in itertools.pairwise([(answer.sent, 0), *answer.arrivals]):
             if not start <= moment < stop:
                 continue
@@ -94,7 +99,6 @@ def measure(answers: list[Answer], start: float, stop: float) -> Measurement:
                 seen.gap_seconds.append(moment - before[0])
             else:
                 seen.requests += 1
-                seen.prompt_tokens += answer.prompt_tokens
                 seen.ttft_seconds.append(moment - answer.sent)
     return seen
 

@@ -145,9 +145,7 @@ class Background:
         self, samples: Sequence[LoadSample], placement: Placement, counts: DeviceCounts
     ) -> Split:
         settings = self._config.planner
-        load = window_load(
-            samples, phases=settings.phases, half_life=settings.half_life_snapshots
-        )
+        load = window_load(samples, phases=settings.phases, half_life=settings.half_life_snapshots)
         try:
             quotas_LP = split_quotas(placement, load.load_LE)
             return Split(

@@ -42,7 +42,7 @@ class WindowConfig(_Section):
 
     snapshot_steps: int = Field(default=16, gt=0)
     """Engine steps that one snapshot sums up; each snapshot costs one all-reduce."""
-    snapshots: int = Field(default=48, gt=0)
+    snapshots: int = Field(default=24, gt=0)
     """Snapshots that the load window keeps."""
     min_snapshots: int = Field(default=4, gt=0)
     """Snapshots with traffic that must be seen before the first plan."""
@@ -79,7 +79,7 @@ class PlannerConfig(_Section):
     """Slots beyond one per logical expert, over all ranks; experts + redundant must divide by the
     ranks.
     """
-    half_life_snapshots: float = Field(default=16.0, gt=0.0)
+    half_life_snapshots: float = Field(default=6.0, gt=0.0)
     """Snapshots after which load counts half in a plan."""
     interval_snapshots: int = Field(default=8, gt=0)
     """Snapshots between two plans."""
@@ -118,9 +118,9 @@ class HardwareConfig(_Section):
 class DecisionConfig(_Section):
     """When a plan is worth its migration."""
 
-    horizon_steps: int = Field(default=2000, gt=0)
+    horizon_steps: int = Field(default=10_000, gt=0)
     """Engine steps over which a new placement is expected to pay."""
-    min_gain: float = Field(default=0.005, ge=0.0)
+    min_gain: float = Field(default=0.002, ge=0.0)
     """Smallest predicted part of the step time saved that is acted on (hysteresis)."""
     min_gain_over_cost: float = Field(default=2.0, ge=0.0)
     """Predicted seconds saved over the horizon divided by the seconds that the migration costs."""

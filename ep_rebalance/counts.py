@@ -109,9 +109,7 @@ class DeviceCounts:
             self._replica_slots[layer].copy_(slots_EC, non_blocking=True)
             self._thresholds[layer].copy_(thresholds_EC, non_blocking=True)
 
-    def thresholds(
-        self, placement: Placement, quotas_LP: NDArray[np.float64]
-    ) -> NDArray[np.int32]:
+    def thresholds(self, placement: Placement, quotas_LP: NDArray[np.float64]) -> NDArray[np.int32]:
         """int32 [L, E, C], what `set_thresholds` takes for all layers; may run in any thread."""
         _, thresholds_LEC = dispatch_thresholds(
             placement,

@@ -105,7 +105,7 @@ def test_dispatch_tables_are_changed_in_place_and_for_one_layer():
 
 def test_a_new_split_is_what_setting_the_tables_would_have_made():
     counts, same = make_counts(), make_counts()
-    load_LE = np.array([[5, 1, 1, 1], [1, 9, 1, 1]])
+    load_LE = np.array([[5, 1, 9, 1], [1, 9, 1, 8]])
     quotas_LP = split_quotas(PLACEMENT, load_LE)
     before = counts.layers[0].thresholds_EC.clone()
     counts.set_thresholds(counts.thresholds(PLACEMENT, quotas_LP))

@@ -531,7 +531,9 @@ def test_a_saved_placement_is_taken_up_by_new_ranks(two_ranks: Ranks, tmp_path: 
         assert restored.placement == served.placement
         assert (restored.quotas_LP == served.quotas_LP).all()
         assert generation == restored.generation == 2
-        assert len(set(static)) == 1
+        assert {(step.generation, step.slots_LP) for step in static} == {
+            (2, served.placement.slots_LP.tobytes())
+        }
 
 
 def take_up_and_go_on(rank, size, config, state):

@@ -12,6 +12,9 @@ from ep_rebalance.planning.layer import Change, Experts, Layer, apply_change, st
 from ep_rebalance.planning.relief import relief_of
 from ep_rebalance.planning.swaps import best_swap
 
+_TRIED_IN_VAIN = 3
+"""Ranks that are tried in vain, one after the other, before a layer is left as it is."""
+
 
 @compiled
 def improve_layer(
@@ -34,7 +37,7 @@ def improve_layer(
     limit = 4 * slots_P.size
     changes_N4, gains_N2 = np.empty((limit, 4), np.int64), np.empty((limit, 2))
     count = 0
-    while count < limit:
+    while count < limit and layer.arrivals_R.sum() < max_moved:
         change = _next_change(experts, layer, max_moved, max_arrivals, least_price)
         if change.slot < 0:
             break
@@ -50,11 +53,12 @@ def _next_change(
     experts: Experts, layer: Layer, max_moved: int, max_arrivals: int, least_price: float
 ) -> Change:
     """For the costliest rank that can be relieved. One that could not is tried again only after it
-    became costlier by what a move must gain; ranks below the average are not tried."""
+    became costlier by what a move must gain. After a few the layer is done, since it waits for its
+    costliest ranks; ranks below the average are not tried."""
     left = max_moved - layer.arrivals_R.sum()
     average = layer.square_R.mean()
     nothing = Change(least_price, 0.0, 0, -1, -1, -1)
-    while True:
+    for _ in range(_TRIED_IN_VAIN):
         rank = _costliest(layer, least_price)
         if rank < 0 or layer.square_R[rank] < average:
             return nothing
@@ -65,6 +69,7 @@ def _next_change(
         if best.slot >= 0:
             return best
         layer.vain_R[rank] = layer.square_R[rank]
+    return nothing
 
 
 @compiled

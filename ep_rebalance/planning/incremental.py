@@ -22,12 +22,9 @@ from ep_rebalance.planning.descent import improve_layer
 from ep_rebalance.planning.layer import describe_experts
 from ep_rebalance.planning.plan import Problem
 
-MIN_GAIN_PER_MOVED_SLOT = 4e-4
+MIN_GAIN_PER_MOVED_SLOT = 1e-3
 """Least gain that is worth a moved slot, in units of the mean square load of an even rank: two
-ranks that swap experts must each come about 2 % of the mean rank load closer to it."""
-
-_LARGEST_SHARE = 2
-"""Most that one layer may take of the budget, in even shares: bounds the time that a plan takes."""
+ranks that swap experts must each come about 3 % of the mean rank load closer to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +77,11 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
         max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
         problem.internode_token_price,
     )
-    share = -(-budget.max_moved_slots // current.num_layers)
+    even_share = -(-budget.max_moved_slots // current.num_layers)
     changes_N4, gains_N2 = improve_layer(
         experts,
         slots_P,
-        min(budget.max_moved_slots, max(2, _LARGEST_SHARE * share)),
+        min(budget.max_moved_slots, max(2, even_share)),
         budget.max_arrivals,
         MIN_GAIN_PER_MOVED_SLOT,
     )

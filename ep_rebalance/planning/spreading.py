@@ -14,9 +14,10 @@ def spread_replicas(
 ) -> None:
     """Swap every second replica on a rank, in place, with the expert nearest in load per replica
     on a rank that lacks it. If all ranks have the expert already, the slot goes to the one with the
-    highest load per replica that the rank lacks."""
+    highest load per replica that the rank lacks, of those that `slots_P` holds if there are any."""
     slots_per_rank = slots_P.size // num_ranks
-    weight_E = load_E / np.maximum(np.bincount(slots_P, minlength=load_E.size), 1)
+    replicas_E = np.bincount(slots_P, minlength=load_E.size)
+    weight_E = np.where(replicas_E > 0, load_E / np.maximum(replicas_E, 1), -1.0)
     for slot in range(slots_P.size):
         rank = slot // slots_per_rank
         first = rank * slots_per_rank

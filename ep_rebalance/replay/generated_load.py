@@ -40,7 +40,7 @@ TIMINGS: Mapping[str, Timing] = MappingProxyType(
     {
         "steady": Timing(drift=0.3),
         "drift": Timing(drift=2.0),
-        "real": Timing(drift=1.0, wavering=0.05),
+        "real": Timing(drift=1.1, wavering=0.06),
         "burst": Timing(drift=1.0, burst_steps=36.0),
     }
 )

@@ -171,14 +171,15 @@ def test_an_equally_good_move_within_the_node_is_preferred(
 def test_replicas_spread_over_nodes_where_tokens_pay_for_the_way(
     price: float, ranks: list[int]
 ) -> None:
-    """One more replica of expert 0 may take the place of expert 1 on rank 1 or 2 alike."""
+    """One more replica of expert 0 may take the place of expert 1 on rank 1 or 2 alike; both links
+    are as fast."""
     current = on_four_ranks((0, 2), (1, 3), (1, 4), (5, 6))
     load_E = TOKENS * np.array([30.0, 4, 2, 8, 8, 8, 2])
     target = plan_incremental(
         problem_of(
             np.tile(load_E, (4, 1, 1)),
             current,
-            topology=Topology(node_of_rank=(0, 0, 1, 1)),
+            topology=Topology(node_of_rank=(0, 0, 1, 1), bytes_per_second=(1, 1, 1)),
             budget=Budget(max_moved_slots=1, max_arrivals=1),
             internode_token_price=price,
         )
