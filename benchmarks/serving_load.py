@@ -66,8 +66,8 @@ class Measurement:
 
     An output token counts when it arrives. A prompt's tokens are spread over the time from its request
     to its first token: requests keep step with each other, and would else count by the hundred at one
-    moment or another. ttft_seconds: of requests whose first token came in that time. gap_seconds: between consecutive events of a
-    stream.
+    moment or another. ttft_seconds: of requests whose first token came in that time. gap_seconds:
+    between consecutive events of a stream.
     """
 
     seconds: float

@@ -69,7 +69,12 @@ class Engine:
     def environment(self) -> dict[str, str]:
         """Each rank on its own part of the cores that this process may use."""
         share = max(1, len(os.sched_getaffinity(0)) // self.ranks)
-        return {**cpu_environment(self.ranks, cores_per_rank=share), "VLLM_SERVER_DEV_MODE": "1"}
+        return {
+            **cpu_environment(self.ranks, cores_per_rank=share),
+            "VLLM_SERVER_DEV_MODE": "1",
+            # The time for which a server is paused counts as that of the step it was paused in.
+            "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400",
+        }
 
 
 class Server:
