@@ -5,7 +5,7 @@ Servers, each with two data-parallel ranks that are two expert-parallel ranks:
   ep_rebalance  the plugin moves experts
   even router   the same model with a router that uses all experts alike: the best that balancing can do
   vLLM EPLB     vLLM's own balancer, made to run on CPU (vllm_eplb_on_cpu)
-  counting off  contiguous without counting (--overhead)
+  counting in turns  contiguous, but for every second step without counting (--overhead)
 
 In each repetition the balancers start anew and serve from there (phase `moving`); then all servers,
 kept alive and paused while they are not measured, serve in turn (phases `steady`, several rounds),
@@ -91,7 +91,7 @@ def parse_options() -> argparse.Namespace:
         options.seconds, options.moving_seconds, options.ramp_seconds = 12, 40, 4
         options.drift = 0
     if options.overhead:
-        options.servers = "observe,uncounted"
+        options.servers = "turns"
     return options
 
 
@@ -234,8 +234,6 @@ class Comparison:
 
     async def _load(self, server: Server) -> Any:
         """What `imbalance_between` takes."""
-        if server.variant.name == "uncounted":
-            return []
         if server.variant.name == "eplb":
             return await server.call("vllm_eplb_rearrangements")
         return await server.report("load")

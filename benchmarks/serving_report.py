@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from serving_load import Measurement
 
-BASE, IDEAL, UNCOUNTED = "observe", "even", "uncounted"
+BASE, IDEAL, IN_TURNS = "observe", "even", "turns"
 BALANCERS = ("rebalance", "eplb")
 
 
@@ -113,9 +114,7 @@ def _comparisons(results: Results) -> dict[str, Any]:
         compared[f"{name}_share_of_ideal_gain"] = (
             (float(np.median(ratios)) - 1.0) / gain if ratios and gain > 0 else None
         )
-    uncounted = paired_ratios(results, BASE, UNCOUNTED)
-    compared["counting_overhead"] = 1.0 - float(np.median(uncounted)) if uncounted else None
-    compared["counting_overhead_error"] = _standard_error(uncounted)
+    compared["counting"] = _counting(results)
     compared["rebalance_to_eplb"] = _spread(paired_ratios(results, "rebalance", "eplb"))
     return compared
 
@@ -132,6 +131,44 @@ def paired_ratios(results: Results, name: str, base: str) -> list[float]:
         for (variant, repetition, number), rate in rates.items()
         if variant == name and (base, repetition, number) in rates
     ]
+
+
+def _counting(results: Results) -> dict[str, float] | None:
+    """What counting adds to the time of a full step, and the standard error of that.
+
+    Steps that follow each other, one with and one without, have about as many tokens.
+    """
+    pairs = [
+        pair
+        for phase in results.phases
+        if phase.variant == IN_TURNS
+        for pair in _neighbours(np.array(phase.step_seconds), np.array(phase.carried))
+    ]
+    if not pairs:
+        return None
+    counted_N, uncounted_N = np.array(pairs).T
+    difference_N = counted_N - uncounted_N
+    return {
+        "pairs": len(pairs),
+        "overhead": float(difference_N.mean() / uncounted_N.mean()),
+        "error": float(difference_N.std() / len(pairs) ** 0.5 / uncounted_N.mean()),
+    }
+
+
+def _neighbours(
+    seconds_N: NDArray[np.float64], uncounted_N: NDArray[np.bool_]
+) -> Iterator[tuple[float, float]]:
+    """(with counting, without) of full steps that follow each other, each step in one pair only."""
+    full_N = seconds_N > 0.5 * np.quantile(seconds_N, 0.9)
+    at = 0
+    while at + 1 < seconds_N.size:
+        one, other = at, at + 1
+        if full_N[one] and full_N[other] and uncounted_N[one] != uncounted_N[other]:
+            counted, uncounted = (other, one) if uncounted_N[one] else (one, other)
+            yield float(seconds_N[counted]), float(seconds_N[uncounted])
+            at += 2
+        else:
+            at += 1
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -163,10 +200,6 @@ def _ratio(one: dict[str, float] | None, other: dict[str, float] | None) -> floa
 def _mean(values: Iterable[float]) -> float | None:
     listed = list(values)
     return float(np.mean(listed)) if listed else None
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def show(results: Results, titles: dict[str, str], console: Console) -> None:
@@ -248,8 +281,9 @@ def _lines(summary: dict[str, Any], titles: dict[str, str]) -> list[str]:
             f"{titles['rebalance']} serves {ratio['median']:.3f} times the tokens of "
             f"{titles['eplb']} ({ratio['min']:.3f} to {ratio['max']:.3f})."
         )
-    if (overhead := summary["counting_overhead"]) is not None:
-        error = summary["counting_overhead_error"]
-        uncertainty = "" if error is None else f" (standard error {error:.2%})"
-        lines.append(f"Counting costs {overhead:.2%} of the throughput{uncertainty}.")
+    if (counting := summary["counting"]) is not None:
+        lines.append(
+            f"Counting adds {counting['overhead']:.2%} to a full step (standard error "
+            f"{counting['error']:.2%}, {counting['pairs']} pairs of steps)."
+        )
     return lines

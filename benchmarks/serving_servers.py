@@ -221,9 +221,9 @@ def variants(skewed: Path, even: Path, clock: Clock) -> dict[str, Variant]:
         ),
         dataclasses.replace(
             observing,
-            name="uncounted",
-            title="counting off",
-            environment={vllm_eplb_on_cpu.SWITCH: vllm_eplb_on_cpu.UNCOUNTED},
+            name="turns",
+            title="counting in turns",
+            environment={vllm_eplb_on_cpu.SWITCH: vllm_eplb_on_cpu.COUNTING_IN_TURNS},
         ),
     )
     return {variant.name: variant for variant in listed}

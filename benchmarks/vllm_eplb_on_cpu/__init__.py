@@ -1,5 +1,5 @@
 """A vLLM plugin for benchmarks: vLLM's own expert balancer (`--enable-eplb`) on CPU, and a server
-that counts nothing.
+that counts in every second step.
 
 vLLM offers `--enable-eplb` on GPUs only. What is added here lets its own code - `EplbState`, its
 default policy, its weight exchange over gloo - run on CPU unchanged, so that it can be measured
@@ -21,7 +21,7 @@ SWITCH = "EP_BENCHMARK_SERVER"
 """Environment variable: what this plugin does to a server."""
 
 VLLM_EPLB = "vllm-eplb"
-UNCOUNTED = "uncounted"
+COUNTING_IN_TURNS = "counting-in-turns"
 
 WORKER_EXTENSION = f"{__name__}.worker.WorkerExtension"
 
@@ -43,8 +43,8 @@ def register() -> None:
     wanted = os.environ.get(SWITCH)
     if wanted == VLLM_EPLB:
         _allow_eplb()
-    elif wanted == UNCOUNTED:
-        after_kernel_scan(_count_nothing)
+    elif wanted == COUNTING_IN_TURNS:
+        after_kernel_scan(_count_in_turns)
 
 
 def _allow_eplb() -> None:
@@ -84,21 +84,36 @@ def after_kernel_scan(change: Callable[[], None]) -> None:
     type(current_platform).register_triton_kernel_overrides = staticmethod(set_up)
 
 
-def _count_nothing() -> None:
-    """Take out of mode observe all that it adds to a step: counting, phases, snapshots."""
+def _count_in_turns() -> None:
+    """Take out of every second step all that mode observe adds to it: counting, phases, snapshots.
+
+    Steps without it are recorded as if they had moved experts, which nothing does in that mode.
+    """
+    import itertools
     import time
 
     from ep_rebalance.counts import DeviceCounts
     from ep_rebalance.rebalancer import Rebalancer
 
-    def count(self: Any, layer: int, topk_ids_TK: Any, first_token: int) -> None: ...
+    count, mark_tokens, step = DeviceCounts.count, DeviceCounts.mark_tokens, Rebalancer.step
+    turns = itertools.cycle((True, False, False, True))
+    counts_now = [next(turns)]
 
-    def mark_tokens(self: Any, phases_T: Any) -> None: ...
+    def count_in_turn(self: Any, layer: int, topk_ids_TK: Any, first_token: int) -> None:
+        if counts_now[0]:
+            count(self, layer, topk_ids_TK, first_token)
 
-    def step(self: Any, started: float | None) -> None:
-        if started is not None:
-            self.step_times.end(time.perf_counter() - started, migrated=False)
+    def mark_in_turn(self: Any, phases_T: Any) -> None:
+        if counts_now[0]:
+            mark_tokens(self, phases_T)
 
-    DeviceCounts.count = count
-    DeviceCounts.mark_tokens = mark_tokens
-    Rebalancer.step = step
+    def step_in_turn(self: Any, started: float | None) -> None:
+        if counts_now[0]:
+            step(self, started)
+        elif started is not None:
+            self.step_times.end(time.perf_counter() - started, migrated=True)
+        counts_now[0] = next(turns)
+
+    DeviceCounts.count = count_in_turn
+    DeviceCounts.mark_tokens = mark_in_turn
+    Rebalancer.step = step_in_turn
