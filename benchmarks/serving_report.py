@@ -22,7 +22,7 @@ class Phase:
 
     kind: `moving` from a fresh start on, `steady` after that.
     step_seconds: of rank 0's steps. carried: whether experts moved in it.
-    imbalance: max/mean rank load, mean of the layers, median of several readings; None if the
+    imbalance: max/mean rank load over the phase, mean of the layers; None if the
     server cannot tell.
     """
 
