@@ -15,6 +15,7 @@ from ep_rebalance.planning.cost_model import TokenCost
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.incremental import plan_incremental
 from ep_rebalance.planning.plan import Budget, Planner, Problem
+from ep_rebalance.planning.proposal import planned_load
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.replay.balancing import ReplayedBalancer
 from ep_rebalance.topology import Topology
@@ -57,7 +58,7 @@ class Kept(Policy):
 
     def snapshot(self, sample: LoadSample) -> None:
         self._samples = [*self._samples, sample][-WindowConfig().snapshots :]
-        load = window_load(self._samples, half_life=PlannerConfig().half_life_snapshots)
+        load = planned_load(PlannerConfig(), self._samples)
         self.quotas_LP = split_quotas(self.placement, load.load_LE)
 
 

@@ -28,7 +28,7 @@ from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.plan import Planner
-from ep_rebalance.planning.proposal import Proposal, Proposer
+from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, ModelIdentity, SavedState, save_state
 from ep_rebalance.topology import Topology
@@ -144,8 +144,7 @@ class Background:
     def _fit_split(
         self, samples: Sequence[LoadSample], placement: Placement, counts: DeviceCounts
     ) -> Split:
-        settings = self._config.planner
-        load = window_load(samples, phases=settings.phases, half_life=settings.half_life_snapshots)
+        load = planned_load(self._config.planner, samples)
         try:
             quotas_LP = split_quotas(placement, load.load_LE)
             return Split(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_rebalance.config import DecisionConfig, PlannerConfig
-from ep_rebalance.load_window import LoadSample, window_load
+from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.decision import Decision, decide
@@ -98,9 +98,7 @@ class Proposer:
     def _problem(self, samples: Sequence[LoadSample], current: Placement) -> Problem:
         settings = self._settings
         return Problem(
-            load=window_load(
-                samples, phases=settings.phases, half_life=settings.half_life_snapshots
-            ),
+            load=planned_load(settings, samples),
             current=current,
             topology=self._topology,
             budget=plan_budget(settings, current),
@@ -109,6 +107,11 @@ class Proposer:
             seed=settings.seed,
             threads=settings.threads,
         )
+
+
+def planned_load(settings: PlannerConfig, samples: Sequence[LoadSample]) -> WindowLoad:
+    """The load that plans and quotas are made for, from `samples`, oldest first."""
+    return window_load(samples, phases=settings.phases, half_life=settings.half_life_snapshots)
 
 
 def plan_budget(settings: PlannerConfig, current: Placement) -> Budget:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load_window import LoadSample, LoadWindow, window_load
+from ep_rebalance.load_window import LoadSample, LoadWindow
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.plan import Planner
-from ep_rebalance.planning.proposal import Proposal, Proposer
+from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.topology import Topology
 
@@ -67,9 +67,5 @@ class ReplayedBalancer:
         return proposal
 
     def _refresh_quotas(self) -> None:
-        load = window_load(
-            self._window.samples(),
-            phases=self._settings.phases,
-            half_life=self._settings.half_life_snapshots,
-        )
+        load = planned_load(self._settings, self._window.samples())
         self.quotas_LP = split_quotas(self.placement, load.load_LE)
