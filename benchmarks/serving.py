@@ -7,9 +7,9 @@ Servers, each with two data-parallel ranks that are two expert-parallel ranks:
   vLLM EPLB     vLLM's own balancer, made to run on CPU (vllm_eplb_on_cpu)
   counting in turns  contiguous, but for every second step without counting (--overhead)
 
-In each repetition the balancers start anew and serve from there (phase `moving`); then all servers,
-kept alive and paused while they are not measured, serve in turn (phases `steady`, several rounds),
-so that each round compares what was measured within a minute or two.
+In each repetition the balancers start anew and serve from there (phase `moving`); then all servers
+serve by turns of two seconds (phases `steady`, several rounds), each paused with its requests in
+flight while the others run: a slow spell of the machine meets all of them alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--repetitions", type=int, default=3, help="fresh starts of the balancers (default 3)")
-    add("--rounds", type=int, default=3, help="measured rounds per repetition (default 3)")
-    add("--seconds", type=float, default=20, help="length of a measured phase (default 20)")
-    add("--ramp-seconds", type=float, default=5, help="load before each of them (default 5)")
+    add("--repetitions", type=int, default=2, help="fresh starts of the balancers (default 2)")
+    add("--rounds", type=int, default=6, help="measured rounds per repetition (default 6)")
+    add("--seconds", type=float, default=20, help="of a server in a round (default 20)")
+    add("--turn-seconds", type=float, default=2, help="of a server at a stretch (default 2)")
+    add("--ramp-seconds", type=float, default=8, help="of a server before the first (default 8)")
     add(
         "--moving-seconds",
         type=float,
@@ -84,7 +86,6 @@ def parse_options() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the prompts")
     add("--output", type=Path, help="write everything measured to this JSON file")
     add("--quick", action="store_true", help="one repetition of short phases, to see that all runs")
-    add("--one-at-a-time", action="store_true", help="stop servers that wait, to save memory")
     options = parser.parse_args()
     if options.quick:
         options.repetitions, options.rounds = 1, 1
@@ -93,6 +94,25 @@ def parse_options() -> argparse.Namespace:
     if options.overhead:
         options.servers = "turns"
     return options
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a server said when it was asked: what `imbalance_between` takes, its steps since it was
+    asked before, and its time (`Server.now`) then."""
+
+    load: Any
+    steps: list[tuple[float, bool]]
+    at: float
+
+
+@contextlib.contextmanager
+def _explained(server: Server) -> Iterator[None]:
+    """What a client sees of a server's failure, with the end of the server's log."""
+    try:
+        yield
+    except (aiohttp.ClientError, httpx.HTTPError, StreamFailed) as error:
+        raise ServerFailed(f"{server.variant.title}: {error!r}\n{server.log_tail()}") from error
 
 
 class Comparison:
@@ -114,9 +134,11 @@ class Comparison:
         self.titles = {name: available[name].title for name in names}
         self.results = Results(machine(), {key: str(value) for key, value in vars(options).items()})
         needed, free = len(names) * SERVER_BYTES, psutil.virtual_memory().available
-        self._one_at_a_time = options.one_at_a_time or needed > free
-        if self._one_at_a_time and not options.one_at_a_time:
-            self._say(f"{free >> 30} GiB are free, so one server runs at a time.")
+        if needed > free:
+            raise SystemExit(
+                f"{len(names)} servers need {needed >> 30} GiB of memory and {free >> 30} GiB are "
+                "free; compare fewer of them: --servers rebalance,eplb"
+            )
         if (busy := os.getloadavg()[0]) > BUSY:
             self._say(
                 f"The load average is {busy:.1f}: what else runs here will disturb the figures."
@@ -139,104 +161,125 @@ class Comparison:
             server.kill()
 
     async def _repeat(self, repetition: int) -> None:
-        for name in self._servers:
+        for name, server in self._servers.items():
             if name in BALANCERS:
-                self._servers[name].stop()
-            if not self._one_at_a_time:
-                await self._ensure(name, repetition)
-                self._servers[name].pause()
-        for number in range(self._options.rounds):
-            names = list(self._servers)
-            for name in names if number % 2 == 0 else reversed(names):
-                await self._measure_steady(name, repetition, number)
-        for name in self._servers:
-            if name in BALANCERS and not self._one_at_a_time:
-                with self._resumed(name) as server:
-                    self.results.moves.append(await self._moves(server, repetition))
+                server.stop()
+            await self._ensure(server, repetition)
+            server.pause()
+        async with contextlib.AsyncExitStack() as stack:
+            loops = {
+                name: await stack.enter_async_context(self._loop(server, repetition))
+                for name, server in self._servers.items()
+            }
+            await self._turns(loops, self._options.ramp_seconds)
+            await self._rounds(loops, repetition)
+            for name, loop in loops.items():
+                with self._running(name) as server:
+                    await loop.finish()
+                    if name in BALANCERS:
+                        self.results.moves.append(await self._moves(server, repetition))
 
-    async def _ensure(self, name: str, repetition: int) -> None:
+    async def _ensure(self, server: Server, repetition: int) -> None:
         """Start the server unless it runs; a balancer first serves for a while."""
-        server = self._servers[name]
-        if server.running:
+        if server.started:
             return
         self._say(f"{server.variant.title}: starting")
         await server.start()
-        if name in BALANCERS:
+        if server.variant.name in BALANCERS:
             await self._measure_moving(server, repetition)
 
     @contextlib.contextmanager
-    def _resumed(self, name: str) -> Iterator[Server]:
+    def _running(self, name: str) -> Iterator[Server]:
         server = self._servers[name]
         server.resume()
         yield server
         server.pause()
 
-    async def _measure_steady(self, name: str, repetition: int, number: int) -> None:
-        await self._ensure(name, repetition)
-        options = self._options
-        with self._resumed(name) as server:
-            phase = await self._serve(
-                server, "steady", repetition, number, options.seconds, options.ramp_seconds
-            )
-            if self._one_at_a_time and name in BALANCERS:
-                self.results.moves.append(await self._moves(server, repetition))
-        if self._one_at_a_time:
-            server.stop()
-        self._tell(phase, f"round {number + 1} of {options.rounds}")
-
-    async def _measure_moving(self, server: Server, repetition: int) -> None:
-        """Serve other kinds of text first, then the one that is measured."""
-        for number, domain in enumerate([*range(1, self._options.drift + 1), 0]):
-            phase = await self._serve(
-                server, "moving", repetition, number, self._options.moving_seconds, 0.0, domain
-            )
-            self._tell(phase, f"{sum(phase.carried)} steps moved experts")
-
-    async def _serve(
-        self,
-        server: Server,
-        kind: str,
-        repetition: int,
-        number: int,
-        seconds: float,
-        ramp_seconds: float,
-        domain: int = 0,
-    ) -> Phase:
+    def _loop(
+        self, server: Server, repetition: int, *, domain: int = 0, more_seed: int = 0
+    ) -> ClosedLoop:
         load = Load(
             tokens=self._shape.token_ids(domain),
             concurrency=self._options.concurrency,
-            seed=self._options.seed + 1000 * repetition + number + (500 if kind == "moving" else 0),
+            seed=self._options.seed + 1000 * repetition + more_seed,
         )
-        try:
-            async with ClosedLoop(server.url, str(server.variant.model), load) as loop:
-                await loop.run(ramp_seconds)
-                await server.call("ep_rebalance_step_times")
-                before = await self._load(server)
-                start = time.perf_counter()
-                await loop.run(seconds)
-                stop = time.perf_counter()
-                after = await self._load(server)
-                steps = await server.call("ep_rebalance_step_times")
-        except (aiohttp.ClientError, httpx.HTTPError, StreamFailed) as error:
-            raise ServerFailed(f"{server.variant.title}: {error!r}\n{server.log_tail()}") from error
+        return ClosedLoop(server.url, str(server.variant.model), load, server.now)
+
+    async def _turns(self, loops: Mapping[str, ClosedLoop], seconds: float) -> None:
+        """Let every server run for that long in all, one after the other, in alternating order."""
+        turns = max(1, round(seconds / self._options.turn_seconds))
+        for turn in range(turns):
+            for name in loops if turn % 2 == 0 else reversed(list(loops)):
+                with self._running(name), _explained(self._servers[name]):
+                    await loops[name].run(seconds / turns)
+
+    async def _rounds(self, loops: Mapping[str, ClosedLoop], repetition: int) -> None:
+        seen = {name: await self._look(name) for name in loops}
+        for number in range(self._options.rounds):
+            await self._turns(loops, self._options.seconds)
+            for name, loop in loops.items():
+                stop = self._servers[name].now()
+                look = await self._look(name)
+                phase = self._phase(
+                    name, "steady", repetition, number, loop, seen[name], look, stop
+                )
+                self._tell(phase, f"round {number + 1} of {self._options.rounds}")
+                seen[name] = look
+
+    async def _measure_moving(self, server: Server, repetition: int) -> None:
+        """Serve other kinds of text first, then the one that is measured."""
+        name = server.variant.name
+        for number, domain in enumerate([*range(1, self._options.drift + 1), 0]):
+            loop = self._loop(server, repetition, domain=domain, more_seed=500 + number)
+            async with loop:
+                before = await self._look(name)
+                with _explained(server):
+                    await loop.run(self._options.moving_seconds)
+                stop = server.now()
+                after = await self._look(name)
+                with _explained(server):
+                    await loop.finish()
+            phase = self._phase(name, "moving", repetition, number, loop, before, after, stop)
+            self._tell(phase, f"{sum(phase.carried)} steps moved experts")
+
+    async def _look(self, name: str) -> Look:
+        """Ask a server, paused or not; takes it seconds under load."""
+        server = self._servers[name]
+        paused = server.paused
+        server.resume()
+        with _explained(server):
+            if name == "eplb":
+                load = await server.call("vllm_eplb_rearrangements")
+            else:
+                load = await server.report("load")
+            steps = await server.call("ep_rebalance_step_times")
+        if paused:
+            server.pause()
+        return Look(load, steps, server.now())
+
+    def _phase(
+        self,
+        name: str,
+        kind: str,
+        repetition: int,
+        number: int,
+        loop: ClosedLoop,
+        before: Look,
+        after: Look,
+        stop: float,
+    ) -> Phase:
         phase = Phase(
-            variant=server.variant.name,
+            variant=name,
             kind=kind,
             repetition=repetition,
             round=number,
-            measurement=measure(loop.answers, start, stop),
-            step_seconds=[step[0] for step in steps],
-            carried=[step[1] for step in steps],
-            imbalance=imbalance_between(before, after),
+            measurement=measure(loop.answers, before.at, stop),
+            step_seconds=[step[0] for step in after.steps],
+            carried=[step[1] for step in after.steps],
+            imbalance=imbalance_between(before.load, after.load),
         )
         self.results.phases.append(phase)
         return phase
-
-    async def _load(self, server: Server) -> Any:
-        """What `imbalance_between` takes."""
-        if server.variant.name == "eplb":
-            return await server.call("vllm_eplb_rearrangements")
-        return await server.report("load")
 
     async def _moves(self, server: Server, repetition: int) -> Moves:
         name = server.variant.name

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -14,6 +13,10 @@ import numpy as np
 
 RANK_HEADER = "X-data-parallel-rank"
 """vLLM's own: the request goes to that data-parallel rank."""
+
+
+REQUEST_SECONDS = 1800
+"""Longest time of a request, pauses of its server included."""
 
 
 class StreamFailed(RuntimeError):
@@ -50,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request as the client saw it; times by `time.perf_counter()`.
+    """One request as the client saw it; times by the clock of its `ClosedLoop`.
 
     prompt_tokens: of the request. arrivals: (time, tokens) of each event of the stream.
     """
@@ -106,15 +109,15 @@ def measure(answers: list[Answer], start: float, stop: float) -> Measurement:
 class ClosedLoop:
     """Keeps `load.concurrency` requests in flight on each rank of a server, as a context manager.
 
-    answers: grows while it runs; complete once the context is left, which waits for the requests in
-    flight.
+    answers: grows while it runs. clock: seconds; may stand still while the server does.
     """
 
-    def __init__(self, url: str, model: str, load: Load) -> None:
+    def __init__(self, url: str, model: str, load: Load, clock: Callable[[], float]) -> None:
         self.answers: list[Answer] = []
         self._url = url
         self._model = model
         self._load = load
+        self._clock = clock
         self._stopped = False
         self._workers: list[asyncio.Task[None]] = []
 
@@ -122,7 +125,7 @@ class ClosedLoop:
         self._session = aiohttp.ClientSession(
             self._url,
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=600),
+            timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
         )
         for rank in range(self._load.ranks):
             numbers = itertools.count(rank, self._load.ranks)
@@ -140,16 +143,16 @@ class ClosedLoop:
         for worker in done:
             worker.result()
 
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    async def finish(self) -> None:
+        """Send no more, and wait for the requests in flight. Raises what made one fail."""
         self._stopped = True
-        if kind is not None:
-            for worker in self._workers:
-                worker.cancel()
-        results = await asyncio.gather(*self._workers, return_exceptions=True)
+        await asyncio.gather(*self._workers)
+
+    async def __aexit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
         await self._session.close()
-        for result in results:
-            if isinstance(result, Exception) and kind is None:
-                raise result
 
     async def _work(self, rank: int, numbers: Iterator[int]) -> None:
         while not self._stopped:
@@ -158,7 +161,7 @@ class ClosedLoop:
     async def _ask(self, rank: int, body: dict[str, object]) -> Answer:
         prompt = body["prompt"]
         assert isinstance(prompt, list)
-        answer = Answer(len(prompt), time.perf_counter(), [])
+        answer = Answer(len(prompt), self._clock(), [])
         async with self._session.post(
             "/v1/completions",
             json={**body, "model": self._model},
@@ -173,5 +176,5 @@ class ClosedLoop:
                 if "error" in event:
                     raise StreamFailed(f"the server ended a stream: {event['error']}")
                 if tokens := sum(len(choice["text"]) for choice in event["choices"]):
-                    answer.arrivals.append((time.perf_counter(), tokens))
+                    answer.arrivals.append((self._clock(), tokens))
         return answer

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,12 @@ class Server:
         self._port = port
         self._folder = folder
         self._process: ServerProcess | None = None
+        self._ran = 0.0
+        self._resumed_at: float | None = None
+
+    def now(self) -> float:
+        """Seconds for which it has been running and not paused."""
+        return self._ran + (time.perf_counter() - self._resumed_at if self._resumed_at else 0.0)
 
     async def start(self) -> None:
         """Start and wait until it serves. Raises ServerFailed."""
@@ -109,22 +116,31 @@ class Server:
             **self.variant.environment,
         }
         self._process = ServerProcess(arguments, environment, self.log)
+        self._resumed_at = time.perf_counter()
         try:
             await self._process.ready(self.url)
         except NotServing as error:
             raise ServerFailed(f"{self.variant.title} {error}\n{self.log_tail()}") from None
 
     @property
-    def running(self) -> bool:
+    def started(self) -> bool:
         """Whether it was started and not stopped."""
         return self._process is not None
 
+    @property
+    def paused(self) -> bool:
+        """Whether its time stands still."""
+        return self._resumed_at is None
+
     def pause(self) -> None:
-        """Stop its processes where they are."""
+        """Stop its processes where they are; harmless if they are."""
+        self._ran, self._resumed_at = self.now(), None
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Undo `pause`."""
+        """Undo `pause`; harmless if there is nothing to undo."""
+        if self.started and self.paused:
+            self._resumed_at = time.perf_counter()
         self._signal(signal.SIGCONT)
 
     def begin_stop(self) -> None:
@@ -138,6 +154,7 @@ class Server:
             return
         self.begin_stop()
         self._process.stop()
+        self._ran, self._resumed_at = self.now(), None
         self._process = None
 
     def kill(self) -> None:
