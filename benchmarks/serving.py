@@ -57,21 +57,21 @@ def parse_options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--repetitions", type=int, default=2, help="fresh starts of the balancers (default 2)")
-    add("--rounds", type=int, default=6, help="measured rounds per repetition (default 6)")
-    add("--seconds", type=float, default=20, help="of a server in a round (default 20)")
+    add("--rounds", type=int, default=5, help="measured rounds per repetition (default 5)")
+    add("--seconds", type=float, default=10, help="of a server in a round (default 10)")
     add("--turn-seconds", type=float, default=2, help="of a server at a stretch (default 2)")
     add("--ramp-seconds", type=float, default=8, help="of a server before the first (default 8)")
     add(
         "--moving-seconds",
         type=float,
-        default=60,
-        help="load of each kind after a start (default 60)",
+        default=40,
+        help="load of each kind after a start (default 40)",
     )
     add(
         "--drift",
         type=int,
-        default=1,
-        help="kinds of load with other hot experts before (default 1)",
+        default=2,
+        help="kinds of load with other hot experts before (default 2)",
     )
     add("--interval-steps", type=int, default=64, help="steps between two plans (default 64)")
     add("--redundant", type=int, default=0, help="slots beyond one per expert (default 0)")
@@ -89,7 +89,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.repetitions, options.rounds = 1, 1
-        options.seconds, options.moving_seconds, options.ramp_seconds = 12, 40, 4
+        options.moving_seconds, options.ramp_seconds = 20, 4
         options.drift = 0
     if options.overhead:
         options.servers = "turns"
@@ -268,14 +268,15 @@ class Comparison:
         after: Look,
         stop: float,
     ) -> Phase:
+        steps = [step for step in after.steps if step[0] < self._options.turn_seconds]
         phase = Phase(
             variant=name,
             kind=kind,
             repetition=repetition,
             round=number,
             measurement=measure(loop.answers, before.at, stop),
-            step_seconds=[step[0] for step in after.steps],
-            carried=[step[1] for step in after.steps],
+            step_seconds=[seconds for seconds, _ in steps],
+            carried=[carried for _, carried in steps],
             imbalance=imbalance_between(before.load, after.load),
         )
         self.results.phases.append(phase)

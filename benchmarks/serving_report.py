@@ -21,7 +21,8 @@ class Phase:
     """One server under load for a while.
 
     kind: `moving` from a fresh start on, `steady` after that.
-    step_seconds: of rank 0's steps. carried: whether experts moved in it.
+    step_seconds: of rank 0's steps but those in which it was paused. carried: whether experts moved
+    in it.
     imbalance: max/mean rank load over the phase, mean of the layers; None if the
     server cannot tell.
     """
@@ -93,7 +94,6 @@ def _moving(results: Results, name: str) -> dict[str, Any]:
     steps = [(s, c) for p in phases for s, c in zip(p.step_seconds, p.carried, strict=True)]
     carrying, others = _tail(s for s, c in steps if c), _tail(s for s, c in steps if not c)
     return {
-        "tokens_per_second": _spread([p.measurement.tokens_per_second for p in phases]),
         "migrations": sum(m.migrations for m in moves),
         "experts_moved": sum(m.experts for m in moves),
         "bytes_moved": sum(m.bytes for m in moves),
@@ -228,7 +228,6 @@ _STEADY_ROWS = (
     ("imbalance (max/mean)", "imbalance", 1.0, "{:.2f}"),
 )
 _MOVING_ROWS = (
-    ("tokens/s, median", "tokens_per_second.median", 1.0, "{:.0f}"),
     ("migrations", "migrations", 1, "{}"),
     ("experts moved", "experts_moved", 1, "{}"),
     ("MB moved", "bytes_moved", 1e-6, "{:.0f}"),
