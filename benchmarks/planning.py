@@ -33,6 +33,7 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
+import torch
 import yaml
 from machine import machine
 from planning_load import gpt_oss_sequences, sglang_domains
@@ -50,7 +51,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ep_rebalance.config import load_config, nest
+from ep_rebalance.config import WindowConfig, load_config, nest
+from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.load_window import LoadSample, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.greedy import plan_greedy
@@ -310,7 +312,7 @@ def show(case: Case, rows: Sequence[Row], console: Console) -> None:
             spread([r.quota_microseconds for r in own], ".0f"),
         )
     console.print(table)
-    for line in (*regret_lines(rows), chance_line(case)):
+    for line in (*regret_lines(rows), chance_line(case), memory_line(case)):
         console.print(line, highlight=False)
 
 
@@ -333,6 +335,28 @@ def chance_line(case: Case) -> str:
         f"  chance alone: {even_balancedness(pairs, case.ranks):.3f} if each of the {pairs} pairs of a "
         "step went to a rank by lot"
     )
+
+
+def memory_line(case: Case) -> str:
+    """What the plugin's window and tables take, on every rank."""
+    shape, topology = case.model, Topology(node_of_rank=(0,) * case.ranks)
+    placement = Placement.contiguous(
+        num_layers=shape.layers,
+        num_experts=shape.experts,
+        num_ranks=case.ranks,
+        num_redundant=case.redundant,
+    )
+    counts = DeviceCounts(
+        placement=placement, max_tokens=0, device=torch.device("cpu"), topology=topology, rank=0
+    )
+    tables = sum(
+        tensor.nbytes
+        for layer in counts.layers
+        for tensor in (layer.counts_AE, layer.replica_slots_EC, layer.thresholds_EC)
+    )
+    sample = snapshot_of(np.zeros((1, shape.layers, shape.experts), dtype=np.int64))
+    window = WindowConfig().snapshots * sample.counts_ALE.nbytes
+    return f"  memory: window {window / 2**20:.1f} MiB on the host, tables {tables / 2**20:.1f} MiB on the device"
 
 
 def spread(values: Sequence[float | None], pattern: str, unit: str = "") -> str:

@@ -81,6 +81,10 @@ class PlannerConfig(_Section):
     """
     half_life_snapshots: float = Field(default=6.0, gt=0.0)
     """Snapshots after which load counts half in a plan."""
+    remembered_share: float = Field(default=0.4, ge=0.0, lt=1.0)
+    """Part of the load that a plan is made for which stands for what was seen before, since kinds of
+    traffic come back; 0 forgets it.
+    """
     interval_snapshots: int = Field(default=8, gt=0)
     """Snapshots between two plans."""
     max_moved_fraction: float = Field(default=0.10, gt=0.0, le=1.0)
@@ -120,7 +124,7 @@ class DecisionConfig(_Section):
 
     horizon_steps: int = Field(default=10_000, gt=0)
     """Engine steps over which a new placement is expected to pay."""
-    min_gain: float = Field(default=0.002, ge=0.0)
+    min_gain: float = Field(default=0.0005, ge=0.0)
     """Smallest predicted part of the step time saved that is acted on (hysteresis)."""
     min_gain_over_cost: float = Field(default=2.0, ge=0.0)
     """Predicted seconds saved over the horizon divided by the seconds that the migration costs."""

@@ -110,7 +110,7 @@ def window_load(
     *,
     phases: Sequence[str] = PHASES,
     half_life: float = math.inf,
-    max_samples: int = 16,
+    max_samples: int = 8,
 ) -> WindowLoad:
     """What a planner gets of `samples`, oldest first.
 

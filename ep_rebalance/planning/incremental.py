@@ -22,9 +22,13 @@ from ep_rebalance.planning.descent import improve_layer
 from ep_rebalance.planning.layer import describe_experts
 from ep_rebalance.planning.plan import Problem
 
-MIN_GAIN_PER_MOVED_SLOT = 1e-3
-"""Least gain that is worth a moved slot, in units of the mean square load of an even rank: two
-ranks that swap experts must each come about 3 % of the mean rank load closer to it."""
+MIN_GAIN_PER_RANK = 1.4e-5
+"""Least gain that is worth a moved slot, for each rank, in units of the mean square load of an even
+one. The more ranks there are, the less often a step waits for the one that is relieved. On 32 ranks,
+two that swap experts must each come about 2 % of the mean rank load closer to it."""
+
+_LEAST_RANKS = 8
+"""Below this many, a move must gain as much as on so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +87,7 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
         slots_P,
         min(budget.max_moved_slots, max(2, even_share)),
         budget.max_arrivals,
-        MIN_GAIN_PER_MOVED_SLOT,
+        MIN_GAIN_PER_RANK * max(current.num_ranks, _LEAST_RANKS),
     )
     return _Descent(changes_N4=changes_N4, gains_N2=gains_N2)
 

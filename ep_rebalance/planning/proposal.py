@@ -1,7 +1,7 @@
 """Proposal: from the window to a plan and what the decision says of it.
 
-The same in the server and in replay. It remembers the last plan, so that the next window can tell
-whether the plan kept its promise.
+The same in the server and in replay. It remembers the loads that came before the window, and the
+last plan, so that the next window can tell whether the plan kept its promise.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_rebalance.config import DecisionConfig, PlannerConfig
+from ep_rebalance.load_memory import LoadMemory
 from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
@@ -54,6 +55,7 @@ class Proposer:
         self._cost = cost
         self._topology = topology
         self._expert_bytes_L = expert_bytes_L
+        self._memory = LoadMemory()
         self._record = TrackRecord()
         self._promise: Promise | None = None
 
@@ -66,9 +68,13 @@ class Proposer:
         step_seconds: float,
     ) -> Proposal:
         """A plan from `samples`, oldest first; the newest `unseen` are later than the plan before."""
-        achieved = self._learn(samples[len(samples) - unseen :], current)
+        newest = samples[len(samples) - unseen :]
+        later = window_load(newest, phases=self._settings.phases) if newest else None
+        achieved = self._learn(later, current)
         problem = self._problem(samples, current)
         plan = make_plan(self._planner, problem)
+        if later is not None:
+            self._memory.add(later)
         decision = decide(
             plan,
             step_seconds=step_seconds,
@@ -84,10 +90,9 @@ class Proposer:
             plan=plan, decision=decision, achieved_gain=achieved, trust=self._record.trust
         )
 
-    def _learn(self, unseen: Sequence[LoadSample], current: Placement) -> float | None:
+    def _learn(self, load: WindowLoad | None, current: Placement) -> float | None:
         """Hold the last plan against what came after it, if it was carried out."""
         promise, self._promise = self._promise, None
-        load = window_load(unseen, phases=self._settings.phases) if unseen else None
         if promise is None or promise.after != current or load is None or not load.load_LE.any():
             self._record = self._record.faded()
             return None
@@ -97,8 +102,9 @@ class Proposer:
 
     def _problem(self, samples: Sequence[LoadSample], current: Placement) -> Problem:
         settings = self._settings
+        recent = planned_load(settings, samples)
         return Problem(
-            load=planned_load(settings, samples),
+            load=self._memory.joined(recent, settings.remembered_share),
             current=current,
             topology=self._topology,
             budget=plan_budget(settings, current),
@@ -110,7 +116,8 @@ class Proposer:
 
 
 def planned_load(settings: PlannerConfig, samples: Sequence[LoadSample]) -> WindowLoad:
-    """The load that plans and quotas are made for, from `samples`, oldest first."""
+    """The load that quotas are made for, and plans but for what is remembered; from `samples`, oldest
+    first."""
     return window_load(samples, phases=settings.phases, half_life=settings.half_life_snapshots)
 
 

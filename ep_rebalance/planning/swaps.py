@@ -14,8 +14,8 @@ from ep_rebalance.planning.relief import Relief
 def best_swap(
     experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
 ) -> Change:
-    """`best`, or a swap of one of the rank's experts with one of a rank that is no more loaded, if it
-    has a higher price.
+    """`best`, or a swap of one of the rank's experts with one of a rank below the average, if it has a
+    higher price.
 
     left: slots that may still change. Most candidates are ruled out by the triangle inequality: two
     load vectors are no nearer to each other than their means and the lengths of the rest.
@@ -24,13 +24,14 @@ def best_swap(
     here, node_R, held_RE, slots_P = relief.rank, experts.node_R, layer.held_RE, layer.slots_P
     square_R, fetch_RE, traffic_E = layer.square_R, experts.fetch_RE, experts.traffic_E
     leaves_P, mean_P, rest_P = _elsewhere(experts, layer, relief)
+    average = square_R.mean()
     for index in range(slots_per_rank):
         slot = here * slots_per_rank + index
         a, product_R = slots_P[slot], relief.product_SR[index]
         part_a = experts.part_EC[a, layer.replicas_E[a]]
         mean_a, rest_a = part_a * experts.vectors_VE[0, a], part_a * experts.rest_E[a]
         for there in range(product_R.size):
-            if held_RE[there, a] or square_R[there] > square_R[here]:
+            if held_RE[there, a] or square_R[there] > average:
                 continue
             leaves_a = part_a * (relief.product_E[a] - product_R[there])
             nearer = _nodes_gained(layer.nodes_NE, a, node_R[here], node_R[there])

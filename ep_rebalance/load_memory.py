@@ -1,0 +1,76 @@
+"""Load memory: what was seen before the window, summed up by likeness.
+
+Kinds of traffic come back, and experts that were busy together then will be again. A handful of sums
+stands for them: when there is one too many, the two that are most alike become one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.load_window import WindowLoad
+
+LOADS = 8
+"""Sums that are kept. Planning takes as long as there are samples."""
+
+HALF_LIFE_SAMPLES = 400.0
+"""Samples after which a load counts half, so that traffic that ended is forgotten."""
+
+
+class LoadMemory:
+    """Grows by `add`; `joined` puts it beside the window."""
+
+    def __init__(self) -> None:
+        self._tokens_WLE: NDArray[np.float64] | None = None
+        self._steps_W: NDArray[np.float64] = np.zeros(0)
+        self._added = 0
+
+    def add(self, load: WindowLoad) -> None:
+        """Remember every sample of `load`, however old it is.
+
+        Likeness is Ward's (1963): the least growth of the squared distances of expert shares from
+        the mean of their sum, tokens counted.
+        """
+        for tokens_LE, steps in zip(load.tokens_WLE, load.steps_W, strict=True):
+            self._remember(tokens_LE, steps)
+
+    def _remember(self, tokens_LE: NDArray[np.float64], steps: float) -> None:
+        older_WLE = np.empty((0, *tokens_LE.shape)) if self._tokens_WLE is None else self._tokens_WLE
+        older_WLE *= 0.5 ** (1.0 / HALF_LIFE_SAMPLES)
+        self._tokens_WLE = np.concatenate([older_WLE, tokens_LE[None]])
+        self._steps_W = np.append(self._steps_W, steps)
+        self._added += 1
+        if len(self._tokens_WLE) > LOADS:
+            first, second = _most_alike(self._tokens_WLE)
+            self._tokens_WLE[first] += self._tokens_WLE[second]
+            self._steps_W[first] += self._steps_W[second]
+            self._tokens_WLE = np.delete(self._tokens_WLE, second, axis=0)
+            self._steps_W = np.delete(self._steps_W, second)
+
+    def joined(self, recent: WindowLoad, share: float) -> WindowLoad:
+        """`recent` with the memory before it, which makes up `share` of the weighted tokens; less
+        while there were fewer samples in it than in `recent`."""
+        if self._tokens_WLE is None or share <= 0.0:
+            return recent
+        weighted = float(recent.weight_W @ recent.tokens_WLE.sum(axis=(1, 2)))
+        filled = min(1.0, self._added / len(recent.weight_W))
+        weight = filled * share / (1.0 - share) * weighted / self._tokens_WLE.sum()
+        return WindowLoad(
+            tokens_WLE=np.concatenate([self._tokens_WLE, recent.tokens_WLE]),
+            weight_W=np.append(np.full(len(self._steps_W), weight), recent.weight_W),
+            steps_W=np.append(self._steps_W, recent.steps_W),
+        )
+
+
+def _most_alike(tokens_WLE: NDArray[np.float64]) -> tuple[int, int]:
+    """Two indices, the smaller first."""
+    total_W = tokens_WLE.sum(axis=(1, 2))
+    shares_WX = tokens_WLE.reshape(len(total_W), -1) / total_W[:, None]
+    products_WW = shares_WX @ shares_WX.T
+    squares_W = np.diagonal(products_WW)
+    distance_WW = squares_W[:, None] + squares_W - 2.0 * products_WW
+    growth_WW = distance_WW / (1.0 / total_W[:, None] + 1.0 / total_W)
+    growth_WW[np.tril_indices(len(total_W))] = np.inf
+    first, second = np.unravel_index(np.argmin(growth_WW), growth_WW.shape)
+    return int(first), int(second)
