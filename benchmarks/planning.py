@@ -127,7 +127,7 @@ def parse_options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="repetitions with other load (default 3)")
-    add("--windows", type=int, default=6, help="windows of 48 steps each (default 6)")
+    add("--windows", type=int, default=20, help="windows of 48 steps each (default 20)")
     add("--only", default="", help="cases whose title contains this, e.g. 'real: EP32'")
     add("--policies", default="", help="these policies only, by comma")
     add(
@@ -356,7 +356,10 @@ def memory_line(case: Case) -> str:
     )
     sample = snapshot_of(np.zeros((1, shape.layers, shape.experts), dtype=np.int64))
     window = WindowConfig().snapshots * sample.counts_ALE.nbytes
-    return f"  memory: window {window / 2**20:.1f} MiB on the host, tables {tables / 2**20:.1f} MiB on the device"
+    return (
+        f"  memory: window {window / 2**20:.1f} MiB on the host, tables {tables / 2**20:.1f} MiB on the "
+        "device"
+    )
 
 
 def spread(values: Sequence[float | None], pattern: str, unit: str = "") -> str:

@@ -22,8 +22,8 @@ class LoadMemory:
     """Grows by `add`; `joined` puts it beside the window."""
 
     def __init__(self) -> None:
-        self._tokens_WLE: NDArray[np.float64] | None = None
-        self._steps_W: NDArray[np.float64] = np.zeros(0)
+        self._loads: list[NDArray[np.float64]] = []
+        self._steps: list[float] = []
         self._added = 0
 
     def add(self, load: WindowLoad) -> None:
@@ -33,33 +33,32 @@ class LoadMemory:
         the mean of their sum, tokens counted.
         """
         for tokens_LE, steps in zip(load.tokens_WLE, load.steps_W, strict=True):
-            self._remember(tokens_LE, steps)
+            self._remember(tokens_LE, float(steps))
 
     def _remember(self, tokens_LE: NDArray[np.float64], steps: float) -> None:
-        older_WLE = np.empty((0, *tokens_LE.shape)) if self._tokens_WLE is None else self._tokens_WLE
-        older_WLE *= 0.5 ** (1.0 / HALF_LIFE_SAMPLES)
-        self._tokens_WLE = np.concatenate([older_WLE, tokens_LE[None]])
-        self._steps_W = np.append(self._steps_W, steps)
+        for older_LE in self._loads:
+            older_LE *= 0.5 ** (1.0 / HALF_LIFE_SAMPLES)
+        self._loads.append(tokens_LE.copy())
+        self._steps.append(steps)
         self._added += 1
-        if len(self._tokens_WLE) > LOADS:
-            first, second = _most_alike(self._tokens_WLE)
-            self._tokens_WLE[first] += self._tokens_WLE[second]
-            self._steps_W[first] += self._steps_W[second]
-            self._tokens_WLE = np.delete(self._tokens_WLE, second, axis=0)
-            self._steps_W = np.delete(self._steps_W, second)
+        if len(self._loads) > LOADS:
+            first, second = _most_alike(np.stack(self._loads))
+            self._loads[first] += self._loads.pop(second)
+            self._steps[first] += self._steps.pop(second)
 
     def joined(self, recent: WindowLoad, share: float) -> WindowLoad:
         """`recent` with the memory before it, which makes up `share` of the weighted tokens; less
         while there were fewer samples in it than in `recent`."""
-        if self._tokens_WLE is None or share <= 0.0:
+        if not self._loads or share <= 0.0:
             return recent
+        memory_WLE = np.stack(self._loads)
         weighted = float(recent.weight_W @ recent.tokens_WLE.sum(axis=(1, 2)))
         filled = min(1.0, self._added / len(recent.weight_W))
-        weight = filled * share / (1.0 - share) * weighted / self._tokens_WLE.sum()
+        weight = filled * share / (1.0 - share) * weighted / memory_WLE.sum()
         return WindowLoad(
-            tokens_WLE=np.concatenate([self._tokens_WLE, recent.tokens_WLE]),
-            weight_W=np.append(np.full(len(self._steps_W), weight), recent.weight_W),
-            steps_W=np.append(self._steps_W, recent.steps_W),
+            tokens_WLE=np.concatenate([memory_WLE, recent.tokens_WLE]),
+            weight_W=np.append(np.full(len(memory_WLE), weight), recent.weight_W),
+            steps_W=np.append(self._steps, recent.steps_W),
         )
 
 
