@@ -98,12 +98,13 @@ def parse_options() -> argparse.Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a server said when it was asked: what `imbalance_between` takes, its steps since it was
-    asked before, and its time (`Server.now`) then."""
+    """What a server said: what `imbalance_between` takes, and its steps since it was asked before.
+    asked, answered: its time (`Server.now`)."""
 
     load: Any
     steps: list[tuple[float, bool]]
-    at: float
+    asked: float
+    answered: float
 
 
 @contextlib.contextmanager
@@ -218,11 +219,8 @@ class Comparison:
         for number in range(self._options.rounds):
             await self._turns(loops, self._options.seconds)
             for name, loop in loops.items():
-                stop = self._servers[name].now()
                 look = await self._look(name)
-                phase = self._phase(
-                    name, "steady", repetition, number, loop, seen[name], look, stop
-                )
+                phase = self._phase(name, "steady", repetition, number, loop, seen[name], look)
                 self._tell(phase, f"round {number + 1} of {self._options.rounds}")
                 seen[name] = look
 
@@ -235,17 +233,16 @@ class Comparison:
                 before = await self._look(name)
                 with _explained(server):
                     await loop.run(self._options.moving_seconds)
-                stop = server.now()
                 after = await self._look(name)
                 with _explained(server):
                     await loop.finish()
-            phase = self._phase(name, "moving", repetition, number, loop, before, after, stop)
+            phase = self._phase(name, "moving", repetition, number, loop, before, after)
             self._tell(phase, f"{sum(phase.carried)} steps moved experts")
 
     async def _look(self, name: str) -> Look:
-        """Ask a server, paused or not; takes it seconds under load."""
+        """Ask a server, paused or not."""
         server = self._servers[name]
-        paused = server.paused
+        paused, asked = server.paused, server.now()
         server.resume()
         with _explained(server):
             if name == "eplb":
@@ -255,7 +252,7 @@ class Comparison:
             steps = await server.call("ep_rebalance_step_times")
         if paused:
             server.pause()
-        return Look(load, steps, server.now())
+        return Look(load, steps, asked, server.now())
 
     def _phase(
         self,
@@ -266,7 +263,6 @@ class Comparison:
         loop: ClosedLoop,
         before: Look,
         after: Look,
-        stop: float,
     ) -> Phase:
         steps = [step for step in after.steps if step[0] < self._options.turn_seconds]
         phase = Phase(
@@ -274,7 +270,7 @@ class Comparison:
             kind=kind,
             repetition=repetition,
             round=number,
-            measurement=measure(loop.answers, before.at, stop),
+            measurement=measure(loop.answers, before.answered, after.asked),
             step_seconds=[seconds for seconds, _ in steps],
             carried=[carried for _, carried in steps],
             imbalance=imbalance_between(before.load, after.load),

@@ -79,7 +79,7 @@ class PlannerConfig(_Section):
     """Slots beyond one per logical expert, over all ranks; experts + redundant must divide by the
     ranks.
     """
-    half_life_snapshots: float = Field(default=6.0, gt=0.0)
+    half_life_snapshots: float = Field(default=3.0, gt=0.0)
     """Snapshots after which load counts half in a plan."""
     remembered_share: float = Field(default=0.4, ge=0.0, lt=1.0)
     """Part of the load that a plan is made for which stands for what was seen before, since kinds of

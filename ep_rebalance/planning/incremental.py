@@ -22,7 +22,7 @@ from ep_rebalance.planning.descent import improve_layer
 from ep_rebalance.planning.layer import describe_experts
 from ep_rebalance.planning.plan import Problem
 
-MIN_GAIN_PER_RANK = 1.4e-5
+MIN_GAIN_PER_RANK = 1.6e-5
 """Least gain that is worth a moved slot, for each rank, in units of the mean square load of an even
 one. The more ranks there are, the less often a step waits for the one that is relieved. On 32 ranks,
 two that swap experts must each come about 2 % of the mean rank load closer to it."""
