@@ -9,7 +9,8 @@ Servers, each with two data-parallel ranks that are two expert-parallel ranks:
 
 In each repetition the balancers start anew and serve from there (phase `moving`); then all servers
 serve by turns of two seconds (phases `steady`, several rounds), each paused with its requests in
-flight while the others run: a slow spell of the machine meets all of them alike.
+flight while the others run: a slow spell of the machine meets all of them alike. With --shift the
+load of every round is of another kind, and each balancer follows while it is measured.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def parse_options() -> argparse.Namespace:
         type=int,
         default=2,
         help="kinds of load with other hot experts before (default 2)",
+    )
+    add(
+        "--shift",
+        action="store_true",
+        help="measure each round with another of these kinds of load, not all with the last",
     )
     add("--interval-steps", type=int, default=64, help="steps between two plans (default 64)")
     add("--redundant", type=int, default=0, help="slots beyond one per expert (default 0)")
@@ -199,12 +205,15 @@ class Comparison:
     def _loop(
         self, server: Server, repetition: int, *, domain: int = 0, more_seed: int = 0
     ) -> ClosedLoop:
-        load = Load(
+        load = self._load(repetition, domain=domain, more_seed=more_seed)
+        return ClosedLoop(server.url, str(server.variant.model), load, server.now)
+
+    def _load(self, repetition: int, *, domain: int, more_seed: int) -> Load:
+        return Load(
             tokens=self._shape.token_ids(domain),
             concurrency=self._options.concurrency,
             seed=self._options.seed + 1000 * repetition + more_seed,
         )
-        return ClosedLoop(server.url, str(server.variant.model), load, server.now)
 
     async def _turns(self, loops: Mapping[str, ClosedLoop], seconds: float) -> None:
         """Let every server run for that long in all, one after the other, in alternating order."""
@@ -217,6 +226,10 @@ class Comparison:
     async def _rounds(self, loops: Mapping[str, ClosedLoop], repetition: int) -> None:
         seen = {name: await self._look(name) for name in loops}
         for number in range(self._options.rounds):
+            if self._options.shift:
+                domain = (number + 1) % (self._options.drift + 1)
+                for loop in loops.values():
+                    loop.shift(self._load(repetition, domain=domain, more_seed=100 + number))
             await self._turns(loops, self._options.seconds)
             for name, loop in loops.items():
                 look = await self._look(name)

@@ -135,6 +135,10 @@ class ClosedLoop:
             ]
         return self
 
+    def shift(self, load: Load) -> None:
+        """Take the requests that are still to be sent from another load of the same concurrency."""
+        self._load = load
+
     async def run(self, seconds: float) -> None:
         """Let it run for a while. Raises what made a request fail."""
         done, _ = await asyncio.wait(

@@ -173,7 +173,34 @@ class MetricsConfig(_Section):
 
 
 class TraceConfig(_Section):
-    """Recording of load for offline replay; nothing can be set yet."""
+    """Recording of load for `ep-rebalance replay`."""
+
+    path: str | None = None
+    """Folder for the recorded files, `load-NUMBER.eptrace`. None records nothing."""
+    record: bool = True
+    """Whether recording begins when the server starts; `POST /ep_rebalance/record` switches it."""
+    max_file_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    """Size at which the next file is begun."""
+    max_bytes: int = Field(default=1 << 30, ge=2 << 20)
+    """Most bytes of all files in the folder; the oldest are deleted."""
+
+    @model_validator(mode="after")
+    def _two_files_fit(self) -> TraceConfig:
+        if self.max_bytes < 2 * self.max_file_bytes:
+            raise ValueError(
+                f"max_bytes={self.max_bytes} does not hold two files of max_file_bytes="
+                f"{self.max_file_bytes}; the older one is deleted while the newer is still short"
+            )
+        return self
+
+
+class ControlConfig(_Section):
+    """What may be changed from outside while the server runs."""
+
+    enabled: bool = False
+    """Whether `POST /ep_rebalance/...` is answered at all; it needs an API key, the server's or ours."""
+    api_key: str | None = Field(default=None, repr=False)
+    """A key for these routes alone; None takes the server's `--api-key`."""
 
 
 class StateConfig(_Section):
@@ -197,6 +224,7 @@ class RebalanceConfig(_Section):
     dispatch: DispatchConfig = DispatchConfig()
     metrics: MetricsConfig = MetricsConfig()
     trace: TraceConfig = TraceConfig()
+    control: ControlConfig = ControlConfig()
     state: StateConfig = StateConfig()
 
     @model_validator(mode="after")
@@ -219,6 +247,10 @@ class RebalanceConfig(_Section):
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-ready values."""
         return self.model_dump(mode="json")
+
+    def shown(self) -> dict[str, Any]:
+        """The same without secrets, for others to see."""
+        return self.model_dump(mode="json", exclude={"control": {"api_key"}})
 
 
 def load_config(*layers: Any) -> RebalanceConfig:

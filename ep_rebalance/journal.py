@@ -147,7 +147,7 @@ def initial_status(
         experts=placement.num_experts,
         ep_size=placement.num_ranks,
         slots=placement.num_slots,
-        config=config.as_dict(),
+        config=config.shown(),
         rank_tokens=[0] * placement.num_ranks,
         phase_tokens=dict.fromkeys(PHASES, 0),
         plans=dict.fromkeys(OUTCOMES, 0),

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.config import WindowConfig
+
 PHASES = ("prefill", "decode")
 
 
@@ -68,6 +70,7 @@ class LoadWindow:
         if snapshots < 1:
             raise ValueError(f"a window must keep at least one snapshot, got snapshots={snapshots}")
         self._samples: deque[LoadSample] = deque(maxlen=snapshots)
+        self._since_plan = 0
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -84,9 +87,24 @@ class LoadWindow:
             )
         if sample.routed:
             self._samples.append(sample)
+            self._since_plan += 1
+
+    def plan_is_due(self, limits: WindowConfig, interval_snapshots: int) -> bool:
+        """Whether enough was seen since the plan before, and at all."""
+        return (
+            self._since_plan >= interval_snapshots
+            and len(self) >= limits.min_snapshots
+            and self.routed >= limits.min_tokens
+        )
+
+    def begin_plan(self) -> int:
+        """How many of `samples` are later than the plan before; counting begins anew."""
+        unseen, self._since_plan = self._since_plan, 0
+        return min(unseen, len(self))
 
     def clear(self) -> None:
         self._samples.clear()
+        self._since_plan = 0
 
     def samples(self) -> tuple[LoadSample, ...]:
         """The snapshots that it keeps, oldest first."""

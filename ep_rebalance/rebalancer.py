@@ -28,6 +28,7 @@ from ep_rebalance.migrator import Migrator
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.quota_refresh import QuotaRefresh
+from ep_rebalance.recorder import Recorder
 from ep_rebalance.snapshot import Flags, Snapshot, SnapshotExchange
 from ep_rebalance.state import ModelIdentity
 from ep_rebalance.step_times import StepTimes
@@ -44,7 +45,8 @@ class Rebalancer:
     """One rank's part in balancing one model.
 
     placement: what the engine loaded. memory: this rank's expert weights, or None in mode observe,
-    which moves nothing. status: what rank 0 shows; other ranks fill theirs alike.
+    which moves nothing. status: what rank 0 shows; other ranks fill theirs alike. recorder: rank 0's,
+    if a trace is configured.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Rebalancer:
         topology: Topology,
         identity: ModelIdentity,
         status: Status,
+        recorder: Recorder | None = None,
     ) -> None:
         self.config = config
         self.step_times = StepTimes()
@@ -93,8 +96,8 @@ class Rebalancer:
             migrator=self.migrator,
             ranks=dist.get_world_size(group),
         )
+        self._recorder = recorder
         self._flags = Flags()
-        self._snapshots_since_plan = 0
         self._loop = self._run()
         next(self._loop)
 
@@ -145,9 +148,7 @@ class Rebalancer:
         plans = self.config.mode == "rebalance" and planner.policy != "none"
         while True:
             yield from self._snapshot()
-            due = plans and self._snapshots_since_plan >= planner.interval_snapshots
-            seen = len(self._window) >= window.min_snapshots
-            if due and seen and self._window.routed >= window.min_tokens:
+            if plans and self._window.plan_is_due(window, planner.interval_snapshots):
                 return
 
     def _snapshot(self) -> Generator[None, None, Snapshot]:
@@ -160,9 +161,9 @@ class Rebalancer:
         copy = self._snapshots.begin(flags, self.step_times.take_sum())
         yield
         snapshot = self._snapshots.finish(copy)
-        if snapshot.sample.routed:
-            self._window.append(snapshot.sample)
-            self._snapshots_since_plan += 1
+        self._window.append(snapshot.sample)
+        if self._recorder is not None:
+            self._recorder.snapshot(snapshot, self.served, self.status.steps)
         self.journal.snapshot(snapshot, self.served)
         fresh = self._window.samples() if snapshot.sample.routed else ()
         self._quotas.snapshot(snapshot.flags.fitted, fresh)
@@ -170,12 +171,11 @@ class Rebalancer:
 
     def _plan(self) -> Generator[None, None, bool]:
         """Rank 0 plans; True if its plan is to be carried out."""
-        unseen, self._snapshots_since_plan = self._snapshots_since_plan, 0
+        unseen = self._window.begin_plan()
         self._flags = Flags()
         job: Future[TimedProposal] | None = None
         if self._rank == 0:
             window = self._window
-            unseen = min(unseen, len(window))
             job = self._background.propose(
                 window.samples(), self.served, unseen, window.step_seconds
             )

@@ -93,6 +93,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="slots beyond one per expert, over both ranks (default: 0)",
     )
+    parser.add_argument(
+        "--trace", type=Path, metavar="DIR", help="record the load there, for ep-rebalance replay"
+    )
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's log here")
     parser.add_argument(
         "--keep", action="store_true", help="leave the server running at the end, until Ctrl-C"
@@ -319,6 +322,7 @@ def main(arguments: Sequence[str]) -> int:
             tensor_parallel=options.tensor_parallel,
             policy=options.policy,
             redundant_experts=options.redundant,
+            trace=options.trace and options.trace.resolve(),
         )
         server = Server(launch, options.log or scratch / "server.log")
         code = asyncio.run(run(options, console, server))

@@ -35,6 +35,7 @@ class Launch:
     tensor_parallel: bool
     policy: str
     redundant_experts: int
+    trace: Path | None
 
     @property
     def url(self) -> str:
@@ -53,6 +54,7 @@ class Launch:
             *("--plugin", "ep_rebalance", "--ep-rebalance-config", str(self.config)),
             *("--ep-rebalance-config.planner.policy", self.policy),
             *("--ep-rebalance-config.planner.redundant_experts", str(self.redundant_experts)),
+            *(("--ep-rebalance-config.trace.path", str(self.trace)) if self.trace else ()),
             *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
             # Every answer is to be computed anew, by the experts where they are now.
             "--no-enable-prefix-caching",

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_model(vllm_config, config)
     _check_metrics(vllm_config.model_config, config.metrics)
     _check_state(vllm_config, config)
+    _check_trace(config)
 
 
 def _check_contracts() -> None:
@@ -209,6 +211,14 @@ def _no_experts(model: str) -> ConfigurationError:
         f"model {model!r} has no Mixture-of-Experts layers.",
         "serve it without --plugin ep_rebalance.",
     )
+
+
+def _check_trace(config: RebalanceConfig) -> None:
+    if config.trace.path is not None and not os.access(config.trace.path, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"trace.path={config.trace.path!r} is no folder that the server may write.",
+            "create it, name another one, or drop trace.path.",
+        )
 
 
 def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm import router
@@ -21,8 +24,10 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
 from ep_rebalance.rebalancer import Rebalancer
+from ep_rebalance.recorder import Recorder
 from ep_rebalance.state import SavedState, load_state
 from ep_rebalance.topology import Topology
+from ep_rebalance.trace import TraceHead
 from ep_rebalance.transport.expert_memory import ExpertMemory
 
 logger = logging.getLogger(__name__)
@@ -31,9 +36,12 @@ logger = logging.getLogger(__name__)
 class Attachment:
     """One worker's rebalancer and the engine's calls to it."""
 
-    def __init__(self, rebalancer: Rebalancer, counts: DeviceCounts) -> None:
+    def __init__(
+        self, rebalancer: Rebalancer, counts: DeviceCounts, recorder: Recorder | None
+    ) -> None:
         self.rebalancer = rebalancer
         self._counts = counts
+        self._recorder = recorder
         self._started: float | None = None
 
     @classmethod
@@ -47,6 +55,7 @@ class Attachment:
         counts = _device_counts(placement, topology, vllm_config, device)
         _attach_routers(moe_model, counts, moves_experts=moves)
         memory = _expert_memory(moe_model, counts, device) if moves else None
+        recorder = _recorder(moe_model, placement, topology, vllm_config, config)
         rebalancer = Rebalancer(
             config=config,
             placement=placement,
@@ -62,6 +71,7 @@ class Attachment:
                 placement=placement,
                 top_k=moe_model.moe_layers[0].router.top_k,
             ),
+            recorder=recorder,
         )
         if moves:
             _restore(rebalancer, config, vllm_config)
@@ -75,7 +85,7 @@ class Attachment:
             placement.num_slots,
             placement.num_ranks,
         )
-        return cls(rebalancer, counts)
+        return cls(rebalancer, counts, recorder)
 
     def begin_step(self, phases_T: NDArray[np.int64], started: float) -> None:
         """The step's tokens are known; `started` by `time.perf_counter()`."""
@@ -95,6 +105,14 @@ class Attachment:
     def load(self) -> bytes:
         """The encoded load of every expert."""
         return encode(self.rebalancer.journal.load(self.rebalancer.served))
+
+    def record(self, on: bool) -> bool:
+        """Switch recording; False on a rank that has no recorder."""
+        if self._recorder is None:
+            return False
+        self._recorder.switch(on)
+        logger.info("ep_rebalance: the trace is %s", "recorded" if on else "not recorded")
+        return True
 
 
 def _ep_group() -> Any:
@@ -183,6 +201,36 @@ def _expert_memory(model: Any, counts: DeviceCounts, device: torch.device) -> Ex
             torch.zeros((), dtype=torch.int32, device=device)
         ]
     return ExpertMemory(model.expert_weights)
+
+
+def _recorder(
+    model: Any, placement: Placement, topology: Topology, vllm_config: Any, config: RebalanceConfig
+) -> Recorder | None:
+    """Rank 0's, if a trace is configured."""
+    if config.trace.path is None or _ep_group().rank_in_group:
+        return None
+    head = TraceHead(
+        model=vllm_config.model_config.model,
+        layers=placement.num_layers,
+        experts=placement.num_experts,
+        top_k=model.moe_layers[0].router.top_k,
+        ep_size=placement.num_ranks,
+        slots=placement.num_slots,
+        node_of_rank=list(topology.node_of_rank),
+        expert_bytes=[_expert_bytes(layer.routed_experts) for layer in model.moe_layers],
+        hidden_size=vllm_config.model_config.get_hidden_size(),
+        engine=f"vllm {version('vllm')}",
+        plugin_version=__version__,
+        started=time.time(),
+        config=config.shown(),
+    )
+    return Recorder(config.trace, head)
+
+
+def _expert_bytes(experts: Any) -> int:
+    """Of one expert of a layer, before anything is known of how it is packed."""
+    tensors = [p for p in experts.parameters() if len(p) == experts.local_num_experts]
+    return sum(tensor.nbytes // experts.local_num_experts for tensor in tensors)
 
 
 def _refuse_hidden_tensors(experts: Any) -> None:

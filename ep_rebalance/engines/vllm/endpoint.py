@@ -1,5 +1,5 @@
-"""Seam: the API server - `GET /ep_rebalance/status`, `GET /ep_rebalance/load`, and our metrics on
-vLLM's own `/metrics`.
+"""Seam: the API server - `GET /ep_rebalance/status`, `GET /ep_rebalance/load`, `POST
+/ep_rebalance/record`, and our metrics on vLLM's own `/metrics`.
 
 Target: the entry point group `vllm.endpoint_plugins` (vllm/plugins/endpoint_plugins/interface.py).
 Why: workers export nothing, and vLLM's statistics have no place for a plugin's; the API server
@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 
-from ep_rebalance.config import MetricsConfig, load_config
+from ep_rebalance.config import MetricsConfig, RebalanceConfig, load_config
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY
 from ep_rebalance.exporter import Exporter
 from ep_rebalance.metrics import decode
@@ -61,6 +61,11 @@ class EngineReports:
             logger.debug("ep_rebalance: %s was not answered: %r", method, error)
             return None
 
+    async def record(self, on: bool) -> None:
+        """Switch the recording of the trace. Raises what the engine raises, TimeoutError included."""
+        async with asyncio.timeout(self._config.poll_timeout_seconds):
+            await self._engine.collective_rpc("ep_rebalance_record", args=(on,))
+
     async def export(self, exporter: Exporter) -> None:
         """Fill the metrics for ever. Never raises: the server must not notice."""
         while True:
@@ -83,6 +88,7 @@ class EndpointPlugin:
         """Add our routes."""
         for path, show in (("status", show_status), ("load", show_load)):
             app.add_api_route(f"/ep_rebalance/{path}", show, methods=["GET"])
+        app.add_api_route("/ep_rebalance/record", switch_recording, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Begin to poll, if this engine runs the plugin."""
@@ -95,6 +101,7 @@ class EndpointPlugin:
         if settings is None:
             return
         config = load_config(settings)
+        state.ep_rebalance_config = config
         state.ep_rebalance = EngineReports(engine_client, config.metrics)
         if vllm_config.parallel_config._api_process_rank in (0, -1):
             names = getattr(args, "served_model_name", None) or [vllm_config.model_config.model]
@@ -125,6 +132,45 @@ async def _show(
     if payload is None:
         return _json({"error": "the engine has not answered; try again"}, 503)
     return Response(payload, media_type="application/json")
+
+
+async def switch_recording(request: Request) -> Response:
+    """Begin or end a trace: `POST /ep_rebalance/record?on=true`.
+
+    404 without the plugin, 403 unless `control.enabled`, 401 without the key, 400 without `on`, 409
+    without `trace.path`, 503 if the engine does not answer.
+    """
+    state = request.app.state
+    if state.ep_rebalance is None:
+        return _json({"error": "ep_rebalance is not active on this server"}, 404)
+    config: RebalanceConfig = state.ep_rebalance_config
+    if refusal := _control_refused(request, config, state.ep_rebalance_keys):
+        return refusal
+    on = {"true": True, "false": False}.get(request.query_params.get("on", ""))
+    if on is None:
+        return _json({"error": "say ?on=true or ?on=false"}, 400)
+    if config.trace.path is None:
+        return _json({"error": "there is nowhere to record to: start with trace.path"}, 409)
+    try:
+        await state.ep_rebalance.record(on)
+    except Exception as error:
+        logger.warning("ep_rebalance: recording was not switched: %r", error)
+        return _json({"error": "the engine has not answered; try again"}, 503)
+    client = request.client.host if request.client else "unknown"
+    logger.info("ep_rebalance: %s switched recording %s", client, "on" if on else "off")
+    return _json({"recording": "on" if on else "off"}, 200)
+
+
+def _control_refused(
+    request: Request, config: RebalanceConfig, server_keys: list[str]
+) -> Response | None:
+    """Why a request may change nothing, or None. A server without any key has none to prove."""
+    if not config.control.enabled:
+        return _json({"error": "control.enabled is false on this server"}, 403)
+    keys = [config.control.api_key] if config.control.api_key else server_keys
+    if not keys:
+        return _json({"error": "control needs --api-key or control.api_key"}, 403)
+    return None if _authorised(request, keys) else _json({"error": "Unauthorized"}, 401)
 
 
 def _api_keys(args: Namespace) -> list[str]:

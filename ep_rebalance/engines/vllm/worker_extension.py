@@ -29,6 +29,11 @@ class WorkerExtension:
         attachment = model_runner.attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.load()
 
+    def ep_rebalance_record(self, on: bool) -> bool:
+        """Switch the recording of the trace; False on ranks that do not record."""
+        attachment = model_runner.attachment_of(self.model_runner)
+        return attachment is not None and attachment.record(on)
+
     def ep_rebalance_step_times(self) -> list[tuple[float, bool]]:
         """Wall seconds of this rank's steps since the last call, and whether experts moved in it.
         For benchmarks.

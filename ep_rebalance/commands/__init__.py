@@ -1,0 +1,1 @@
+"""The commands of `ep-rebalance`, one module each."""

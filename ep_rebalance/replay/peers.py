@@ -1,0 +1,108 @@
+"""What a replay is compared with: placements that do not come from the server's loop."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.config import PlannerConfig, RebalanceConfig
+from ep_rebalance.load_window import LoadWindow, WindowLoad
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.greedy import plan_greedy
+from ep_rebalance.planning.incremental import plan_incremental
+from ep_rebalance.planning.plan import Budget, Problem
+from ep_rebalance.planning.proposal import planned_load
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.replay.balancing import PlanMade
+from ep_rebalance.topology import Topology
+from ep_rebalance.trace import RecordedPlacement, RecordedSnapshot
+
+
+class Serving(Protocol):
+    """Something that serves snapshots: `ReplayedServer`, or one of its peers.
+
+    placement, quotas_LP: what the last snapshot was served with. plans: made so far.
+    """
+
+    placement: Placement
+    quotas_LP: NDArray[np.float64]
+    plans: list[PlanMade]
+
+    def snapshot(self, snapshot: RecordedSnapshot) -> None:
+        """One more snapshot was counted."""
+        ...
+
+
+class Contiguous:
+    """The placement that the engine loads, tokens split evenly: a server without the plugin."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement, self.quotas_LP = placement, placement.even_quotas_LP()
+        self.plans: list[PlanMade] = []
+
+    def snapshot(self, snapshot: RecordedSnapshot) -> None:
+        """Nothing changes."""
+
+
+class AsRecorded(Contiguous):
+    """What the recorded server served."""
+
+    def change(self, change: RecordedPlacement) -> None:
+        """Serve the placement from the next snapshot on."""
+        self.placement, self.quotas_LP = change.placement, change.quotas_LP
+
+
+class PlacedOnce(Contiguous):
+    """The best placement for the first full window, kept from then on; quotas follow the load."""
+
+    def __init__(self, placement: Placement, config: RebalanceConfig, topology: Topology) -> None:
+        super().__init__(placement)
+        self._next, self._config, self._topology = placement, config, topology
+        self._window = LoadWindow(config.window.snapshots)
+        self._placed = False
+
+    def snapshot(self, snapshot: RecordedSnapshot) -> None:
+        """Place once the server would make its first plan."""
+        self.placement = self._next
+        self._window.append(snapshot.sample())
+        if not len(self._window):
+            return
+        config = self._config
+        load = planned_load(config.planner, self._window.samples())
+        interval = config.planner.interval_snapshots
+        if not self._placed and self._window.plan_is_due(config.window, interval):
+            self._next, self._placed = place_anew(load, self._next, self._topology), True
+        self.quotas_LP = split_quotas(self._next, load.load_LE)
+
+
+class Hindsight(Contiguous):
+    """A placement and quotas made for the very snapshots that they then serve: a bound that nobody
+    who does not know the future can reach."""
+
+    def __init__(self, placement: Placement, settings: PlannerConfig, topology: Topology) -> None:
+        super().__init__(placement)
+        self._contiguous, self._settings, self._topology = placement, settings, topology
+
+    def expect(self, snapshots: list[RecordedSnapshot]) -> None:
+        """The snapshots that come next."""
+        window = LoadWindow(len(snapshots))
+        for snapshot in snapshots:
+            window.append(snapshot.sample())
+        if len(window):
+            load = planned_load(self._settings, window.samples())
+            self.placement = place_anew(load, self._contiguous, self._topology)
+            self.quotas_LP = split_quotas(self.placement, load.load_LE)
+
+
+def place_anew(load: WindowLoad, current: Placement, topology: Topology) -> Placement:
+    """The best that we know for a window: the greedy placement, improved without a bound."""
+    start = plan_greedy(everything_may_move(load, current, topology))
+    return plan_incremental(everything_may_move(load, start, topology))
+
+
+def everything_may_move(load: WindowLoad, current: Placement, topology: Topology) -> Problem:
+    """A problem without a budget."""
+    budget = Budget(max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank)
+    return Problem(load=load, current=current, topology=topology, budget=budget)

@@ -1,0 +1,290 @@
+"""A replay: one scenario over a trace, snapshot by snapshot, in memory that does not grow with it
+beyond a few numbers for each snapshot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.planning.cost_model import TokenCost, cost_model
+from ep_rebalance.planning.plan import Planner
+from ep_rebalance.replay.balancing import PlanMade, ReplayedServer
+from ep_rebalance.replay.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
+from ep_rebalance.replay.step_time import RankLoad, StepTime
+from ep_rebalance.topology import Topology
+from ep_rebalance.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
+
+SERVER_POLICIES = {"ours": "incremental", "greedy": "greedy", "vllm": "vllm"}
+"""Those that go through the server's loop, and what they are called in its settings."""
+
+POLICIES = (*SERVER_POLICIES, "static", "none", "recorded", "hindsight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One way to serve the recorded load.
+
+    policy: of POLICIES. planner: of those in SERVER_POLICIES. config: its planner.redundant_experts
+    counts. topology: its ranks count.
+    """
+
+    policy: str
+    planner: Planner | None
+    config: RebalanceConfig
+    topology: Topology
+    step_time: StepTime
+
+    @property
+    def title(self) -> str:
+        redundant = self.config.planner.redundant_experts
+        return f"{self.policy}, EP{self.topology.num_ranks}, {redundant} redundant"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replayed:
+    """What came of a scenario.
+
+    For each snapshot that carried tokens: time_N (Unix), step_N (the engine's), steps_N (that it sums
+    up), pairs_N ((token, expert) pairs of all layers), imbalance_N (busiest ranks over mean, both summed
+    over layers), balancedness_N (mean over max rank load, mean of the layers), seconds_N (predicted mean
+    step).
+    share_LR: float64 [L, R], tokens of each rank over the mean, over the whole trace. replicas_LE: of
+    the last placement. plan_seconds: wall time of each plan here.
+    """
+
+    scenario: Scenario
+    time_N: NDArray[np.float64]
+    step_N: NDArray[np.int64]
+    steps_N: NDArray[np.int64]
+    pairs_N: NDArray[np.float64]
+    imbalance_N: NDArray[np.float64]
+    balancedness_N: NDArray[np.float64]
+    seconds_N: NDArray[np.float64]
+    share_LR: NDArray[np.float64]
+    replicas_LE: NDArray[np.int32]
+    plans: tuple[PlanMade, ...]
+    plan_seconds: tuple[float, ...]
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """Over all steps of the trace."""
+        return float(np.average(self.seconds_N, weights=self.steps_N))
+
+    @property
+    def mean_imbalance(self) -> float:
+        """Over the tokens of the trace."""
+        return float(np.average(self.imbalance_N, weights=self.pairs_N))
+
+    @property
+    def mean_balancedness(self) -> float:
+        return float(self.balancedness_N.mean())
+
+    @property
+    def commits(self) -> tuple[PlanMade, ...]:
+        return tuple(plan for plan in self.plans if plan.outcome == "committed")
+
+    @property
+    def moved(self) -> int:
+        """Experts that changed their slot."""
+        return sum(plan.moved for plan in self.plans)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Over links between ranks."""
+        return sum(sum(plan.bytes.values()) for plan in self.plans)
+
+    @property
+    def hours(self) -> float:
+        """Of serving, by the predicted step times."""
+        return float(self.seconds_N @ self.steps_N) / 3600.0
+
+
+class NothingRecorded(ValueError):
+    """A trace without a snapshot that carried tokens."""
+
+
+def replay(
+    head: TraceHead,
+    records: Iterable[Record],
+    scenario: Scenario,
+    advance: Callable[[], None] = lambda: None,
+) -> Replayed:
+    """Serve the recorded snapshots as the scenario says.
+
+    head: of the trace. advance: called after each snapshot. Raises ValueError if the experts do not
+    divide by the ranks, NothingRecorded, and what reading the records raises.
+    """
+    clocked = _Clocked(scenario.planner)
+    recorded, records = _beginning(records)
+    begun_as_recorded = _as_recorded(head, scenario)
+    serving = _serving(head, scenario, clocked, recorded, begun_as_recorded)
+    served_before = AsRecorded(recorded.placement)
+    served_before.change(recorded)
+    rows: list[tuple[float, ...]] = []
+    sums_LR = np.zeros((head.layers, scenario.topology.num_ranks))
+    for record in _announced(records, serving, scenario.config):
+        if isinstance(record, RecordedPlacement):
+            served_before.change(record)
+            if isinstance(serving, AsRecorded):
+                serving.change(record)
+            continue
+        serving.snapshot(record)
+        counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
+        if counts_LE.any():
+            served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
+            was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
+            rows.append(_row(record, served, scenario.step_time.seconds(record, served, was)))
+            sums_LR += served.tokens_LR
+        advance()
+    if not rows:
+        raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
+    time_N, step_N, steps_N, *measured = (np.array(column) for column in zip(*rows, strict=True))
+    return Replayed(
+        scenario=scenario,
+        time_N=time_N,
+        step_N=step_N.astype(np.int64),
+        steps_N=steps_N.astype(np.int64),
+        pairs_N=measured[0],
+        imbalance_N=measured[1],
+        balancedness_N=measured[2],
+        seconds_N=measured[3],
+        share_LR=sums_LR / np.maximum(sums_LR.mean(axis=1, keepdims=True), 1e-300),
+        replicas_LE=serving.placement.replica_counts_LE(),
+        plans=tuple(serving.plans),
+        plan_seconds=tuple(clocked.seconds),
+    )
+
+
+def _row(record: RecordedSnapshot, served: RankLoad, seconds: float) -> tuple[float, ...]:
+    tokens_LR = served.tokens_LR
+    balancedness = float(np.mean(1.0 / imbalance_L(tokens_LR)))
+    mean = float(tokens_LR.mean(axis=1).sum())
+    return (
+        record.time,
+        record.step,
+        record.steps,
+        float(tokens_LR.sum()),
+        served.busiest / mean,
+        balancedness,
+        seconds,
+    )
+
+
+def contiguous_placement(head: TraceHead, scenario: Scenario) -> Placement:
+    """What the engine would load. Raises ValueError if the slots do not divide by the ranks."""
+    ranks, redundant = scenario.topology.num_ranks, scenario.config.planner.redundant_experts
+    if (head.experts + redundant) % ranks or (head.experts + redundant) // ranks > head.experts:
+        least = -(-head.experts // ranks) * ranks - head.experts
+        raise ValueError(
+            f"{head.experts} experts and {redundant} redundant ones do not divide by {ranks} ranks; "
+            f"possible are {least}, {least + ranks}, {least + 2 * ranks}, ..."
+        )
+    return Placement.contiguous(
+        num_layers=head.layers,
+        num_experts=head.experts,
+        num_ranks=ranks,
+        num_redundant=redundant,
+    )
+
+
+class _Clocked:
+    """A planner, and the wall time of each plan."""
+
+    def __init__(self, planner: Planner | None) -> None:
+        self.seconds: list[float] = []
+        self._planner = planner
+
+    def __call__(self, problem: object) -> Placement:
+        assert self._planner is not None
+        began = time.perf_counter()
+        placement = self._planner(problem)  # type: ignore[arg-type]
+        self.seconds.append(time.perf_counter() - began)
+        return placement
+
+
+def _beginning(records: Iterable[Record]) -> tuple[RecordedPlacement, Iterator[Record]]:
+    """The placement at the beginning, and all records."""
+    iterator = iter(records)
+    first = next(iterator, None)
+    if not isinstance(first, RecordedPlacement):
+        raise NothingRecorded("the trace does not begin with a placement")
+    return first, chain([first], iterator)
+
+
+def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
+    """Whether the scenario is the recorded server's own, so that it plans at the same moments."""
+    return (
+        list(scenario.topology.node_of_rank) == head.node_of_rank
+        and scenario.config.shown() == head.config
+        and scenario.config.mode == "rebalance"
+        and SERVER_POLICIES.get(scenario.policy) == scenario.config.planner.policy
+    )
+
+
+def _serving(
+    head: TraceHead,
+    scenario: Scenario,
+    planner: Planner,
+    recorded: RecordedPlacement,
+    as_recorded: bool,
+) -> Serving:
+    config, topology = scenario.config, scenario.topology
+    if scenario.policy == "recorded":
+        return AsRecorded(recorded.placement)
+    start = contiguous_placement(head, scenario)
+    if scenario.policy == "none":
+        return Contiguous(start)
+    if scenario.policy == "static":
+        return PlacedOnce(start, config, topology)
+    if scenario.policy == "hindsight":
+        return Hindsight(start, config.planner, topology)
+    if (start.num_slots, start.num_ranks) == (head.slots, head.ep_size):
+        start = recorded.placement
+    known = all(head.expert_bytes)
+    policy = SERVER_POLICIES[scenario.policy]
+    return ReplayedServer(
+        config=with_planner(config, policy=policy),
+        planner=planner,
+        cost=cost_model(config, head.expert_bytes) if known else TokenCost(),
+        topology=topology,
+        expert_bytes_L=head.expert_bytes if known else [1] * head.layers,
+        placement=start,
+        generation=recorded.generation if start is recorded.placement else 0,
+        as_recorded=as_recorded,
+    )
+
+
+def with_planner(config: RebalanceConfig, **changes: object) -> RebalanceConfig:
+    """The same settings but for these of `planner`, in a mode that plans."""
+    planner = config.planner.model_copy(update=changes)
+    return config.model_copy(update={"planner": planner, "mode": "rebalance"})
+
+
+def _announced(
+    records: Iterable[Record], serving: Serving, config: RebalanceConfig
+) -> Iterator[Record]:
+    """The records as they are; hindsight is told of as many snapshots as lie between two plans
+    before they come."""
+    if not isinstance(serving, Hindsight):
+        yield from records
+        return
+    waiting: list[Record] = []
+    coming: list[RecordedSnapshot] = []
+    for record in records:
+        waiting.append(record)
+        if isinstance(record, RecordedSnapshot):
+            coming.append(record)
+        if len(coming) == config.planner.interval_snapshots:
+            serving.expect(coming)
+            yield from waiting
+            waiting, coming = [], []
+    if coming:
+        serving.expect(coming)
+    yield from waiting

@@ -1,0 +1,180 @@
+"""Step times: what a step would have taken on another placement.
+
+Only the experts' part of a step depends on the placement. `MeasuredSteps` takes it as a fraction of the
+step times in the trace and scales it with the busiest ranks' tokens. `ModelledSteps` computes it from
+the hardware's figures: reading the activated experts or computing the tokens, whichever is longer, and
+the all-to-all before and after. Both take the mean step of a snapshot for all of its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import RooflineCost
+from ep_rebalance.topology import Topology
+from ep_rebalance.trace import RecordedSnapshot
+
+_PAYLOAD_BYTES = 2.0
+"""Of a number that is sent to an expert or back, bfloat16."""
+
+
+class Hardware(BaseModel):
+    """One rank's accelerator and links; see hardware.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_bytes_per_second: float = Field(gt=0)
+    flops_per_second: float = Field(gt=0)
+    intranode: float = Field(gt=0)
+    internode: float = Field(gt=0)
+    memory_bytes: float = Field(gt=0)
+
+
+def load_hardware(source: str) -> tuple[str, Hardware]:
+    """A row of the table that ships, by name, or the only row of a YAML file of the same form.
+
+    Raises ValueError that says which names there are.
+    """
+    shipped = resources.files("ep_rebalance.replay").joinpath("hardware.yaml").read_text()
+    table = _table(shipped, "hardware.yaml")
+    if source in table:
+        return source, table[source]
+    if not Path(source).is_file():
+        raise ValueError(
+            f"no hardware {source!r}; known are {', '.join(table)}, or give a YAML file of that form "
+            "(ep-rebalance hardware prints it)"
+        )
+    own = _table(Path(source).read_text(encoding="utf-8"), source)
+    if len(own) != 1:
+        raise ValueError(f"{source} describes {len(own)} accelerators; leave the one that is meant")
+    return next(iter(own.items()))
+
+
+def _table(text: str, name: str) -> Mapping[str, Hardware]:
+    try:
+        return TypeAdapter(dict[str, Hardware]).validate_python(_numbers(yaml.safe_load(text)))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ValueError(f"{name} is no table of hardware: {error}") from None
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 takes 1e12 for a text."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+class StepTime(Protocol):
+    """Predicts the mean step of a snapshot."""
+
+    def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
+        """On the placement of `served`; `recorded` is what the recorded server made of it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankLoad:
+    """A snapshot on a placement. tokens_LR: float64 [L, R], (token, expert) pairs on each rank."""
+
+    placement: Placement
+    quotas_LP: NDArray[np.float64]
+    tokens_LR: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, counts_LE: NDArray[np.integer], placement: Placement, quotas_LP: NDArray[np.float64]
+    ) -> RankLoad:
+        return cls(
+            placement=placement,
+            quotas_LP=quotas_LP,
+            tokens_LR=placement.rank_load_LR(counts_LE, quotas_LP),
+        )
+
+    @property
+    def busiest(self) -> float:
+        """Tokens of the busiest rank, summed over layers: each layer waits for its own."""
+        return float(self.tokens_LR.max(axis=1).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredSteps:
+    """From the recorded step times; a step counts 1 where there are none.
+
+    fraction: of a recorded step that waits for the busiest ranks' experts.
+    """
+
+    fraction: float
+
+    def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
+        ratio = served.busiest / recorded.busiest if recorded.busiest else 1.0
+        return (snapshot.step_seconds or 1.0) * (1.0 - self.fraction + self.fraction * ratio)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelledSteps:
+    """From the hardware's figures.
+
+    expert_bytes_L: of one expert of each layer. bytes_per_parameter: of its weights. top_k: experts of
+    a token. fraction: of a step with even load that experts and all-to-all take; the rest is added, the
+    same for every placement.
+    """
+
+    hardware: Hardware
+    topology: Topology
+    expert_bytes_L: Sequence[int]
+    bytes_per_parameter: float
+    hidden_size: int
+    top_k: int
+    fraction: float
+
+    def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
+        steps = max(snapshot.steps, 1)
+        load = WindowLoad(
+            tokens_WLE=snapshot.counts_ALE.sum(axis=0, dtype=np.float64)[None],
+            weight_W=np.ones(1),
+            steps_W=np.full(1, float(steps)),
+        )
+        compute_LR = self._cost.rank_cost_WLR(load, served.placement, served.quotas_LP)[0] / steps
+        transfer_LR = self._seconds_per_pair * served.tokens_LR / steps
+        experts = compute_LR.max(axis=1).sum() + transfer_LR.max(axis=1).sum()
+        even = compute_LR.mean(axis=1).sum() + transfer_LR.mean(axis=1).sum()
+        return float(experts + even * (1.0 - self.fraction) / self.fraction)
+
+    @property
+    def _cost(self) -> RooflineCost:
+        return RooflineCost(
+            expert_bytes_L=self.expert_bytes_L,
+            memory_bytes_per_second=self.hardware.memory_bytes_per_second,
+            flops_per_second=self.hardware.flops_per_second,
+            flops_per_byte=2.0 / self.bytes_per_parameter,
+        )
+
+    @property
+    def _seconds_per_pair(self) -> float:
+        """Seconds that a (token, expert) pair takes on its way to a rank and back, on average.
+
+        Tokens come from all ranks alike, and go once to each rank that holds one of their experts, as
+        many as `top_k` balls hit of R urns.
+        """
+        ranks = self.topology.num_ranks
+        once = ranks * (1.0 - (1.0 - 1.0 / ranks) ** self.top_k) / self.top_k
+        same_node = np.mean(
+            [self.topology.node_of_rank.count(n) for n in self.topology.node_of_rank]
+        )
+        near, far = (same_node - 1.0) / ranks, 1.0 - same_node / ranks
+        per_byte = near / self.hardware.intranode + far / self.hardware.internode
+        return float(2.0 * once * self.hidden_size * _PAYLOAD_BYTES * per_byte)
