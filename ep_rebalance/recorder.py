@@ -81,7 +81,7 @@ class Recorder:
                 time=now,
                 generation=served.generation,
                 planned=bool(snapshot.flags.planned),
-                scheduled=bool(snapshot.flags.scheduled),
+                scheduled=snapshot.flags.scheduled == served.placement.num_ranks,
             )
         )
 

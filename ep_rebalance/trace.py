@@ -242,7 +242,8 @@ class TraceWriter:
             if self._file is not None:
                 self._append(_encode_placement(record, self._layout.placement))
             return
-        if self._file is None or self._size >= self._max_file_bytes:
+        size = self._layout.snapshot.itemsize
+        if self._file is None or self._size + size > self._max_file_bytes:
             self._next_file()
         self._append(_encode_snapshot(record, self._layout.snapshot))
 

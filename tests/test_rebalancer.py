@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from expert_weights import loaded, memory_of, wrong_slots
 from ranks import Ranks
+from traces import head_of
 
 from ep_rebalance import background
 from ep_rebalance.config import RebalanceConfig, load_config
@@ -26,8 +27,12 @@ from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning import proposal
 from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.rebalancer import Rebalancer
+from ep_rebalance.recorder import Recorder
+from ep_rebalance.replay.run import Scenario, replay
+from ep_rebalance.replay.step_time import MeasuredSteps
 from ep_rebalance.state import ModelIdentity, load_state
 from ep_rebalance.topology import Topology
+from ep_rebalance.trace import RecordedPlacement, TraceReader
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 
@@ -85,7 +90,9 @@ class StepSeen:
 class Engine:
     """One rank of a make-believe engine whose router prefers some experts."""
 
-    def __init__(self, rank: int, size: int, config: RebalanceConfig, executor=Inline) -> None:
+    def __init__(
+        self, rank: int, size: int, config: RebalanceConfig, executor=Inline, recorder=None
+    ) -> None:
         redundant = config.planner.redundant_experts
         self.rank, self.size = rank, size
         self.placement = Placement.contiguous(
@@ -110,6 +117,7 @@ class Engine:
             topology=topology,
             identity=identity(size, redundant),
             status=initial_status(config=config, model="m", placement=self.placement, top_k=TOP_K),
+            recorder=recorder,
         )
         self.rebalancer._background._thread = executor(max_workers=1)
         self.seen: list[StepSeen] = []
@@ -250,6 +258,66 @@ def test_status_counts_each_token_once_by_phase_and_by_rank(two_ranks: Ranks):
     assert sum(status.rank_tokens) == 2 * counted_steps * TOKENS * TOP_K * LAYERS
     assert {PREFILL, DECODE} == {0, 1}
     assert decode(encode(status)) == status
+
+
+# --- a trace replays to what was served
+
+
+def rebalance_recorded(rank, size, config, executor):
+    recorder = None
+    if rank == 0:
+        head = head_of(
+            layers=LAYERS,
+            experts=EXPERTS,
+            ranks=size,
+            redundant=config.planner.redundant_experts,
+            expert_bytes=list(memory_of(loaded_anywhere(size, config)).expert_bytes_L),
+            config=config.shown(),
+        )
+        recorder = Recorder(config.trace, head)
+    engine = Engine(rank, size, config, executor=executor, recorder=recorder)
+    for step in range(STEPS_LIMIT):
+        engine.step(skew=2.0 if step < STEPS_LIMIT // 2 else -1.0)
+    if recorder is not None:
+        recorder.flush()
+    return engine.rebalancer.served, engine.rebalancer.status
+
+
+def loaded_anywhere(size, config):
+    placement = Placement.contiguous(
+        num_layers=LAYERS,
+        num_experts=EXPERTS,
+        num_ranks=size,
+        num_redundant=config.planner.redundant_experts,
+    )
+    return loaded(placement, 0, DTYPE, SHAPES)
+
+
+@pytest.mark.parametrize("executor", [Inline, ThreadPoolExecutor])
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_trace_replays_to_the_placements_that_were_served(
+    two_ranks: Ranks, tmp_path: Path, executor, redundant
+):
+    config = eager({"planner": {"redundant_experts": redundant}, "trace": {"path": str(tmp_path)}})
+    (served, status), _ = two_ranks.run(rebalance_recorded, 2, config, executor)
+    reader = TraceReader(*tmp_path.glob("*.eptrace"))
+    scenario = Scenario(
+        policy="ours",
+        planner=PLANNERS["incremental"],
+        config=load_config(reader.head.config),
+        topology=Topology.single_node(2),
+        step_time=MeasuredSteps(fraction=0.5),
+    )
+    replayed = replay(reader.head, reader, scenario)
+    recorded = {r.generation: r for r in reader if isinstance(r, RecordedPlacement)}
+    assert served.generation >= 3
+    assert [plan.generation for plan in replayed.commits] == list(recorded)[1:]
+    for plan in replayed.commits:
+        placement = recorded[plan.generation].placement
+        assert plan.placement == placement
+        assert plan.moved == placement.changed_slots(recorded[plan.generation - 1].placement)
+    refused = [plan.outcome for plan in replayed.plans].count("no_gain")
+    assert status.plans["no_gain"] - refused in (0, 1), "the last one may not be recorded yet"
 
 
 # --- quotas follow the load

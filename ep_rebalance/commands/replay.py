@@ -17,11 +17,12 @@ from enum import StrEnum
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
@@ -35,9 +36,11 @@ from ep_rebalance.config import (
 )
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
+from ep_rebalance.replay.model_shape import completed, shape_of
 from ep_rebalance.replay.run import (
     SERVER_POLICIES,
     NothingRecorded,
+    PolicyName,
     Replayed,
     Scenario,
     contiguous_placement,
@@ -49,8 +52,6 @@ from ep_rebalance.topology import Topology
 from ep_rebalance.trace import SUFFIX, TraceError, TraceHead, TraceReader, read_records
 
 SCHEMA_VERSION = 1
-
-PolicyName = Literal["ours", "greedy", "vllm", "static", "none", "recorded", "hindsight"]
 
 
 class Format(StrEnum):
@@ -133,7 +134,7 @@ def run_replay(
     """
     with explained():
         readers = open_traces(traces)
-        head = readers[0].head
+        head = completed(readers[0].head)
         settings = settings_for(head, config, set_ or [])
         scenarios = [
             scenario(
@@ -143,7 +144,7 @@ def run_replay(
             for ranks, copies, name in product(
                 ep_size or [head.ep_size],
                 redundant or [head.slots - head.experts],
-                policy or ["ours", "none", "hindsight"],
+                policy or [PolicyName.OURS, PolicyName.NONE, PolicyName.HINDSIGHT],
             )
         ]  # fmt: skip
         replayed = replay_all(readers, scenarios, jobs=jobs, quiet=quiet)
@@ -256,14 +257,14 @@ def _step_time(
         return MeasuredSteps(fraction=part)
     if not all(head.expert_bytes) or not head.hidden_size:
         raise ValueError(
-            "the trace does not say how large an expert is (it was converted), so --hardware has nothing "
-            "to compute with; give `convert` --model, or leave --hardware out"
+            "the trace does not say how large an expert is (it was converted), and its sizes are those "
+            "of no model that is known, so --hardware has nothing to compute with; leave it out"
         )
     return ModelledSteps(
         hardware=load_hardware(hardware)[1],
         topology=topology,
         expert_bytes_L=tuple(head.expert_bytes),
-        bytes_per_parameter=settings.hardware.bytes_per_parameter,
+        bytes_per_parameter=(shape_of(head) or settings.hardware).bytes_per_parameter,
         hidden_size=head.hidden_size,
         top_k=head.top_k,
         fraction=part,
@@ -296,7 +297,7 @@ def replay_all(
 def _replay(paths: list[Path], one: Scenario, advance: Callable[[], None]) -> Replayed:
     compile_planner()
     readers = [TraceReader(path) for path in paths]
-    return replay(readers[0].head, read_records(readers), one, advance)
+    return replay(completed(readers[0].head), read_records(readers), one, advance)
 
 
 def _replay_in_processes(
@@ -438,7 +439,7 @@ def _caption(result: dict[str, Any]) -> str:
 def _table(result: dict[str, Any]) -> Table:
     table = Table(title="Replay")
     for name in ("policy", "EP", "redundant", "imbalance", "balancedness", "step", "saved", "plans",
-                 "experts moved", "GB moved", "GB an hour", "ms a plan"):  # fmt: skip
+                 "experts moved", "bytes moved", "an hour", "ms a plan"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("policy", "plans") else "right")
     for row in result["rows"]:
         saved = row["step_time_saved"]
@@ -452,8 +453,8 @@ def _table(result: dict[str, Any]) -> Table:
             "-" if saved is None else f"{saved:.1%}",
             ", ".join(f"{count} {name}" for name, count in row["plans"].items()) or "-",
             f"{row['experts_moved']:,}",
-            f"{row['bytes_moved'] / 1e9:.2f}",
-            f"{row['bytes_moved_per_hour'] / 1e9:.1f}",
+            decimal(row["bytes_moved"]),
+            decimal(int(row["bytes_moved_per_hour"])),
             f"{row['plan_milliseconds']:.0f}" if row["plan_milliseconds"] else "-",
         )
     return table

@@ -48,6 +48,7 @@ class PlanMade:
     moved: int = 0
     bytes: dict[Link, int]
     layers: tuple[int, ...] = ()
+    placement: Placement | None = None
 
 
 class ReplayedBalancer:
@@ -239,6 +240,7 @@ class ReplayedServer:
                 "moved": migration.num_moves,
                 "bytes": {link: migration.num_bytes(link) for link in links},
                 "layers": tuple(layer for batch in migration.batches for layer in batch.layers),
+                "placement": migration.target,
             }
         made = {"bytes": {}, **committed}
         self.plans.append(

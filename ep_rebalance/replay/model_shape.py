@@ -6,22 +6,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import msgspec
+
+from ep_rebalance.trace import TraceHead
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """expert_bytes: one expert of one layer, in the precision that the model is served in."""
+    """layers: with experts. expert_bytes: one expert of one layer, in the precision that the model is
+    served in. bytes_per_parameter: of it."""
 
     title: str
     layers: int
     experts: int
     top_k: int
     expert_bytes: int
+    hidden_size: int
+    bytes_per_parameter: float
 
 
 SHAPES: Mapping[str, ModelShape] = MappingProxyType(
     {
         "deepseek-v3": ModelShape(
-            title="DeepSeek-V3", layers=58, experts=256, top_k=8, expert_bytes=3 * 7168 * 2048
+            title="DeepSeek-V3",
+            layers=58,
+            experts=256,
+            top_k=8,
+            expert_bytes=3 * 7168 * 2048,
+            hidden_size=7168,
+            bytes_per_parameter=1.0,
         ),
         "qwen3-235b": ModelShape(
             title="Qwen3-235B-A22B",
@@ -29,6 +42,8 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             experts=128,
             top_k=8,
             expert_bytes=2 * 3 * 4096 * 1536,
+            hidden_size=4096,
+            bytes_per_parameter=2.0,
         ),
         "gpt-oss-120b": ModelShape(
             title="gpt-oss-120b",
@@ -36,6 +51,8 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             experts=128,
             top_k=4,
             expert_bytes=3 * 2880 * 2880 * 17 // 32,
+            hidden_size=2880,
+            bytes_per_parameter=0.53125,
         ),
         "gpt-oss-20b": ModelShape(
             title="gpt-oss-20b",
@@ -43,6 +60,8 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             experts=32,
             top_k=4,
             expert_bytes=3 * 2880 * 2880 * 17 // 32,
+            hidden_size=2880,
+            bytes_per_parameter=0.53125,
         ),
         "mixtral-8x7b": ModelShape(
             title="Mixtral-8x7B",
@@ -50,6 +69,24 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             experts=8,
             top_k=2,
             expert_bytes=2 * 3 * 4096 * 14336,
+            hidden_size=4096,
+            bytes_per_parameter=2.0,
         ),
     }
 )
+
+
+def shape_of(head: TraceHead) -> ModelShape | None:
+    """The known model that has these sizes, if there is one."""
+    sizes = (head.layers, head.experts, head.top_k)
+    return next((s for s in SHAPES.values() if (s.layers, s.experts, s.top_k) == sizes), None)
+
+
+def completed(head: TraceHead) -> TraceHead:
+    """With the sizes of an expert, which a converted trace does not tell, of a known model."""
+    shape = shape_of(head)
+    if shape is None or all(head.expert_bytes):
+        return head
+    return msgspec.structs.replace(
+        head, expert_bytes=[shape.expert_bytes] * head.layers, hidden_size=shape.hidden_size
+    )

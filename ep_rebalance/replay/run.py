@@ -4,14 +4,16 @@ beyond a few numbers for each snapshot."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config import Policy, RebalanceConfig
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.plan import Planner
@@ -21,17 +23,30 @@ from ep_rebalance.replay.step_time import RankLoad, StepTime
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 
-SERVER_POLICIES = {"ours": "incremental", "greedy": "greedy", "vllm": "vllm"}
-"""Those that go through the server's loop, and what they are called in its settings."""
 
-POLICIES = (*SERVER_POLICIES, "static", "none", "recorded", "hindsight")
+class PolicyName(StrEnum):
+    """What decides where experts sit."""
+
+    OURS = "ours"
+    GREEDY = "greedy"
+    VLLM = "vllm"
+    STATIC = "static"
+    NONE = "none"
+    RECORDED = "recorded"
+    HINDSIGHT = "hindsight"
+
+
+SERVER_POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {"ours": "incremental", "greedy": "greedy", "vllm": "vllm"}
+)
+"""Those that go through the server's loop, and what they are called in its settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One way to serve the recorded load.
 
-    policy: of POLICIES. planner: of those in SERVER_POLICIES. config: its planner.redundant_experts
+    policy: a PolicyName. planner: of those in SERVER_POLICIES. config: its planner.redundant_experts
     counts. topology: its ranks count.
     """
 
@@ -221,7 +236,8 @@ def _beginning(records: Iterable[Record]) -> tuple[RecordedPlacement, Iterator[R
 def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
     """Whether the scenario is the recorded server's own, so that it plans at the same moments."""
     return (
-        list(scenario.topology.node_of_rank) == head.node_of_rank
+        not head.origin
+        and list(scenario.topology.node_of_rank) == head.node_of_rank
         and scenario.config.shown() == head.config
         and scenario.config.mode == "rebalance"
         and SERVER_POLICIES.get(scenario.policy) == scenario.config.planner.policy

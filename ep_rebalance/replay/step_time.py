@@ -125,12 +125,25 @@ class MeasuredSteps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepParts:
+    """Seconds of a step: the busiest ranks' experts, the all-to-all to and from them, all else."""
+
+    experts: float
+    transfers: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.experts + self.transfers + self.rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelledSteps:
     """From the hardware's figures.
 
     expert_bytes_L: of one expert of each layer. bytes_per_parameter: of its weights. top_k: experts of
     a token. fraction: of a step with even load that experts and all-to-all take; the rest is added, the
-    same for every placement.
+    same for every placement. load_factor: tokens of a step for one that was recorded.
     """
 
     hardware: Hardware
@@ -140,19 +153,28 @@ class ModelledSteps:
     hidden_size: int
     top_k: int
     fraction: float
+    load_factor: float = 1.0
 
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
-        steps = max(snapshot.steps, 1)
+        return self.parts(snapshot, served).total
+
+    def parts(self, snapshot: RecordedSnapshot, served: RankLoad) -> StepParts:
+        """The same, taken apart."""
+        steps = max(snapshot.steps, 1) / self.load_factor
         load = WindowLoad(
             tokens_WLE=snapshot.counts_ALE.sum(axis=0, dtype=np.float64)[None],
             weight_W=np.ones(1),
-            steps_W=np.full(1, float(steps)),
+            steps_W=np.full(1, steps),
         )
         compute_LR = self._cost.rank_cost_WLR(load, served.placement, served.quotas_LP)[0] / steps
         transfer_LR = self._seconds_per_pair * served.tokens_LR / steps
-        experts = compute_LR.max(axis=1).sum() + transfer_LR.max(axis=1).sum()
-        even = compute_LR.mean(axis=1).sum() + transfer_LR.mean(axis=1).sum()
-        return float(experts + even * (1.0 - self.fraction) / self.fraction)
+        alone_LE = self._cost.expert_cost_WLE(load)[0] / steps
+        even = float(alone_LE.sum() / self.topology.num_ranks + transfer_LR.mean(axis=1).sum())
+        return StepParts(
+            experts=float(compute_LR.max(axis=1).sum()),
+            transfers=float(transfer_LR.max(axis=1).sum()),
+            rest=even * (1.0 - self.fraction) / self.fraction,
+        )
 
     @property
     def _cost(self) -> RooflineCost:

@@ -1,0 +1,194 @@
+"""Advice: how many ranks, how many redundant experts, or no expert parallelism at all.
+
+Every option is served by the plugin and by the engine alone over the same recorded load, the tokens of
+a step grown with the ranks, and compared in tokens per second and rank. Experts that are cut over all
+ranks instead (tensor parallelism) are always balanced; what they cost is an all-reduce of every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ep_rebalance.placement import Placement
+from ep_rebalance.replay.run import Replayed, Scenario
+from ep_rebalance.replay.step_time import ModelledSteps, RankLoad, StepParts
+from ep_rebalance.trace import RecordedSnapshot, TraceHead
+
+_SHARE = 0.4
+"""Part of a layer's time from which something is named as what it waits for."""
+_WORTH = 0.01
+"""Part of the step time from which rebalancing is worth its while."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """One option.
+
+    expert_parallel: False if experts are cut over the ranks. imbalance, step_seconds: with the plugin,
+    or of cut experts. unbalanced_step_seconds: without it. tokens_per_second: of all ranks.
+    weight_bytes: of the experts on one rank. extra_bytes: of these, for redundant experts. fits: whether
+    the experts leave a tenth of the memory for all else. moved_bytes_per_hour: over links.
+    """
+
+    expert_parallel: bool
+    ranks: int
+    redundant: int
+    imbalance: float
+    step_seconds: float
+    unbalanced_step_seconds: float
+    tokens_per_second: float
+    weight_bytes: int
+    extra_bytes: int
+    fits: bool
+    moved_bytes_per_hour: float
+    reason: str
+
+    @property
+    def tokens_per_second_and_rank(self) -> float:
+        return self.tokens_per_second / self.ranks
+
+    @property
+    def saved(self) -> float:
+        """Part of the step time that the plugin saves."""
+        return 1.0 - self.step_seconds / self.unbalanced_step_seconds
+
+
+def advise_expert_parallel(
+    head: TraceHead, mean: RecordedSnapshot, ours: Replayed, none: Replayed, memory_bytes: float
+) -> Advice:
+    """mean: all snapshots of the trace summed up. ours, none: replays of the same size, with
+    ModelledSteps."""
+    scenario = ours.scenario
+    times = _times(scenario)
+    ranks, redundant = scenario.topology.num_ranks, scenario.config.planner.redundant_experts
+    slots = (head.experts + redundant) // ranks
+    weight_bytes = slots * sum(head.expert_bytes)
+    extra = redundant * sum(head.expert_bytes) // ranks
+    fits = weight_bytes < 0.9 * memory_bytes
+    saved = 1.0 - ours.mean_step_seconds / none.mean_step_seconds
+    reason = (
+        _explain(head, mean, ours, times, saved)
+        if fits
+        else f"the experts alone take {weight_bytes / memory_bytes:.0%} of a rank's memory"
+    )
+    return Advice(
+        expert_parallel=True,
+        ranks=ranks,
+        redundant=redundant,
+        imbalance=ours.mean_imbalance,
+        step_seconds=ours.mean_step_seconds,
+        unbalanced_step_seconds=none.mean_step_seconds,
+        tokens_per_second=_tokens_per_step(head, mean) * times.load_factor / ours.mean_step_seconds,
+        weight_bytes=weight_bytes,
+        extra_bytes=extra,
+        fits=fits,
+        moved_bytes_per_hour=ours.moved_bytes / ours.hours,
+        reason=reason,
+    )
+
+
+def advise_cut_experts(
+    head: TraceHead, mean: RecordedSnapshot, scenario: Scenario, memory_bytes: float
+) -> Advice:
+    """The same ranks with every expert cut over all of them."""
+    times = _times(scenario)
+    ranks = scenario.topology.num_ranks
+    parts = _cut_parts(head, mean, times)
+    weight_bytes = head.experts * sum(head.expert_bytes) // ranks
+    share = parts.transfers / (parts.experts + parts.transfers)
+    return Advice(
+        expert_parallel=False,
+        ranks=ranks,
+        redundant=0,
+        imbalance=1.0,
+        step_seconds=parts.total,
+        unbalanced_step_seconds=parts.total,
+        tokens_per_second=_tokens_per_step(head, mean) * times.load_factor / parts.total,
+        weight_bytes=weight_bytes,
+        extra_bytes=0,
+        fits=weight_bytes < 0.9 * memory_bytes,
+        moved_bytes_per_hour=0.0,
+        reason=f"experts cut over all ranks: always even, all-reduce takes {share:.0%} of the layers",
+    )
+
+
+def ranked(options: Sequence[Advice]) -> list[Advice]:
+    """The best first: tokens per second and rank, what does not fit last."""
+    return sorted(options, key=lambda a: (not a.fits, -a.tokens_per_second_and_rank))
+
+
+def mean_snapshot(head: TraceHead, snapshots: Sequence[RecordedSnapshot]) -> RecordedSnapshot:
+    """The sum of some snapshots as one."""
+    return RecordedSnapshot(
+        counts_ALE=np.sum([s.counts_ALE for s in snapshots], axis=0, dtype=np.int64),
+        step=snapshots[-1].step,
+        steps=sum(s.steps for s in snapshots),
+        step_seconds=snapshots[-1].step_seconds,
+        time=snapshots[-1].time,
+        generation=0,
+    )
+
+
+def _times(scenario: Scenario) -> ModelledSteps:
+    assert isinstance(scenario.step_time, ModelledSteps)
+    return scenario.step_time
+
+
+def _tokens_per_step(head: TraceHead, mean: RecordedSnapshot) -> float:
+    pairs = float(mean.counts_ALE.sum())
+    return pairs / (head.layers * head.top_k * max(mean.steps, 1))
+
+
+def _cut_parts(head: TraceHead, mean: RecordedSnapshot, times: ModelledSteps) -> StepParts:
+    """A ring all-reduce sends every token almost twice; activated experts are read in part by each."""
+    ranks = times.topology.num_ranks
+    one = Placement.contiguous(num_layers=head.layers, num_experts=head.experts, num_ranks=1)
+    whole = RankLoad.of(mean.counts_ALE.sum(axis=0), one, one.even_quotas_LP())
+    experts = times.parts(mean, whole).experts / ranks
+    tokens = _tokens_per_step(head, mean) * times.load_factor
+    slowest = times.hardware.internode if times.topology.num_nodes > 1 else times.hardware.intranode
+    sent = 2.0 * (ranks - 1) / ranks * tokens * head.hidden_size * 2.0
+    return StepParts(
+        experts=experts,
+        transfers=head.layers * sent / slowest,
+        rest=_contiguous_parts(head, mean, times).rest,
+    )
+
+
+def _contiguous_parts(
+    head: TraceHead, mean: RecordedSnapshot, times: ModelledSteps, redundant: int | None = None
+) -> StepParts:
+    ranks = times.topology.num_ranks
+    extra = -head.experts % ranks if redundant is None else redundant
+    placement = Placement.contiguous(
+        num_layers=head.layers, num_experts=head.experts, num_ranks=ranks, num_redundant=extra
+    )
+    served = RankLoad.of(mean.counts_ALE.sum(axis=0), placement, placement.even_quotas_LP())
+    return times.parts(mean, served)
+
+
+def _explain(
+    head: TraceHead, mean: RecordedSnapshot, ours: Replayed, times: ModelledSteps, saved: float
+) -> str:
+    """What the option waits for, the weightiest first."""
+    ranks = times.topology.num_ranks
+    redundant = ours.scenario.config.planner.redundant_experts
+    slots = (head.experts + redundant) // ranks
+    parts = _contiguous_parts(head, mean, times, redundant)
+    causes = [f"rebalancing saves {saved:.1%}" if saved >= _WORTH else "even without rebalancing"]
+    load_LE = mean.counts_ALE.sum(axis=0)
+    hottest = float((load_LE.max(axis=1) / (load_LE.sum(axis=1) / ranks)).mean())
+    if ours.mean_imbalance > 1.15:
+        causes.append(
+            f"{slots} experts a rank: the hottest one alone is {hottest:.2f} of a rank's mean load"
+        )
+    share = parts.transfers / (parts.experts + parts.transfers)
+    if share > _SHARE:
+        causes.append(f"all-to-all takes {share:.0%} of the layers")
+    tokens = _tokens_per_step(head, mean) * times.load_factor * head.top_k / head.experts
+    if tokens < times.hardware.flops_per_second / times.hardware.memory_bytes_per_second:
+        causes.append(f"{tokens:.0f} tokens an expert and step: it mostly reads weights")
+    return "; ".join(causes)

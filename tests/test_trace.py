@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import random
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from traces import contiguous, head_of, records_of, same, snapshots, write_trace
+
+from ep_rebalance import trace
+from ep_rebalance.trace import (
+    RecordedSnapshot,
+    TraceError,
+    TraceReader,
+    TraceWriter,
+    check_same_load,
+    read_records,
+)
+
+MUTATIONS = 10_000
+
+
+@given(
+    counts=arrays(np.uint32, (2, 3, 5), elements=st.integers(0, 2**32 - 1)),
+    numbers=st.tuples(*[st.integers(0, 2**62)] * 3),
+    seconds=st.floats(0, 1e6),
+    flags=st.tuples(st.booleans(), st.booleans()),
+)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, counts, numbers, seconds, flags
+) -> None:
+    head = head_of(layers=3, experts=5, ranks=5, redundant=0)
+    snapshot = RecordedSnapshot(
+        counts_ALE=counts,
+        step=numbers[0],
+        steps=numbers[1],
+        generation=numbers[2],
+        step_seconds=seconds,
+        time=2.0 * seconds,
+        planned=flags[0],
+        scheduled=flags[1],
+    )
+    writer = TraceWriter(tmp_path_factory.mktemp("trace"), "load", head)
+    written = [contiguous(head), snapshot, contiguous(head, generation=7, step=3), snapshot]
+    for record in written:
+        writer.write(record)
+    writer.close()
+    (path,) = writer.files()
+    assert TraceReader(path).head == head
+    assert all(same(*pair) for pair in zip(records_of(path), written, strict=True))
+
+
+def test_a_file_can_be_read_while_it_is_written(tmp_path: Path) -> None:
+    head = head_of()
+    writer = TraceWriter(tmp_path, "load", head)
+    writer.write(contiguous(head))
+    for number, snapshot in enumerate(snapshots(head, 5)):
+        writer.write(snapshot)
+        (path,) = writer.files()
+        assert len(records_of(path)) == number + 2
+    writer.close()
+
+
+def test_a_writer_that_died_leaves_all_whole_records(tmp_path: Path) -> None:
+    path = write_trace(tmp_path, head_of(), 3)
+    whole, data = records_of(path), path.read_bytes()
+    record = trace._Layout.of(head_of()).snapshot.itemsize
+    for lost in range(1, 2 * record):
+        path.write_bytes(data[:-lost])
+        reader = TraceReader(path)
+        kept = list(reader)
+        assert len(kept) == len(whole) - 1 - (lost > record)
+        assert all(same(*pair) for pair in zip(kept, whole, strict=False))
+        assert reader.left_over == (-lost) % record
+
+
+def test_a_full_file_is_followed_by_another_and_the_oldest_goes(tmp_path: Path) -> None:
+    head = head_of()
+    record = trace._Layout.of(head).snapshot.itemsize
+    writer = TraceWriter(tmp_path, "load", head, max_file_bytes=40 * record, max_bytes=130 * record)
+    writer.write(contiguous(head))
+    seen = list(snapshots(head, 200))
+    for snapshot in seen:
+        writer.write(snapshot)
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 130 * record
+    writer.close()
+    readers = [TraceReader(path) for path in writer.files()]
+    kept = [r for r in read_records(readers[::-1]) if isinstance(r, RecordedSnapshot)]
+    assert 50 < len(kept) < 130
+    assert all(same(*pair) for pair in zip(kept, seen[-len(kept) :], strict=True))
+    assert all(same(next(iter(reader)), contiguous(head)) for reader in readers)
+
+
+def test_a_writer_replaces_no_file_of_another(tmp_path: Path) -> None:
+    first = write_trace(tmp_path, head_of(), 2)
+    before = first.read_bytes()
+    second = write_trace(tmp_path, head_of(), 3)
+    assert first != second
+    assert first.read_bytes() == before
+    assert not [file for file in tmp_path.iterdir() if file.suffix != trace.SUFFIX]
+
+
+def test_a_new_file_begins_with_the_placement_of_its_time(tmp_path: Path) -> None:
+    head = head_of()
+    writer = TraceWriter(tmp_path, "load", head)
+    for record in (contiguous(head), *snapshots(head, 1), contiguous(head, 4, 9)):
+        writer.write(record)
+    writer.close()
+    for snapshot in snapshots(head, 1):
+        writer.write(snapshot)
+    writer.close()
+    assert same(records_of(writer.files()[1])[0], contiguous(head, 4, 9))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / f"x{trace.SUFFIX}"
+    for content in (b"", b"{}", b"PK\x03\x04" * 100, b"EPTRACE\n" + b"\xff" * 16):
+        path.write_bytes(content)
+        with pytest.raises(TraceError, match=path.name):
+            TraceReader(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"format": "other"}, "format 'other'"),
+        ({"layers": 0}, "cannot be"),
+        ({"slots": 9}, "cannot be"),
+        ({"slots": 6}, "cannot be"),
+        ({"layers": 10**6, "experts": 10**6, "slots": 10**6}, "records of"),
+        ({"node_of_rank": [0]}, "lists"),
+        ({"expert_bytes": [1] * 3}, "lists"),
+    ],
+)
+def test_impossible_heads_are_refused(tmp_path: Path, changes, reason) -> None:
+    path = tmp_path / f"x{trace.SUFFIX}"
+    path.write_bytes(trace._encode_head(msgspec.structs.replace(head_of(), **changes)))
+    with pytest.raises(TraceError, match=reason):
+        TraceReader(path)
+
+
+def test_traces_of_other_models_are_not_mixed() -> None:
+    check_same_load(head_of(), head_of(ranks=4, redundant=4), "b")
+    with pytest.raises(ValueError, match=r"b was recorded with experts=16"):
+        check_same_load(head_of(), head_of(experts=16), "b")
+
+
+def test_damaged_files_are_refused_or_end_early(tmp_path: Path) -> None:
+    """Whatever changes, nothing is read that was not written, and nothing else is raised."""
+    path = write_trace(tmp_path, head_of(), 4)
+    whole, data = records_of(path), path.read_bytes()
+    head, draw = TraceReader(path).head, random.Random(0)
+    refused = 0
+    tracemalloc.start()
+    for _ in range(MUTATIONS):
+        path.write_bytes(mutated(data, draw))
+        try:
+            reader = TraceReader(path)
+            assert reader.head == head
+            kept = list(reader)
+        except TraceError as error:
+            refused += path.name in str(error)
+            continue
+        assert len(kept) < len(whole)
+        assert all(same(*pair) for pair in zip(kept, whole, strict=False))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused > 0.7 * MUTATIONS
+    assert peak < 32 << 20
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """Some bytes changed, taken out, put in or cut off; never the same as before."""
+    at, size = draw.randrange(len(data)), draw.randrange(1, 9)
+    kind = draw.randrange(5)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + draw.randbytes(size) + data[at:]
+    if kind == 2:
+        return data[:at] + data[at + size :]
+    changed = bytearray(data)
+    for _ in range(size if kind == 3 else 1):
+        place = draw.randrange(len(data))
+        changed[place] ^= 1 << draw.randrange(8)
+    return bytes(changed) if bytes(changed) != data else data[:-1]
+
+
+def test_snapshots_are_samples_of_the_window() -> None:
+    (snapshot,) = snapshots(head_of(), 1)
+    sample = replace(snapshot, step_seconds=0.5).sample()
+    assert (sample.steps, sample.step_seconds) == (16, 0.5)
+    assert sample.counts_ALE.dtype == np.int64
+    assert (sample.counts_ALE == snapshot.counts_ALE).all()
