@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_rebalance import __version__
+from ep_rebalance.commands.advise import advise
+from ep_rebalance.commands.replay import run_replay
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.metrics import METRICS, decode
+from ep_rebalance.replay.step_time import hardware_table
 
 app = typer.Typer(
     help="Expert-parallel load balancing for Mixture-of-Experts serving. The balancer itself runs inside the "
@@ -25,6 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command("replay")(run_replay)
+app.command()(advise)
 
 
 @app.command()
@@ -60,6 +65,12 @@ def status(
         print(json.dumps(answer, indent=2))
         return
     Console().print(_status_table(answer))
+
+
+@app.command()
+def hardware() -> None:
+    """The accelerators that replay and advise know, as YAML to copy and correct."""
+    print(hardware_table(), end="")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -114,7 +115,10 @@ def advise(
         return
     console = Console()
     console.print(_table(best))
-    console.print(f"\nThe best: {serve_command(head.model, best[0])}", highlight=False)
+    for number, option in enumerate(best, 1):
+        console.print(f"{number:3}. {option.reason}", highlight=False)
+    command = serve_command(head.model, best[0])
+    console.print(f"\nThe best:\n{command}", highlight=False, soft_wrap=True)
 
 
 def serve_command(model: str, option: Advice) -> str:
@@ -168,25 +172,21 @@ def _as_json(head: TraceHead, settings: RebalanceConfig, best: list[Advice]) -> 
 
 
 def _table(best: list[Advice]) -> Table:
-    table = Table(
-        title="Options, the best first (tokens/s for each GPU)", caption="modelled, not measured"
-    )
-    for name in ("GPUs", "experts", "redundant", "imbalance", "step", "saved", "tokens/s", "each GPU",
-                 "experts' weights", "for copies", "moved an hour", "why"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("experts", "why") else "right")
-    for option in best:
+    title = "Options, the best first by tokens/s for each GPU (modelled, not measured)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("", "GPUs", "experts", "copies", "max/mean", "step ms", "saved", "tokens/s each",
+                 "weights each"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "experts" else "right", no_wrap=True)
+    for number, option in enumerate(best, 1):
         table.add_row(
+            str(number),
             str(option.ranks),
             "parallel" if option.expert_parallel else "cut",
             str(option.redundant),
             f"{option.imbalance:.2f}",
-            f"{1e3 * option.step_seconds:.1f} ms",
+            f"{1e3 * option.step_seconds:.1f}",
             f"{option.saved:.1%}" if option.expert_parallel else "-",
-            f"{option.tokens_per_second:,.0f}",
             f"{option.tokens_per_second_and_rank:,.0f}",
             decimal(option.weight_bytes) + ("" if option.fits else " !"),
-            decimal(option.extra_bytes),
-            decimal(int(option.moved_bytes_per_hour)),
-            option.reason,
         )
     return table

@@ -170,6 +170,14 @@ def _contiguous_parts(
     return times.parts(mean, served)
 
 
+def _what_rebalancing_does(ours: Replayed, saved: float) -> str:
+    if saved >= _WORTH:
+        return f"rebalancing saves {saved:.1%}"
+    if not ours.plans:
+        return "the trace is too short for a migration to end: record longer or let more bytes move"
+    return f"rebalancing saves {saved:.1%}: hardly worth its while"
+
+
 def _explain(
     head: TraceHead, mean: RecordedSnapshot, ours: Replayed, times: ModelledSteps, saved: float
 ) -> str:
@@ -178,7 +186,7 @@ def _explain(
     redundant = ours.scenario.config.planner.redundant_experts
     slots = (head.experts + redundant) // ranks
     parts = _contiguous_parts(head, mean, times, redundant)
-    causes = [f"rebalancing saves {saved:.1%}" if saved >= _WORTH else "even without rebalancing"]
+    causes = [_what_rebalancing_does(ours, saved)]
     load_LE = mean.counts_ALE.sum(axis=0)
     hottest = float((load_LE.max(axis=1) / (load_LE.sum(axis=1) / ranks)).mean())
     if ours.mean_imbalance > 1.15:

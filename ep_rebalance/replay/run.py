@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.replay.balancing import PlanMade, ReplayedServer
 from ep_rebalance.replay.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
-from ep_rebalance.replay.step_time import RankLoad, StepTime
+from ep_rebalance.replay.step_time import NOMINAL_STEP_SECONDS, MeasuredSteps, RankLoad, StepTime
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 
@@ -150,6 +150,7 @@ def replay(
             if isinstance(serving, AsRecorded):
                 serving.change(record)
             continue
+        record = _timed(record, scenario.step_time, serving)
         serving.snapshot(record)
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
         if counts_LE.any():
@@ -175,6 +176,16 @@ def replay(
         plans=tuple(serving.plans),
         plan_seconds=tuple(clocked.seconds),
     )
+
+
+def _timed(snapshot: RecordedSnapshot, step_time: StepTime, serving: Serving) -> RecordedSnapshot:
+    """With the step time that decisions are to be based on: the recorded one, or that of the hardware
+    which is asked about."""
+    if isinstance(step_time, MeasuredSteps):
+        return replace(snapshot, step_seconds=snapshot.step_seconds or NOMINAL_STEP_SECONDS)
+    counts_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.int64)
+    served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
+    return replace(snapshot, step_seconds=step_time.seconds(snapshot, served, served))
 
 
 def _row(record: RecordedSnapshot, served: RankLoad, seconds: float) -> tuple[float, ...]:

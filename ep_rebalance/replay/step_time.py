@@ -25,8 +25,11 @@ from ep_rebalance.planning.cost_model import RooflineCost
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import RecordedSnapshot
 
-_PAYLOAD_BYTES = 2.0
-"""Of a number that is sent to an expert or back, bfloat16."""
+NOMINAL_STEP_SECONDS = 0.05
+"""Of a step in a trace that was converted and tells no times."""
+
+_COMBINE_BYTES = 2.0
+"""Of a number on its way back from an expert, bfloat16; there it is no wider than the weights."""
 
 
 class Hardware(BaseModel):
@@ -41,13 +44,17 @@ class Hardware(BaseModel):
     memory_bytes: float = Field(gt=0)
 
 
+def hardware_table() -> str:
+    """The table that ships, as YAML with its sources."""
+    return resources.files("ep_rebalance.replay").joinpath("hardware.yaml").read_text("utf-8")
+
+
 def load_hardware(source: str) -> tuple[str, Hardware]:
     """A row of the table that ships, by name, or the only row of a YAML file of the same form.
 
     Raises ValueError that says which names there are.
     """
-    shipped = resources.files("ep_rebalance.replay").joinpath("hardware.yaml").read_text()
-    table = _table(shipped, "hardware.yaml")
+    table = _table(hardware_table(), "hardware.yaml")
     if source in table:
         return source, table[source]
     if not Path(source).is_file():
@@ -112,7 +119,7 @@ class RankLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSteps:
-    """From the recorded step times; a step counts 1 where there are none.
+    """From the recorded step times, nominal ones where there are none.
 
     fraction: of a recorded step that waits for the busiest ranks' experts.
     """
@@ -121,7 +128,9 @@ class MeasuredSteps:
 
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
         ratio = served.busiest / recorded.busiest if recorded.busiest else 1.0
-        return (snapshot.step_seconds or 1.0) * (1.0 - self.fraction + self.fraction * ratio)
+        return (snapshot.step_seconds or NOMINAL_STEP_SECONDS) * (
+            1.0 - self.fraction + self.fraction * ratio
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,14 +198,19 @@ class ModelledSteps:
     def _seconds_per_pair(self) -> float:
         """Seconds that a (token, expert) pair takes on its way to a rank and back, on average.
 
-        Tokens come from all ranks alike, and go once to each rank that holds one of their experts, as
-        many as `top_k` balls hit of R urns.
+        Tokens come from all ranks alike. One goes once to each other node that holds one of its experts,
+        and once to each rank there, as DeepEP sends it; its experts hit nodes and ranks as `top_k`
+        balls hit so many urns.
         """
-        ranks = self.topology.num_ranks
-        once = ranks * (1.0 - (1.0 - 1.0 / ranks) ** self.top_k) / self.top_k
-        same_node = np.mean(
-            [self.topology.node_of_rank.count(n) for n in self.topology.node_of_rank]
-        )
-        near, far = (same_node - 1.0) / ranks, 1.0 - same_node / ranks
-        per_byte = near / self.hardware.intranode + far / self.hardware.internode
-        return float(2.0 * once * self.hidden_size * _PAYLOAD_BYTES * per_byte)
+        ranks, nodes = self.topology.num_ranks, self.topology.num_nodes
+        crossings = _urns_hit(nodes, self.top_k) * (1.0 - 1.0 / nodes)
+        arrivals = _urns_hit(ranks, self.top_k) * (1.0 - 1.0 / ranks)
+        numbers = min(self.bytes_per_parameter, _COMBINE_BYTES) + _COMBINE_BYTES
+        seconds = crossings / self.hardware.internode + arrivals / self.hardware.intranode
+        return float(numbers * self.hidden_size * seconds / self.top_k)
+
+
+def _urns_hit(urns: int, balls: int) -> float:
+    """Expected number of urns that hold a ball."""
+    hit: float = urns * (1.0 - (1.0 - 1.0 / urns) ** balls)
+    return hit

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from serving import DATA_PARALLEL, PLUGIN, SETTINGS, TENSOR_PARALLEL, Server, prompts, serving
+from serving import (
+    DATA_PARALLEL,
+    OPERATOR,
+    PLUGIN,
+    SETTINGS,
+    TENSOR_PARALLEL,
+    Server,
+    prompts,
+    serving,
+)
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +58,19 @@ def one_rank_answers(one_rank: OneRank) -> list[list[int]]:
     return one_rank.answers
 
 
+@pytest.fixture(scope="session")
+def traces(logs: Path) -> Path:
+    """Where the data-parallel server records its load."""
+    folder = logs / "traces"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(scope="module")
-def data_parallel(logs: Path, settings_file: str) -> Iterator[Server]:
+def data_parallel(logs: Path, settings_file: str, traces: Path) -> Iterator[Server]:
+    records = {"trace": {"path": str(traces)}, "control": {"enabled": True, "api_key": OPERATOR}}
     arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
+    arguments += ("--ep-rebalance-config", json.dumps(records))
     with serving(logs / "data_parallel.log", *arguments) as server:
         yield server
 

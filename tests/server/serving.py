@@ -42,6 +42,7 @@ SETTINGS = {
 
 PLUGIN = ("--enable-expert-parallel", "--plugin", "ep_rebalance")
 DATA_PARALLEL = ("--data-parallel-size", "2")
+OPERATOR = "operator's key"
 TENSOR_PARALLEL = ("--tensor-parallel-size", "2")
 
 
