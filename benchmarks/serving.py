@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from serving_load import ClosedLoop, Load, StreamFailed, measure
 from serving_model import ModelShape, ensure_model
+from serving_prediction import predicted_ratios
 from serving_report import BALANCERS, Moves, Phase, Results, show
 from serving_servers import Clock, Engine, Server, ServerFailed, variants
 
@@ -86,6 +87,11 @@ def parse_options() -> argparse.Namespace:
         default=",".join(DEFAULT_SERVERS),
         help="which ones, by comma (default %(default)s)",
     )
+    add(
+        "--predict",
+        action="store_true",
+        help="record the contiguous server's load, and tell what its replay predicts",
+    )
     add("--overhead", action="store_true", help="only measure what counting costs")
     add("--concurrency", type=int, default=64, help="requests in flight per rank (default 64)")
     add("--port", type=int, default=8300, help="first of as many ports as servers (default 8300)")
@@ -131,8 +137,12 @@ class Comparison:
         self._began = time.monotonic()
         self._shape = ModelShape()
         skewed, even = ensure_model(self._shape), ensure_model(self._shape.even())
-        clock = Clock(interval_steps=options.interval_steps, redundant=options.redundant)
-        available = variants(skewed, even, clock)
+        self._clock = Clock(
+            interval_steps=options.interval_steps,
+            redundant=options.redundant,
+            trace=folder if options.predict else None,
+        )
+        available = variants(skewed, even, self._clock)
         names = options.servers.split(",")
         self._servers = {
             name: Server(available[name], Engine(), port=options.port + index, folder=folder)
@@ -161,6 +171,16 @@ class Comparison:
                 server.begin_stop()
             for server in self._servers.values():
                 server.stop()
+
+    def predict(self) -> None:
+        """Tell what a replay of the contiguous server's trace says, beside what was measured."""
+        assert self._clock.trace is not None
+        ratios = predicted_ratios(self._clock.trace, self._clock.plugin_config())
+        self._console.print(
+            f"A replay of the contiguous server's load predicts {ratios['ours']:.3f} times its tokens per "
+            f"second for ep_rebalance, and {ratios['hindsight']:.3f} for one that knew the future.",
+            soft_wrap=True,
+        )
 
     def kill(self) -> None:
         """End what still runs, without a delay."""
@@ -374,6 +394,8 @@ def main() -> None:
     finally:
         comparison.kill()
     show(comparison.results, comparison.titles, console)
+    if options.predict:
+        comparison.predict()
     if options.output:
         options.output.write_text(json.dumps(comparison.results.as_dict()))
         console.print(f"Written: {options.output}")

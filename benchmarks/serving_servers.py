@@ -188,10 +188,20 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Engine steps between two plans, and slots beyond one per expert, of both balancers."""
+    """Engine steps between two plans, and slots beyond one per expert, of both balancers.
+
+    trace: folder in which the contiguous server records its load.
+    """
 
     interval_steps: int = 64
     redundant: int = 0
+    trace: Path | None = None
+
+    def observing_config(self) -> dict[str, Any]:
+        """Counts as often as the one that rebalances."""
+        window = self.plugin_config()["window"]
+        trace = {} if self.trace is None else {"trace": {"path": str(self.trace)}}
+        return {"mode": "observe", "window": window, **trace}
 
     def plugin_config(self) -> dict[str, Any]:
         """All at its default but for the interval: a benchmark's phases are short."""
@@ -214,8 +224,12 @@ class Clock:
 
 def variants(skewed: Path, even: Path, clock: Clock) -> dict[str, Variant]:
     """Everything that can be compared, by name."""
-    observe = _plugin_arguments({"mode": "observe"})
-    observing = Variant(name="observe", title="contiguous", model=skewed, arguments=observe)
+    observing = Variant(
+        name="observe",
+        title="contiguous",
+        model=skewed,
+        arguments=_plugin_arguments(clock.observing_config()),
+    )
     listed = (
         observing,
         Variant(
@@ -224,7 +238,12 @@ def variants(skewed: Path, even: Path, clock: Clock) -> dict[str, Variant]:
             model=skewed,
             arguments=_plugin_arguments({"mode": "rebalance", **clock.plugin_config()}),
         ),
-        Variant(name="even", title="even router", model=even, arguments=observe),
+        Variant(
+            name="even",
+            title="even router",
+            model=even,
+            arguments=_plugin_arguments({"mode": "observe"}),
+        ),
         Variant(
             name="eplb",
             title="vLLM EPLB",

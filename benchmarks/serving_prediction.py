@@ -1,0 +1,33 @@
+"""What a replay of the contiguous server's trace predicts for the server that rebalances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ep_rebalance.commands.replay import open_traces, replay_all, scenario
+from ep_rebalance.config import load_config
+
+POLICIES = ("none", "ours", "hindsight")
+
+
+def predicted_ratios(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Tokens per second of each policy to those of the contiguous placement, in the second half of the
+    trace, when the balancer has found its placement; nothing is fitted to what was measured.
+
+    settings: of the server that rebalances.
+    """
+    readers = open_traces([folder])
+    head, config = readers[0].head, load_config(settings)
+    redundant = config.planner.redundant_experts
+    scenarios = [scenario(head, config, policy, head.ep_size, redundant) for policy in POLICIES]
+    none, *others = replay_all(readers, scenarios, jobs=1)
+    half = len(none.seconds_N) // 2
+    return {
+        one.scenario.policy: float(
+            (none.seconds_N @ none.steps_N - none.seconds_N[:half] @ none.steps_N[:half])
+            / (one.seconds_N[half:] @ one.steps_N[half:])
+        )
+        for one in others
+    }
