@@ -37,6 +37,7 @@ from ep_rebalance.config import (
 )
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
+from ep_rebalance.replay.report import check_report, write_report
 from ep_rebalance.replay.model_shape import completed, shape_of
 from ep_rebalance.replay.run import (
     SERVER_POLICIES,
@@ -134,6 +135,8 @@ def run_replay(
       ep-rebalance replay FOLDER --policy ours --policy vllm --policy none --report report.html
     """
     with explained():
+        if report is not None:
+            check_report(report)
         readers = open_traces(traces)
         head = completed(readers[0].head)
         settings = settings_for(head, config, set_ or [])
@@ -152,8 +155,6 @@ def run_replay(
     result = as_json(readers, settings, replayed)
     write(result, format_ or (Format.TABLE if sys.stdout.isatty() else Format.JSON), output)
     if report is not None:
-        from ep_rebalance.replay.report import write_report
-
         write_report(report, head, replayed)
         Console(stderr=True).print(f"Report: {report}")
     if fail_below_gain is not None:
