@@ -113,7 +113,7 @@ class Replayed:
     @property
     def moved_bytes(self) -> int:
         """Over links between ranks."""
-        return sum(sum(plan.bytes.values()) for plan in self.plans)
+        return sum(n for plan in self.plans for link, n in plan.bytes.items() if link != "local")
 
     @property
     def hours(self) -> float:
