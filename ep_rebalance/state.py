@@ -1,14 +1,18 @@
 """Placement and load on disk: what a restart begins from.
 
 One `.npz` file: arrays and a JSON header, written whole or not at all (temporary file, fsync,
-rename), read without pickle. A file that does not fit the model or the ranks is refused with the
-reason, and never overwritten.
+rename), read without pickle. The archive's comment is a digest of all bytes before it, checked before
+anything is parsed. A file that does not fit the model or the ranks is refused with the reason, and
+never overwritten.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,10 @@ from ep_rebalance.config import ConfigurationError
 from ep_rebalance.placement import Placement, PlacementError
 
 FORMAT = "ep-rebalance-state"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_DIGEST_BYTES = 64
+_MAX_BYTES = 1 << 30
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,10 +74,11 @@ def save_state(path: Path, state: SavedState) -> None:
         "quotas_LP": state.quotas_LP,
         "load_LE": state.load_LE,
     }
+    data = _sealed(arrays)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -87,8 +95,18 @@ def load_state(path: Path, identity: ModelIdentity) -> SavedState | None:
     """
     if not path.exists():
         return None
+    state = read_state(path)
+    _check_identity(path, state.header.identity, identity)
+    return state
+
+
+def read_state(path: Path) -> SavedState:
+    """The state in a file, whatever model it belongs to.
+
+    Raises ConfigurationError for a file that is damaged or is something else.
+    """
     header, arrays = _read(path)
-    _check_identity(path, header.identity, identity)
+    identity = header.identity
     try:
         placement = Placement(arrays["slots_LP"], identity.experts, identity.ep_size)
     except PlacementError as error:
@@ -112,11 +130,35 @@ def check_writable(path: Path) -> None:
         )
 
 
+def _sealed(arrays: dict[str, Any]) -> bytes:
+    """The file's bytes: an archive that ends with the digest of what comes before."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = b"0" * _DIGEST_BYTES
+    content = buffer.getvalue()[:-_DIGEST_BYTES]
+    return content + _digest(content)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _unsealed(path: Path) -> bytes:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+    data = path.read_bytes()
+    if not data.startswith(b"PK"):
+        raise ValueError("it is no archive of arrays")
+    if _digest(data[:-_DIGEST_BYTES]) != data[-_DIGEST_BYTES:]:
+        raise ValueError("its digest is wrong or missing: it was changed or cut off")
+    return data
+
+
 def _read(path: Path) -> tuple[Header, dict[str, NDArray[Any]]]:
     try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+        archive = np.load(io.BytesIO(_unsealed(path)), allow_pickle=False)
+        arrays = {name: np.asarray(archive[name]) for name in archive.files}
         header = msgspec.json.decode(arrays.pop("header").tobytes(), type=Header)
     except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged files
         raise _refused(path, f"is no readable state file ({error})") from None

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from mutations import MUTATIONS, mutated
 from traces import contiguous, head_of, records_of, same, snapshots, write_trace
 
 from ep_rebalance import trace
@@ -22,8 +23,6 @@ from ep_rebalance.trace import (
     check_same_load,
     read_records,
 )
-
-MUTATIONS = 10_000
 
 
 @given(
@@ -174,23 +173,6 @@ def test_damaged_files_are_refused_or_end_early(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert refused > 0.7 * MUTATIONS
     assert peak < 32 << 20
-
-
-def mutated(data: bytes, draw: random.Random) -> bytes:
-    """Some bytes changed, taken out, put in or cut off; never the same as before."""
-    at, size = draw.randrange(len(data)), draw.randrange(1, 9)
-    kind = draw.randrange(5)
-    if kind == 0:
-        return data[:at]
-    if kind == 1:
-        return data[:at] + draw.randbytes(size) + data[at:]
-    if kind == 2:
-        return data[:at] + data[at + size :]
-    changed = bytearray(data)
-    for _ in range(size if kind == 3 else 1):
-        place = draw.randrange(len(data))
-        changed[place] ^= 1 << draw.randrange(8)
-    return bytes(changed) if bytes(changed) != data else data[:-1]
 
 
 def test_snapshots_are_samples_of_the_window() -> None:
