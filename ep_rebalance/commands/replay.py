@@ -37,8 +37,8 @@ from ep_rebalance.config import (
 )
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
-from ep_rebalance.replay.report import check_report, write_report
 from ep_rebalance.replay.model_shape import completed, shape_of
+from ep_rebalance.replay.report import check_report, write_report
 from ep_rebalance.replay.run import (
     SERVER_POLICIES,
     NothingRecorded,

@@ -1,0 +1,84 @@
+"""`ep-rebalance status`: what a running server's balancer did and gained."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ep_rebalance.metrics import decode
+
+ApiKey = Annotated[str, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")]
+
+
+class NoStatus(Exception):
+    """A server that did not answer with a status, and why."""
+
+
+def status(
+    url: Annotated[str, typer.Argument(help="Address of the server, e.g. http://localhost:8000")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the server's answer as it is.")
+    ] = False,
+    api_key: ApiKey = "",
+) -> None:
+    """What a running server's balancer did and gained."""
+    try:
+        answer = fetch_status(url, api_key)
+    except NoStatus as error:
+        typer.echo(str(error), err=True)
+        typer.echo(
+            "Is the server up, was it started with --plugin ep_rebalance, and is --api-key right?",
+            err=True,
+        )
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    Console().print(status_table(answer))
+
+
+def fetch_status(server: str, api_key: str) -> dict[str, Any]:
+    """`GET /ep_rebalance/status`. Raises NoStatus."""
+    url = f"{server.rstrip('/')}/ep_rebalance/status"
+    try:
+        request = urllib.request.Request(url)
+        if api_key:
+            request.add_header("Authorization", f"Bearer {api_key}")
+        with urllib.request.urlopen(request, timeout=10) as response:
+            payload = response.read()
+        decode(payload)
+        answer: dict[str, Any] = json.loads(payload)
+        return answer
+    except (OSError, http.client.HTTPException, ValueError, msgspec.MsgspecError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise NoStatus(f"{url} did not answer with a status: {error}") from None
+
+
+def status_table(answer: dict[str, Any]) -> Table:
+    """A status as `fetch_status` returns it."""
+
+    def mean(values: list[float]) -> str:
+        return f"{sum(values) / len(values):.3f}" if values else "no traffic yet"
+
+    table = Table("", "", title=f"ep_rebalance on {answer['model']}", show_header=False)
+    table.add_row("mode, policy", f"{answer['info']['mode']}, {answer['info']['policy']}")
+    table.add_row(
+        "ranks, slots, experts", f"{answer['ep_size']}, {answer['slots']}, {answer['experts']}"
+    )
+    table.add_row("generation", str(answer["generation"]))
+    table.add_row("imbalance (max/mean)", mean(answer["imbalance"]))
+    table.add_row("imbalance without us", mean(answer["contiguous_imbalance"]))
+    table.add_row("plans", ", ".join(f"{n} {k}" for k, n in answer["plans"].items() if n) or "none")
+    table.add_row("experts moved", str(sum(answer["migrated_experts"].values())))
+    table.add_row("bytes moved", f"{sum(answer['migrated_bytes'].values()):,}")
+    table.add_row("last word", answer["message"] or answer["last_decision"])
+    return table
