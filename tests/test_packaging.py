@@ -15,9 +15,20 @@ SOURCES = {
     "ep_rebalance/dashboards": ROOT / "dashboards",
     "ep_rebalance/kernels": ROOT / "kernels",
 }
-SHIPPED_SUFFIXES = {".py", ".typed", ".json", ".yaml", ".yml"}
+SHIPPED_SUFFIXES = {".py", ".typed", ".json", ".yaml", ".yml", ".html"}
 # Importing these needs no engine and no torch: replay works where neither is installed.
-LIGHT_MODULES = ["", "config", "load_window", "migration", "placement", "planning", "topology"]
+LIGHT_MODULES = [
+    "",
+    "cli",
+    "config",
+    "load_window",
+    "migration",
+    "placement",
+    "planning",
+    "replay",
+    "topology",
+    "trace",
+]
 
 IMPORT_WITHOUT_ENGINES = """
 import importlib, sys
