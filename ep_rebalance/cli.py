@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from ep_rebalance import __version__
 from ep_rebalance.commands.advise import advise
+from ep_rebalance.commands.convert import convert
 from ep_rebalance.commands.inspection import inspect
 from ep_rebalance.commands.replay import run_replay
 from ep_rebalance.commands.status import status
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command("replay")(run_replay)
 app.command()(advise)
+app.command()(convert)
 app.command()(inspect)
 app.command()(status)
 

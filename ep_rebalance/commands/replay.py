@@ -139,6 +139,8 @@ def run_replay(
             check_report(report)
         readers = open_traces(traces)
         head = completed(readers[0].head)
+        if head.ep_size == 1 and not ep_size:
+            raise ValueError("the trace was converted and knows no ranks: give --ep-size, e.g. 8")
         settings = settings_for(head, config, set_ or [])
         scenarios = [
             scenario(

@@ -1,0 +1,172 @@
+"""What all recordings become: counts per snapshot, and a trace made of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance import __version__
+from ep_rebalance.load_window import PHASES
+from ep_rebalance.placement import Placement
+from ep_rebalance.trace import RecordedPlacement, RecordedSnapshot, TraceHead, TraceWriter
+
+MAX_TEXT_BYTES = 256 << 20
+MAX_ARRAY_BYTES = 4 << 30
+
+
+class FormatError(ValueError):
+    """A file that is not what it should be; the text names the file, the place and the reason."""
+
+    def __init__(self, path: Path, place: str, reason: str) -> None:
+        super().__init__(f"{path}: {place + ' ' if place else ''}{reason}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignLoad:
+    """A recording.
+
+    counts: uint32 [L, E] for each snapshot, tokens per logical expert, read as they are asked for.
+    moe_layers: the engine's numbers of the layers, length L. origin: a sentence for the trace.
+    """
+
+    counts: Iterable[NDArray[np.uint32]]
+    layers: int
+    experts: int
+    moe_layers: tuple[int, ...]
+    origin: str
+
+
+def read_text(path: Path) -> str:
+    """Raises FormatError if it is too large or no text, OSError if it cannot be read."""
+    _check_size(path, MAX_TEXT_BYTES)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(path, f"byte {error.start}", "is no UTF-8 text") from None
+
+
+def check_array_size(path: Path) -> None:
+    """Raises FormatError for a file that is too large to be held."""
+    _check_size(path, MAX_ARRAY_BYTES)
+
+
+def _check_size(path: Path, most: int) -> None:
+    if (size := path.stat().st_size) > most:
+        raise FormatError(path, "", f"has {size} bytes, more than the {most} that are read")
+
+
+def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
+    """uint32 [S, L, E] of [L][E] or [S][L][E]. Raises FormatError that names the wrong number."""
+    try:
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise FormatError(path, place, "is no array of numbers, or a ragged one") from None
+    if numbers.ndim == 2:
+        numbers = numbers[None]
+    if numbers.ndim != 3 or 0 in numbers.shape:
+        raise FormatError(
+            path,
+            place,
+            f"has shape {numbers.shape}, not [layers][experts] or [steps][layers][experts]",
+        )
+    wrong = ~(np.isfinite(numbers) & (numbers >= 0) & (numbers == np.floor(numbers)))
+    wrong |= numbers >= 2.0**32
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        where = "".join(f"[{i}]" for i in index[3 - np.ndim(value) :])
+        raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, no number of tokens")
+    return numbers.astype(np.uint32)
+
+
+def sampled(
+    load: ForeignLoad, *, snapshots: int, tokens: int, top_k: int, seed: int
+) -> ForeignLoad:
+    """Snapshots drawn from the sum of a recording's: its popularities with the noise of `tokens`."""
+    total_LE = np.sum([counts.astype(np.float64) for counts in load.counts], axis=0)
+    shares_LE = total_LE / np.maximum(total_LE.sum(axis=1, keepdims=True), 1.0)
+    draw = np.random.default_rng(seed)
+    drawn = (
+        draw.multinomial(tokens * top_k, shares_LE).astype(np.uint32) for _ in range(snapshots)
+    )
+    origin = f"{load.origin}; sampled, {tokens} tokens a snapshot, seed {seed}"
+    return ForeignLoad(
+        counts=drawn,
+        layers=load.layers,
+        experts=load.experts,
+        moe_layers=load.moe_layers,
+        origin=origin,
+    )
+
+
+def write_trace(
+    load: ForeignLoad,
+    path: Path,
+    *,
+    model: str,
+    top_k: int,
+    phase: str,
+    steps_per_snapshot: int,
+) -> int:
+    """Replace `path` by a trace on one rank with contiguous experts; returns its snapshots.
+
+    Raises FormatError for an empty recording, OSError if the folder cannot be written.
+    """
+    head = TraceHead(
+        model=model,
+        layers=load.layers,
+        experts=load.experts,
+        top_k=top_k,
+        ep_size=1,
+        slots=load.experts,
+        node_of_rank=[0],
+        expert_bytes=[0] * load.layers,
+        hidden_size=0,
+        engine="",
+        plugin_version=__version__,
+        started=time.time(),
+        config={},
+        origin=f"{load.origin}; its timing is made up",
+    )
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+        writer = TraceWriter(Path(folder), "load", head, max_file_bytes=1 << 50, max_bytes=1 << 51)
+        writer.write(_contiguous(head))
+        count = 0
+        for record in _snapshots(load, phase, steps_per_snapshot):
+            writer.write(record)
+            count += 1
+        writer.close()
+        if not count:
+            raise FormatError(path, "", f"would be empty: {load.origin} holds no load")
+        os.replace(writer.files()[0], path)
+    return count
+
+
+def _contiguous(head: TraceHead) -> RecordedPlacement:
+    placement = Placement.contiguous(
+        num_layers=head.layers, num_experts=head.experts, num_ranks=head.ep_size
+    )
+    return RecordedPlacement(
+        placement=placement, quotas_LP=placement.even_quotas_LP(), generation=0, step=0, time=0.0
+    )
+
+
+def _snapshots(load: ForeignLoad, phase: str, steps: int) -> Iterator[RecordedSnapshot]:
+    for number, counts_LE in enumerate(load.counts):
+        counts_ALE = np.zeros((len(PHASES), *counts_LE.shape), dtype=np.uint32)
+        counts_ALE[PHASES.index(phase)] = counts_LE
+        yield RecordedSnapshot(
+            counts_ALE=counts_ALE,
+            step=steps * (number + 1),
+            steps=steps,
+            step_seconds=0.0,
+            time=float(number),
+            generation=0,
+        )

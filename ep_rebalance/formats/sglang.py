@@ -1,0 +1,115 @@
+"""SGLang: what its expert distribution recorder writes, and `--init-expert-location`.
+
+Sources: sglang/srt/eplb/expert_distribution.py (`dump_record`) and expert_location.py
+(`compute_initial_expert_location_metadata`), 0.5.23; sgl-project/sglang issue 6017. Both hold a row for
+every layer of the model; a dense layer's is all zero, or trivial.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.formats.load import (
+    ForeignLoad,
+    FormatError,
+    check_array_size,
+    counts_of,
+    read_text,
+)
+from ep_rebalance.placement import Placement, PlacementError
+
+NAME = "sglang"
+
+
+def read_load(path: Path) -> ForeignLoad:
+    """`logical_count` of a JSON file, or of a `.pt` recording in the modes stat and stat_approx.
+
+    Raises FormatError for anything else, recordings of single passes and tokens included.
+    """
+    counts_SLE = counts_of(path, "logical_count", _logical_count(path))
+    moe = np.flatnonzero(counts_SLE.any(axis=(0, 2)))
+    if not moe.size:
+        raise FormatError(path, "logical_count", "is all zero")
+    return ForeignLoad(
+        counts=list(counts_SLE[:, moe]),
+        layers=len(moe),
+        experts=counts_SLE.shape[2],
+        moe_layers=tuple(int(layer) for layer in moe),
+        origin=f"converted from SGLang's {path.name}",
+    )
+
+
+def _logical_count(path: Path) -> Any:
+    found = _read_pt(path) if path.suffix == ".pt" else _read_json(path)
+    if isinstance(found, dict) and "logical_count" in found:
+        return found["logical_count"]
+    held = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+    raise FormatError(
+        path,
+        "",
+        f"holds {held[:200]}, no logical_count; record with "
+        "--expert-distribution-recorder-mode stat",
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise FormatError(path, f"line {error.lineno}", f"is no JSON ({error.msg})") from None
+    except RecursionError:
+        raise FormatError(path, "", "is nested too deeply") from None
+
+
+def _read_pt(path: Path) -> Any:
+    """Tensors become lists of numbers. Needs torch."""
+    check_array_size(path)
+    try:
+        import torch
+    except ImportError:
+        raise FormatError(path, "", "is a file of torch, which is not installed here") from None
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FormatError(path, "", f"is no recording of tensors alone ({reason})") from None
+    if not isinstance(found, dict):
+        return found
+    return {
+        name: value.numpy() if isinstance(value, torch.Tensor) else value
+        for name, value in found.items()
+    }
+
+
+def read_placement(path: Path, num_ranks: int) -> Placement:
+    """`physical_to_logical_map` of a JSON file, all layers of it. Raises FormatError."""
+    found = _read_json(path)
+    if not isinstance(found, dict) or "physical_to_logical_map" not in found:
+        raise FormatError(path, "", "holds no physical_to_logical_map")
+    slots_LP = counts_of(path, "physical_to_logical_map", found["physical_to_logical_map"])[0]
+    try:
+        return Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, num_ranks)
+    except PlacementError as error:
+        raise FormatError(path, "physical_to_logical_map", str(error)) from None
+
+
+def placement_text(placement: Placement, moe_layers: Sequence[int], num_layers: int) -> str:
+    """A file for `--init-expert-location`.
+
+    moe_layers: numbers of the placement's layers among the model's `num_layers`; the others get the
+    trivial row that SGLang itself would give them.
+    """
+    experts, slots = placement.num_experts, placement.num_slots
+    trivial_P: NDArray[np.int64] = np.arange(slots) % experts
+    rows = [trivial_P.tolist()] * num_layers
+    for layer, slots_P in zip(moe_layers, placement.slots_LP, strict=True):
+        rows[layer] = slots_P.tolist()
+    return json.dumps({"physical_to_logical_map": rows})

@@ -1,0 +1,83 @@
+"""vllm-ascend: the expert map of its static balancer (`expert_map_path`).
+
+Source: vllm-project/vllm-ascend, examples/eplb/eplb_strategy.py (`save_matrix_to_json`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ep_rebalance.formats.load import FormatError, counts_of, read_text
+from ep_rebalance.placement import Placement, PlacementError
+
+NAME = "vllm-ascend"
+
+
+class _Device(msgspec.Struct):
+    device_id: int
+    device_expert: list[int]
+
+
+class _Layer(msgspec.Struct):
+    layer_id: int
+    device_count: int
+    device_list: list[_Device]
+
+
+class _ExpertMap(msgspec.Struct):
+    moe_layer_count: int
+    layer_list: list[_Layer]
+
+
+def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
+    """moe_layers: the model's numbers of the placement's layers."""
+    by_rank = (placement.num_layers, placement.num_ranks, placement.slots_per_rank)
+    layers: list[dict[str, Any]] = [
+        {
+            "layer_id": int(layer),
+            "device_count": placement.num_ranks,
+            "device_list": [
+                {"device_id": rank, "device_expert": slots_S.tolist()}
+                for rank, slots_S in enumerate(slots_RS)
+            ],
+        }
+        for layer, slots_RS in zip(moe_layers, placement.slots_LP.reshape(by_rank), strict=True)
+    ]
+    return json.dumps({"moe_layer_count": placement.num_layers, "layer_list": layers})
+
+
+def read_placement(path: Path) -> tuple[Placement, tuple[int, ...]]:
+    """The placement and the model's numbers of its layers. Raises FormatError."""
+    try:
+        found = msgspec.json.decode(read_text(path), type=_ExpertMap)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise FormatError(path, "", f"is no expert map ({error})") from None
+    if not found.layer_list or len(found.layer_list) != found.moe_layer_count:
+        raise FormatError(
+            path,
+            "moe_layer_count",
+            f"is {found.moe_layer_count}, for {len(found.layer_list)} layers",
+        )
+    rows = []
+    for layer in found.layer_list:
+        devices = sorted(layer.device_list, key=lambda device: device.device_id)
+        if [device.device_id for device in devices] != list(range(layer.device_count)):
+            raise FormatError(
+                path,
+                f"layer {layer.layer_id}",
+                f"does not list devices 0..{layer.device_count - 1}",
+            )
+        rows.append([expert for device in devices for expert in device.device_expert])
+    slots_LP = counts_of(path, "device_expert", rows)[0]
+    ranks = found.layer_list[0].device_count
+    try:
+        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, ranks)
+    except PlacementError as error:
+        raise FormatError(path, "", str(error)) from None
+    return placement, tuple(layer.layer_id for layer in found.layer_list)

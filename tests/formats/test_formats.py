@@ -1,0 +1,272 @@
+"""What is written is read back, and what is malformed is refused with its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shapes import placements
+from test_cli import run
+from test_state import PLACEMENT, STATE
+from traces import head_of, records_of, write_trace
+
+from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
+from ep_rebalance.formats.load import FormatError
+from ep_rebalance.placement import Placement
+from ep_rebalance.state import read_state, save_state
+from ep_rebalance.trace import RecordedSnapshot, TraceReader
+
+COUNTS = np.arange(2 * 4 * 3).reshape(2, 4, 3) + 1
+"""[snapshots, layers, experts]"""
+
+
+def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# --- placements
+
+
+@given(placement=placements(), first=st.integers(0, 3), more=st.integers(0, 2))
+@settings(max_examples=30, deadline=None)
+def test_placements_go_round(tmp_path_factory, placement: Placement, first: int, more: int):
+    folder = tmp_path_factory.mktemp("placements")
+    layers = tuple(range(first, first + placement.num_layers))
+    path = written(folder, "a.json", vllm_ascend.placement_text(placement, layers))
+    assert vllm_ascend.read_placement(path) == (placement, layers)
+    path = written(folder, "t.yaml", tensorrt_llm.placement_text(placement, layers))
+    assert tensorrt_llm.read_placement(path, placement.num_ranks) == (placement, layers)
+    text = sglang.placement_text(placement, layers, layers[-1] + 1 + more)
+    rows = json.loads(text)["physical_to_logical_map"]
+    assert len(rows) == layers[-1] + 1 + more
+    assert rows[first : first + placement.num_layers] == placement.slots_LP.tolist()
+
+
+def test_sglangs_own_placement_is_read(tmp_path: Path):
+    path = written(tmp_path, "s.json", sglang.placement_text(PLACEMENT, (0, 1, 2), 3))
+    assert sglang.read_placement(path, 2) == PLACEMENT
+
+
+def test_dense_layers_get_the_trivial_row():
+    rows = json.loads(sglang.placement_text(PLACEMENT, (2, 3, 5), 6))["physical_to_logical_map"]
+    assert rows[0] == rows[1] == rows[4] == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", "{", "no JSON"),
+        ("a.json", "[" * 100_000, "a.json"),
+        ("a.json", '{"physical_to_logical_map": [[0, 1], [0]]}', "ragged"),
+        ("a.json", '{"physical_to_logical_map": [[0, 5], [1, 0]]}', "no slot holds expert"),
+        ("a.json", '{"physical_to_logical_map": [[0, -1]]}', "[0][1] is -1"),
+        (
+            "a.json",
+            '{"moe_layer_count": 2, "layer_list": [], "x": "device_expert"}',
+            "for 0 layers",
+        ),
+        ("a.json", '{"layer_list": "device_expert"}', "no expert map"),
+        ("a.yaml", "initial_global_assignments: {a: [0]}", "not by layer number"),
+        ("a.yaml", "num_slots: 3\ninitial_global_assignments: {0: [0, 1]}", "num_slots"),
+        ("a.yaml", "!!python/object/apply:os.system ['true']", "no YAML"),
+        ("a.yaml", "initial_global_assignments: {0: [0, 0]}", "twice"),
+        ("a.json", b"\xff\xfe", "no UTF-8"),
+    ],
+)
+def test_malformed_placements_are_refused(tmp_path: Path, name: str, content, words: str):
+    path = written(tmp_path, name, content)
+    target = tmp_path / "out.json"
+    done = run("convert", str(path), str(target), "--to", "sglang", "--ep-size", "1")
+    assert done.exit_code == 2
+    assert str(path) in done.stderr
+    assert words in done.stderr
+    assert not target.exists()
+
+
+def test_every_source_of_a_placement_reaches_every_target(tmp_path: Path):
+    state, trace = tmp_path / "s.npz", write_trace(tmp_path, head_of(), 1)
+    save_state(state, STATE)
+    done = run("convert", str(state), str(tmp_path / "p.yaml"), "--to", "tensorrt-llm")
+    assert done.exit_code == 0, done.stderr
+    chain = [("p.yaml", "p.json", "vllm-ascend"), ("p.json", "q.json", "sglang")]
+    for source, target, to in chain:
+        options = ("--to", to, "--ep-size", "2")
+        done = run("convert", str(tmp_path / source), str(tmp_path / target), *options)
+        assert done.exit_code == 0, done.stderr
+    back = ("--to", "state", "--like", str(state), "--ep-size", "2")
+    done = run("convert", str(tmp_path / "q.json"), str(tmp_path / "b.npz"), *back)
+    assert done.exit_code == 0, done.stderr
+    again = read_state(tmp_path / "b.npz")
+    assert again.placement == PLACEMENT
+    assert again.header.generation == STATE.header.generation + 1
+    wrong = run(
+        "convert", str(trace), str(tmp_path / "c.npz"), "--to", "state", "--like", str(state)
+    )
+    assert "layers and slots" in wrong.stderr
+    assert "--like" in run("convert", str(trace), str(tmp_path / "c.npz"), "--to", "state").stderr
+    assert "--to" in run("convert", str(trace), str(tmp_path / "c.json")).stderr
+
+
+# --- load
+
+
+def converted(tmp_path: Path, source: Path, *options: str) -> list[RecordedSnapshot]:
+    target = tmp_path / "load.eptrace"
+    done = run("convert", str(source), str(target), *options)
+    assert done.exit_code == 0, done.stderr
+    return [r for r in records_of(target) if isinstance(r, RecordedSnapshot)]
+
+
+def recordings(tmp_path: Path, counts: np.ndarray) -> list[Path]:
+    text = json.dumps({"logical_count": counts.tolist()})
+    pt = tmp_path / "record.pt"
+    torch.save({"rank": 0, "logical_count": torch.from_numpy(counts)}, pt)
+    return [written(tmp_path, "record.json", text), pt]
+
+
+def test_sglangs_recordings_become_traces_without_the_dense_layers(tmp_path: Path):
+    counts = COUNTS.copy()
+    counts[:, [0, 2]] = 0
+    for source in recordings(tmp_path, counts):
+        snapshots = converted(tmp_path, source, "--top-k", "2", "--phase", "decode")
+        assert len(snapshots) == 2
+        for snapshot, expected in zip(snapshots, counts[:, [1, 3]], strict=True):
+            assert not snapshot.counts_ALE[0].any()
+            assert (snapshot.counts_ALE[1] == expected).all()
+        assert "SGLang" in TraceReader(tmp_path / "load.eptrace").head.origin
+
+
+def test_an_aggregate_can_be_drawn_from(tmp_path: Path):
+    source, _ = recordings(tmp_path, COUNTS[0])
+    options = ("--top-k", "2", "--sample", "50", "--tokens-per-snapshot", "1000")
+    snapshots = converted(tmp_path, source, *options)
+    total = sum(snapshot.counts_ALE[0].astype(int) for snapshot in snapshots)
+    assert (total.sum(axis=1) == 50 * 2000).all()
+    shares = COUNTS[0] / COUNTS[0].sum(axis=1, keepdims=True)
+    assert total / 100_000 == pytest.approx(shares, abs=0.01)
+    again = converted(tmp_path, source, *options)
+    assert all((a.counts_ALE == b.counts_ALE).all() for a, b in zip(snapshots, again, strict=True))
+    assert "sampled" in TraceReader(tmp_path / "load.eptrace").head.origin
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30).filter(bool), min_size=1, max_size=4),
+    size=st.integers(1, 20),
+)
+@settings(max_examples=20, deadline=None)
+def test_expert_ids_are_counted_in_order(tmp_path_factory, lengths: list[int], size: int):
+    draw = np.random.default_rng(sum(lengths))
+    parts = {
+        f"k{n}": draw.integers(0, 6, (count, 3, 2), np.uint8) for n, count in enumerate(lengths)
+    }
+    path = tmp_path_factory.mktemp("ids") / "ids.npz"
+    np.savez(path, **parts)
+    load, top_k = token_ids.read_load(path, tokens_per_snapshot=size)
+    joined = np.concatenate(list(parts.values()))
+    counts = list(load.counts)
+    assert (top_k, load.layers, load.experts) == (2, 3, joined.max() + 1)
+    assert len(counts) == len(joined) // size
+    for number, counts_LE in enumerate(counts):
+        ids = joined[number * size : (number + 1) * size]
+        for layer in range(3):
+            expected = np.bincount(ids[:, layer].ravel(), minlength=load.experts)
+            assert (counts_LE[layer] == expected).all()
+
+
+def test_keys_of_expert_ids_can_be_chosen(tmp_path: Path):
+    path = tmp_path / "ids.npz"
+    ids = np.zeros((4, 1, 1), np.uint8)
+    np.savez(path, **{"law|a": ids, "math|b": ids + 1})
+    (snapshot,) = converted(tmp_path, path, "--key", "math|*", "--tokens-per-snapshot", "4")
+    assert snapshot.counts_ALE[0].tolist() == [[0, 4]]
+    none = run("convert", str(path), str(tmp_path / "x.eptrace"), "--key", "music")
+    assert "no array whose name matches" in none.stderr
+
+
+class _Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", '{"logical_count": [[1, 2], [3]]}', "ragged"),
+        ("a.json", '{"logical_count": [[1, 2], [3, -4]]}', "logical_count[1][1] is -4"),
+        ("a.json", '{"logical_count": [[1, 2.5]]}', "[0][1] is 2.5"),
+        ("a.json", '{"logical_count": [[[1, 4294967296]]]}', "[0][0][1] is 4.29497e+09"),
+        ("a.json", '{"logical_count": [[1, NaN]]}', "is nan"),
+        ("a.json", '{"logical_count": [[0, 0]]}', "all zero"),
+        ("a.json", '{"logical_count": 7}', "has shape ()"),
+        ("a.json", '{"logical_count": [["x"]]}', "no array of numbers"),
+        ("a.json", '{"other": 1}', "no logical_count"),
+        ("a.json", "[1]", "no logical_count"),
+        ("a.pt", b"PK\x03\x04 nothing", "no recording"),
+        ("a.npz", b"PK\x03\x04 nothing", "no file of arrays"),
+        ("a.npy", b"\x93NUMPY", "no file of arrays"),
+    ],
+)
+def test_malformed_recordings_are_refused(tmp_path: Path, name: str, content, words: str):
+    path, target = written(tmp_path, name, content), tmp_path / "load.eptrace"
+    done = run("convert", str(path), str(target), "--top-k", "2")
+    assert done.exit_code == 2, done.output
+    assert str(path) in done.stderr
+    assert words in done.stderr
+    assert not target.exists()
+
+
+def test_no_file_runs_code(tmp_path: Path):
+    trap = tmp_path / "trap"
+    torch.save({"logical_count": _Payload(trap)}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps({"logical_count": _Payload(trap)}))
+    np.savez(tmp_path / "c.npz", ids=np.array([_Payload(trap)], dtype=object))
+    for name in ("a.pt", "b.pt", "c.npz"):
+        done = run("convert", str(tmp_path / name), str(tmp_path / "x.eptrace"), "--top-k", "2")
+        assert done.exit_code == 2, done.output
+        assert not trap.exists()
+
+
+def test_what_is_not_told_is_asked_for(tmp_path: Path):
+    source, _ = recordings(tmp_path, COUNTS)
+    target = str(tmp_path / "x.eptrace")
+    assert "--top-k" in run("convert", str(source), target).stderr
+    assert "prefill, decode" in run("convert", str(source), target, "--phase", "both").stderr
+    placement = written(
+        tmp_path, "t.yaml", yaml.safe_dump({"initial_global_assignments": {0: [0]}})
+    )
+    done = run("convert", str(placement), str(tmp_path / "y.json"), "--to", "sglang")
+    assert "--ep-size" in done.stderr
+    converted(tmp_path, source, "--top-k", "2")
+    assert "--ep-size" in run("replay", str(tmp_path / "load.eptrace")).stderr
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 2), int), np.zeros((2, 2, 2)), np.full((1, 1, 1), -1)]
+)
+def test_arrays_that_are_no_expert_ids_are_refused(tmp_path: Path, array: np.ndarray):
+    path = tmp_path / "ids.npy"
+    np.save(path, array)
+    with pytest.raises(FormatError, match=r"ids\.npy"):
+        token_ids.read_load(path, tokens_per_snapshot=1)
+
+
+@pytest.mark.skipif("EP_REBALANCE_DATA" not in os.environ, reason="needs EP_REBALANCE_DATA")
+def test_published_recordings_become_traces(tmp_path: Path):
+    folder = Path(os.environ["EP_REBALANCE_DATA"]) / "deepseek-logical-counts"
+    for source in sorted(folder.glob("*.json")):
+        (snapshot,) = converted(tmp_path, source)
+        expected = np.array(json.loads(source.read_text())["logical_count"])[3:]
+        assert (snapshot.counts_ALE[0] == expected).all()
