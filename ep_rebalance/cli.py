@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from ep_rebalance import __version__
 from ep_rebalance.commands.advise import advise
 from ep_rebalance.commands.convert import convert
+from ep_rebalance.commands.doctor import doctor
 from ep_rebalance.commands.inspection import inspect
 from ep_rebalance.commands.replay import run_replay
 from ep_rebalance.commands.status import status
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("replay")(run_replay)
 app.command()(advise)
 app.command()(convert)
+app.command()(doctor)
 app.command()(inspect)
 app.command()(status)
 

@@ -135,10 +135,15 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_trace(config)
 
 
-def _check_contracts() -> None:
+def seams() -> tuple[Any, ...]:
+    """The modules that have CONTRACTS."""
     from ep_rebalance.engines.vllm import eplb_state, model_runner, policy, prepare_finalize, router
 
-    for seam in (model_runner, router, eplb_state, prepare_finalize, policy):
+    return model_runner, router, eplb_state, prepare_finalize, policy
+
+
+def _check_contracts() -> None:
+    for seam in seams():
         for contract in seam.CONTRACTS:
             contract.check()
 

@@ -1,0 +1,124 @@
+"""Python, processor, memory, accelerators and their links."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ep_rebalance.diagnosis.finding import Check, Finding
+
+_LEAST_PYTHON = (3, 11)
+_LEAST_CPU_BYTES = 8 << 30
+
+
+def checks() -> list[tuple[str, Check]]:
+    """By name."""
+    return [
+        ("Python", python),
+        ("processor", processor),
+        ("memory", memory),
+        ("accelerators", accelerators),
+        ("links", links),
+    ]
+
+
+def python() -> Finding:
+    found = platform.python_version()
+    if sys.version_info < _LEAST_PYTHON:
+        return Finding(
+            check="Python", verdict="problem", found=found, remedy="use Python 3.11 or later"
+        )
+    return Finding(check="Python", verdict="ok", found=found)
+
+
+def processor() -> Finding:
+    """vLLM's CPU kernels need AVX2; with an accelerator the processor does not matter."""
+    cores = len(os.sched_getaffinity(0))
+    flags = Path("/proc/cpuinfo").read_text(errors="replace").split()
+    found = f"{cores} cores, {'AVX2' if 'avx2' in flags else 'no AVX2'}"
+    if _devices() or "avx2" in flags:
+        return Finding(check="processor", verdict="ok", found=found)
+    return Finding(
+        check="processor",
+        verdict="problem",
+        found=found,
+        remedy="vLLM's CPU build needs AVX2: use a processor from 2015 or later, or a GPU",
+    )
+
+
+def memory() -> Finding:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = f"{free / 2**30:.1f} GiB free"
+    if _devices() or free >= _LEAST_CPU_BYTES:
+        return Finding(check="memory", verdict="ok", found=found)
+    return Finding(
+        check="memory",
+        verdict="warning",
+        found=found,
+        remedy="two ranks of a small model on CPU need about 8 GiB",
+    )
+
+
+def accelerators() -> Iterator[Finding]:
+    devices = _devices()
+    if not devices:
+        yield Finding(
+            check="accelerators",
+            verdict="warning",
+            found="none that torch can use",
+            remedy="on CPU everything runs, but slowly; for GPUs install torch's CUDA build",
+        )
+    for index, device in enumerate(devices):
+        found = (
+            f"{device.name}, compute capability {device.major}.{device.minor}, "
+            f"{device.total_memory / 2**30:.0f} GiB"
+        )
+        yield Finding(check=f"accelerator {index}", verdict="ok", found=found)
+
+
+def links() -> Finding:
+    """NVLink or not, and NCCL's version."""
+    devices = _devices()
+    if len(devices) < 2:
+        return Finding(check="links", verdict="skipped", found="fewer than two accelerators")
+    torch = import_module("torch")
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    if "NV" in _topology():
+        return Finding(check="links", verdict="ok", found=f"NVLink, NCCL {nccl}")
+    peers = all(
+        torch.cuda.can_device_access_peer(a, b)
+        for a in range(len(devices))
+        for b in range(len(devices))
+        if a != b
+    )
+    return Finding(
+        check="links",
+        verdict="warning",
+        found=f"{'peer access over PCIe' if peers else 'no peer access'}, NCCL {nccl}",
+        remedy="all-to-all will be slow: see what `ep-rebalance advise` says of slow links",
+    )
+
+
+def _topology() -> str:
+    """The part of `nvidia-smi topo -m` that holds the links; "" without it."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    done = subprocess.run([command, "topo", "-m"], capture_output=True, text=True, timeout=20)
+    return done.stdout.partition("Legend")[0]
+
+
+def _devices() -> list[Any]:
+    try:
+        torch = import_module("torch")
+    except ImportError:
+        return []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_properties(index) for index in range(count)]

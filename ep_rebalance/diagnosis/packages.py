@@ -1,0 +1,77 @@
+"""This package's entry points, and what it builds on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from ep_rebalance import __version__
+from ep_rebalance.diagnosis.finding import Check, Finding
+from ep_rebalance.planning.policies import compile_planner
+
+_ENTRY_POINTS = ("vllm.general_plugins", "vllm.endpoint_plugins")
+_NEEDED = ("torch", "numba", "numpy", "pydantic", "msgspec", "prometheus_client")
+_OPTIONAL = {"triton": "kernels on GPU", "plotly": "replay --report"}
+
+
+def checks() -> list[tuple[str, Check]]:
+    """By name."""
+    return [("ep-rebalance", plugin), ("packages", packages), ("planner", planner)]
+
+
+def plugin() -> Finding:
+    """Without its entry points vLLM does not find the plugin."""
+    missing = [
+        group for group in _ENTRY_POINTS if "ep_rebalance" not in entry_points(group=group).names
+    ]
+    if missing:
+        return Finding(
+            check="ep-rebalance",
+            verdict="problem",
+            found=f"{__version__}, without entry points in {', '.join(missing)}",
+            remedy="install it with pip in the environment that has vLLM; a copied folder will not do",
+        )
+    return Finding(
+        check="ep-rebalance",
+        verdict="ok",
+        found=f"{__version__}, {len(_ENTRY_POINTS)} entry points",
+    )
+
+
+def packages() -> Iterator[Finding]:
+    found = {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)}
+    there = ", ".join(f"{name} {number}" for name, number in found.items() if number)
+    missing = [name for name in _NEEDED if found[name] is None]
+    if missing:
+        remedy = f"pip install {' '.join(missing)}"
+        yield Finding(
+            check="packages", verdict="problem", found=f"no {', '.join(missing)}", remedy=remedy
+        )
+    yield Finding(check="packages", verdict="ok", found=there)
+    for name, use in _OPTIONAL.items():
+        if found[name] is None:
+            yield Finding(check=name, verdict="skipped", found=f"not installed; for {use}")
+
+
+def planner() -> Finding:
+    """It is compiled once on a machine, and the code kept where numba keeps its cache."""
+    began = time.perf_counter()
+    compile_planner()
+    seconds = time.perf_counter() - began
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        return Finding(
+            check="planner",
+            verdict="problem",
+            found="not compiled: NUMBA_DISABLE_JIT is set",
+            remedy="unset NUMBA_DISABLE_JIT; a plan would take minutes",
+        )
+    return Finding(check="planner", verdict="ok", found=f"compiled in {seconds:.1f} s")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,45 @@
+"""What vLLM must offer, for `ep-rebalance doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.diagnosis.finding import Check, Finding
+from ep_rebalance.engines.vllm.activation import seams
+from ep_rebalance.engines.vllm.contract import check_version
+
+
+def checks() -> list[tuple[str, Check]]:
+    """By name. Importing vLLM takes seconds."""
+    return [("vLLM", engine), ("seams", contracts)]
+
+
+def engine() -> Finding:
+    import vllm
+    from vllm.platforms import current_platform
+
+    found = f"{vllm.__version__} for {current_platform.device_type}"
+    try:
+        check_version(vllm.__version__)
+    except ConfigurationError as error:
+        return Finding(check="vLLM", verdict="problem", found=error.reason, remedy=error.remedy)
+    return Finding(check="vLLM", verdict="ok", found=found)
+
+
+def contracts() -> Iterator[Finding]:
+    """One line for all that hold, one for each that does not."""
+    held = 0
+    for seam in seams():
+        for contract in seam.CONTRACTS:
+            try:
+                contract.check()
+                held += 1
+            except ConfigurationError as error:
+                name = f"seam {seam.__name__.rpartition('.')[2]}"
+                yield Finding(
+                    check=name, verdict="problem", found=error.reason, remedy=error.remedy
+                )
+    yield Finding(
+        check="seams", verdict="ok", found=f"{held} contracts hold in {len(seams())} seams"
+    )
