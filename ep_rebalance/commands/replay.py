@@ -157,7 +157,8 @@ def run_replay(
     result = as_json(readers, settings, replayed)
     write(result, format_ or (Format.TABLE if sys.stdout.isatty() else Format.JSON), output)
     if report is not None:
-        write_report(report, head, replayed)
+        with explained():
+            write_report(report, head, replayed)
         Console(stderr=True).print(f"Report: {report}")
     if fail_below_gain is not None:
         _check_gain(result, fail_below_gain)

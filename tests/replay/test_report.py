@@ -28,7 +28,9 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.replay.balancing import PlanMade
 from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
-from ep_rebalance.replay.report import MAX_COMMITS, MAX_POINTS, verdicts, write_report
+from ep_rebalance.replay.report import verdicts, write_report
+from ep_rebalance.replay.report.figures import MAX_POINTS
+from ep_rebalance.replay.report.markup import MAX_COMMITS
 from ep_rebalance.replay.run import Replayed, Scenario, replay
 from ep_rebalance.replay.step_time import MeasuredSteps
 from ep_rebalance.topology import Topology

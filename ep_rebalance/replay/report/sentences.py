@@ -1,0 +1,154 @@
+"""Sentences: the verdict, and what the figures show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+from rich.filesize import decimal
+
+from ep_rebalance.replay.report.sizes import Size, by_size
+from ep_rebalance.replay.report.words import counted, migrations_of, milliseconds, percent
+from ep_rebalance.replay.run import SERVER_POLICIES, Replayed
+from ep_rebalance.replay.step_time import MeasuredSteps, ModelledSteps, StepTime
+from ep_rebalance.trace import TraceHead
+
+_SUBJECTS: Mapping[str, str] = MappingProxyType(
+    {
+        "ours": "rebalancing",
+        "static": "placing the experts once",
+        "recorded": "serving as recorded",
+    }
+)
+
+
+def verdicts(head: TraceHead, replayed: Sequence[Replayed]) -> list[str]:
+    """One sentence in plain words for each size."""
+    sizes = by_size(head, replayed)
+    if len(sizes) == 1:
+        return [_verdict(sizes[0])]
+    return [f"{size.label}: {_verdict(size)}" for size in sizes]
+
+
+def _verdict(size: Size) -> str:
+    baseline, hindsight = size.first("none"), size.first("hindsight")
+    served = size.first(*SERVER_POLICIES, "static", "recorded")
+    clauses = []
+    if served is not None:
+        clauses.append(
+            f"{_subject(served)} would have {_effect(size, served)}{_price(size, served)}"
+        )
+    elif baseline is not None:
+        clauses.append(f"as loaded, the busiest rank gets {_times_mean(baseline)}")
+    if hindsight is not None:
+        future = "knowing the future would have"
+        saved = size.saved(hindsight)
+        clauses.append(
+            f"{future} kept the busiest rank at {_times_mean(hindsight)}"
+            if saved is None
+            else f"{future} saved {percent(saved)}"
+        )
+    text = "; ".join(clauses)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _subject(one: Replayed) -> str:
+    policy = one.scenario.policy
+    return _SUBJECTS.get(policy, f"policy {policy}")
+
+
+def _effect(size: Size, one: Replayed) -> str:
+    saved = size.saved(one)
+    if saved is None:
+        return f"kept the busiest rank at {_times_mean(one)}"
+    if round(saved, 3) < 0:
+        return f"added {percent(-saved)} to the step time against the contiguous placement"
+    return f"saved {percent(saved)} of the step time against the contiguous placement"
+
+
+def _price(size: Size, one: Replayed) -> str:
+    if one not in size.planned:
+        return ""
+    if not one.moved:
+        return " and moved no expert"
+    moved_bytes = f" ({decimal(one.moved_bytes)})" if size.bytes_known else ""
+    return f" and moved {counted(one.moved, 'expert')}{moved_bytes}"
+
+
+def _times_mean(one: Replayed) -> str:
+    return f"{one.mean_imbalance:.2f} times the mean load"
+
+
+def reading_hints(head: TraceHead, one: Replayed) -> list[str]:
+    timing = (
+        f"This load was not recorded by a server ({head.origin}): who is busy is as real as its source, "
+        "but seconds, and how soon a plan is made, are not."
+        if head.origin
+        else "Load and step times were recorded by a server, so the moments of snapshots and plans are real."
+    )
+    return [
+        "Every placement is scored on load that its plan had not seen, so a saving is one that a server "
+        "would have had; hindsight alone knows what comes.",
+        "Imbalance is the busiest rank's tokens over the mean, where 1 is even, because each layer waits "
+        "for its busiest rank; balancedness is the mean over the busiest.",
+        _how_steps_are_predicted(one.scenario.step_time),
+        timing,
+        "Moved experts and bytes are what a policy that plans moved while it served; for the others, "
+        "moves are not counted (-).",
+    ]
+
+
+def _how_steps_are_predicted(step_time: StepTime) -> str:
+    if isinstance(step_time, ModelledSteps):
+        hardware = step_time.hardware
+        return (
+            f"Step times are computed, not measured: from {hardware.memory_bytes_per_second / 1e12:.3g} TB/s "
+            f"of memory, {hardware.flops_per_second / 1e12:,.0f} TFLOP/s and links of "
+            f"{hardware.intranode / 1e9:,.0f} GB/s within and {hardware.internode / 1e9:,.0f} GB/s between "
+            f"nodes, with experts and all-to-all taken as {percent(step_time.fraction, 0)} of a step with "
+            "even load."
+        )
+    fraction = (
+        f"{percent(step_time.fraction, 0)} " if isinstance(step_time, MeasuredSteps) else "part "
+    )
+    return (
+        f"Predicted step times are those of the trace: {fraction}of each (expert_time_fraction) is taken "
+        "to wait for the busiest rank's experts and scaled by its tokens, the rest stays as it is."
+    )
+
+
+def imbalance_sentence(size: Size) -> str:
+    means = (f"{one.scenario.policy} {one.mean_imbalance:.2f}" for one in size.results)
+    ticks = (
+        f" Ticks at the bottom are the {migrations_of(one)} of {one.scenario.policy}."
+        for one in size.planned[:1]
+        if one.commits
+    )
+    return f"Busiest rank over mean, over the whole trace: {', '.join(means)}.{''.join(ticks)}"
+
+
+def step_sentence(size: Size) -> str:
+    means = (f"{one.scenario.policy} {milliseconds(one.mean_step_seconds)}" for one in size.results)
+    return f"Mean over all steps: {', '.join(means)}."
+
+
+def moved_sentence(size: Size) -> str:
+    totals = (
+        f"{one.scenario.policy} "
+        f"{decimal(one.moved_bytes) if size.bytes_known else counted(one.moved, 'expert')} "
+        f"in {migrations_of(one)}"
+        for one in size.planned
+    )
+    return f"In all: {', '.join(totals)}."
+
+
+def share_sentence(size: Size) -> str:
+    parts = []
+    for one in size.extremes:
+        layer, rank = np.unravel_index(int(one.share_LR.argmax()), one.share_LR.shape)
+        parts.append(
+            f"with {one.scenario.policy} the busiest is rank {rank} in layer {layer}, at "
+            f"{one.share_LR[layer, rank]:.2f} times the mean"
+        )
+    return f"Tokens over the layer's mean, summed over the whole trace: {'; '.join(parts)}."

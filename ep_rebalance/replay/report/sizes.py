@@ -1,0 +1,57 @@
+"""Sizes: replays that can be compared, with the same ranks and redundant experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ep_rebalance.replay.report.words import counted
+from ep_rebalance.replay.run import SERVER_POLICIES, Replayed
+from ep_rebalance.trace import TraceHead
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Replays with the same ranks and redundant experts. bytes_known: whether an expert's are."""
+
+    ranks: int
+    redundant: int
+    bytes_known: bool
+    results: tuple[Replayed, ...]
+
+    @property
+    def label(self) -> str:
+        return f"EP{self.ranks}, {counted(self.redundant, 'redundant expert')}"
+
+    @property
+    def planned(self) -> tuple[Replayed, ...]:
+        """Those whose moves are counted."""
+        return tuple(one for one in self.results if one.scenario.policy in SERVER_POLICIES)
+
+    @property
+    def extremes(self) -> tuple[Replayed, ...]:
+        """Before and after: `none` or the first, and `ours` or the last; one if there is no other."""
+        before = self.first("none") or self.results[0]
+        after = self.first("ours")
+        if after is None or after is before:
+            after = self.results[-1]
+        return (before,) if after is before else (before, after)
+
+    def first(self, *policies: str) -> Replayed | None:
+        """The first of these policies that was replayed."""
+        by_policy = {one.scenario.policy: one for one in self.results}
+        return next((by_policy[policy] for policy in policies if policy in by_policy), None)
+
+    def saved(self, one: Replayed) -> float | None:
+        """Part of the step time of policy none, None without it."""
+        baseline = self.first("none")
+        return None if baseline is None else 1 - one.mean_step_seconds / baseline.mean_step_seconds
+
+
+def by_size(head: TraceHead, replayed: Sequence[Replayed]) -> list[Size]:
+    results: dict[tuple[int, int], list[Replayed]] = {}
+    for one in replayed:
+        scenario = one.scenario
+        key = (scenario.topology.num_ranks, scenario.config.planner.redundant_experts)
+        results.setdefault(key, []).append(one)
+    return [Size(*key, all(head.expert_bytes), tuple(same)) for key, same in results.items()]
