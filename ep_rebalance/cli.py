@@ -14,6 +14,7 @@ from ep_rebalance.commands.advise import advise
 from ep_rebalance.commands.convert import convert
 from ep_rebalance.commands.doctor import doctor
 from ep_rebalance.commands.inspection import inspect
+from ep_rebalance.commands.plan import plan
 from ep_rebalance.commands.replay import run_replay
 from ep_rebalance.commands.status import status
 from ep_rebalance.config import RebalanceConfig
@@ -31,6 +32,7 @@ app.command()(advise)
 app.command()(convert)
 app.command()(doctor)
 app.command()(inspect)
+app.command()(plan)
 app.command()(status)
 
 

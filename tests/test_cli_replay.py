@@ -18,6 +18,8 @@ from test_state import STATE
 from traces import head_of, snapshots, write_trace
 
 from ep_rebalance.config import load_config
+from ep_rebalance.formats import vllm_ascend
+from ep_rebalance.placement import imbalance_L
 from ep_rebalance.state import save_state
 from ep_rebalance.trace import TraceReader
 
@@ -192,6 +194,26 @@ def test_gpus_that_cannot_share_the_experts_are_refused(folder: Path):
     done = run("advise", str(folder), "--hardware", "h100-sxm", "--gpus", "2", "--redundant", "40")
     assert done.exit_code == 2
     assert "cannot be shared" in done.stderr
+
+
+# --- plan
+
+
+def test_a_placement_for_the_whole_trace_is_written(folder: Path, tmp_path: Path):
+    output = tmp_path / "map.json"
+    options = ("--to", "vllm-ascend", "-o", str(output), "--first-moe-layer", "1")
+    done = run("plan", str(folder), *options)
+    assert done.exit_code == 0, done.output
+    placement, layers = vllm_ascend.read_placement(output)
+    assert layers == (1, 2, 3)
+    assert (placement.num_ranks, placement.num_slots) == (4, 36)
+    total_LE = sum(s.counts_ALE.sum(axis=0, dtype=int) for s in snapshots(HEAD, 40))
+    assert imbalance_L(placement.rank_load_LR(total_LE)).max() < 1.15
+    assert "placed" in done.stderr
+    other = ("--ep-size", "8", "--redundant", "8", "--to", "sglang", "-o", str(tmp_path / "l.json"))
+    assert run("plan", str(folder), *other).exit_code == 0
+    refused = run("plan", str(folder), "--redundant", "3", "--to", "sglang", "-o", str(output))
+    assert "possible are" in refused.stderr
 
 
 # --- inspect

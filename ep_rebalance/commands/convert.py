@@ -36,7 +36,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A recording: SGLang's logical_count JSON or .pt, or expert ids by token (.npz, .npy). Or "
+            help="A recording: SGLang's logical_count JSON or .pt, TensorRT-LLM's folder of statistics, or "
+            "expert ids by token (.npz, .npy). Or "
             "a placement: our state file, a trace (its last one), SGLang's, TensorRT-LLM's or "
             "vllm-ascend's."
         ),
@@ -107,21 +108,15 @@ def convert(
         if to is None:
             raise ValueError(f"TARGET {target} is no *{SUFFIX}; say whose placement with --to")
         placement, moe_layers = _read_placement(source, ep_size, first_moe_layer)
-        if to == Target.STATE:
-            save_state(target, _state(placement, like))
-        else:
-            _write(target, _placement_text(placement, moe_layers, to, layers))
-        typer.echo(
-            f"{target}: {placement.num_layers} layers, {placement.num_slots} slots on "
-            f"{placement.num_ranks} ranks, for {to.value}",
-            err=True,
-        )
+        write_placement(target, placement, moe_layers, to, layers=layers, like=like)
 
 
 def _read_load(
     source: Path, tokens_per_snapshot: int, key: str, top_k: int | None
 ) -> tuple[ForeignLoad, int]:
     """The load and its top-k."""
+    if source.is_dir():
+        return tensorrt_llm.read_load(source)
     if source.suffix in (".npz", ".npy"):
         return token_ids.read_load(source, tokens_per_snapshot=tokens_per_snapshot, keys=key)
     load = sglang.read_load(source)
@@ -173,6 +168,28 @@ def _placement_text(
     if layers is not None and layers < least:
         raise ValueError(f"--layers {layers}: the placement reaches layer {least - 1}")
     return sglang.placement_text(placement, moe_layers, layers or least)
+
+
+def write_placement(
+    target: Path,
+    placement: Placement,
+    moe_layers: tuple[int, ...],
+    to: Target,
+    *,
+    layers: int | None,
+    like: Path | None,
+) -> None:
+    """In the form of `to`, and say so on stderr. layers: of the model, for SGLang. like: a state file
+    whose model the placement is for. Raises ValueError for what does not fit."""
+    if to == Target.STATE:
+        save_state(target, _state(placement, like))
+    else:
+        _write(target, _placement_text(placement, moe_layers, to, layers))
+    typer.echo(
+        f"{target}: {placement.num_layers} layers, {placement.num_slots} slots on "
+        f"{placement.num_ranks} ranks, for {to.value}",
+        err=True,
+    )
 
 
 def _state(placement: Placement, like: Path | None) -> SavedState:

@@ -3,7 +3,7 @@
 | module | what | reads | writes |
 |---|---|---|---|
 | sglang | `logical_count` in JSON or `.pt`; `--init-expert-location` | load, placements | placements |
-| tensorrt_llm | `initial_global_assignments` of the MoE load balancer's YAML | placements | placements |
+| tensorrt_llm | expert statistics; `initial_global_assignments` in YAML | load, placements | placements |
 | vllm_ascend | expert map JSON (`expert_map_path`) | placements | placements |
 | token_ids | arrays of expert ids, token by token, `.npz` or `.npy` | load | |
 

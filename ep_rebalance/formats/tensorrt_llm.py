@@ -1,21 +1,95 @@
-"""TensorRT-LLM: the configuration of its MoE load balancer.
+"""TensorRT-LLM: the configuration of its MoE load balancer, and its expert statistics.
 
-Source: NVIDIA/TensorRT-LLM, examples/wide_ep/ep_load_balancer (`num_slots`,
-`initial_global_assignments` by layer number, `layer_updates_per_iter`: 0 keeps the placement).
+Source: NVIDIA/TensorRT-LLM, examples/wide_ep/ep_load_balancer: `num_slots`,
+`initial_global_assignments` by layer number, `layer_updates_per_iter` (0 keeps the placement); and for
+EXPERT_STATISTIC_PATH a folder with meta_info.json and a `rankN.safetensors` of each rank, with the
+counts of an iteration and a layer under `ITERATION_LAYER`.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from ep_rebalance.formats.load import FormatError, counts_of, read_text
+from ep_rebalance.formats.load import (
+    ForeignLoad,
+    FormatError,
+    check_array_size,
+    counts_of,
+    read_text,
+)
 from ep_rebalance.placement import Placement, PlacementError
 
 NAME = "tensorrt-llm"
+
+META = "meta_info.json"
+_RANK_FILE = re.compile(r"rank\d+\.safetensors")
+_KEY = re.compile(r"(\d+)_(\d+)")
+
+
+def read_load(folder: Path) -> tuple[ForeignLoad, int]:
+    """The statistics in a folder, a snapshot for each iteration, and the top-k. Raises FormatError."""
+    try:
+        meta = json.loads(read_text(folder / META))
+        top_k = int(meta["num_experts_per_token"])
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(folder / META, "", f"tells no num_experts_per_token ({error})") from None
+    counts = _summed(folder)
+    iterations, layers = ({key[part] for key in counts} for part in (0, 1))
+    if len(counts) != len(iterations) * len(layers):
+        raise FormatError(folder, "", "lacks layers in some iterations")
+    moe_layers = tuple(sorted(layers))
+    counts_SLE = counts_of(
+        folder, "counts", [[counts[i, layer] for layer in moe_layers] for i in sorted(iterations)]
+    )
+    load = ForeignLoad(
+        counts=list(counts_SLE),
+        layers=len(moe_layers),
+        experts=counts_SLE.shape[2],
+        moe_layers=moe_layers,
+        origin=f"converted from TensorRT-LLM's statistics in {folder.name}",
+    )
+    return load, top_k
+
+
+def _summed(folder: Path) -> dict[tuple[int, int], NDArray[Any]]:
+    """Counts [E] by iteration and layer, all ranks together."""
+    files = [path for path in sorted(folder.iterdir()) if _RANK_FILE.fullmatch(path.name)]
+    counts: dict[tuple[int, int], NDArray[Any]] = {}
+    for path in files:
+        check_array_size(path)
+        for name, counts_E in _tensors(path).items():
+            match = _KEY.fullmatch(name)
+            if match is None:
+                raise FormatError(path, name, "is not named ITERATION_LAYER")
+            key = int(match[1]), int(match[2])
+            if key in counts and counts[key].shape != counts_E.shape:
+                raise FormatError(path, name, f"has {counts_E.shape} counts, other ranks differ")
+            counts[key] = counts_E + counts.get(key, 0)
+    if not counts:
+        raise FormatError(folder, "", "holds no rankN.safetensors with counts")
+    return counts
+
+
+def _tensors(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        from safetensors.numpy import load_file
+    except ImportError:
+        raise FormatError(path, "", "needs the package safetensors, which is not here") from None
+    try:
+        found: dict[str, NDArray[Any]] = load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors has an exception of its own
+        raise FormatError(path, "", f"is no file of tensors ({error})") from None
+    return found
 
 
 def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from shapes import placements
 from test_cli import run
 from test_state import PLACEMENT, STATE
@@ -157,6 +158,53 @@ def test_an_aggregate_can_be_drawn_from(tmp_path: Path):
     again = converted(tmp_path, source, *options)
     assert all((a.counts_ALE == b.counts_ALE).all() for a, b in zip(snapshots, again, strict=True))
     assert "sampled" in TraceReader(tmp_path / "load.eptrace").head.origin
+
+
+def statistics(folder: Path, counts: np.ndarray, ranks: int = 2) -> Path:
+    """TensorRT-LLM's folder: iterations from 50, layers from 3, counts shared by the ranks."""
+    folder.mkdir()
+    meta = {"num_experts": counts.shape[2], "num_experts_per_token": 2}
+    (folder / "meta_info.json").write_text(json.dumps(meta))
+    for rank in range(ranks):
+        share = counts // ranks if rank else counts - counts // ranks * (ranks - 1)
+        tensors = {
+            f"{50 + i}_{3 + layer}": share[i, layer].astype(np.int64)
+            for i in range(counts.shape[0])
+            for layer in range(counts.shape[1])
+        }
+        save_file(tensors, folder / f"rank{rank}.safetensors")
+        save_file(tensors, folder / f"rank{rank}_raw.safetensors")
+    return folder
+
+
+def test_tensorrt_llms_statistics_become_traces(tmp_path: Path):
+    source = statistics(tmp_path / "statistics", COUNTS)
+    snapshots = converted(tmp_path, source)
+    assert len(snapshots) == 2
+    for snapshot, expected in zip(snapshots, COUNTS, strict=True):
+        assert (snapshot.counts_ALE[0] == expected).all()
+    assert TraceReader(tmp_path / "load.eptrace").head.top_k == 2
+    assert tensorrt_llm.read_load(source)[0].moe_layers == (3, 4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("meta_info.json", b"{}", "num_experts_per_token"),
+        ("meta_info.json", b"{", "num_experts_per_token"),
+        ("rank0.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "lacks layers"),
+        ("rank0.safetensors", b"\xff" * 64, "no file of tensors"),
+    ],
+)
+def test_malformed_statistics_are_refused(tmp_path: Path, name: str, content: bytes, words: str):
+    source = statistics(tmp_path / "statistics", COUNTS)
+    save_file(
+        {"50_3": np.ones(3, np.int64), "51_4": np.ones(3, np.int64)}, source / "rank1.safetensors"
+    )
+    (source / name).write_bytes(content)
+    done = run("convert", str(source), str(tmp_path / "x.eptrace"))
+    assert done.exit_code == 2, done.output
+    assert words in done.stderr
 
 
 @given(

@@ -1,4 +1,4 @@
-"""SGLang's own code accepts the placements that are written for it."""
+"""SGLang's recordings go in, and SGLang's own code accepts the placement that comes out."""
 
 from __future__ import annotations
 
@@ -8,24 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_cli import run
-from traces import head_of, write_trace
 
-from ep_rebalance.config import load_config
-from ep_rebalance.placement import Placement
-from ep_rebalance.state import (
-    FORMAT,
-    FORMAT_VERSION,
-    Header,
-    ModelIdentity,
-    SavedState,
-    read_state,
-    save_state,
-)
+from ep_rebalance.formats import sglang
 
 DOWNLOAD_SECONDS = 120
-DENSE, MOE, EXPERTS, RANKS, REDUNDANT = 2, 3, 32, 4, 4
+RANKS, REDUNDANT = 4, 4
 
 
 @pytest.fixture(scope="module")
@@ -44,55 +34,34 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def planned_placement(folder: Path) -> Path:
-    """A state file with the placement that a replay of generated load ends with."""
-    from ep_rebalance.commands.replay import open_traces, scenario
-    from ep_rebalance.replay.run import replay
-
-    head = head_of(
-        layers=MOE, experts=EXPERTS, ranks=RANKS, redundant=REDUNDANT, origin="generated"
-    )
-    readers = open_traces([write_trace(folder, head, 30)])
-    one = scenario(head, load_config(head.config), "ours", RANKS, REDUNDANT)
-    placement = replay(head, readers[0], one).commits[-1].placement
-    assert isinstance(placement, Placement)
-    identity = ModelIdentity(
-        model="m", config_hash="h", experts=EXPERTS, ep_size=RANKS, redundant_experts=REDUNDANT
-    )
-    header = Header(
-        format=FORMAT,
-        version=FORMAT_VERSION,
-        identity=identity,
-        generation=1,
-        saved_at=0.0,
-        plugin_version="0.1.0",
-    )
-    state = SavedState(
-        header=header,
-        placement=placement,
-        quotas_LP=placement.even_quotas_LP(),
-        load_LE=placement.replica_counts_LE().astype(float),
-    )
-    save_state(folder / "state.npz", state)
-    return folder / "state.npz"
+def recording(folder: Path) -> Path:
+    """A published one if there are any, else a skewed one with two dense layers."""
+    if data := os.environ.get("EP_REBALANCE_DATA"):
+        return sorted(Path(data, "deepseek-logical-counts").glob("*.json"))[0]
+    counts = np.random.default_rng(0).zipf(1.6, (5, 32)).clip(max=1000) * 100
+    counts[:2] = 0
+    path = folder / "recording.json"
+    path.write_text(json.dumps({"logical_count": counts.tolist()}))
+    return path
 
 
 @pytest.mark.usefixtures("compiled_planner")
-def test_sglang_reads_the_expert_location(wheel: str, tmp_path: Path):
-    state, target = planned_placement(tmp_path), tmp_path / "location.json"
-    options = ("--to", "sglang", "--first-moe-layer", str(DENSE), "--layers", str(DENSE + MOE))
-    assert run("convert", str(state), str(target), *options).exit_code == 0
-    sizes = map(str, (EXPERTS, DENSE + MOE, REDUNDANT, RANKS))
-    script = Path(__file__).with_name("sglang_reads.py")
-    done = subprocess.run(
-        [sys.executable, str(script), wheel, str(target), *sizes],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    slots_LP, replicas_LE = json.loads(done.stdout)
-    placement = read_state(state).placement
-    assert slots_LP[DENSE:] == placement.slots_LP.tolist()
-    assert replicas_LE[DENSE:] == placement.replica_counts_LE().tolist()
-    assert all(slots[:EXPERTS] == list(range(EXPERTS)) for slots in slots_LP[:DENSE])
+def test_sglang_reads_the_placement_made_from_its_recording(wheel: str, tmp_path: Path):
+    source, trace, target = recording(tmp_path), tmp_path / "load.eptrace", tmp_path / "l.json"
+    assert run("convert", str(source), str(trace), "--top-k", "8", "--sample", "20").exit_code == 0
+    layers, experts = np.array(json.loads(source.read_text())["logical_count"]).shape
+    first = sglang.read_load(source).moe_layers[0]
+    options = ("--ep-size", str(RANKS), "--redundant", str(REDUNDANT), "--to", "sglang")
+    numbers = ("--first-moe-layer", str(first), "--layers", str(layers))
+    done = run("plan", str(trace), *options, *numbers, "-o", str(target))
+    assert done.exit_code == 0, done.output
+    script, sizes = Path(__file__).with_name("sglang_reads.py"), (experts, layers, REDUNDANT, RANKS)
+    command = [sys.executable, str(script), wheel, str(target), *map(str, sizes)]
+    read = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr
+    slots_LP, replicas_LE = json.loads(read.stdout)
+    assert slots_LP == json.loads(target.read_text())["physical_to_logical_map"]
+    for slots, replicas in zip(slots_LP, replicas_LE, strict=True):
+        assert np.bincount(slots, minlength=experts).tolist() == replicas
+    assert all(slots[:experts] == list(range(experts)) for slots in slots_LP[:first])
+    assert slots_LP[first][:experts] != list(range(experts))

@@ -1,0 +1,86 @@
+"""`ep-rebalance plan`: the best placement for recorded load, for any engine to start with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ep_rebalance.commands.convert import Target, write_placement
+from ep_rebalance.commands.replay import explained, open_traces, scenario, settings_for
+from ep_rebalance.load_memory import LoadMemory
+from ep_rebalance.load_window import WindowLoad, window_load
+from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.replay.model_shape import completed
+from ep_rebalance.replay.peers import place_anew
+from ep_rebalance.replay.run import NothingRecorded, contiguous_placement
+from ep_rebalance.trace import Record, RecordedSnapshot, read_records
+
+
+def plan(
+    traces: Annotated[
+        list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the placement.")],
+    to: Annotated[Target, typer.Option(help="For whom.")],
+    ep_size: Annotated[
+        int | None, typer.Option(min=2, help="EP ranks. [default: as recorded]")
+    ] = None,
+    redundant: Annotated[
+        int | None, typer.Option(min=0, help="Redundant experts. [default: as recorded]")
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="EP ranks of a node. [default: as recorded, else 8]")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of the model, dense ones included (SGLang).")
+    ] = None,
+    first_moe_layer: Annotated[
+        int, typer.Option(min=0, help="The model's number of the first layer with experts.")
+    ] = 0,
+    like: Annotated[
+        Path | None, typer.Option(help="A state file of the server that is to read --to state.")
+    ] = None,
+) -> None:
+    """The best placement for recorded load, for an engine to start with.
+
+    ep-rebalance plan load.eptrace --ep-size 32 --redundant 32 --to sglang -o location.json
+    """
+    with explained():
+        readers = open_traces(traces)
+        head = completed(readers[0].head)
+        ranks = ep_size or head.ep_size
+        if ranks < 2:
+            raise ValueError("the trace was converted and knows no ranks: give --ep-size, e.g. 8")
+        copies = head.slots - head.experts if redundant is None else redundant
+        settings = settings_for(head, None, [])
+        one = scenario(head, settings, "static", ranks, copies, ranks_per_node)
+        contiguous = contiguous_placement(head, one)
+        load = _remembered(read_records(readers))
+        placement = place_anew(load, contiguous, one.topology)
+        moe_layers = tuple(range(first_moe_layer, first_moe_layer + head.layers))
+        write_placement(output, placement, moe_layers, to, layers=layers, like=like)
+        typer.echo(
+            f"imbalance on this load: {_imbalance(contiguous, load):.3f} contiguous, "
+            f"{_imbalance(placement, load):.3f} placed",
+            err=True,
+        )
+
+
+def _remembered(records: Iterable[Record]) -> WindowLoad:
+    """The trace as a handful of kinds of load, old ones counted less. Raises NothingRecorded."""
+    memory, last = LoadMemory(), None
+    for record in records:
+        if isinstance(record, RecordedSnapshot) and record.counts_ALE.any():
+            last = window_load([record.sample()])
+            memory.add(last)
+    if last is None:
+        raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
+    return memory.joined(last, 0.99)
+
+
+def _imbalance(placement: Placement, load: WindowLoad) -> float:
+    """Max/mean rank load of the whole, mean of the layers."""
+    return float(imbalance_L(placement.rank_load_LR(load.load_LE)).mean())
