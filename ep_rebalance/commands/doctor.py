@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from ep_rebalance.diagnosis import machine, model, packages, settings
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
+_VERDICT, _CHECK = 8, 21
+"""Widths of the columns, in characters."""
 
 
 def doctor(
@@ -48,17 +51,17 @@ def doctor(
 def _all(model_name: str, config: Path | None) -> Iterator[tuple[str, Check]]:
     yield from machine.checks()
     yield from packages.checks()
-    yield from _engine()
+    yield "vLLM", _engine
     yield from settings.checks(config)
-    yield from model.checks(model_name)
+    yield from model.checks(model_name, config)
 
 
-def _engine() -> list[tuple[str, Check]]:
+def _engine() -> Iterable[Finding]:
     if find_spec("vllm") is None:
-        return [("vLLM", _no_engine)]
+        return [_no_engine()]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    checks: list[tuple[str, Check]] = import_module("ep_rebalance.engines.vllm.diagnosis").checks()
-    return checks
+    diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
+    return run_checks(diagnosis.checks())
 
 
 def _no_engine() -> Finding:
@@ -71,13 +74,22 @@ def _no_engine() -> Finding:
 
 
 def _print(console: Console, finding: Finding) -> None:
-    colour = _COLOURS[finding.verdict]
-    console.print(
-        f"[{colour}]{finding.verdict:8}[/] {escape(f'{finding.check:15}')} {escape(finding.found)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if finding.remedy:
-        console.print(
-            f"{'':8} {'':15} -> {escape(finding.remedy)}", highlight=False, soft_wrap=True
-        )
+    """A row of a table that grows, since some checks take seconds; plain lines into a pipe."""
+    remedy = f"-> {finding.remedy}" if finding.remedy else ""
+    if console.is_terminal:
+        console.print(_row(finding, remedy))
+        return
+    print(f"{finding.verdict:{_VERDICT}} {finding.check:{_CHECK}} {finding.found}")
+    if remedy:
+        print(f"{'':{_VERDICT}} {'':{_CHECK}} {remedy}")
+
+
+def _row(finding: Finding, remedy: str) -> Table:
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(width=_VERDICT, style=_COLOURS[finding.verdict])
+    table.add_column(width=_CHECK)
+    table.add_column()
+    table.add_row(Text(finding.verdict), Text(finding.check), Text(finding.found))
+    if remedy:
+        table.add_row("", "", Text(remedy))
+    return table

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,10 @@ def python() -> Finding:
 
 
 def processor() -> Finding:
-    """vLLM's CPU kernels need AVX2; with an accelerator the processor does not matter."""
-    cores = len(os.sched_getaffinity(0))
+    """vLLM's CPU kernels need AVX2 on x86; with an accelerator the processor does not matter."""
+    cores, architecture = len(os.sched_getaffinity(0)), platform.machine()
+    if architecture != "x86_64":
+        return Finding(check="processor", verdict="ok", found=f"{cores} cores, {architecture}")
     flags = Path("/proc/cpuinfo").read_text(errors="replace").split()
     found = f"{cores} cores, {'AVX2' if 'avx2' in flags else 'no AVX2'}"
     if _devices() or "avx2" in flags:
@@ -54,8 +58,10 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found = f"{free / 2**30:.1f} GiB free"
+    """What can be had without swapping; Linux lends most of it to the file cache."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    found = f"{free / 2**30:.1f} GiB available"
     if _devices() or free >= _LEAST_CPU_BYTES:
         return Finding(check="memory", verdict="ok", found=found)
     return Finding(
@@ -85,29 +91,35 @@ def accelerators() -> Iterator[Finding]:
 
 def links() -> Finding:
     """NVLink or not, and NCCL's version."""
-    devices = _devices()
-    if len(devices) < 2:
-        return Finding(check="links", verdict="skipped", found="fewer than two accelerators")
+    count = len(_devices())
+    if count == 0:
+        return Finding(check="links", verdict="skipped", found="no accelerators")
     torch = import_module("torch")
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    if "NV" in _topology():
-        return Finding(check="links", verdict="ok", found=f"NVLink, NCCL {nccl}")
-    peers = all(
-        torch.cuda.can_device_access_peer(a, b)
-        for a in range(len(devices))
-        for b in range(len(devices))
-        if a != b
-    )
+    nccl = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    if count == 1:
+        return Finding(check="links", verdict="skipped", found=f"one accelerator, {nccl}")
+    kinds = link_kinds(_topology())
+    if kinds and all(kind.startswith("NV") for kind in kinds):
+        return Finding(check="links", verdict="ok", found=f"NVLink, {nccl}")
+    peers = all(torch.cuda.can_device_access_peer(a, b) for a, b in permutations(range(count), 2))
+    access = "peer access" if peers else "no peer access"
     return Finding(
         check="links",
         verdict="warning",
-        found=f"{'peer access over PCIe' if peers else 'no peer access'}, NCCL {nccl}",
+        found=", ".join(["/".join(sorted(kinds)) or "not NVLink", access, nccl]),
         remedy="all-to-all will be slow: see what `ep-rebalance advise` says of slow links",
     )
 
 
+def link_kinds(topology: str) -> set[str]:
+    """Those between GPUs in the table of `nvidia-smi topo -m`, e.g. NV18 for NVLink, SYS, PIX."""
+    cells = [line.split() for line in re.sub(r"\x1b\[\d*m", "", topology).splitlines()]
+    rows = [row for row in cells if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
+    return {kind for row in rows for kind in row[1 : len(rows) + 1]} - {"X"}
+
+
 def _topology() -> str:
-    """The part of `nvidia-smi topo -m` that holds the links; "" without it."""
+    """What `nvidia-smi topo -m` says before its legend; "" without it."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""

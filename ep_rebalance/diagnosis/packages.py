@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from ep_rebalance import __version__
 from ep_rebalance.diagnosis.finding import Check, Finding
+from ep_rebalance.planning.descent import improve_layer
 from ep_rebalance.planning.policies import compile_planner
 
 _ENTRY_POINTS = ("vllm.general_plugins", "vllm.endpoint_plugins")
@@ -67,7 +68,20 @@ def planner() -> Finding:
             found="not compiled: NUMBA_DISABLE_JIT is set",
             remedy="unset NUMBA_DISABLE_JIT; a plan would take minutes",
         )
-    return Finding(check="planner", verdict="ok", found=f"compiled in {seconds:.1f} s")
+    if _cache_folder() is None:
+        return Finding(
+            check="planner",
+            verdict="warning",
+            found=f"compiled in {seconds:.1f} s, and numba has no folder to keep the code in",
+            remedy="set NUMBA_CACHE_DIR to a folder that the server may write",
+        )
+    return Finding(check="planner", verdict="ok", found=f"compiled in {seconds:.1f} s, code kept")
+
+
+def _cache_folder() -> str | None:
+    """Where numba keeps compiled code; None if no folder could be written."""
+    folder: str | None = getattr(improve_layer, "stats").cache_path  # noqa: B009
+    return folder
 
 
 def _version(name: str) -> str | None:

@@ -16,6 +16,14 @@ def checks(file: Path | None) -> list[tuple[str, Check]]:
     return [] if file is None else [("settings", lambda: settings(file))]
 
 
+def observes(file: Path | None) -> bool:
+    """Whether they set mode=observe; False if they cannot be read, which `settings` reports."""
+    try:
+        return file is not None and load_config(read_config_file(file)).mode == "observe"
+    except ConfigurationError:
+        return False
+
+
 def settings(file: Path) -> Iterator[Finding]:
     try:
         config = load_config(read_config_file(file))
