@@ -28,6 +28,7 @@ FORMAT = "ep-rebalance-state"
 FORMAT_VERSION = 2
 
 _DIGEST_BYTES = 64
+_HEX = frozenset(b"0123456789abcdef")
 _MAX_BYTES = 1 << 30
 
 
@@ -150,8 +151,14 @@ def _unsealed(path: Path) -> bytes:
     data = path.read_bytes()
     if not data.startswith(b"PK"):
         raise ValueError("it is no archive of arrays")
-    if _digest(data[:-_DIGEST_BYTES]) != data[-_DIGEST_BYTES:]:
-        raise ValueError("its digest is wrong or missing: it was changed or cut off")
+    content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if not _HEX.issuperset(digest):
+        raise ValueError(
+            "it does not end with a digest: it was changed, cut off, or saved in format 1 by an "
+            "earlier ep-rebalance, and only format 2 is read"
+        )
+    if _digest(content) != digest:
+        raise ValueError("its digest is wrong: it was changed or cut off")
     return data
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from test_cli import run
 
-from ep_rebalance.diagnosis import machine, packages
+from ep_rebalance.commands import doctor as command
+from ep_rebalance.diagnosis import machine, model, packages
 from ep_rebalance.engines.vllm import contract, router
 from ep_rebalance.engines.vllm.contract import Contract
 
@@ -85,6 +86,7 @@ def test_an_unknown_engine_is_a_problem(monkeypatch: pytest.MonkeyPatch):
     code, found = findings()
     assert code == 1
     assert "not supported" in found["vLLM"]["found"]
+    assert found["seams"]["verdict"] == "problem"
     assert "NoSuchThing" in found["seam router"]["found"]
 
 
@@ -99,3 +101,110 @@ def test_a_check_that_fails_is_a_problem_and_the_others_go_on(monkeypatch: pytes
     assert "OSError: no /proc here" in found["processor"]["found"]
     assert "without entry points" in found["ep-rebalance"]["found"]
     assert found["vLLM"]["verdict"] == "ok"
+
+
+def test_an_engine_that_cannot_be_imported_is_a_problem(monkeypatch: pytest.MonkeyPatch):
+    def fails(name: str) -> None:
+        raise RuntimeError(f"{name}: undefined symbol")
+
+    monkeypatch.setattr(command, "import_module", fails)
+    code, found = findings()
+    assert code == 1
+    assert "undefined symbol" in found["vLLM"]["found"]
+    assert found["planner"]["verdict"] == "ok"
+
+
+def test_a_quantised_model_is_fine_where_nothing_is_moved(tmp_path: Path):
+    config = json.loads((TINY_MOE / "config.json").read_text())
+    changes = {"quantization_config": {"quant_method": "fp8"}, "text_config": None}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("mode: observe")
+    code, found = findings("--model", str(tmp_path), "--config", str(settings))
+    assert code == 0
+    assert found["quantisation"]["found"] == "fp8: mode=observe moves no experts"
+
+
+def test_code_that_comes_with_a_cached_model_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    repository = tmp_path / "models--someone--own"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    config = json.loads((TINY_MOE / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "conf.Own"}}
+    (snapshot / "config.json").write_text(json.dumps({**config, **own}))
+    (snapshot / "conf.py").write_text("raise SystemExit('was run')")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    (found, _) = model.model("someone/own")
+    assert found.found == "Qwen3MoeForCausalLM, 16 experts, top 2"
+
+
+def test_code_that_cannot_be_kept_is_a_warning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packages, "_cache_folder", lambda: None)
+    found = packages.planner()
+    assert found.verdict == "warning"
+    assert "NUMBA_CACHE_DIR" in found.remedy
+
+
+TOPOLOGY = """\
+\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m
+GPU0\t X \t{link}\tPXB\t0-63\t0
+GPU1\t{link}\t X \tSYS\t0-63\t0
+NIC0\tPXB\tSYS\t X
+"""
+
+
+@pytest.mark.parametrize("link", ["NV18", "SYS"])
+def test_links_between_gpus_are_told_from_those_to_network_cards(link: str):
+    assert machine.link_kinds(TOPOLOGY.format(link=link)) == {link}
+
+
+def test_a_terminal_of_80_columns_is_kept_to():
+    done = run("doctor", "--model", "no/such", COLUMNS="80", FORCE_COLOR="1", TERM="dumb")
+    assert done.exit_code == 1
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "-> name a folder" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "words"),
+    [
+        ({}, "ok", "vLLM knows Qwen3MoeForCausalLM"),
+        ({"architectures": "Qwen3MoeForCausalLM"}, "ok", "vLLM knows Qwen3MoeForCausalLM"),
+        ({"architectures": ["NoSuchMoe"]}, "warning", "no model for NoSuchMoe"),
+        ({"architectures": None}, "warning", "an unnamed architecture"),
+    ],
+)
+def test_architectures_are_looked_up_in_the_engine(tmp_path: Path, changes, verdict, words):
+    config = json.loads((TINY_MOE / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    code, found = findings("--model", str(tmp_path))
+    assert code == 0
+    assert found["architecture"]["verdict"] == verdict
+    assert words in found["architecture"]["found"]
+    assert bool(found["architecture"]["remedy"]) == (verdict == "warning")
+
+
+def test_architectures_are_skipped_without_an_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model, "find_spec", lambda _: None)
+    (found,) = model.architecture(str(TINY_MOE))
+    assert (found.verdict, found.found) == ("skipped", "vLLM is not installed")
+
+
+def test_numbers_of_experts_may_be_lists(tmp_path: Path):
+    config = {"architectures": ["X"], "moe_num_experts": [64, 64], "moe_k": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (found, _) = model.model(str(tmp_path))
+    assert found.found == "X, 64 experts, top 6"
+
+
+def test_a_config_that_holds_no_settings_cannot_be_read(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[1]")
+    (found,) = model.model(str(tmp_path))
+    assert (found.verdict, "holds a list" in found.found) == ("problem", True)
+    assert list(model.architecture(str(tmp_path))) == []

@@ -131,6 +131,24 @@ def test_whatever_is_changed_is_refused(tmp_path: Path):
     assert peak < 8 << 20
 
 
+@pytest.mark.parametrize("place", [0, 0.25, 0.5, 0.75, 1])
+def test_each_bit_counts(tmp_path: Path, place):
+    path = whole_file(tmp_path)
+    content = path.read_bytes()
+    at = min(int(place * len(content)), len(content) - 1)
+    for bit in range(8):
+        changed = bytearray(content)
+        changed[at] ^= 1 << bit
+        path.write_bytes(bytes(changed))
+        assert_refused(path, "is no readable state file")
+
+
+def test_a_file_of_format_1_is_refused_and_named_as_such(tmp_path: Path):
+    path = tmp_path / "state.npz"
+    np.savez(path, **arrays_of(msgspec.structs.replace(HEADER, version=1)))
+    assert_refused(path, "does not end with a digest", "saved in format 1")
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
     path = whole_file(tmp_path)
     with path.open("r+b") as file:

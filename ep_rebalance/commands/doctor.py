@@ -79,7 +79,8 @@ def _print(console: Console, finding: Finding) -> None:
     if console.is_terminal:
         console.print(_row(finding, remedy))
         return
-    print(f"{finding.verdict:{_VERDICT}} {finding.check:{_CHECK}} {finding.found}")
+    found = " ".join(finding.found.split())
+    print(f"{finding.verdict:{_VERDICT}} {finding.check:{_CHECK}} {found}")
     if remedy:
         print(f"{'':{_VERDICT}} {'':{_CHECK}} {remedy}")
 

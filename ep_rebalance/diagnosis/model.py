@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
 
 def checks(name: str, settings: Path | None) -> list[tuple[str, Check]]:
     """Of a folder or a name on the Hugging Face Hub, "" for none, to be served with these settings."""
-    return [("model", lambda: model(name, observes(settings)))] if name else []
+    if not name:
+        return []
+    return [
+        ("model", lambda: model(name, observes(settings))),
+        ("architecture", lambda: architecture(name)),
+    ]
 
 
 def model(name: str, observed: bool = False) -> Iterator[Finding]:
@@ -34,22 +40,46 @@ def model(name: str, observed: bool = False) -> Iterator[Finding]:
         )
         return
     text = config.get("text_config") or config
-    experts = next((int(text[key]) for key in _EXPERTS if text.get(key)), 0)
-    top_k = next((int(text[key]) for key in _TOP_K if text.get(key)), 0)
-    architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
+    experts, top_k = _first_number(text, _EXPERTS), _first_number(text, _TOP_K)
+    shown = ", ".join(_architectures(config)) or "unknown architecture"
     if experts < 2:
         yield Finding(
             check="model",
             verdict="problem",
-            found=f"{architecture} without experts",
+            found=f"{shown} without experts",
             remedy="serve it without --plugin ep_rebalance",
         )
         return
-    yield Finding(
-        check="model", verdict="ok", found=f"{architecture}, {experts} experts, top {top_k}"
-    )
+    yield Finding(check="model", verdict="ok", found=f"{shown}, {experts} experts, top {top_k}")
     quantisation = text.get("quantization_config") or config.get("quantization_config")
     yield _quantisation(quantisation, observed)
+
+
+def architecture(name: str) -> Iterator[Finding]:
+    """Whether vLLM knows it; nothing for a configuration that `model` reports as unreadable."""
+    try:
+        names = _architectures(_configuration(name))
+    except Exception:  # as in `model`
+        return
+    if find_spec("vllm") is None:
+        yield Finding(check="architecture", verdict="skipped", found="vLLM is not installed")
+        return
+    diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
+    yield diagnosis.architecture(names)
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """Some checkpoints give one name instead of a list."""
+    names = config.get("architectures") or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _first_number(text: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """0 if there is none. Ernie's vision models give a list of equal numbers, as vLLM notes
+    (transformers_utils/model_arch_config_convertor.py).
+    """
+    found = next((text[key] for key in keys if text.get(key)), 0)
+    return int(found[0] if isinstance(found, list) else found)
 
 
 def _quantisation(found: Mapping[str, Any] | None, observed: bool) -> Finding:
@@ -73,7 +103,9 @@ def _configuration(name: str) -> dict[str, Any]:
     """As written in the checkpoint: `AutoConfig` would offer to run code that comes with it."""
     folder = Path(name)
     if (folder / "config.json").is_file():
-        local: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        local = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(local, dict):
+            raise ValueError(f"config.json holds a {type(local).__name__}, not settings")
         return local
     transformers = import_module("transformers")
     found: dict[str, Any]

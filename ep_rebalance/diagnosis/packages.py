@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
 
 from ep_rebalance import __version__
 from ep_rebalance.diagnosis.finding import Check, Finding
@@ -80,7 +81,8 @@ def planner() -> Finding:
 
 def _cache_folder() -> str | None:
     """Where numba keeps compiled code; None if no folder could be written."""
-    folder: str | None = getattr(improve_layer, "stats").cache_path  # noqa: B009
+    dispatcher: Any = improve_layer
+    folder: str | None = dispatcher.stats.cache_path
     return folder
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.diagnosis.finding import Check, Finding
@@ -45,4 +45,19 @@ def contracts() -> Iterator[Finding]:
         verdict="ok" if held == stated else "problem",
         found=f"{held} of {stated} contracts hold in {len(seams())} seams",
         remedy="" if held == stated else "see each seam that is named",
+    )
+
+
+def architecture(names: Sequence[str]) -> Finding:
+    """Whether vLLM has a model of its own for one of the names in a checkpoint's config.json."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = [name for name in names if name in ModelRegistry.get_supported_archs()]
+    if known:
+        return Finding(check="architecture", verdict="ok", found=f"vLLM knows {known[0]}")
+    return Finding(
+        check="architecture",
+        verdict="warning",
+        found=f"vLLM has no model for {', '.join(names) or 'an unnamed architecture'}",
+        remedy="install the plugin that brings it; by way of Transformers it was never tried",
     )
