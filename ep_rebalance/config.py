@@ -162,6 +162,8 @@ class MetricsConfig(_Section):
     """
     poll_timeout_seconds: float = Field(default=5.0, gt=0.0)
     """Seconds after which one read is given up."""
+    page: bool = True
+    """Show the page at `GET /ep_rebalance/`. It costs nothing while nobody looks."""
     replicas: bool = False
     """Export `ep_rebalance_replicas`, one series per MoE layer."""
     expert_tokens: bool = False
@@ -201,6 +203,8 @@ class ControlConfig(_Section):
     """Whether `POST /ep_rebalance/...` is answered at all; it needs an API key, the server's or ours."""
     api_key: str | None = Field(default=None, repr=False)
     """A key for these routes alone; None takes the server's `--api-key`."""
+    guard_reads: bool = False
+    """Ask for a key on the routes that only read, too. A server with `--api-key` always does."""
 
 
 class StateConfig(_Section):

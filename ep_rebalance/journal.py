@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -13,13 +15,24 @@ from ep_rebalance.commit import Served
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.expert_load import ExpertLoad, expert_load
 from ep_rebalance.load_window import PHASES
-from ep_rebalance.metrics import OUTCOMES, Status
-from ep_rebalance.migration import Batch
-from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.metrics import COMMITS_KEPT, OUTCOMES, Activity, Commit, Status
+from ep_rebalance.migration import Batch, Migration
+from ep_rebalance.overview import Overview, overview
+from ep_rebalance.placement import Placement
+from ep_rebalance.rank_balance import RankBalance
 from ep_rebalance.snapshot import Snapshot
 from ep_rebalance.topology import LINKS
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """What held when a migration began. imbalance: overall. bytes: all that had been moved."""
+
+    generation: int = 0
+    imbalance: float = 1.0
+    bytes: int = 0
 
 
 class Journal:
@@ -27,16 +40,17 @@ class Journal:
 
     def __init__(self, status: Status, *, contiguous: Placement, rank: int) -> None:
         self.status = status
-        self._contiguous = contiguous
-        self._contiguous_quotas_LP = contiguous.even_quotas_LP()
+        self._balance = RankBalance(contiguous)
         self._rank = rank
         self._promised: list[float] = []
         self._predicted_gain = 0.0
+        self._before = Before()
         phases, layers, experts = len(PHASES), contiguous.num_layers, contiguous.num_experts
         self._tokens_ALE = np.zeros((phases, layers, experts), dtype=np.int64)
 
     def report(self, served: Served, metrics: MetricsConfig) -> Status:
-        """The status, with what only optional metrics show if they are on."""
+        """The status as of now, with what only optional metrics show if they are on."""
+        self.status.reported_timestamp = time.time()
         if metrics.replicas:
             self.status.replicas = (served.placement.replica_counts_LE() - 1).sum(1).tolist()
         if metrics.expert_tokens:
@@ -47,24 +61,37 @@ class Journal:
         """What every expert got since the start, and where it is served now."""
         return expert_load(self.status, self._tokens_ALE, served)
 
+    def overview(self, status: Status, served: Served) -> Overview:
+        """`status`, and what recent snapshots say of ranks and of the hottest experts."""
+        balance = self._balance
+        return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
+
     def snapshot(self, snapshot: Snapshot, served: Served) -> None:
         """Measure the load that the served placement got, and what the loaded one would have got."""
-        sample, status = snapshot.sample, self.status
+        sample, status, balance = snapshot.sample, self.status, self._balance
         status.snapshots += 1
-        load_LE = sample.counts_ALE.sum(0)
-        if not load_LE.any():
+        if not sample.routed:
             return
         self._tokens_ALE += sample.counts_ALE
-        rank_load_LR = served.placement.rank_load_LR(load_LE, served.quotas_LP)
-        status.imbalance = imbalance_L(rank_load_LR).tolist()
-        contiguous_LR = self._contiguous.rank_load_LR(load_LE, self._contiguous_quotas_LP)
-        status.contiguous_imbalance = imbalance_L(contiguous_LR).tolist()
+        balance.add(sample.counts_ALE, served)
+        status.imbalance = balance.served.of_layers()
+        status.contiguous_imbalance = balance.contiguous.of_layers()
+        status.overall_imbalance |= _known(
+            {"served": balance.served.overall(), "contiguous": balance.contiguous.overall()}
+        )
+        status.phase_imbalance = _known(
+            {phase: seen.overall() for phase, seen in balance.phases.items()}
+        )
         status.step_seconds = sample.step_seconds
-        for rank, tokens in enumerate(rank_load_LR.sum(0)):
-            status.rank_tokens[rank] += round(tokens)
+        status.rank_tokens = balance.rank_tokens_R.tolist()
+        status.busiest_rank_tokens = dict(balance.busiest_tokens)
         pairs_per_token = int(status.info["top_k"]) * status.layers
         for phase, counts_LE in zip(PHASES, sample.counts_ALE, strict=True):
             status.phase_tokens[phase] += int(counts_LE.sum()) // pairs_per_token
+
+    def activity(self, activity: Activity) -> None:
+        """What goes on from now on."""
+        self.status.activity = activity
 
     def proposal(self, timed: TimedProposal) -> None:
         """A plan was made; unless it was accepted, that is the end of it."""
@@ -73,13 +100,22 @@ class Journal:
         self.status.last_decision = proposal.decision.reason
         if proposal.achieved_gain is not None:
             self.status.achieved_gain = proposal.achieved_gain
+            if self.status.commits:
+                self.status.commits[-1].achieved_gain = proposal.achieved_gain
         self._promised = proposal.plan.imbalance_after_L.tolist()
         self._predicted_gain = proposal.decision.predicted_gain
         if not proposal.decision.accepted:
             self.outcome(proposal.decision.outcome, proposal.decision.reason)
 
-    def migration_began(self) -> None:
-        self.status.migrating = 1
+    def migration_began(self, migration: Migration) -> None:
+        status = self.status
+        status.migrating, status.moves_planned, status.moves_done = 1, migration.num_moves, 0
+        self.activity("migrating")
+        self._before = Before(
+            generation=status.generation,
+            imbalance=status.overall_imbalance.get("served", 1.0),
+            bytes=sum(status.migrated_bytes.values()),
+        )
 
     def round_stalled(self, seconds: float) -> None:
         self.status.round_stall_seconds.add(seconds)
@@ -89,22 +125,43 @@ class Journal:
         for move in batch.moves:
             self.status.migrated_experts[move.link] += 1
             self.status.migrated_bytes[move.link] += expert_bytes_L[move.layer]
+        self.status.moves_done += len(batch.moves)
         self.status.commit_stall_seconds.add(seconds)
 
     def migration_ended(self, seconds: float, fault: str) -> None:
         """All batches are served, or the rest was given up because of `fault`."""
-        self.status.migrating = 0
-        self.status.migration_seconds.add(seconds)
-        if fault:
-            self.outcome("abandoned", fault)
-        else:
-            self.status.predicted_imbalance = self._promised
-            self.status.predicted_gain = self._predicted_gain
-            self.status.last_commit_timestamp = time.time()
-            self.outcome("committed", self.status.last_decision)
+        status = self.status
+        status.migrating = 0
+        status.migration_seconds.add(seconds)
+        if not fault:
+            status.predicted_imbalance = self._promised
+            if self._promised:  # only rank 0 knows
+                status.overall_imbalance["predicted"] = fmean(self._promised)
+            status.predicted_gain = self._predicted_gain
+            status.last_commit_timestamp = time.time()
+        if status.generation != self._before.generation:
+            self._note_commit(seconds, fault)
+        self.outcome("abandoned" if fault else "committed", fault or status.last_decision)
+
+    def _note_commit(self, seconds: float, fault: str) -> None:
+        status, before = self.status, self._before
+        commit = Commit(
+            generation=status.generation,
+            time=time.time(),
+            seconds=seconds,
+            experts=status.moves_done,
+            bytes=sum(status.migrated_bytes.values()) - before.bytes,
+            predicted_gain=self._predicted_gain,
+            imbalance_before=before.imbalance,
+            fault=fault,
+        )
+        status.commits = [*status.commits[1 - COMMITS_KEPT :], commit]
 
     def generation(self, generation: int) -> None:
         self.status.generation = generation
+
+    def quotas_changed(self) -> None:
+        self.status.quota_changes += 1
 
     def outcome(self, outcome: str, reason: str) -> None:
         """Count what became of a plan."""
@@ -128,6 +185,10 @@ class Journal:
         self.status.stuck = 0
 
 
+def _known(numbers: dict[str, float | None]) -> dict[str, float]:
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
 def initial_status(
     *, config: RebalanceConfig, model: str, placement: Placement, top_k: int
 ) -> Status:
@@ -149,6 +210,7 @@ def initial_status(
         slots=placement.num_slots,
         config=config.shown(),
         rank_tokens=[0] * placement.num_ranks,
+        busiest_rank_tokens={"served": 0, "contiguous": 0},
         phase_tokens=dict.fromkeys(PHASES, 0),
         plans=dict.fromkeys(OUTCOMES, 0),
         migrated_experts=dict.fromkeys(LINKS, 0),

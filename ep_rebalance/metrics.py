@@ -14,6 +14,8 @@ import msgspec
 PREFIX = "ep_rebalance_"
 
 OBSERVATIONS_KEPT = 512
+COMMITS_KEPT = 64
+Activity = Literal["watching", "planning", "scheduling", "migrating"]
 OUTCOMES = ("committed", "no_gain", "over_budget", "abandoned", "failed")
 
 
@@ -38,30 +40,71 @@ class Metric:
         return PREFIX + self.name
 
 
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 _LONG_SECONDS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 METRICS: tuple[Metric, ...] = (
+    # Is it balanced?
+    Metric(
+        name="overall_imbalance_ratio",
+        kind="gauge",
+        labels=("placement",),
+        field="overall_imbalance",
+        help="Max over mean tokens per EP rank (1 is even), both summed over layers, in recent snapshots:"
+        " as served, as the placement that the engine loaded would have had the same tokens"
+        " (contiguous), and as the last committed plan promised (predicted).",
+    ),
     Metric(
         name="load_imbalance_ratio",
         kind="gauge",
         labels=("layer",),
         field="imbalance",
-        help="Max over mean tokens per EP rank in the last snapshot (1 is even).",
-    ),
-    Metric(
-        name="contiguous_imbalance_ratio",
-        kind="gauge",
-        labels=("layer",),
-        field="contiguous_imbalance",
-        help="The same tokens on the placement that the engine loaded: what it would be without rebalancing.",
+        help="Max over mean tokens per EP rank of one MoE layer, in recent snapshots.",
     ),
     Metric(
         name="predicted_imbalance_ratio",
         kind="gauge",
         labels=("layer",),
         field="predicted_imbalance",
-        help="Max over mean tokens per EP rank that the last committed plan promised.",
+        help="Max over mean tokens per EP rank that the last committed plan promised for the layer.",
+    ),
+    Metric(
+        name="phase_imbalance_ratio",
+        kind="gauge",
+        labels=("phase",),
+        field="phase_imbalance",
+        help="Max over mean tokens per EP rank, both summed over layers, of one phase alone.",
+    ),
+    Metric(
+        name="rank_tokens",
+        kind="counter",
+        labels=("ep_rank",),
+        field="rank_tokens",
+        help="Routed tokens, summed over layers, that an EP rank computed.",
+    ),
+    Metric(
+        name="busiest_rank_tokens",
+        kind="counter",
+        labels=("placement",),
+        field="busiest_rank_tokens",
+        help="Routed tokens of each layer's busiest EP rank, snapshot by snapshot, which the others wait"
+        " for: as served, and on the placement that the engine loaded (contiguous). Its rate over the"
+        " mean rate of rank_tokens is the imbalance over any time.",
+    ),
+    Metric(
+        name="phase_tokens",
+        kind="counter",
+        labels=("phase",),
+        field="phase_tokens",
+        help="Tokens that passed the MoE layers, each counted once, by phase.",
+    ),
+    # What does it do, and what did it gain?
+    Metric(
+        name="plans",
+        kind="counter",
+        labels=("outcome",),
+        field="plans",
+        help="Plans by what became of them: " + ", ".join(OUTCOMES) + ".",
     ),
     Metric(
         name="predicted_gain_ratio",
@@ -76,26 +119,24 @@ METRICS: tuple[Metric, ...] = (
         help="Part that it saved, measured on later load against the placement before it.",
     ),
     Metric(
-        name="rank_tokens",
-        kind="counter",
-        labels=("ep_rank",),
-        field="rank_tokens",
-        help="Routed tokens, summed over layers, that an EP rank computed.",
+        name="placement_generation",
+        kind="gauge",
+        field="generation",
+        help="Number of the placement that is served; each migration that commits adds one.",
     ),
     Metric(
-        name="phase_tokens",
-        kind="counter",
-        labels=("phase",),
-        field="phase_tokens",
-        help="Tokens that passed the MoE layers, each counted once, by phase.",
+        name="last_commit_timestamp_seconds",
+        kind="gauge",
+        field="last_commit_timestamp",
+        help="Unix time of the last commit; 0 before the first.",
     ),
     Metric(
-        name="plans",
+        name="quota_changes",
         kind="counter",
-        labels=("outcome",),
-        field="plans",
-        help="Plans by what became of them: " + ", ".join(OUTCOMES) + ".",
+        field="quota_changes",
+        help="Times that tokens were split anew over the replicas of a placement, without moving a byte.",
     ),
+    # What did it cost?
     Metric(
         name="migrated_experts",
         kind="counter",
@@ -138,18 +179,7 @@ METRICS: tuple[Metric, ...] = (
         buckets=_SECONDS,
         help="Time that the engine waited for one migration round between two steps.",
     ),
-    Metric(
-        name="placement_generation",
-        kind="gauge",
-        field="generation",
-        help="Number of the placement that is served; each migration that commits adds one.",
-    ),
-    Metric(
-        name="last_commit_timestamp_seconds",
-        kind="gauge",
-        field="last_commit_timestamp",
-        help="Unix time of the last commit; 0 before the first.",
-    ),
+    # Is it stuck?
     Metric(
         name="migrating",
         kind="gauge",
@@ -157,11 +187,49 @@ METRICS: tuple[Metric, ...] = (
         help="1 while experts move.",
     ),
     Metric(
+        name="paused",
+        kind="gauge",
+        field="paused",
+        help="1 while an operator holds plans back.",
+    ),
+    Metric(
         name="stuck",
         kind="gauge",
         field="stuck",
         help="1 while a plan is overdue; serving goes on with the placement as it is.",
     ),
+    Metric(
+        name="reported_timestamp_seconds",
+        kind="gauge",
+        field="reported_timestamp",
+        help="Unix time at which the engine last answered with these numbers.",
+    ),
+    Metric(
+        name="steps",
+        kind="counter",
+        field="steps",
+        help="Engine steps.",
+    ),
+    Metric(
+        name="snapshots",
+        kind="counter",
+        field="snapshots",
+        help="Snapshots of the load; each sums up window.snapshot_steps steps in one all-reduce.",
+    ),
+    Metric(
+        name="lost_trace_records",
+        kind="counter",
+        field="lost_trace_records",
+        help="Records of the trace that the disk was too slow for, or refused.",
+    ),
+    Metric(
+        name="info",
+        kind="gauge",
+        labels=("version", "mode", "policy", "ep_size", "slots"),
+        field="info",
+        help="Always 1; what runs, in the labels.",
+    ),
+    # Only if asked for.
     Metric(
         name="replicas",
         kind="gauge",
@@ -177,13 +245,6 @@ METRICS: tuple[Metric, ...] = (
         field="expert_tokens",
         optional=True,
         help="Tokens routed to a logical expert. Only with metrics.expert_tokens: layers x experts series.",
-    ),
-    Metric(
-        name="info",
-        kind="gauge",
-        labels=("version", "mode", "policy", "ep_size", "slots"),
-        field="info",
-        help="Always 1; what runs, in the labels.",
     ),
 )
 
@@ -204,14 +265,37 @@ class Observations(msgspec.Struct):
             self.first += 1
 
 
+class Commit(msgspec.Struct, kw_only=True):
+    """One generation: when it was served, and what it took and gave.
+
+    time: Unix time. seconds: from the first round to the last commit. experts, bytes: moved.
+    predicted_gain: part of the step time that the plan was to save; achieved_gain: that it saved, None
+    until the next plan measures it. imbalance_before: overall, when experts began to move.
+    fault: why not all of the plan was committed, or "".
+    """
+
+    generation: int
+    time: float
+    seconds: float
+    experts: int
+    bytes: int
+    predicted_gain: float
+    achieved_gain: float | None = None
+    imbalance_before: float
+    fault: str = ""
+
+
 class Status(msgspec.Struct, kw_only=True):
     """State of one engine, whole EP group, as rank 0 knows it. Counters count from the start of the
     engine.
 
-    started: Unix time at which counting began.
-    imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer.
+    started: Unix time at which counting began. reported_timestamp: at which this status was made.
+    imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer, of recent
+    snapshots as `rank_balance.py` weighs them; overall_imbalance, busiest_rank_tokens: by placement.
     rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.
     step_seconds: mean wall time of a step in the last snapshot.
+    activity: what it is doing now; moves_done of moves_planned experts are committed in the migration
+    that runs. commits: the newest generations.
     replicas: slots above one per logical expert, per MoE layer; expert_tokens: routed tokens per MoE
     layer and logical expert. Both are empty unless the configuration asks for their metric.
     """
@@ -230,9 +314,12 @@ class Status(msgspec.Struct, kw_only=True):
     imbalance: list[float] = []
     contiguous_imbalance: list[float] = []
     predicted_imbalance: list[float] = []
+    overall_imbalance: dict[str, float] = {}
+    phase_imbalance: dict[str, float] = {}
     predicted_gain: float = 0.0
     achieved_gain: float = 0.0
     rank_tokens: list[int] = []
+    busiest_rank_tokens: dict[str, int] = {}
     phase_tokens: dict[str, int] = {}
     plans: dict[str, int] = {}
     last_decision: str = ""
@@ -243,11 +330,19 @@ class Status(msgspec.Struct, kw_only=True):
     commit_stall_seconds: Observations = msgspec.field(default_factory=Observations)
     round_stall_seconds: Observations = msgspec.field(default_factory=Observations)
     generation: int = 0
+    commits: list[Commit] = []
+    quota_changes: int = 0
     replicas: list[int] = []
     expert_tokens: list[list[int]] = []
     last_commit_timestamp: float = 0.0
     migrating: int = 0
+    moves_planned: int = 0
+    moves_done: int = 0
+    activity: Activity = "watching"
+    paused: int = 0
     stuck: int = 0
+    reported_timestamp: float = 0.0
+    lost_trace_records: int = 0
     message: str = ""
 
 

@@ -129,6 +129,7 @@ class Migrator:
     def serve_split(self, split: Split) -> None:
         """Serve the same placement with other quotas."""
         self.served = commit_split(split, self.served, self._counts)
+        self._journal.quotas_changed()
 
     def _move(self, batch: Batch, exchange: RoundExchange) -> Generator[None, None, str]:
         """All rounds of a batch and the vote on them; the fault, or "" if the batch can be

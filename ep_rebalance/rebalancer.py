@@ -19,12 +19,14 @@ import torch.distributed as dist
 from ep_rebalance.background import Background, TimedProposal
 from ep_rebalance.commit import Served
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.control import Action, Control
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal
 from ep_rebalance.load_window import LoadWindow
 from ep_rebalance.metrics import Status
 from ep_rebalance.migration import Migration
 from ep_rebalance.migrator import Migrator
+from ep_rebalance.overview import Overview
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.quota_refresh import QuotaRefresh
@@ -97,6 +99,7 @@ class Rebalancer:
             ranks=dist.get_world_size(group),
         )
         self._recorder = recorder
+        self._control = Control(config)
         self._flags = Flags()
         self._loop = self._run()
         next(self._loop)
@@ -108,6 +111,23 @@ class Rebalancer:
     @property
     def served(self) -> Served:
         return self.migrator.served
+
+    def status_now(self) -> Status:
+        """The status with all that it shows brought up to now."""
+        status = self.journal.report(self.served, self.config.metrics)
+        status.paused = int(self._control.paused)
+        status.lost_trace_records = self._recorder.lost if self._recorder is not None else 0
+        return status
+
+    def overview(self) -> Overview:
+        """The status, and what recent snapshots say of ranks and of the hottest experts."""
+        return self.journal.overview(self.status_now(), self.served)
+
+    def ask(self, action: Action) -> str | None:
+        """Take an operator's request; returns why it cannot be followed, or "". None on other ranks
+        than rank 0, from which they learn of it.
+        """
+        return None if self._rank else self._control.ask(action, self.status)
 
     def step(self, started: float | None) -> None:
         """Advance by one engine step, between two forward passes.
@@ -146,9 +166,12 @@ class Rebalancer:
     def _until_plan_is_due(self) -> Steps:
         window, planner = self.config.window, self.config.planner
         plans = self.config.mode == "rebalance" and planner.policy != "none"
+        self.journal.activity("watching")
         while True:
-            yield from self._snapshot()
-            if plans and self._window.plan_is_due(window, planner.interval_snapshots):
+            flags = (yield from self._snapshot()).flags
+            due = self._window.plan_is_due(window, planner.interval_snapshots)
+            asked = flags.plan_asked and len(self._window)
+            if plans and not flags.paused and (due or asked):
                 return
 
     def _snapshot(self) -> Generator[None, None, Snapshot]:
@@ -157,7 +180,12 @@ class Rebalancer:
         """
         for _ in range(self.config.window.snapshot_steps):
             yield
-        flags = replace(self._flags, fitted=int(self._quotas.fitted))
+        flags = replace(
+            self._flags,
+            fitted=int(self._quotas.fitted),
+            paused=int(self._control.paused),
+            plan_asked=int(self._control.plan_asked),
+        )
         copy = self._snapshots.begin(flags, self.step_times.take_sum())
         yield
         snapshot = self._snapshots.finish(copy)
@@ -171,6 +199,8 @@ class Rebalancer:
 
     def _plan(self) -> Generator[None, None, bool]:
         """Rank 0 plans; True if its plan is to be carried out."""
+        self.journal.activity("planning")
+        self._control.plan_asked = False
         unseen = self._window.begin_plan()
         self._flags = Flags()
         job: Future[TimedProposal] | None = None
@@ -191,10 +221,14 @@ class Rebalancer:
                 break
         self._flags = Flags()
         self.journal.unstuck()
+        if snapshot.flags.proposed and snapshot.flags.paused:
+            self.journal.outcome("abandoned", "an operator paused before it could begin")
+            return False
         return bool(snapshot.flags.proposed)
 
     def _schedule(self) -> Generator[None, None, Migration | None]:
         """Every rank works out the same rounds; they begin when all are done."""
+        self.journal.activity("scheduling")
         wire = self._plans.begin()
         yield
         job = self._background.schedule(self.served, wire.result().numpy())
@@ -227,7 +261,7 @@ class Rebalancer:
     def _migrate(self, migration: Migration) -> Steps:
         self._quotas.forget()
         began, generation = time.perf_counter(), self.served.generation
-        self.journal.migration_began()
+        self.journal.migration_began(migration)
         fault = yield from self.migrator.migrate(migration)
         if self._rank == 0 and self.served.generation != generation:
             self._background.save(self.served, self._window.samples())

@@ -1,13 +1,13 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
-It is the only collective that steady traffic costs: `2 L E + 7` integers every `snapshot_steps`
+It is the only collective that steady traffic costs: `2 L E + 9` integers every `snapshot_steps`
 steps. All decisions that ranks must take in the same step are taken from what it returns, which is
 equal on every rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,6 @@ from ep_rebalance.load_window import LoadSample
 from ep_rebalance.step_times import StepSum
 from ep_rebalance.transport.host_copy import HostCopy
 
-HEAD = 7
-
 
 @dataclass(frozen=True, slots=True)
 class Flags:
@@ -26,6 +24,7 @@ class Flags:
 
     planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has
     worked out its migration. failed: it could not. fitted: it has quotas that follow the load.
+    paused, plan_asked: what an operator asked rank 0 for.
     """
 
     planned: int = 0
@@ -33,6 +32,12 @@ class Flags:
     scheduled: int = 0
     failed: int = 0
     fitted: int = 0
+    paused: int = 0
+    plan_asked: int = 0
+
+
+HEAD = len(fields(Flags)) + 2
+"""Integers before the counts: flags, busy steps and their microseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ READINGS_AT_END = 10
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Imbalance (max/mean rank load, mean over layers): as served, and without rebalancing."""
+    """Imbalance (max/mean rank load, layers summed): as served, and without rebalancing."""
 
     served: float
     without: float
@@ -29,13 +29,13 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One poll in which a new snapshot was seen.
-
-    weight: tokens since the poll before.
+    """Routed tokens between two polls: of the busiest rank, as served and without rebalancing, and of
+    the mean rank.
     """
 
-    level: Level
-    weight: float
+    served: float
+    without: float
+    mean: float
 
 
 @dataclass(slots=True)
@@ -55,10 +55,9 @@ class Phase:
 
     def add(self, status: Status, elapsed: float) -> None:
         """Take in a newly polled status."""
-        tokens = total(status.phase_tokens) - total(self.last.phase_tokens)
-        if elapsed >= SETTLING_SECONDS and tokens > 0:
-            level = Level(fmean(status.imbalance), fmean(status.contiguous_imbalance))
-            self.readings.append(Reading(level, tokens))
+        reading = _between(self.last, status)
+        if elapsed >= SETTLING_SECONDS and reading.mean > 0:
+            self.readings.append(reading)
         self.last, self.elapsed = status, elapsed
 
     @property
@@ -104,11 +103,20 @@ def _at_most(limit: int, count: int) -> int:
     return max(1, min(limit, count))
 
 
+def _between(before: Status, after: Status) -> Reading:
+    old, new = before.busiest_rank_tokens, after.busiest_rank_tokens
+    return Reading(
+        served=new["served"] - old["served"],
+        without=new["contiguous"] - old["contiguous"],
+        mean=fmean(after.rank_tokens) - fmean(before.rank_tokens),
+    )
+
+
 def _weighted(readings: Sequence[Reading]) -> Level | None:
-    weight = sum(reading.weight for reading in readings)
-    if not weight:
+    mean = sum(reading.mean for reading in readings)
+    if not mean:
         return None
     return Level(
-        sum(r.level.served * r.weight for r in readings) / weight,
-        sum(r.level.without * r.weight for r in readings) / weight,
+        sum(reading.served for reading in readings) / mean,
+        sum(reading.without for reading in readings) / mean,
     )

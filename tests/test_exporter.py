@@ -21,6 +21,7 @@ COMMON = {"model_name": "m", "engine": "0"}
 def make_status() -> Status:
     status = initial_status(config=RebalanceConfig(), model="m", placement=PLACEMENT, top_k=2)
     status.imbalance = [1.5, 1.25]
+    status.overall_imbalance = {"served": 1.375, "contiguous": 1.5}
     status.rank_tokens = [10, 20]
     status.phase_tokens = {"prefill": 5, "decode": 3}
     status.plans["committed"] = 2
@@ -51,7 +52,9 @@ OPTIONAL = [metric.name for metric in METRICS if metric.optional]
 def test_every_metric_of_the_table_is_exported_with_its_help_and_labels():
     scrape = Scrape(**dict.fromkeys(OPTIONAL, True))
     status = make_status()
-    status.predicted_imbalance = status.contiguous_imbalance = [1.0, 1.0]
+    status.predicted_imbalance = [1.0, 1.0]
+    status.overall_imbalance = {"served": 1.2, "contiguous": 1.4, "predicted": 1.1}
+    status.phase_imbalance = {"prefill": 1.2, "decode": 1.3}
     status.replicas, status.expert_tokens = [0, 0], [[1, 2, 3, 4], [4, 3, 2, 1]]
     scrape.exporter.update(status)
     families = {family.name: family for family in scrape.registry.collect()}
@@ -172,6 +175,30 @@ def test_observations_of_two_statuses_are_apart():
     first, second = Observations(), Observations()
     first.add(1.0)
     assert second.values == []
+
+
+def deepseek_v3_on_64_ranks() -> Status:
+    """With every series that it will ever have by default."""
+    placement = Placement.contiguous(num_layers=58, num_experts=256, num_ranks=64, num_redundant=64)
+    status = initial_status(config=RebalanceConfig(), model="m", placement=placement, top_k=8)
+    status.imbalance = status.predicted_imbalance = [1.1] * 58
+    status.overall_imbalance = {"served": 1.2, "contiguous": 1.4, "predicted": 1.1}
+    status.phase_imbalance = {"prefill": 1.2, "decode": 1.3}
+    for seen in ("plan", "migration", "commit_stall", "round_stall"):
+        getattr(status, f"{seen}_seconds").add(0.1)
+    return status
+
+
+def test_series_of_the_largest_model_are_as_many_as_the_readme_says(scrape: Scrape):
+    scrape.exporter.update(deepseek_v3_on_64_ranks())
+    series = [sample for family in scrape.registry.collect() for sample in family.samples]
+    assert len(series) < 300
+    assert f"{len(series)} series" in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_no_series_says_when_a_counter_was_made(scrape: Scrape):
+    scrape.exporter.update(make_status())
+    assert "_created" not in generate_latest(scrape.registry).decode()
 
 
 def test_info_says_what_runs(scrape: Scrape):

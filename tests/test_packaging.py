@@ -15,7 +15,7 @@ SOURCES = {
     "ep_rebalance/dashboards": ROOT / "dashboards",
     "ep_rebalance/kernels": ROOT / "kernels",
 }
-SHIPPED_SUFFIXES = {".py", ".typed", ".json", ".yaml", ".yml", ".html"}
+SHIPPED_SUFFIXES = {".py", ".typed", ".json", ".yaml", ".yml", ".html", ".css", ".js"}
 # Importing these needs no engine and no torch: replay works where neither is installed.
 LIGHT_MODULES = [
     "",
@@ -24,6 +24,7 @@ LIGHT_MODULES = [
     "load_window",
     "migration",
     "placement",
+    "page",
     "planning",
     "replay",
     "topology",

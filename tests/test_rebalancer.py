@@ -629,3 +629,93 @@ def save_where_it_cannot_be(rank, size, config):
 def test_a_state_file_that_cannot_be_written_stops_nothing(two_ranks: Ranks, tmp_path: Path):
     config = eager({"state": {"path": str(tmp_path / "missing" / "state.npz")}})
     assert two_ranks.run(save_where_it_cannot_be, 2, config) == [2, 2]
+
+
+# --- an operator's requests
+
+
+def pause_at(activity):
+    """Rank 0 is asked to pause in the first step after which it does `activity`; what was committed."""
+
+    def run(rank, size, config):
+        engine = Engine(rank, size, config)
+        status = engine.rebalancer.status
+        engine.run_until(lambda status: status.activity == activity)
+        refusals = [engine.rebalancer.ask("pause"), engine.rebalancer.ask("pause")]
+        for _ in range(80):
+            engine.step()
+        shown = engine.rebalancer.status_now()
+        paused = shown.paused, status.activity, sum(status.plans.values()), status.generation
+        engine.rebalancer.ask("resume")
+        engine.run_until(has_generation(status.generation + 1))
+        return engine.seen, refusals, paused, engine.rebalancer.status_now()
+
+    return run
+
+
+def pause_while_watching(rank, size, config):
+    return pause_at("watching")(rank, size, config)
+
+
+def pause_while_planning(rank, size, config):
+    return pause_at("planning")(rank, size, config)
+
+
+def pause_while_migrating(rank, size, config):
+    return pause_at("migrating")(rank, size, config)
+
+
+@pytest.mark.parametrize(
+    ("job", "plans", "generation"),
+    [(pause_while_watching, 0, 0), (pause_while_planning, 1, 0), (pause_while_migrating, 1, 1)],
+)
+def test_a_pause_lets_no_plan_begin_and_ends_with_a_resume(
+    two_ranks: Ranks, job, plans, generation
+):
+    answers = two_ranks.run(job, 2, eager())
+    assert_in_step([answer[0] for answer in answers])
+    _, refusals, paused, status = answers[0]
+    assert refusals == ["", "it is paused already"]
+    assert paused == (1, "watching", plans, generation)
+    assert status.paused == 0
+    assert status.generation == generation + 1
+    assert answers[1][1] == [None, None]
+
+
+def ask_for_a_plan(rank, size, config):
+    engine = Engine(rank, size, config)
+    for _ in range(10):
+        engine.step()
+    idle = sum(engine.rebalancer.status.plans.values())
+    refusals = [engine.rebalancer.ask("rebalance"), engine.rebalancer.ask("rebalance")]
+    for _ in range(200):
+        engine.step()
+    return engine.seen, idle, refusals, engine.rebalancer.status
+
+
+def test_a_plan_can_be_asked_for_and_is_made_once(two_ranks: Ranks):
+    config = eager({"planner": {"interval_snapshots": 10**6}})
+    answers = two_ranks.run(ask_for_a_plan, 2, config)
+    assert_in_step([seen for seen, *_ in answers])
+    _, idle, refusals, status = answers[0]
+    assert idle == 0
+    assert refusals == ["", "it does so already"]
+    assert (sum(status.plans.values()), status.generation) == (1, 1)
+    assert [commit.generation for commit in status.commits] == [1]
+    assert status.commits[0].experts == sum(status.migrated_experts.values())
+
+
+def ask_before_any_traffic(rank, size, config):
+    engine = Engine(rank, size, config)
+    engine.rebalancer.ask("rebalance")
+    for _ in range(20):
+        engine.step(tokens=0)
+    idle = engine.rebalancer.status.activity
+    engine.run_until(has_generation(1))
+    return engine.seen, idle
+
+
+def test_a_plan_that_was_asked_for_waits_for_traffic(two_ranks: Ranks):
+    answers = two_ranks.run(ask_before_any_traffic, 2, eager())
+    assert_in_step([seen for seen, _ in answers])
+    assert answers[0][1] == "watching"

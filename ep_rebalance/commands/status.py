@@ -66,8 +66,9 @@ def fetch_status(server: str, api_key: str) -> dict[str, Any]:
 def status_table(answer: dict[str, Any]) -> Table:
     """A status as `fetch_status` returns it."""
 
-    def mean(values: list[float]) -> str:
-        return f"{sum(values) / len(values):.3f}" if values else "no traffic yet"
+    def overall(placement: str) -> str:
+        ratio = answer["overall_imbalance"].get(placement)
+        return "no traffic yet" if ratio is None else f"{ratio:.3f}"
 
     table = Table("", "", title=f"ep_rebalance on {answer['model']}", show_header=False)
     table.add_row("mode, policy", f"{answer['info']['mode']}, {answer['info']['policy']}")
@@ -75,8 +76,9 @@ def status_table(answer: dict[str, Any]) -> Table:
         "ranks, slots, experts", f"{answer['ep_size']}, {answer['slots']}, {answer['experts']}"
     )
     table.add_row("generation", str(answer["generation"]))
-    table.add_row("imbalance (max/mean)", mean(answer["imbalance"]))
-    table.add_row("imbalance without us", mean(answer["contiguous_imbalance"]))
+    table.add_row("now", "paused" if answer["paused"] else answer["activity"])
+    table.add_row("imbalance (max/mean)", overall("served"))
+    table.add_row("imbalance without us", overall("contiguous"))
     table.add_row("plans", ", ".join(f"{n} {k}" for k, n in answer["plans"].items() if n) or "none")
     table.add_row("experts moved", str(sum(answer["migrated_experts"].values())))
     table.add_row("bytes moved", f"{sum(answer['migrated_bytes'].values()):,}")

@@ -1,6 +1,7 @@
 """Routes of the API server, with an engine that is made up."""
 
 import asyncio
+import logging
 import os
 from argparse import Namespace
 from types import SimpleNamespace
@@ -14,26 +15,45 @@ from ep_rebalance.config import load_config
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
 from ep_rebalance.metrics import encode
 
-STATUS, LOAD = encode(make_status()), b'{"layers":[]}'
-ROUTES = {"status": ("ep_rebalance_snapshot", STATUS), "load": ("ep_rebalance_load", LOAD)}
+STATUS, LOAD, OVERVIEW = encode(make_status()), b'{"layers":[]}', b'{"hottest":[]}'
+ROUTES = {
+    "status": ("ep_rebalance_snapshot", STATUS),
+    "load": ("ep_rebalance_load", LOAD),
+    "overview": ("ep_rebalance_overview", OVERVIEW),
+}
+CHANGES = {
+    "pause": ("ep_rebalance_ask", "pause"),
+    "resume": ("ep_rebalance_ask", "resume"),
+    "rebalance": ("ep_rebalance_ask", "rebalance"),
+    "record?on=true": ("ep_rebalance_record", True),
+}
+ENABLED = {"control": {"enabled": True, "api_key": "operator"}, "trace": {"path": "traces"}}
 
 
 class EngineClient:
-    """Answers like the workers of one engine, or not in time if it is `silent`."""
+    """Answers like the workers of one engine, or not in time if it is `silent`.
 
-    def __init__(self, *, active: bool = True, silent: bool = False) -> None:
-        settings = load_config({"metrics": {"poll_timeout_seconds": 0.05}}).as_dict()
+    asked: methods; told: methods with their arguments. says: what rank 0 answers to a request.
+    """
+
+    def __init__(self, *, active: bool = True, silent: bool = False, **settings) -> None:
+        config = load_config({"metrics": {"poll_timeout_seconds": 0.05}}, settings).as_dict()
         self.vllm_config = SimpleNamespace(
-            additional_config={"ep_rebalance": settings} if active else {},
-            parallel_config=SimpleNamespace(_api_process_rank=1),
+            additional_config={"ep_rebalance": config} if active else {},
+            parallel_config=SimpleNamespace(_api_process_rank=1, data_parallel_rank=0),
+            model_config=SimpleNamespace(model="m"),
         )
         self.silent = silent
+        self.says: str | None = ""
         self.asked: list[str] = []
+        self.told: list[tuple] = []
 
-    async def collective_rpc(self, method: str) -> list[bytes]:
+    async def collective_rpc(self, method: str, args: tuple = ()) -> list:
         self.asked.append(method)
-        if self.silent:
-            await asyncio.sleep(60)
+        self.told.append((method, *args))
+        await asyncio.sleep(60 if self.silent else 0)
+        if method in ("ep_rebalance_ask", "ep_rebalance_record"):
+            return [None, self.says]
         return [b"", dict(ROUTES.values())[method]]
 
 
@@ -43,17 +63,19 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def ask(engine, *routes: str, api_key=None, token=None) -> list[httpx.Response]:
+def ask(engine, *routes: str, api_key=None, token=None, method="GET", **request):
     """The answers of a server with that engine, one request after the other."""
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    headers |= request.pop("headers", {})
 
     async def asked() -> list[httpx.Response]:
         app, plugin = FastAPI(), create_endpoint_plugin()
         plugin.attach_router(app)
         await plugin.init_state(engine, app.state, Namespace(api_key=api_key))
-        headers = {"authorization": f"Bearer {token}"} if token else {}
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return [await client.get(f"/ep_rebalance/{r}", headers=headers) for r in routes]
+            urls = [f"/ep_rebalance/{route}" for route in routes]
+            return [await client.request(method, u, headers=headers, **request) for u in urls]
 
     return asyncio.run(asked())
 
@@ -79,6 +101,12 @@ def test_a_route_asks_for_the_api_key(route, token, code):
     assert len(engine.asked) == (code == 200)
 
 
+def test_routes_that_read_can_be_guarded_by_our_own_key():
+    engine = EngineClient(control={"guard_reads": True, "api_key": "operator"})
+    assert [a.status_code for a in ask(engine, *ROUTES)] == [401] * 3
+    assert [a.status_code for a in ask(engine, *ROUTES, token="operator")] == [200] * 3
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("engine", [None, EngineClient(active=False)])
 def test_a_server_without_the_plugin_says_so(route, engine):
@@ -87,8 +115,153 @@ def test_a_server_without_the_plugin_says_so(route, engine):
     assert "not active" in answer.json()["error"]
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_server_that_never_came_up_says_so(method):
+    app = FastAPI()
+    create_endpoint_plugin().attach_router(app)
+
+    async def asked():
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://x"
+        ) as client:
+            return await client.request(
+                method, f"/ep_rebalance/{'status' if method == 'GET' else 'pause'}"
+            )
+
+    assert asyncio.run(asked()).status_code == 404
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_engine_that_does_not_answer_in_time_is_503(route):
     (answer,) = ask(EngineClient(silent=True), route)
     assert answer.status_code == 503
     assert "try again" in answer.json()["error"]
+
+
+def test_a_burst_of_readers_asks_the_engine_once():
+    engine = EngineClient()
+
+    async def burst() -> list[httpx.Response]:
+        app, plugin = FastAPI(), create_endpoint_plugin()
+        plugin.attach_router(app)
+        await plugin.init_state(engine, app.state, Namespace(api_key=None))
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://x"
+        ) as client:
+            return await asyncio.gather(*(client.get("/ep_rebalance/status") for _ in range(50)))
+
+    assert {answer.content for answer in asyncio.run(burst())} == {STATUS}
+    assert len(engine.asked) <= 2
+
+
+@pytest.mark.parametrize("route", CHANGES)
+def test_a_change_is_handed_to_the_engine(route):
+    engine = EngineClient(**ENABLED)
+    (answer,) = ask(engine, route, method="POST", token="operator")
+    assert answer.status_code == 200
+    assert engine.told == [CHANGES[route]]
+
+
+@pytest.mark.parametrize("route", CHANGES)
+@pytest.mark.parametrize(
+    ("control", "api_key", "token", "code"),
+    [
+        ({}, "s3cret", "s3cret", 403),
+        ({"enabled": True}, None, None, 403),
+        ({"enabled": True}, "s3cret", None, 401),
+        ({"enabled": True}, "s3cret", "wrong", 401),
+        ({"enabled": True}, "s3cret", "s3cre", 401),
+        ({"enabled": True}, "s3cret", "s3cret", 200),
+        ({"enabled": True, "api_key": "operator"}, "s3cret", "s3cret", 401),
+        ({"enabled": True, "api_key": "operator"}, "s3cret", "operator", 200),
+    ],
+)
+def test_a_change_needs_control_and_its_key(route, control, api_key, token, code):
+    engine = EngineClient(**{**ENABLED, "control": control})
+    (answer,) = ask(engine, route, method="POST", api_key=api_key, token=token)
+    assert answer.status_code == code
+    assert len(engine.told) == (code == 200)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "operator"},
+        {"authorization": "Basic operator"},
+        {"authorization": "Bearer  operator"},
+        {"authorization": "Bearer \xff"},
+        {"x-api-key": "operator"},
+        {"cookie": "authorization=Bearer operator"},
+    ],
+)
+def test_a_key_counts_only_as_a_bearer_token(headers):
+    engine = EngineClient(**ENABLED)
+    raw = {name: value.encode("latin-1") for name, value in headers.items()}
+    for url in ("pause", "pause?api_key=operator", "pause?authorization=Bearer%20operator"):
+        (answer,) = ask(engine, url, method="POST", headers=raw)
+        assert answer.status_code == 401
+        assert engine.told == []
+
+
+@pytest.mark.parametrize("body", [b"x" * 2000, b"x" * (1 << 20)])
+def test_a_change_takes_no_body(body):
+    engine = EngineClient(**ENABLED)
+    (answer,) = ask(engine, "pause", method="POST", token="operator", content=body)
+    assert (answer.status_code, engine.told) == (413, [])
+
+
+def test_a_change_that_makes_no_sense_now_says_why():
+    engine = EngineClient(**ENABLED)
+    engine.says = "it is paused already"
+    (answer,) = ask(engine, "pause", method="POST", token="operator")
+    assert (answer.status_code, answer.json()) == (409, {"error": "it is paused already"})
+
+
+def test_a_server_without_ep_rank_0_sends_on_to_the_one_that_has_it():
+    engine = EngineClient(**ENABLED)
+    engine.says = None
+    (answer,) = ask(engine, "pause", method="POST", token="operator")
+    assert answer.status_code == 409
+    assert "data-parallel rank 0" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("route", CHANGES)
+def test_a_change_is_503_if_the_engine_is_silent(route):
+    (answer,) = ask(EngineClient(silent=True, **ENABLED), route, method="POST", token="operator")
+    assert answer.status_code == 503
+
+
+@pytest.mark.parametrize("route", CHANGES)
+def test_a_change_is_no_question(route):
+    engine = EngineClient(**ENABLED)
+    for method in ("GET", "PUT", "DELETE", "HEAD"):
+        (answer,) = ask(engine, route, method=method, token="operator")
+        assert (answer.status_code, engine.told) == (405, [])
+
+
+def test_who_changed_what_is_logged_and_a_burst_of_guesses_in_one_line(caplog):
+    engine = EngineClient(**ENABLED)
+    with caplog.at_level(logging.WARNING):
+        ask(engine, "pause", method="POST", token="operator")
+        ask(engine, *["pause"] * 40, method="POST", token="guess")
+    lines = [record.getMessage() for record in caplog.records if "audit" in record.getMessage()]
+    assert lines == [
+        "ep_rebalance: audit: 127.0.0.1 asked to pause: done",
+        "ep_rebalance: audit: 127.0.0.1 was refused to pause: 401 Unauthorized "
+        "(1 refused since the line before)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("api_rank", "data_parallel_rank", "exports"),
+    [(0, 0, True), (-1, 0, True), (1, 0, False), (0, 1, False)],
+)
+def test_one_server_of_all_exports(api_rank, data_parallel_rank, exports, monkeypatch):
+    engine, exporters = EngineClient(), []
+    parallel = engine.vllm_config.parallel_config
+    parallel._api_process_rank, parallel.data_parallel_rank = api_rank, data_parallel_rank
+    monkeypatch.setattr(
+        "ep_rebalance.engines.vllm.endpoint.Exporter", lambda **made: exporters.append(made)
+    )
+    ask(engine, "status")
+    assert len(exporters) == exports

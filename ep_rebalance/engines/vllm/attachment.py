@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.control import Action
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm import router
 from ep_rebalance.engines.vllm.activation import active_config, model_identity
@@ -99,12 +100,22 @@ class Attachment:
 
     def status(self) -> bytes:
         """The encoded status."""
-        rebalancer = self.rebalancer
-        return encode(rebalancer.journal.report(rebalancer.served, rebalancer.config.metrics))
+        return encode(self.rebalancer.status_now())
+
+    def overview(self) -> bytes:
+        """The encoded overview."""
+        return encode(self.rebalancer.overview())
 
     def load(self) -> bytes:
         """The encoded load of every expert."""
         return encode(self.rebalancer.journal.load(self.rebalancer.served))
+
+    def ask(self, action: Action) -> str | None:
+        """Take an operator's request, as of `Rebalancer.ask`."""
+        refusal = self.rebalancer.ask(action)
+        if refusal == "":
+            logger.info("ep_rebalance: an operator asked to %s", action)
+        return refusal
 
     def record(self, on: bool) -> bool:
         """Switch recording; False on a rank that has no recorder."""

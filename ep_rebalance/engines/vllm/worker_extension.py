@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ep_rebalance.control import Action
 from ep_rebalance.engines.vllm import eplb_state, model_runner, router
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 
@@ -28,6 +29,16 @@ class WorkerExtension:
         """The encoded load of every expert since the start, equal on all ranks."""
         attachment = model_runner.attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.load()
+
+    def ep_rebalance_overview(self) -> bytes:
+        """The encoded overview, as our page shows it."""
+        attachment = model_runner.attachment_of(self.model_runner)
+        return b"" if attachment is None else attachment.overview()
+
+    def ep_rebalance_ask(self, action: Action) -> str | None:
+        """Pause, resume or plan at once; "" or why not, None from ranks that are not rank 0."""
+        attachment = model_runner.attachment_of(self.model_runner)
+        return None if attachment is None else attachment.ask(action)
 
     def ep_rebalance_record(self, on: bool) -> bool:
         """Switch the recording of the trace; False on ranks that do not record."""

@@ -1,0 +1,103 @@
+"""Who may read and who may change: vLLM's own `--api-key` guards only /v1."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from ep_rebalance.config import ControlConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1024
+REFUSALS_LOGGED_EVERY = 10.0
+"""Seconds: a burst of guesses must not fill the disk."""
+
+
+class Refused(Exception):
+    """The HTTP status to answer with, and why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+class Access:
+    """The keys of one server. server_keys: those that vLLM was given."""
+
+    def __init__(self, config: ControlConfig, server_keys: Sequence[str]) -> None:
+        self._config = config
+        self._server_keys = list(server_keys)
+        self._own = [config.api_key] if config.api_key else []
+        self._refusals = 0
+        self._logged = -REFUSALS_LOGGED_EVERY
+
+    def check_read(self, request: Request) -> None:
+        """Raises Refused without a key, if the server has one or `control.guard_reads` asks for one."""
+        guarded = self._server_keys or self._config.guard_reads
+        if guarded and not _holds_one_of(self._server_keys + self._own, request):
+            raise Refused(401, "Unauthorized")
+
+    def check_change(self, request: Request) -> None:
+        """Raises Refused unless control is enabled and the request proves a key. A server without any
+        key has none to prove.
+        """
+        if not self._config.enabled:
+            raise Refused(403, "control.enabled is false on this server")
+        keys = self._own or self._server_keys
+        if not keys:
+            raise Refused(403, "control needs --api-key or control.api_key")
+        if not _holds_one_of(keys, request):
+            raise Refused(401, "Unauthorized")
+        if not _is_small(request):
+            raise Refused(413, "these routes take no body")
+
+    def log_change(self, request: Request, action: str, outcome: str) -> None:
+        """The audit line of a request that had the right."""
+        logger.warning("ep_rebalance: audit: %s asked to %s: %s", _client(request), action, outcome)
+
+    def log_refusal(self, request: Request, action: str, refused: Refused) -> None:
+        """The audit line of one that had not; of a burst only the number."""
+        self._refusals += 1
+        if time.monotonic() - self._logged < REFUSALS_LOGGED_EVERY:
+            return
+        logger.warning(
+            "ep_rebalance: audit: %s was refused to %s: %d %s (%d refused since the line before)",
+            _client(request),
+            action,
+            refused.status,
+            refused.reason,
+            self._refusals,
+        )
+        self._logged, self._refusals = time.monotonic(), 0
+
+
+def server_keys(args: Namespace) -> list[str]:
+    """The keys of `--api-key`, or of the environment, as vLLM takes them."""
+    given = getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY")
+    keys = [given] if isinstance(given, str) else list(given or [])
+    return [key for key in keys if key]
+
+
+def _holds_one_of(keys: Sequence[str], request: Request) -> bool:
+    """Compares with every key in constant time, so that the time tells nothing."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    same = [hmac.compare_digest(token.encode(), key.encode()) for key in keys]
+    return scheme.lower() == "bearer" and any(same)
+
+
+def _is_small(request: Request) -> bool:
+    length = request.headers.get("content-length", "0")
+    chunked = "transfer-encoding" in request.headers
+    return not chunked and length.isdecimal() and int(length) <= MAX_BODY_BYTES
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else "unknown"

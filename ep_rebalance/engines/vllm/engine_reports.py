@@ -1,0 +1,88 @@
+"""What the API server asks the engine, in bounded time and at a bounded rate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from ep_rebalance.config import MetricsConfig
+from ep_rebalance.control import Action
+from ep_rebalance.exporter import Exporter
+from ep_rebalance.metrics import decode
+
+logger = logging.getLogger(__name__)
+
+FRESH_SECONDS = 0.2
+"""An answer of this age is given again: however many ask, the engine is asked five times a second."""
+
+
+class EngineReports:
+    """Asks the workers, over vLLM's own channel to them."""
+
+    def __init__(self, engine_client: Any, config: MetricsConfig) -> None:
+        self._engine = engine_client
+        self._config = config
+        self._newest: dict[str, tuple[float, bytes]] = {}
+        self._asking: dict[str, asyncio.Lock] = {}
+
+    async def status(self) -> bytes | None:
+        """The encoded status; the one before if the engine does not answer in time; None before the
+        first.
+        """
+        newest = await self._report("ep_rebalance_snapshot")
+        if newest is None and "ep_rebalance_snapshot" in self._newest:
+            return self._newest["ep_rebalance_snapshot"][1]
+        return newest
+
+    async def load(self) -> bytes | None:
+        """The encoded load of every expert; None if the engine does not answer in time."""
+        return await self._report("ep_rebalance_load")
+
+    async def overview(self) -> bytes | None:
+        """The encoded overview; None if the engine does not answer in time."""
+        return await self._report("ep_rebalance_overview")
+
+    async def record(self, on: bool) -> None:
+        """Switch the recording of the trace. Raises what the engine raises, TimeoutError included."""
+        await self._ask("ep_rebalance_record", on)
+
+    async def ask(self, action: Action) -> str:
+        """Hand over an operator's request; "" or why it cannot be followed. Raises as `record` does."""
+        answers = [a for a in await self._ask("ep_rebalance_ask", action) if a is not None]
+        if not answers:
+            return "EP rank 0 is not here; ask the server of data-parallel rank 0"
+        return str(answers[0])
+
+    async def export(self, exporter: Exporter) -> None:
+        """Fill the metrics for ever. Never raises: the server must not notice."""
+        while True:
+            payload = await self._report("ep_rebalance_snapshot")
+            if payload is not None:
+                try:
+                    exporter.update(decode(payload))
+                except Exception:
+                    logger.exception("ep_rebalance: metrics were not updated")
+            await asyncio.sleep(self._config.poll_seconds)
+
+    async def _report(self, method: str) -> bytes | None:
+        """One question at a time; those who waited for it share its answer if it is fresh."""
+        async with self._asking.setdefault(method, asyncio.Lock()):
+            asked, known = self._newest.get(method, (0.0, b""))
+            if known and time.monotonic() - asked < FRESH_SECONDS:
+                return known
+            try:
+                answers = await self._ask(method)
+            except Exception as error:
+                logger.debug("ep_rebalance: %s was not answered: %r", method, error)
+                return None
+            newest = next((answer for answer in answers if answer), None)
+            if newest is not None:
+                self._newest[method] = time.monotonic(), newest
+            return newest
+
+    async def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        async with asyncio.timeout(self._config.poll_timeout_seconds):
+            answers: list[Any] = await self._engine.collective_rpc(method, args=arguments)
+            return answers

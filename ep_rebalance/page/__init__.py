@@ -1,0 +1,31 @@
+"""The page at `GET /ep_rebalance/`: one document with its style and script inside, nothing fetched from
+elsewhere; it asks the server for `overview` while somebody looks at it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+
+_STYLE = (files(__name__) / "page.css").read_text(encoding="utf-8")
+_SCRIPT = (files(__name__) / "page.js").read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+CONTENT_SECURITY_POLICY = (
+    f"default-src 'none'; style-src {_hash(_STYLE)}; script-src {_hash(_SCRIPT)}; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+
+
+@cache
+def page() -> str:
+    """The whole document."""
+    document = (files(__name__) / "page.html").read_text(encoding="utf-8")
+    return document.replace("/*style*/", _STYLE).replace("/*script*/", _SCRIPT)
