@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup demo test check clean help
+.PHONY: setup demo test check dashboards clean help
 
 setup:  ## make .venv with vLLM for CPU and all development tools
 	@scripts/setup
@@ -12,6 +12,9 @@ test: setup check  ## checks, then the test suite; options for pytest go in ARGS
 
 check: setup  ## format, lint, types and import contracts
 	@scripts/check
+
+dashboards: setup  ## write the files of dashboards/ that are made from code
+	@scripts/dashboards
 
 clean:  ## remove .venv, caches and build output
 	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

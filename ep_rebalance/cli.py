@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from ep_rebalance import __version__
 from ep_rebalance.commands.advise import advise
 from ep_rebalance.commands.convert import convert
+from ep_rebalance.commands.dashboards import dashboards
 from ep_rebalance.commands.doctor import doctor
 from ep_rebalance.commands.inspection import inspect
 from ep_rebalance.commands.plan import plan
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command("replay")(run_replay)
 app.command()(advise)
 app.command()(convert)
+app.command()(dashboards)
 app.command()(doctor)
 app.command()(inspect)
 app.command()(plan)

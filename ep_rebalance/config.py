@@ -166,12 +166,18 @@ class MetricsConfig(_Section):
     """Show the page at `GET /ep_rebalance/`. It costs nothing while nobody looks."""
     replicas: bool = False
     """Export `ep_rebalance_replicas`, one series per MoE layer."""
+    layer_rank_tokens: bool = False
+    """Export `ep_rebalance_layer_rank_tokens_total`, one series per MoE layer and EP rank, for the heat
+    map of the placement dashboard. The page at `GET /ep_rebalance/` shows one without any series.
+    """
     expert_tokens: bool = False
     """Export `ep_rebalance_expert_tokens_total`, one series per MoE layer and logical expert. `GET
     /ep_rebalance/load` shows the same counts without any series.
     """
     max_series: int = Field(default=2000, gt=0)
-    """Most series that `expert_tokens` may make; with more the server does not start."""
+    """Most series that `expert_tokens` and `layer_rank_tokens` may make; with more the server does not
+    start.
+    """
 
 
 class TraceConfig(_Section):
@@ -201,8 +207,10 @@ class ControlConfig(_Section):
 
     enabled: bool = False
     """Whether `POST /ep_rebalance/...` is answered at all; it needs an API key, the server's or ours."""
-    api_key: str | None = Field(default=None, repr=False)
-    """A key for these routes alone; None takes the server's `--api-key`."""
+    api_key_file: str | None = None
+    """File with a key for these routes alone; None takes the server's `--api-key`. A file, since vLLM logs
+    its settings.
+    """
     guard_reads: bool = False
     """Ask for a key on the routes that only read, too. A server with `--api-key` always does."""
 
@@ -251,10 +259,6 @@ class RebalanceConfig(_Section):
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-ready values."""
         return self.model_dump(mode="json")
-
-    def shown(self) -> dict[str, Any]:
-        """The same without secrets, for others to see."""
-        return self.model_dump(mode="json", exclude={"control": {"api_key"}})
 
 
 def load_config(*layers: Any) -> RebalanceConfig:

@@ -53,6 +53,8 @@ class Journal:
         self.status.reported_timestamp = time.time()
         if metrics.replicas:
             self.status.replicas = (served.placement.replica_counts_LE() - 1).sum(1).tolist()
+        if metrics.layer_rank_tokens:
+            self.status.layer_rank_tokens = self._balance.rank_tokens_LR.tolist()
         if metrics.expert_tokens:
             self.status.expert_tokens = self._tokens_ALE.sum(0).tolist()
         return self.status
@@ -83,7 +85,7 @@ class Journal:
             {phase: seen.overall() for phase, seen in balance.phases.items()}
         )
         status.step_seconds = sample.step_seconds
-        status.rank_tokens = balance.rank_tokens_R.tolist()
+        status.rank_tokens = balance.rank_tokens_LR.sum(0).tolist()
         status.busiest_rank_tokens = dict(balance.busiest_tokens)
         pairs_per_token = int(status.info["top_k"]) * status.layers
         for phase, counts_LE in zip(PHASES, sample.counts_ALE, strict=True):
@@ -208,7 +210,7 @@ def initial_status(
         experts=placement.num_experts,
         ep_size=placement.num_ranks,
         slots=placement.num_slots,
-        config=config.shown(),
+        config=config.as_dict(),
         rank_tokens=[0] * placement.num_ranks,
         busiest_rank_tokens={"served": 0, "contiguous": 0},
         phase_tokens=dict.fromkeys(PHASES, 0),

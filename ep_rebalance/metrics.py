@@ -239,6 +239,15 @@ METRICS: tuple[Metric, ...] = (
         help="Slots above one per logical expert. Only with metrics.replicas.",
     ),
     Metric(
+        name="layer_rank_tokens",
+        kind="counter",
+        labels=("layer", "ep_rank"),
+        field="layer_rank_tokens",
+        optional=True,
+        help="Routed tokens of a layer that an EP rank computed. Only with metrics.layer_rank_tokens:"
+        " layers x ranks series.",
+    ),
+    Metric(
         name="expert_tokens",
         kind="counter",
         labels=("layer", "expert"),
@@ -296,8 +305,9 @@ class Status(msgspec.Struct, kw_only=True):
     step_seconds: mean wall time of a step in the last snapshot.
     activity: what it is doing now; moves_done of moves_planned experts are committed in the migration
     that runs. commits: the newest generations.
-    replicas: slots above one per logical expert, per MoE layer; expert_tokens: routed tokens per MoE
-    layer and logical expert. Both are empty unless the configuration asks for their metric.
+    replicas: slots above one per logical expert, per MoE layer; layer_rank_tokens, expert_tokens: routed
+    tokens per MoE layer and EP rank or logical expert. All three are empty unless the configuration asks
+    for their metric.
     """
 
     started: float
@@ -333,6 +343,7 @@ class Status(msgspec.Struct, kw_only=True):
     commits: list[Commit] = []
     quota_changes: int = 0
     replicas: list[int] = []
+    layer_rank_tokens: list[list[int]] = []
     expert_tokens: list[list[int]] = []
     last_commit_timestamp: float = 0.0
     migrating: int = 0

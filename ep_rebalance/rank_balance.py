@@ -52,8 +52,8 @@ class RankBalance:
     served, contiguous: as served, and as the placement that the engine loaded would have had it.
     phases: as served, each phase alone.
     recent_LR, recent_LE: float64, tokens of recent snapshots per rank and per logical expert.
-    rank_tokens_R: int64, and busiest_tokens, by placement: routed tokens since the start, layers
-    summed.
+    rank_tokens_LR: int64, routed tokens since the start; busiest_tokens: by placement, those of each
+    layer's busiest rank, layers summed.
     """
 
     def __init__(self, contiguous: Placement) -> None:
@@ -62,7 +62,7 @@ class RankBalance:
         self.phases = {phase: RecentImbalance(layers) for phase in PHASES}
         self.recent_LR = np.zeros((layers, contiguous.num_ranks))
         self.recent_LE = np.zeros((layers, contiguous.num_experts))
-        self.rank_tokens_R = np.zeros(contiguous.num_ranks, dtype=np.int64)
+        self.rank_tokens_LR = np.zeros((layers, contiguous.num_ranks), dtype=np.int64)
         self.busiest_tokens = {"served": 0, "contiguous": 0}
         self._loaded = contiguous
         self._loaded_quotas_LP = contiguous.even_quotas_LP()
@@ -79,6 +79,6 @@ class RankBalance:
             self.phases[phase].add(rank_load_LR)
         self.recent_LR = _FADE * self.recent_LR + served_LR
         self.recent_LE = _FADE * self.recent_LE + load_LE
-        self.rank_tokens_R += np.rint(served_LR.sum(axis=0)).astype(np.int64)
+        self.rank_tokens_LR += np.rint(served_LR).astype(np.int64)
         self.busiest_tokens["served"] += round(served_LR.max(axis=1).sum())
         self.busiest_tokens["contiguous"] += round(contiguous_LR.max(axis=1).sum())

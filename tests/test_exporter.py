@@ -56,6 +56,7 @@ def test_every_metric_of_the_table_is_exported_with_its_help_and_labels():
     status.overall_imbalance = {"served": 1.2, "contiguous": 1.4, "predicted": 1.1}
     status.phase_imbalance = {"prefill": 1.2, "decode": 1.3}
     status.replicas, status.expert_tokens = [0, 0], [[1, 2, 3, 4], [4, 3, 2, 1]]
+    status.layer_rank_tokens = [[3, 7], [7, 3]]
     scrape.exporter.update(status)
     families = {family.name: family for family in scrape.registry.collect()}
     assert set(families) == {metric.full_name for metric in METRICS}
@@ -68,7 +69,7 @@ def test_every_metric_of_the_table_is_exported_with_its_help_and_labels():
 
 
 def test_optional_metrics_are_off_until_their_key_is_set(scrape: Scrape):
-    assert OPTIONAL == ["replicas", "expert_tokens"]
+    assert OPTIONAL == ["replicas", "layer_rank_tokens", "expert_tokens"]
     names = {family.name for family in scrape.registry.collect()}
     assert names == {metric.full_name for metric in METRICS if not metric.optional}
     for name in OPTIONAL:

@@ -46,7 +46,7 @@ def source_files() -> set[str]:
         f"{package}/{path.relative_to(folder)}"
         for package, folder in SOURCES.items()
         for path in folder.rglob("*")
-        if path.suffix in SHIPPED_SUFFIXES
+        if path.suffix in SHIPPED_SUFFIXES or (path.suffix == ".md" and folder.name == "dashboards")
     }
 
 

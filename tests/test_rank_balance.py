@@ -54,7 +54,7 @@ def test_counters_add_up_all_snapshots(snapshots):
     for counts_ALE in snapshots:
         balance.add(counts_ALE, SERVED)
     routed = sum(int(counts.sum()) for counts in snapshots)
-    assert balance.rank_tokens_R.sum() == routed
+    assert balance.rank_tokens_LR.sum() == routed
     for name, placement in (("served", SERVED.placement), ("contiguous", LOADED)):
         loads = [placement.rank_load_LR(counts.sum(0)) for counts in snapshots]
         assert balance.busiest_tokens[name] == sum(load.max(1).sum() for load in loads)

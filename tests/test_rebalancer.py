@@ -272,7 +272,7 @@ def rebalance_recorded(rank, size, config, executor):
             ranks=size,
             redundant=config.planner.redundant_experts,
             expert_bytes=list(memory_of(loaded_anywhere(size, config)).expert_bytes_L),
-            config=config.shown(),
+            config=config.as_dict(),
         )
         recorder = Recorder(config.trace, head)
     engine = Engine(rank, size, config, executor=executor, recorder=recorder)

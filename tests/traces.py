@@ -37,7 +37,7 @@ def head_of(
         "engine": "vllm 0.32.0",
         "plugin_version": "0.1.0",
         "started": 1.0,
-        "config": load_config({"planner": {"redundant_experts": redundant}}).shown(),
+        "config": load_config({"planner": {"redundant_experts": redundant}}).as_dict(),
     }
     return TraceHead(**fields | changes)  # type: ignore[arg-type]
 

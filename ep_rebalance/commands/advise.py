@@ -163,7 +163,7 @@ def _as_json(head: TraceHead, settings: RebalanceConfig, best: list[Advice]) -> 
         "plugin_version": __version__,
         "model": head.model,
         "origin": head.origin or "recorded",
-        "config": settings.shown(),
+        "config": settings.as_dict(),
         "rows": [
             asdict(option) | {"saved": option.saved, "command": serve_command(head.model, option)}
             for option in best

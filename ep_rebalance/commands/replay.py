@@ -371,7 +371,7 @@ def as_json(
             "snapshots": len(replayed[0].step_N),
             "steps": int(replayed[0].steps_N.sum()),
         },
-        "config": settings.shown(),
+        "config": settings.as_dict(),
         "rows": [_row(one, baseline) for one in replayed],
     }
 

@@ -32,7 +32,8 @@ function duration(seconds) {
   return `${Math.round(seconds / 3600)} h`;
 }
 
-function activity(status) {
+function activity(status, before) {
+  if (before && before.steps === status.steps) return [status.paused ? "idle, paused" : "idle", "good"];
   if (status.stuck) return ["stuck", "bad"];
   if (status.activity === "migrating") return ["moving experts", "good"];
   if (status.paused) return ["paused", "bad"];
@@ -54,7 +55,7 @@ function showState(text, kind) {
   element("state").className = `state ${kind}`;
 }
 
-function showNow(status) {
+function showNow(status, before) {
   const { overall_imbalance: overall, busiest_rank_tokens: busiest } = status;
   show("served", ratio(overall.served));
   show("contiguous", ratio(overall.contiguous));
@@ -72,7 +73,7 @@ function showNow(status) {
   const waits = [...status.round_stall_seconds.values, ...status.commit_stall_seconds.values];
   show("stall", waits.length ? duration(Math.max(...waits)) : "none yet");
   show("step", status.step_seconds ? `a step takes ${duration(status.step_seconds)}` : "");
-  const [text, kind] = activity(status);
+  const [text, kind] = activity(status, before);
   showState(text, kind);
   const moving = status.activity === "migrating";
   show("doing", moving ? `${status.moves_done} of ${plural(status.moves_planned, "expert")} arrived` : "");
@@ -267,12 +268,13 @@ function draw() {
 }
 
 function accept(view) {
+  const before = state.view && state.view.status;
   state.view = view;
   element("main").hidden = false;
   element("key").hidden = element("trouble").hidden = true;
   show("model", view.status.model.split("/").slice(-2).join("/"));
-  document.title = `${activity(view.status)[0]} - ep_rebalance`;
-  showNow(view.status);
+  document.title = `${activity(view.status, before)[0]} - ep_rebalance`;
+  showNow(view.status, before);
   showTables(view);
   remember(view.status);
   draw();

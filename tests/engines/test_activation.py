@@ -303,7 +303,17 @@ def test_a_series_for_each_expert_is_refused_above_the_limit(create):
 
 def test_a_series_for_each_expert_can_be_had_up_to_the_limit(create):
     create({"metrics": {"expert_tokens": True, "max_series": LAYERS * EXPERTS}})
+    create({"metrics": {"layer_rank_tokens": True, "max_series": LAYERS * 2}})
     create({"metrics": {"replicas": True, "max_series": 1}})
+
+
+def test_a_series_for_each_rank_of_each_layer_is_refused_above_the_limit(create):
+    assert_refused(
+        create,
+        ["layer_rank_tokens would make up to 4 time series", "2 ranks in each of 2 layers"],
+        ["the page at /ep_rebalance/", "raise metrics.max_series"],
+        {"metrics": {"layer_rank_tokens": True, "max_series": LAYERS * 2 - 1}},
+    )
 
 
 # --- refused: state file
@@ -396,3 +406,20 @@ def test_observing_does_not_read_the_state(create, tmp_path):
     path = tmp_path / "state.npz"
     path.write_bytes(b"something else")
     create({"mode": "observe", "state": {"path": str(path)}})
+
+
+# --- refused: key of the operators
+
+
+def test_a_key_that_is_none_is_refused(create, tmp_path: Path):
+    empty, missing = tmp_path / "empty", tmp_path / "missing"
+    empty.write_text(" \n")
+    for path, reason in (
+        (empty, "is empty"),
+        (missing, "cannot be read"),
+        (tmp_path, "cannot be read"),
+    ):
+        assert_refused(
+            create, [str(path), reason], ["file" if path != empty else "openssl"],
+            {"control": {"api_key_file": str(path)}},
+        )  # fmt: skip

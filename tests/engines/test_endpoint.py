@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import os
+import tempfile
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -27,7 +29,14 @@ CHANGES = {
     "rebalance": ("ep_rebalance_ask", "rebalance"),
     "record?on=true": ("ep_rebalance_record", True),
 }
-ENABLED = {"control": {"enabled": True, "api_key": "operator"}, "trace": {"path": "traces"}}
+ENABLED = {"control": {"enabled": True, "api_key_file": "operator"}, "trace": {"path": "traces"}}
+
+
+def key_file(key: str) -> str:
+    """A file that holds `key`."""
+    path = Path(tempfile.mkdtemp()) / "key"
+    path.write_text(f"{key}\n")
+    return str(path)
 
 
 class EngineClient:
@@ -38,6 +47,8 @@ class EngineClient:
 
     def __init__(self, *, active: bool = True, silent: bool = False, **settings) -> None:
         config = load_config({"metrics": {"poll_timeout_seconds": 0.05}}, settings).as_dict()
+        if config["control"]["api_key_file"] is not None:
+            config["control"]["api_key_file"] = key_file(config["control"]["api_key_file"])
         self.vllm_config = SimpleNamespace(
             additional_config={"ep_rebalance": config} if active else {},
             parallel_config=SimpleNamespace(_api_process_rank=1, data_parallel_rank=0),
@@ -102,7 +113,7 @@ def test_a_route_asks_for_the_api_key(route, token, code):
 
 
 def test_routes_that_read_can_be_guarded_by_our_own_key():
-    engine = EngineClient(control={"guard_reads": True, "api_key": "operator"})
+    engine = EngineClient(control={"guard_reads": True, "api_key_file": "operator"})
     assert [a.status_code for a in ask(engine, *ROUTES)] == [401] * 3
     assert [a.status_code for a in ask(engine, *ROUTES, token="operator")] == [200] * 3
 
@@ -172,8 +183,8 @@ def test_a_change_is_handed_to_the_engine(route):
         ({"enabled": True}, "s3cret", "wrong", 401),
         ({"enabled": True}, "s3cret", "s3cre", 401),
         ({"enabled": True}, "s3cret", "s3cret", 200),
-        ({"enabled": True, "api_key": "operator"}, "s3cret", "s3cret", 401),
-        ({"enabled": True, "api_key": "operator"}, "s3cret", "operator", 200),
+        ({"enabled": True, "api_key_file": "operator"}, "s3cret", "s3cret", 401),
+        ({"enabled": True, "api_key_file": "operator"}, "s3cret", "operator", 200),
     ],
 )
 def test_a_change_needs_control_and_its_key(route, control, api_key, token, code):

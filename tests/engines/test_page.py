@@ -158,9 +158,11 @@ def test_it_goes_on_with_newer_numbers(tab: Tab) -> None:
             2,
         )
         status.generation = 3
+        status.steps += 16
         engine.payload = made_up_overview(status)
         tab.wait_for("document.getElementById('state').textContent === 'moving experts'")
         assert tab.text("#doing") == "2 of 8 experts arrived"
+        tab.wait_for("document.getElementById('state').textContent === 'idle'")
         assert tab.evaluate("document.getElementById('progress').value") == 0.25
         assert tab.evaluate("document.querySelectorAll('#course .commit').length") == 1
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 
 from serving import TOKENS, Server, prompts
+
+ReadCounts = Callable[[Server], Mapping[str, int]]
 
 MIGRATIONS = 3
 FLUSH = "hello"
@@ -31,18 +34,20 @@ def answers_across_migrations(server: Server, questions: list[str]) -> dict[str,
     return {"before": before, "during": during, "after": server.answers(questions)}
 
 
-def assert_counts_are_right(server: Server) -> None:
+def assert_counts_are_right(
+    server: Server, read: ReadCounts = lambda s: s.status()["phase_tokens"]
+) -> None:
     """A prompt of n bytes is n prefill tokens; of its answer all tokens but the last pass the
     experts.
 
-    What the last steps counted waits for the next snapshot. Ending each reading with the same short
-    request makes these all decode tokens of one sequence.
+    read: where the counts, by phase, are seen. What the last steps counted waits for the next snapshot.
+    Ending each reading with the same short request makes these all decode tokens of one sequence.
     """
     texts = prompts(per_domain=2, skip=50)
-    before = _read_counts(server)
+    before = _read_counts(server, read)
     for text in texts:
         server.answer(text)
-    after = _read_counts(server)
+    after = _read_counts(server, read)
     flushed = len(FLUSH)
     expected = {
         "prefill": flushed + sum(len(text.encode()) for text in texts),
@@ -52,7 +57,6 @@ def assert_counts_are_right(server: Server) -> None:
     assert abs(after["decode"] - before["decode"] - expected["decode"]) <= 2 * STEPS_PER_SNAPSHOT
 
 
-def _read_counts(server: Server) -> dict[str, int]:
+def _read_counts(server: Server, read: ReadCounts) -> dict[str, int]:
     server.answer(FLUSH)
-    counts: dict[str, int] = server.status()["phase_tokens"]
-    return counts
+    return dict(read(server))

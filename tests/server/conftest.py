@@ -59,6 +59,14 @@ def one_rank_answers(one_rank: OneRank) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
+def operators_key(logs: Path) -> str:
+    """A file that holds OPERATOR."""
+    path = logs / "operators_key"
+    path.write_text(f"{OPERATOR}\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def traces(logs: Path) -> Path:
     """Where the data-parallel server records its load."""
     folder = logs / "traces"
@@ -67,8 +75,11 @@ def traces(logs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data_parallel(logs: Path, settings_file: str, traces: Path) -> Iterator[Server]:
-    records = {"trace": {"path": str(traces)}, "control": {"enabled": True, "api_key": OPERATOR}}
+def data_parallel(
+    logs: Path, settings_file: str, traces: Path, operators_key: str
+) -> Iterator[Server]:
+    control = {"enabled": True, "api_key_file": operators_key}
+    records = {"trace": {"path": str(traces)}, "control": control}
     arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
     arguments += ("--ep-rebalance-config", json.dumps(records))
     with serving(logs / "data_parallel.log", *arguments) as server:

@@ -4,26 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 import pytest
-from metrics_page import assert_metrics_agree
 from serving import DATA_PARALLEL, PLUGIN, TENSOR_PARALLEL, prompts, refused_start, serving
 
 pytestmark = pytest.mark.server
-
-
-def test_two_api_servers_with_a_key(logs: Path, settings_file: str) -> None:
-    """Each API server answers the route, one exports, and the route asks for the key."""
-    arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
-    more = ("--api-server-count", "2", "--api-key", "secret")
-    with serving(logs / "two_api_servers.log", *arguments, *more) as server:
-        for route in ("status", "load"):
-            assert httpx.get(f"{server.url}/ep_rebalance/{route}").status_code == 401
-        server.authorise("secret")
-        server.answers(prompts(per_domain=2))
-        for _ in range(4):
-            assert server.status()["ep_size"] == server.load()["ep_size"] == 2
-        assert_metrics_agree(server)
 
 
 def test_four_ranks_of_tensor_and_data_parallelism_serve(

@@ -8,10 +8,11 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastapi import Request
 
-from ep_rebalance.config import ControlConfig
+from ep_rebalance.config import ConfigurationError, ControlConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,15 @@ class Refused(Exception):
 
 
 class Access:
-    """The keys of one server. server_keys: those that vLLM was given."""
+    """The keys of one server. server_keys: those that vLLM was given.
+
+    Raises ConfigurationError if `control.api_key_file` holds no key.
+    """
 
     def __init__(self, config: ControlConfig, server_keys: Sequence[str]) -> None:
         self._config = config
         self._server_keys = list(server_keys)
-        self._own = [config.api_key] if config.api_key else []
+        self._own = [own_key(config.api_key_file)] if config.api_key_file else []
         self._refusals = 0
         self._logged = -REFUSALS_LOGGED_EVERY
 
@@ -53,7 +57,7 @@ class Access:
             raise Refused(403, "control.enabled is false on this server")
         keys = self._own or self._server_keys
         if not keys:
-            raise Refused(403, "control needs --api-key or control.api_key")
+            raise Refused(403, "control needs --api-key or control.api_key_file")
         if not _holds_one_of(keys, request):
             raise Refused(401, "Unauthorized")
         if not _is_small(request):
@@ -77,6 +81,23 @@ class Access:
             self._refusals,
         )
         self._logged, self._refusals = time.monotonic(), 0
+
+
+def own_key(path: str) -> str:
+    """The key in a file, blanks around it left out. Raises ConfigurationError if there is none."""
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"control.api_key_file={path!r} cannot be read ({error}).",
+            "name a text file that the server may read.",
+        ) from None
+    if not key:
+        raise ConfigurationError(
+            f"control.api_key_file={path!r} is empty, and an empty key guards nothing.",
+            "write a long random key into it, as of `openssl rand -hex 32`.",
+        )
+    return key
 
 
 def server_keys(args: Namespace) -> list[str]:

@@ -26,6 +26,7 @@ from ep_rebalance.config import (
     load_config,
     settings_from_environment,
 )
+from ep_rebalance.engines.vllm.access import own_key
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 from ep_rebalance.state import ModelIdentity, check_writable, load_state
@@ -130,9 +131,11 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_contracts()
     _check_parallel(vllm_config.parallel_config)
     _check_model(vllm_config, config)
-    _check_metrics(vllm_config.model_config, config.metrics)
+    _check_metrics(vllm_config, config.metrics)
     _check_state(vllm_config, config)
     _check_trace(config)
+    if config.control.api_key_file:
+        own_key(config.control.api_key_file)
 
 
 def seams() -> tuple[Any, ...]:
@@ -198,17 +201,27 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
         )
 
 
-def _check_metrics(model: Any, metrics: MetricsConfig) -> None:
+def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
     """Dense layers are taken for MoE layers: a check before the model is loaded knows no better."""
-    if not metrics.expert_tokens:
-        return
+    model = vllm_config.model_config
     layers, experts = model.get_total_num_hidden_layers(), model.get_num_experts()
-    if layers * experts > metrics.max_series:
-        raise ConfigurationError(
-            f"metrics.expert_tokens would make up to {layers * experts} time series, for {experts} experts "
-            f"in each of {layers} layers; metrics.max_series={metrics.max_series}.",
-            "drop metrics.expert_tokens and read GET /ep_rebalance/load, or raise metrics.max_series.",
-        )
+    ranks = ep_size(vllm_config.parallel_config)
+    wide = {
+        "expert_tokens": (metrics.expert_tokens, experts, "experts", "GET /ep_rebalance/load"),
+        "layer_rank_tokens": (
+            metrics.layer_rank_tokens,
+            ranks,
+            "ranks",
+            "the page at /ep_rebalance/",
+        ),
+    }
+    for name, (wanted, number, things, instead) in wide.items():
+        if wanted and layers * number > metrics.max_series:
+            raise ConfigurationError(
+                f"metrics.{name} would make up to {layers * number} time series, for {number} {things} "
+                f"in each of {layers} layers; metrics.max_series={metrics.max_series}.",
+                f"drop metrics.{name} and read {instead}, or raise metrics.max_series.",
+            )
 
 
 def _no_experts(model: str) -> ConfigurationError:

@@ -233,7 +233,7 @@ def _recorder(
         engine=f"vllm {version('vllm')}",
         plugin_version=__version__,
         started=time.time(),
-        config=config.shown(),
+        config=config.as_dict(),
     )
     return Recorder(config.trace, head)
 

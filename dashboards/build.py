@@ -1,0 +1,97 @@
+"""Build: the files that are made from code, and whether those on disk are up to date.
+
+python -m ep_rebalance.dashboards.build FOLDER            writes them
+python -m ep_rebalance.dashboards.build FOLDER --check    exits 1 if one differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ep_rebalance.dashboards.migration import MIGRATION
+from ep_rebalance.dashboards.overview import OVERVIEW
+from ep_rebalance.dashboards.placement import PLACEMENT
+from ep_rebalance.dashboards.promql import SERIES
+
+DASHBOARDS = (OVERVIEW, PLACEMENT, MIGRATION)
+RULES = "alerts.yaml"
+KUBERNETES_RULES = "kubernetes/prometheusrule.yaml"
+
+
+def generated(folder: Path) -> dict[str, str]:
+    """Path below `folder` and text of each generated file; the rules are read from `folder`."""
+    files = {
+        f"grafana/{dashboard.uid}.json": json.dumps(dashboard.json(), indent=2) + "\n"
+        for dashboard in DASHBOARDS
+    }
+    rules = yaml.safe_load((folder / RULES).read_text(encoding="utf-8"))
+    files[KUBERNETES_RULES] = _kubernetes(rules)
+    return files
+
+
+def stale(folder: Path) -> list[str]:
+    """Generated files in `folder` that are missing or differ from what the code makes."""
+    return [
+        name
+        for name, text in generated(folder).items()
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
+    ]
+
+
+def write(folder: Path) -> None:
+    for name, text in generated(folder).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(panel's title, expression) of a dashboard's JSON, those in collapsed rows included."""
+    for panel in dashboard["panels"]:
+        for inner in [panel, *panel.get("panels", [])]:
+            for target in inner.get("targets", []):
+                yield inner["title"], target["expr"]
+    for annotation in dashboard["annotations"]["list"]:
+        if "expr" in annotation:
+            yield annotation["name"], annotation["expr"]
+
+
+def undefined_metrics(expression: str) -> set[str]:
+    """Names of ours in `expression` that no metric of the table defines. Recorded series have a colon."""
+    names = re.findall(r"(?<![\w:])ep_rebalance_\w+(?!\w*:)", expression)
+    return set(names) - SERIES
+
+
+def _kubernetes(rules: dict[str, Any]) -> str:
+    rule = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "ep-rebalance", "labels": {"release": "prometheus"}},
+        "spec": rules,
+    }
+    text: str = yaml.safe_dump(rule, sort_keys=False, width=110)
+    return f"# Made from ../{RULES}.\n{text}"
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if not options.check:
+        write(options.folder)
+        return 0
+    for name in (old := stale(options.folder)):
+        print(f"{name} is not what the code makes; run make dashboards", file=sys.stderr)  # noqa: T201
+    return 1 if old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,227 @@
+"""Migration: what does it cost, and does it fail?"""
+
+from __future__ import annotations
+
+from ep_rebalance.dashboards.layout import Dashboard, Row
+from ep_rebalance.dashboards.panels import FAULT, GOOD, WITHOUT, Query, stat, timeseries
+from ep_rebalance.dashboards.promql import ours, quantile, rate
+
+_STALLS = ("ep_rebalance_round_stall_seconds", "ep_rebalance_commit_stall_seconds")
+_STALLED = " + ".join(
+    f"sum({rate(ours(name.removeprefix('ep_rebalance_') + '_sum'))})" for name in _STALLS
+)
+
+_TILES = Row(
+    panels=(
+        stat(
+            "Experts moved",
+            "Expert copies committed to a new slot in the time shown.",
+            ("ep_rebalance_migrated_experts_total",),
+            f"sum(increase({ours('migrated_experts_total')}[$__range]))",
+            decimals=0,
+            width=4,
+        ),
+        stat(
+            "Bytes moved",
+            "Of these copies.",
+            ("ep_rebalance_migrated_bytes_total",),
+            f"sum(increase({ours('migrated_bytes_total')}[$__range]))",
+            unit="bytes",
+            width=4,
+        ),
+        stat(
+            "Time lost to moving",
+            "Part of the time that the engine waited for rounds and commits. The budget for one step is "
+            "`migration.max_bytes_per_step`.",
+            _STALLS,
+            _STALLED,
+            unit="percentunit",
+            decimals=2,
+            steps=((None, GOOD), (0.01, WITHOUT), (0.05, FAULT)),
+            width=4,
+        ),
+        stat(
+            "Given up",
+            "Migrations that were abandoned, and plans that failed, in the time shown.",
+            ("ep_rebalance_plans_total",),
+            f"sum(increase({ours('plans_total', outcome='~failed|abandoned')}[$__range]))",
+            decimals=0,
+            steps=((None, GOOD), (1, FAULT)),
+            width=4,
+        ),
+        stat(
+            "Last report",
+            "Age of what is shown: the engine is asked every `metrics.poll_seconds`.",
+            ("ep_rebalance_reported_timestamp_seconds",),
+            f"time() - min({ours('reported_timestamp_seconds')} > 0)",
+            unit="s",
+            decimals=0,
+            steps=((None, GOOD), (60, FAULT)),
+            width=4,
+        ),
+        stat(
+            "Lost trace records",
+            "Records that the disk was too slow for, or refused, since the start.",
+            ("ep_rebalance_lost_trace_records_total",),
+            f"sum({ours('lost_trace_records_total')})",
+            decimals=0,
+            steps=((None, GOOD), (1, FAULT)),
+            width=4,
+        ),
+    ),
+)
+
+_MOVED = Row(
+    title="What moved",
+    panels=(
+        timeseries(
+            "Experts by link",
+            "Expert copies committed: within a rank, within a node, between nodes.",
+            ("ep_rebalance_migrated_experts_total",),
+            (
+                Query(
+                    expr=f"sum by (link) (increase({ours('migrated_experts_total')}[$__rate_interval]))",
+                    legend="{{link}}",
+                ),
+            ),
+            bars=True,
+            decimals=0,
+        ),
+        timeseries(
+            "Bytes per second by link",
+            "Of the copies that were committed.",
+            ("ep_rebalance_migrated_bytes_total",),
+            (
+                Query(
+                    expr=f"sum by (link) ({rate(ours('migrated_bytes_total'))})", legend="{{link}}"
+                ),
+            ),
+            unit="Bps",
+            lowest=0,
+        ),
+    ),
+)
+
+_WAITS = Row(
+    title="What it cost",
+    panels=(
+        timeseries(
+            "Wait of one round",
+            "Time that the engine waited between two steps while experts moved.",
+            ("ep_rebalance_round_stall_seconds",),
+            tuple(
+                Query(expr=quantile(part, ours("round_stall_seconds_bucket")), legend=legend)
+                for part, legend in ((0.5, "p50"), (0.99, "p99"))
+            ),
+            unit="s",
+            lowest=0,
+            width=8,
+        ),
+        timeseries(
+            "Wait of one commit",
+            "Time that the engine waited while arrived experts were put in their slots.",
+            ("ep_rebalance_commit_stall_seconds",),
+            tuple(
+                Query(expr=quantile(part, ours("commit_stall_seconds_bucket")), legend=legend)
+                for part, legend in ((0.5, "p50"), (0.99, "p99"))
+            ),
+            unit="s",
+            lowest=0,
+            width=8,
+        ),
+        timeseries(
+            "Part of the time lost",
+            "Of all time, what the engine waited for rounds and commits.",
+            _STALLS,
+            (Query(expr=_STALLED, legend="rounds and commits", colour=WITHOUT),),
+            unit="percentunit",
+            lowest=0,
+            width=8,
+        ),
+        timeseries(
+            "Rounds per second",
+            "One all-to-all of at most `migration.max_bytes_per_step` between two steps.",
+            ("ep_rebalance_round_stall_seconds",),
+            (Query(expr=f"sum({rate(ours('round_stall_seconds_count'))})", legend="rounds"),),
+            lowest=0,
+            width=8,
+        ),
+        timeseries(
+            "Time of a migration",
+            "From its first round to its last commit; serving goes on meanwhile.",
+            ("ep_rebalance_migration_duration_seconds",),
+            tuple(
+                Query(expr=quantile(part, ours("migration_duration_seconds_bucket")), legend=legend)
+                for part, legend in ((0.5, "p50"), (0.95, "p95"))
+            ),
+            unit="s",
+            lowest=0,
+            width=8,
+        ),
+        timeseries(
+            "Time of a plan",
+            "In a thread beside the steps.",
+            ("ep_rebalance_plan_duration_seconds",),
+            tuple(
+                Query(expr=quantile(part, ours("plan_duration_seconds_bucket")), legend=legend)
+                for part, legend in ((0.5, "p50"), (0.95, "p95"))
+            ),
+            unit="s",
+            lowest=0,
+            width=8,
+        ),
+    ),
+)
+
+_HEALTH = Row(
+    title="Does it fail?",
+    panels=(
+        timeseries(
+            "Failures",
+            "abandoned: given up while experts moved, what was served stayed. failed: no plan came out.",
+            ("ep_rebalance_plans_total",),
+            (
+                Query(
+                    expr="sum by (outcome) (increase("
+                    f"{ours('plans_total', outcome='~failed|abandoned')}[$__rate_interval]))",
+                    legend="{{outcome}}",
+                ),
+            ),
+            bars=True,
+            decimals=0,
+            width=8,
+        ),
+        timeseries(
+            "Stuck, paused, moving",
+            "1 while it is so; serving goes on in all three.",
+            ("ep_rebalance_stuck", "ep_rebalance_paused", "ep_rebalance_migrating"),
+            (
+                Query(expr=f"max({ours('stuck')})", legend="stuck", colour=FAULT),
+                Query(expr=f"max({ours('paused')})", legend="paused", colour=WITHOUT),
+                Query(expr=f"max({ours('migrating')})", legend="moving experts", colour=GOOD),
+            ),
+            lowest=0,
+            highest=1,
+            decimals=0,
+            width=8,
+        ),
+        timeseries(
+            "Steps and snapshots per second",
+            "A snapshot sums up `window.snapshot_steps` steps; without steps nothing is seen or planned.",
+            ("ep_rebalance_steps_total", "ep_rebalance_snapshots_total"),
+            (
+                Query(expr=f"sum({rate(ours('steps_total'))})", legend="steps"),
+                Query(expr=f"sum({rate(ours('snapshots_total'))})", legend="snapshots"),
+            ),
+            lowest=0,
+            width=8,
+        ),
+    ),
+)
+
+MIGRATION = Dashboard(
+    uid="ep-rebalance-migration",
+    title="Migration",
+    text="What moving experts costs, and whether it fails.",
+    rows=(_TILES, _MOVED, _WAITS, _HEALTH),
+)

@@ -1,0 +1,219 @@
+"""Panels: one function for each kind that is used, as plain dictionaries of Grafana's JSON model.
+
+Colours mean the same everywhere: blue is what is served, orange what it would be without rebalancing,
+green good news, red a fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SERVED, WITHOUT, GOOD, FAULT, PLAIN = "blue", "orange", "green", "red", "text"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """legend: with `{{label}}` in it. instant: the newest value only."""
+
+    expr: str
+    legend: str = "__auto"
+    colour: str | None = None
+    instant: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """metrics: names that its description ends with."""
+
+    title: str
+    text: str
+    metrics: Sequence[str]
+    queries: Sequence[Query]
+    kind: str
+    width: int
+    height: int
+    unit: str = "none"
+    decimals: int | None = None
+    steps: Sequence[tuple[float | None, str]] = ((None, PLAIN),)
+    mappings: Sequence[Json] = ()
+    lowest: float | None = None
+    highest: float | None = None
+    custom: Mapping[str, Any] = field(default_factory=dict)
+    colour: Mapping[str, Any] = field(default_factory=lambda: {"mode": "thresholds"})
+    options: Mapping[str, Any] = field(default_factory=dict)
+    transformations: Sequence[Json] = ()
+
+    def json(self) -> Json:
+        """Without its place and number."""
+        names = ", ".join(f"`{name}`" for name in self.metrics)
+        return {
+            "type": self.kind,
+            "title": self.title,
+            "description": f"{self.text}\n\nMetric: {names}",
+            "datasource": DATASOURCE,
+            "targets": [
+                _target(query, number, self.kind) for number, query in enumerate(self.queries)
+            ],
+            "fieldConfig": {"defaults": self._defaults(), "overrides": _colours(self.queries)},
+            "options": dict(self.options),
+            "transformations": list(self.transformations),
+        }
+
+    def _defaults(self) -> Json:
+        defaults: Json = {
+            "unit": self.unit,
+            "color": dict(self.colour),
+            "custom": dict(self.custom),
+            "mappings": [_NO_TRAFFIC, *self.mappings],
+            "noValue": "No traffic",
+            "thresholds": {
+                "mode": "absolute",
+                "steps": [{"color": colour, "value": value} for value, colour in self.steps],
+            },
+        }
+        bounds = {"decimals": self.decimals, "min": self.lowest, "max": self.highest}
+        return defaults | {name: value for name, value in bounds.items() if value is not None}
+
+
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+_NO_TRAFFIC = {
+    "type": "special",
+    "options": {"match": "nan", "result": {"index": 0, "text": "No traffic"}},
+}
+
+
+def stat(title: str, text: str, metrics: Sequence[str], expr: str, **more: Any) -> Panel:
+    """A tile with one number."""
+    options = {
+        "colorMode": "value",
+        "graphMode": "none",
+        "justifyMode": "auto",
+        "orientation": "auto",
+        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+        "textMode": "value",
+    }
+    place = {"kind": "stat", "width": 3, "height": 4, "options": options}
+    return Panel(
+        **{"title": title, "text": text, "metrics": metrics, "queries": [Query(expr=expr)],
+           **place, **more}
+    )  # fmt: skip
+
+
+def timeseries(
+    title: str, text: str, metrics: Sequence[str], queries: Sequence[Query], **more: Any
+) -> Panel:
+    """Lines over time; with `bars=True` stacked bars."""
+    custom: Json = {
+        "drawStyle": "line",
+        "lineInterpolation": "linear",
+        "lineWidth": 2,
+        "fillOpacity": 8,
+        "showPoints": "never",
+        "spanNulls": False,
+        "stacking": {"mode": "none", "group": "A"},
+    }
+    if more.pop("bars", False):
+        custom |= {"drawStyle": "bars", "fillOpacity": 80, "lineWidth": 1}
+        custom["stacking"] = {"mode": "normal", "group": "A"}
+    options = {
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
+        "tooltip": {"mode": "multi", "sort": "desc"},
+    }
+    place = {"kind": "timeseries", "width": 12, "height": 8, "options": options, "custom": custom}
+    return Panel(
+        **{"title": title, "text": text, "metrics": metrics, "queries": queries,
+           "colour": {"mode": "palette-classic"}, **place, **more}
+    )  # fmt: skip
+
+
+def rows_over_time(
+    title: str, text: str, metrics: Sequence[str], query: Query, **more: Any
+) -> Panel:
+    """A heat map over time, one row for each series."""
+    options = {
+        "showValue": "never",
+        "rowHeight": 0.95,
+        "colWidth": 1,
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": False, "calcs": []},
+        "tooltip": {"mode": "single", "sort": "none"},
+    }
+    place = {"kind": "status-history", "width": 12, "height": 12, "options": options,
+             "custom": {"lineWidth": 0, "fillOpacity": 100}}  # fmt: skip
+    return Panel(
+        **{"title": title, "text": text, "metrics": metrics, "queries": [query],
+           "colour": {"mode": "continuous-BlYlRd"}, **place, **more}
+    )  # fmt: skip
+
+
+def matrix(
+    title: str,
+    text: str,
+    metrics: Sequence[str],
+    query: Query,
+    *,
+    row: str,
+    column: str,
+    **more: Any,
+) -> Panel:
+    """Coloured cells now: one row for each value of the label `row`, one column for each of `column`."""
+    by = {"rowField": row, "columnField": column, "valueField": "Value"}
+    options = {"showHeader": True, "cellHeight": "sm", "footer": {"show": False, "reducer": []}}
+    place = {"kind": "table", "width": 24, "height": 14, "options": options,
+             "custom": {"align": "center", "cellOptions": {"type": "color-background"}}}  # fmt: skip
+    return Panel(
+        **{"title": title, "text": text, "metrics": metrics, "queries": [query],
+           "colour": {"mode": "continuous-BlYlRd"}, **place, **more},
+        transformations=[{"id": "groupingToMatrix", "options": by}],
+    )  # fmt: skip
+
+
+def bars(title: str, text: str, metrics: Sequence[str], query: Query, **more: Any) -> Panel:
+    """One bar for each series, now."""
+    options = {
+        "displayMode": "gradient",
+        "orientation": "horizontal",
+        "showUnfilled": True,
+        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+    }
+    place = {"kind": "bargauge", "width": 12, "height": 8, "options": options}
+    return Panel(
+        **{"title": title, "text": text, "metrics": metrics, "queries": [query], **place, **more}
+    )
+
+
+def names(*values: tuple[float, str, str]) -> list[Json]:
+    """Words and colours for exact values."""
+    options = {
+        f"{value:g}": {"index": index, "text": text, "color": colour}
+        for index, (value, text, colour) in enumerate(values)
+    }
+    return [{"type": "value", "options": options}]
+
+
+def _target(query: Query, number: int, kind: str) -> Json:
+    target: Json = {
+        "datasource": DATASOURCE,
+        "editorMode": "code",
+        "expr": query.expr,
+        "legendFormat": query.legend,
+        "refId": chr(ord("A") + number),
+    }
+    if query.instant:
+        target |= {"instant": True, "range": False}
+    if kind == "table":
+        target["format"] = "table"
+    return target
+
+
+def _colours(queries: Sequence[Query]) -> list[Json]:
+    return [
+        {
+            "matcher": {"id": "byFrameRefID", "options": chr(ord("A") + number)},
+            "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": query.colour}}],
+        }
+        for number, query in enumerate(queries)
+        if query.colour
+    ]
