@@ -59,8 +59,8 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
             for target in inner.get("targets", []):
                 yield inner["title"], target["expr"]
     for annotation in dashboard["annotations"]["list"]:
-        if "expr" in annotation:
-            yield annotation["name"], annotation["expr"]
+        if "target" in annotation:
+            yield annotation["name"], annotation["target"]["expr"]
 
 
 def undefined_metrics(expression: str) -> set[str]:

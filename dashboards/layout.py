@@ -97,10 +97,9 @@ _BUILT_IN = {
 _COMMITS = {
     "datasource": DATASOURCE,
     "enable": True,
-    "expr": f"changes({ours('placement_generation')}[1m]) > 0",
     "iconColor": "purple",
     "name": "Placement changed",
-    "step": "30s",
+    "target": {"expr": f"changes({ours('placement_generation')}[1m]) > 0", "refId": "commits"},
     "titleFormat": "Placement changed",
 }
 _LINKS = {
@@ -111,7 +110,9 @@ _LINKS = {
     "tags": TAGS,
     "targetBlank": False,
     "title": "ep_rebalance dashboards",
+    "tooltip": "",
     "type": "dashboards",
+    "url": "",
 }
 
 
@@ -121,7 +122,6 @@ def _choice(name: str, label: str, within: str) -> Json:
         "allValue": ".+",
         "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
         "datasource": DATASOURCE,
-        "definition": query,
         "includeAll": True,
         "label": label,
         "multi": True,
@@ -135,7 +135,6 @@ def _choice(name: str, label: str, within: str) -> Json:
 
 _VARIABLES = [
     {
-        "current": {},
         "label": "Data source",
         "name": "datasource",
         "query": "prometheus",
@@ -147,7 +146,6 @@ _VARIABLES = [
     _choice("instance", "Instance", 'job=~"$job", model_name=~"$model_name"'),
     {
         "datasource": DATASOURCE,
-        "filters": [],
         "label": "Filters",
         "name": "filters",
         "type": "adhoc",

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from ep_rebalance.dashboards.layout import Dashboard, Row
-from ep_rebalance.dashboards.panels import FAULT, GOOD, WITHOUT, Query, stat, timeseries
+from ep_rebalance.dashboards.panels import (
+    FAULT,
+    GOOD,
+    LINKS,
+    OUTCOMES,
+    WITHOUT,
+    Query,
+    stat,
+    timeseries,
+)
 from ep_rebalance.dashboards.promql import ours, quantile, rate
 
 _STALLS = ("ep_rebalance_round_stall_seconds", "ep_rebalance_commit_stall_seconds")
-_STALLED = " + ".join(
-    f"sum({rate(ours(name.removeprefix('ep_rebalance_') + '_sum'))})" for name in _STALLS
-)
+
+
+def _stalled(window: str) -> str:
+    """Part of the time in `window` that the engine waited."""
+    waits = (
+        f"sum(rate({ours(f'{stall}_stall_seconds_sum')}[{window}]))"
+        for stall in ("round", "commit")
+    )
+    return " + ".join(waits)
+
 
 _TILES = Row(
     panels=(
@@ -31,10 +47,10 @@ _TILES = Row(
         ),
         stat(
             "Time lost to moving",
-            "Part of the time that the engine waited for rounds and commits. The budget for one step is "
+            "Part of the time shown that the engine waited for rounds and commits. The budget of a step is "
             "`migration.max_bytes_per_step`.",
             _STALLS,
-            _STALLED,
+            _stalled("$__range"),
             unit="percentunit",
             decimals=2,
             steps=((None, GOOD), (0.01, WITHOUT), (0.05, FAULT)),
@@ -84,6 +100,7 @@ _MOVED = Row(
                     legend="{{link}}",
                 ),
             ),
+            named=LINKS,
             bars=True,
             decimals=0,
         ),
@@ -96,7 +113,8 @@ _MOVED = Row(
                     expr=f"sum by (link) ({rate(ours('migrated_bytes_total'))})", legend="{{link}}"
                 ),
             ),
-            unit="Bps",
+            named=LINKS,
+            unit="binBps",
             lowest=0,
         ),
     ),
@@ -133,7 +151,11 @@ _WAITS = Row(
             "Part of the time lost",
             "Of all time, what the engine waited for rounds and commits.",
             _STALLS,
-            (Query(expr=_STALLED, legend="rounds and commits", colour=WITHOUT),),
+            (
+                Query(
+                    expr=_stalled("$__rate_interval"), legend="rounds and commits", colour=WITHOUT
+                ),
+            ),
             unit="percentunit",
             lowest=0,
             width=8,
@@ -187,6 +209,7 @@ _HEALTH = Row(
                     legend="{{outcome}}",
                 ),
             ),
+            named={name: OUTCOMES[name] for name in ("abandoned", "failed")},
             bars=True,
             decimals=0,
             width=8,

@@ -6,6 +6,7 @@ from ep_rebalance.dashboards.layout import Dashboard, Row
 from ep_rebalance.dashboards.panels import (
     FAULT,
     GOOD,
+    OUTCOMES,
     SERVED,
     WITHOUT,
     Query,
@@ -161,6 +162,7 @@ _WORTH = Row(
                     legend="{{outcome}}",
                 ),
             ),
+            named=OUTCOMES,
             width=8,
             bars=True,
             decimals=0,

@@ -11,6 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SERVED, WITHOUT, GOOD, FAULT, PLAIN = "blue", "orange", "green", "red", "text"
+OUTCOMES = {
+    "committed": GOOD,
+    "no_gain": PLAIN,
+    "over_budget": WITHOUT,
+    "abandoned": "dark-red",
+    "failed": FAULT,
+}
+LINKS = {"local": GOOD, "intranode": SERVED, "internode": WITHOUT}
 Json = dict[str, Any]
 
 
@@ -26,7 +34,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """metrics: names that its description ends with."""
+    """metrics: names that its description ends with. named: colours of series by their legend."""
 
     title: str
     text: str
@@ -41,6 +49,7 @@ class Panel:
     mappings: Sequence[Json] = ()
     lowest: float | None = None
     highest: float | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
     custom: Mapping[str, Any] = field(default_factory=dict)
     colour: Mapping[str, Any] = field(default_factory=lambda: {"mode": "thresholds"})
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +66,7 @@ class Panel:
             "targets": [
                 _target(query, number, self.kind) for number, query in enumerate(self.queries)
             ],
-            "fieldConfig": {"defaults": self._defaults(), "overrides": _colours(self.queries)},
+            "fieldConfig": {"defaults": self._defaults(), "overrides": self._overrides()},
             "options": dict(self.options),
             "transformations": list(self.transformations),
         }
@@ -76,6 +85,22 @@ class Panel:
         }
         bounds = {"decimals": self.decimals, "min": self.lowest, "max": self.highest}
         return defaults | {name: value for name, value in bounds.items() if value is not None}
+
+    def _overrides(self) -> list[Json]:
+        """Colours that are fixed, by query and by name."""
+        of_queries = [
+            ("byFrameRefID", _letter(number), query.colour)
+            for number, query in enumerate(self.queries)
+            if query.colour
+        ]
+        of_names = [("byName", name, colour) for name, colour in self.named.items()]
+        return [
+            {
+                "matcher": {"id": matcher, "options": options},
+                "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}],
+            }
+            for matcher, options, colour in of_queries + of_names
+        ]
 
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -199,7 +224,7 @@ def _target(query: Query, number: int, kind: str) -> Json:
         "editorMode": "code",
         "expr": query.expr,
         "legendFormat": query.legend,
-        "refId": chr(ord("A") + number),
+        "refId": _letter(number),
     }
     if query.instant:
         target |= {"instant": True, "range": False}
@@ -208,12 +233,5 @@ def _target(query: Query, number: int, kind: str) -> Json:
     return target
 
 
-def _colours(queries: Sequence[Query]) -> list[Json]:
-    return [
-        {
-            "matcher": {"id": "byFrameRefID", "options": chr(ord("A") + number)},
-            "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": query.colour}}],
-        }
-        for number, query in enumerate(queries)
-        if query.colour
-    ]
+def _letter(number: int) -> str:
+    return chr(ord("A") + number)
