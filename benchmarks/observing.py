@@ -37,7 +37,7 @@ def parse_options() -> argparse.Namespace:
     add("--pairs", type=int, default=40, help="of turns (default 40)")
     add("--seconds", type=float, default=6, help="of a turn (default 6)")
     add("--port", type=int, default=8300, help="of the server (default 8300)")
-    add("--concurrency", type=int, default=64, help="requests in flight per rank (default 64)")
+    add("--concurrency", type=int, default=8, help="requests in flight per rank (default 8)")
     return parser.parse_args()
 
 

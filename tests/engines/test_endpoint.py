@@ -165,6 +165,23 @@ def test_a_burst_of_readers_asks_the_engine_once():
     assert len(engine.asked) <= 2
 
 
+def test_a_burst_on_a_silent_engine_is_answered_within_one_timeout():
+    engine = EngineClient(silent=True)
+
+    async def burst() -> list[int]:
+        app, plugin = FastAPI(), create_endpoint_plugin()
+        plugin.attach_router(app)
+        await plugin.init_state(engine, app.state, Namespace(api_key=None))
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://x"
+        ) as client:
+            answers = await asyncio.gather(*(client.get("/ep_rebalance/load") for _ in range(50)))
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(burst()) == [503] * 50
+    assert engine.asked == ["ep_rebalance_load"]
+
+
 @pytest.mark.parametrize("route", CHANGES)
 def test_a_change_is_handed_to_the_engine(route):
     engine = EngineClient(**ENABLED)

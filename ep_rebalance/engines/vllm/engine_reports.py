@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Any
 
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 FRESH_SECONDS = 0.2
 """An answer of this age is given again: however many ask, the engine is asked five times a second."""
 
+_STATUS = "ep_rebalance_snapshot"
+
 
 class EngineReports:
     """Asks the workers, over vLLM's own channel to them."""
@@ -24,17 +27,16 @@ class EngineReports:
     def __init__(self, engine_client: Any, config: MetricsConfig) -> None:
         self._engine = engine_client
         self._config = config
-        self._newest: dict[str, tuple[float, bytes]] = {}
-        self._asking: dict[str, asyncio.Lock] = {}
+        self._answers: dict[str, tuple[float, bytes | None]] = {}
+        self._asking: dict[str, asyncio.Task[bytes | None]] = {}
+        self._status: bytes | None = None
 
     async def status(self) -> bytes | None:
         """The encoded status; the one before if the engine does not answer in time; None before the
         first.
         """
-        newest = await self._report("ep_rebalance_snapshot")
-        if newest is None and "ep_rebalance_snapshot" in self._newest:
-            return self._newest["ep_rebalance_snapshot"][1]
-        return newest
+        self._status = await self._report(_STATUS) or self._status
+        return self._status
 
     async def load(self) -> bytes | None:
         """The encoded load of every expert; None if the engine does not answer in time."""
@@ -58,7 +60,7 @@ class EngineReports:
     async def export(self, exporter: Exporter) -> None:
         """Fill the metrics for ever. Never raises: the server must not notice."""
         while True:
-            payload = await self._report("ep_rebalance_snapshot")
+            payload = await self._report(_STATUS)
             if payload is not None:
                 try:
                     exporter.update(decode(payload))
@@ -67,20 +69,26 @@ class EngineReports:
             await asyncio.sleep(self._config.poll_seconds)
 
     async def _report(self, method: str) -> bytes | None:
-        """One question at a time; those who waited for it share its answer if it is fresh."""
-        async with self._asking.setdefault(method, asyncio.Lock()):
-            asked, known = self._newest.get(method, (0.0, b""))
-            if known and time.monotonic() - asked < FRESH_SECONDS:
-                return known
-            try:
-                answers = await self._ask(method)
-            except Exception as error:
-                logger.debug("ep_rebalance: %s was not answered: %r", method, error)
-                return None
-            newest = next((answer for answer in answers if answer), None)
-            if newest is not None:
-                self._newest[method] = time.monotonic(), newest
-            return newest
+        """One question at a time: all who ask meanwhile, or a moment later, share its answer, or that
+        there was none.
+        """
+        answered, answer = self._answers.get(method, (-math.inf, None))
+        if time.monotonic() - answered < FRESH_SECONDS:
+            return answer
+        if method not in self._asking:
+            self._asking[method] = asyncio.create_task(self._fetch(method))
+        return await asyncio.shield(self._asking[method])
+
+    async def _fetch(self, method: str) -> bytes | None:
+        try:
+            answers = await self._ask(method)
+            answer = next((answer for answer in answers if answer), None)
+        except Exception as error:
+            logger.debug("ep_rebalance: %s was not answered: %r", method, error)
+            answer = None
+        self._answers[method] = time.monotonic(), answer
+        del self._asking[method]
+        return answer
 
     async def _ask(self, method: str, *arguments: Any) -> list[Any]:
         async with asyncio.timeout(self._config.poll_timeout_seconds):
