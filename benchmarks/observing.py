@@ -2,8 +2,8 @@
 
 One server with steady load serves by turns: in every second one nobody looks, in the others `/metrics`
 is scraped once a second and the page's `overview` is asked for every two seconds, as an open page does.
-Neighbouring turns are compared, in alternating order. The browser itself is left out: it runs on the
-viewer's machine.
+Neighbouring turns are compared, in alternating order. Few requests are in flight, so that they come in
+short waves. The browser itself is left out: it runs on the viewer's machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
@@ -25,6 +26,7 @@ from serving_servers import Clock, Engine, Server, variants
 
 SCRAPE_SECONDS = 1.0
 PAGE_SECONDS = 2.0
+ASKED = {"scrape": ("/metrics", SCRAPE_SECONDS), "page": ("/ep_rebalance/overview", PAGE_SECONDS)}
 RAMP_SECONDS = 15.0
 
 
@@ -34,8 +36,11 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pairs", type=int, default=40, help="of turns (default 40)")
-    add("--seconds", type=float, default=6, help="of a turn (default 6)")
+    add(
+        "--watch", choices=("both", *ASKED), default="both", help="what is asked for (default both)"
+    )
+    add("--pairs", type=int, default=120, help="of turns (default 120)")
+    add("--seconds", type=float, default=2, help="of a turn (default 2)")
     add("--port", type=int, default=8300, help="of the server (default 8300)")
     add("--concurrency", type=int, default=8, help="requests in flight per rank (default 8)")
     return parser.parse_args()
@@ -51,24 +56,24 @@ async def ask_every(session: aiohttp.ClientSession, path: str, seconds: float) -
         await asyncio.sleep(max(0.0, seconds - (time.monotonic() - began)))
 
 
-async def turn(server: Server, loop: ClosedLoop, seconds: float, *, watched: bool) -> float:
-    """Tokens per second of one turn."""
+async def turn(
+    server: Server, loop: ClosedLoop, seconds: float, asked: Sequence[str]
+) -> tuple[float, float]:
+    """When it began and ended; what was served is known when all requests have ended."""
     async with aiohttp.ClientSession(server.url) as session:
-        looking = [
-            asyncio.create_task(ask_every(session, path, every))
-            for path, every in (
-                ("/metrics", SCRAPE_SECONDS),
-                ("/ep_rebalance/overview", PAGE_SECONDS),
-            )
-            if watched
-        ]
+        looking = [asyncio.create_task(ask_every(session, *ASKED[name])) for name in asked]
         began = server.now()
         await loop.run(seconds)
         ended = server.now()
         for task in looking:
             assert not task.done(), f"the server did not answer: {task.exception()}"
             task.cancel()
-    return measure(loop.answers, began, ended).tokens_per_second
+    return began, ended
+
+
+def rate(loop: ClosedLoop, times: tuple[float, float]) -> float:
+    """Tokens per second between two moments."""
+    return measure(loop.answers, *times).tokens_per_second
 
 
 async def compare(
@@ -76,21 +81,27 @@ async def compare(
 ) -> list[tuple[float, float]]:
     """(quiet, watched) tokens per second of each pair of turns."""
     shape = ModelShape()
+    asked = tuple(ASKED) if options.watch == "both" else (options.watch,)
     variant = variants(ensure_model(shape), ensure_model(shape.even()), Clock())["rebalance"]
     server = Server(variant, Engine(), port=options.port, folder=folder)
     console.print("starting the server")
     await server.start()
     try:
         load = Load(tokens=shape.token_ids(0), concurrency=options.concurrency)
-        pairs = []
+        turns: list[dict[bool, tuple[float, float]]] = []
         async with ClosedLoop(server.url, str(variant.model), load, server.now) as loop:
             await loop.run(RAMP_SECONDS)
             for number in track(range(options.pairs), "pairs of turns", console=console):
-                rates = {}
+                turns.append({})
                 for watched in (False, True) if number % 2 else (True, False):
-                    rates[watched] = await turn(server, loop, options.seconds, watched=watched)
-                pairs.append((rates[False], rates[True]))
-        return pairs
+                    turns[-1][watched] = await turn(
+                        server, loop, options.seconds, asked if watched else ()
+                    )
+            await loop.finish()
+        return [
+            (rate(loop, quiet_and_watched[False]), rate(loop, quiet_and_watched[True]))
+            for quiet_and_watched in turns
+        ]
     finally:
         server.stop()
 
