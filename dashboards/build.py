@@ -66,7 +66,7 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def undefined_metrics(expression: str) -> set[str]:
     """Names of ours in `expression` that no metric of the table defines. Recorded series have a colon."""
     names = re.findall(r"(?<![\w:])ep_rebalance_\w+(?!\w*:)", expression)
-    return set(names) - SERIES
+    return set(names) - SERIES.keys()
 
 
 def _kubernetes(rules: dict[str, Any]) -> str:

@@ -10,12 +10,11 @@ from ep_rebalance.dashboards.panels import (
     OUTCOMES,
     WITHOUT,
     Query,
+    percentiles,
     stat,
     timeseries,
 )
-from ep_rebalance.dashboards.promql import ours, quantile, rate
-
-_STALLS = ("ep_rebalance_round_stall_seconds", "ep_rebalance_commit_stall_seconds")
+from ep_rebalance.dashboards.promql import increase, ours, rate
 
 
 def _stalled(window: str) -> str:
@@ -32,16 +31,14 @@ _TILES = Row(
         stat(
             "Experts moved",
             "Expert copies committed to a new slot in the time shown.",
-            ("ep_rebalance_migrated_experts_total",),
-            f"sum(increase({ours('migrated_experts_total')}[$__range]))",
+            increase(ours("migrated_experts_total")),
             decimals=0,
             width=4,
         ),
         stat(
             "Bytes moved",
             "Of these copies.",
-            ("ep_rebalance_migrated_bytes_total",),
-            f"sum(increase({ours('migrated_bytes_total')}[$__range]))",
+            increase(ours("migrated_bytes_total")),
             unit="bytes",
             width=4,
         ),
@@ -49,7 +46,6 @@ _TILES = Row(
             "Time lost to moving",
             "Part of the time shown that the engine waited for rounds and commits. The budget of a step is "
             "`migration.max_bytes_per_step`.",
-            _STALLS,
             _stalled("$__range"),
             unit="percentunit",
             decimals=2,
@@ -59,8 +55,7 @@ _TILES = Row(
         stat(
             "Given up",
             "Migrations that were abandoned, and plans that failed, in the time shown.",
-            ("ep_rebalance_plans_total",),
-            f"sum(increase({ours('plans_total', outcome='~failed|abandoned')}[$__range]))",
+            increase(ours("plans_total", outcome="~failed|abandoned")),
             decimals=0,
             steps=((None, GOOD), (1, FAULT)),
             width=4,
@@ -68,7 +63,6 @@ _TILES = Row(
         stat(
             "Last report",
             "Age of what is shown: the engine is asked every `metrics.poll_seconds`.",
-            ("ep_rebalance_reported_timestamp_seconds",),
             f"time() - min({ours('reported_timestamp_seconds')} > 0)",
             unit="s",
             decimals=0,
@@ -78,7 +72,6 @@ _TILES = Row(
         stat(
             "Lost trace records",
             "Records that the disk was too slow for, or refused, since the start.",
-            ("ep_rebalance_lost_trace_records_total",),
             f"sum({ours('lost_trace_records_total')})",
             decimals=0,
             steps=((None, GOOD), (1, FAULT)),
@@ -93,7 +86,6 @@ _MOVED = Row(
         timeseries(
             "Experts by link",
             "Expert copies committed: within a rank, within a node, between nodes.",
-            ("ep_rebalance_migrated_experts_total",),
             (
                 Query(
                     expr=f"sum by (link) (increase({ours('migrated_experts_total')}[$__rate_interval]))",
@@ -107,7 +99,6 @@ _MOVED = Row(
         timeseries(
             "Bytes per second by link",
             "Of the copies that were committed.",
-            ("ep_rebalance_migrated_bytes_total",),
             (
                 Query(
                     expr=f"sum by (link) ({rate(ours('migrated_bytes_total'))})", legend="{{link}}"
@@ -126,11 +117,7 @@ _WAITS = Row(
         timeseries(
             "Wait of one round",
             "Time that the engine waited between two steps while experts moved.",
-            ("ep_rebalance_round_stall_seconds",),
-            tuple(
-                Query(expr=quantile(part, ours("round_stall_seconds_bucket")), legend=legend)
-                for part, legend in ((0.5, "p50"), (0.99, "p99"))
-            ),
+            percentiles(ours("round_stall_seconds_bucket"), 0.5, 0.99),
             unit="s",
             lowest=0,
             width=8,
@@ -138,11 +125,7 @@ _WAITS = Row(
         timeseries(
             "Wait of one commit",
             "Time that the engine waited while arrived experts were put in their slots.",
-            ("ep_rebalance_commit_stall_seconds",),
-            tuple(
-                Query(expr=quantile(part, ours("commit_stall_seconds_bucket")), legend=legend)
-                for part, legend in ((0.5, "p50"), (0.99, "p99"))
-            ),
+            percentiles(ours("commit_stall_seconds_bucket"), 0.5, 0.99),
             unit="s",
             lowest=0,
             width=8,
@@ -150,7 +133,6 @@ _WAITS = Row(
         timeseries(
             "Part of the time lost",
             "Of all time, what the engine waited for rounds and commits.",
-            _STALLS,
             (
                 Query(
                     expr=_stalled("$__rate_interval"), legend="rounds and commits", colour=WITHOUT
@@ -163,7 +145,6 @@ _WAITS = Row(
         timeseries(
             "Rounds per second",
             "One all-to-all of at most `migration.max_bytes_per_step` between two steps.",
-            ("ep_rebalance_round_stall_seconds",),
             (Query(expr=f"sum({rate(ours('round_stall_seconds_count'))})", legend="rounds"),),
             lowest=0,
             width=8,
@@ -171,11 +152,7 @@ _WAITS = Row(
         timeseries(
             "Time of a migration",
             "From its first round to its last commit; serving goes on meanwhile.",
-            ("ep_rebalance_migration_duration_seconds",),
-            tuple(
-                Query(expr=quantile(part, ours("migration_duration_seconds_bucket")), legend=legend)
-                for part, legend in ((0.5, "p50"), (0.95, "p95"))
-            ),
+            percentiles(ours("migration_duration_seconds_bucket"), 0.5, 0.95),
             unit="s",
             lowest=0,
             width=8,
@@ -183,11 +160,7 @@ _WAITS = Row(
         timeseries(
             "Time of a plan",
             "In a thread beside the steps.",
-            ("ep_rebalance_plan_duration_seconds",),
-            tuple(
-                Query(expr=quantile(part, ours("plan_duration_seconds_bucket")), legend=legend)
-                for part, legend in ((0.5, "p50"), (0.95, "p95"))
-            ),
+            percentiles(ours("plan_duration_seconds_bucket"), 0.5, 0.95),
             unit="s",
             lowest=0,
             width=8,
@@ -201,7 +174,6 @@ _HEALTH = Row(
         timeseries(
             "Failures",
             "abandoned: given up while experts moved, what was served stayed. failed: no plan came out.",
-            ("ep_rebalance_plans_total",),
             (
                 Query(
                     expr="sum by (outcome) (increase("
@@ -217,7 +189,6 @@ _HEALTH = Row(
         timeseries(
             "Stuck, paused, moving",
             "1 while it is so; serving goes on in all three.",
-            ("ep_rebalance_stuck", "ep_rebalance_paused", "ep_rebalance_migrating"),
             (
                 Query(expr=f"max({ours('stuck')})", legend="stuck", colour=FAULT),
                 Query(expr=f"max({ours('paused')})", legend="paused", colour=WITHOUT),
@@ -231,7 +202,6 @@ _HEALTH = Row(
         timeseries(
             "Steps and snapshots per second",
             "A snapshot sums up `window.snapshot_steps` steps; without steps nothing is seen or planned.",
-            ("ep_rebalance_steps_total", "ep_rebalance_snapshots_total"),
             (
                 Query(expr=f"sum({rate(ours('steps_total'))})", legend="steps"),
                 Query(expr=f"sum({rate(ours('snapshots_total'))})", legend="snapshots"),

@@ -11,12 +11,12 @@ from ep_rebalance.dashboards.panels import (
     WITHOUT,
     Query,
     names,
+    percentiles,
     stat,
     timeseries,
 )
-from ep_rebalance.dashboards.promql import BY, imbalance, ours, quantile, rate, saved, vllm
+from ep_rebalance.dashboards.promql import imbalance, increase, ours, rank_share, rate, saved, vllm
 
-_BUSIEST = ("ep_rebalance_busiest_rank_tokens_total", "ep_rebalance_rank_tokens_total")
 _UNEVEN = ((None, GOOD), (1.15, WITHOUT), (1.4, FAULT))
 
 _TILES = Row(
@@ -24,7 +24,6 @@ _TILES = Row(
         stat(
             "State",
             "What the balancer does now.",
-            ("ep_rebalance_migrating", "ep_rebalance_paused", "ep_rebalance_stuck"),
             f"max({ours('migrating')} + 2 * {ours('paused')} + 4 * {ours('stuck')})",
             mappings=names(
                 (0, "Watching", GOOD),
@@ -40,7 +39,6 @@ _TILES = Row(
         stat(
             "Imbalance",
             "Tokens of the busiest rank over the mean, now; 1 is even. Every step waits for that rank.",
-            ("ep_rebalance_overall_imbalance_ratio",),
             f"max({ours('overall_imbalance_ratio', placement='served')})",
             decimals=3,
             steps=_UNEVEN,
@@ -48,14 +46,12 @@ _TILES = Row(
         stat(
             "Without rebalancing",
             "The same tokens on the placement that the engine loaded.",
-            ("ep_rebalance_overall_imbalance_ratio",),
             f"max({ours('overall_imbalance_ratio', placement='contiguous')})",
             decimals=3,
         ),
         stat(
             "Off the busiest rank",
             "Part of the busiest rank's tokens that rebalancing took off it, in the time shown.",
-            ("ep_rebalance_busiest_rank_tokens_total",),
             saved("$__range"),
             unit="percentunit",
             decimals=1,
@@ -64,7 +60,6 @@ _TILES = Row(
         stat(
             "Last plan saved",
             "Part of the step time that the last measured plan saved, on load that came after it.",
-            ("ep_rebalance_achieved_gain_ratio",),
             f"min({ours('achieved_gain_ratio')})",
             unit="percentunit",
             decimals=1,
@@ -73,14 +68,12 @@ _TILES = Row(
         stat(
             "Placement changes",
             "Migrations that committed in the time shown.",
-            ("ep_rebalance_plans_total",),
-            f"sum(increase({ours('plans_total', outcome='committed')}[$__range]))",
+            increase(ours("plans_total", outcome="committed")),
             decimals=0,
         ),
         stat(
             "Last change",
             "Time since the placement changed last.",
-            ("ep_rebalance_last_commit_timestamp_seconds",),
             f"time() - max({ours('last_commit_timestamp_seconds')} > 0)",
             unit="s",
             decimals=0,
@@ -88,8 +81,7 @@ _TILES = Row(
         stat(
             "Failed plans",
             "Plans that failed or were given up in the time shown. Serving went on.",
-            ("ep_rebalance_plans_total",),
-            f"sum(increase({ours('plans_total', outcome='~failed|abandoned')}[$__range]))",
+            increase(ours("plans_total", outcome="~failed|abandoned")),
             decimals=0,
             steps=((None, GOOD), (1, FAULT)),
         ),
@@ -103,7 +95,6 @@ _BALANCE = Row(
             "Imbalance",
             "Tokens of the busiest rank over the mean; 1 is even. Orange is what the same traffic would "
             "have had on the placement that the engine loaded; purple marks are placement changes.",
-            _BUSIEST,
             (
                 Query(expr=imbalance("served"), legend="as served", colour=SERVED),
                 Query(expr=imbalance("contiguous"), legend="without rebalancing", colour=WITHOUT),
@@ -114,11 +105,9 @@ _BALANCE = Row(
         timeseries(
             "Tokens of each rank over the mean",
             "1 everywhere is even. The highest line is the rank that the others wait for, over all layers.",
-            ("ep_rebalance_rank_tokens_total",),
             (
                 Query(
-                    expr=f"{rate(ours('rank_tokens_total'))} / on ({BY}) group_left () "
-                    f"(avg by ({BY}) ({rate(ours('rank_tokens_total'))}) > 0)",
+                    expr=rank_share(),
                     legend="rank {{ep_rank}}",
                 ),
             ),
@@ -133,7 +122,6 @@ _WORTH = Row(
         timeseries(
             "Off the busiest rank",
             "Part of the busiest rank's tokens that rebalancing took off it.",
-            ("ep_rebalance_busiest_rank_tokens_total",),
             (Query(expr=saved("$__rate_interval"), legend="taken off", colour=GOOD),),
             unit="percentunit",
             width=8,
@@ -142,7 +130,6 @@ _WORTH = Row(
             "Promised and kept",
             "Part of the step time that the last plan was to save, and what the last measured one saved on "
             "load that it had not seen.",
-            ("ep_rebalance_predicted_gain_ratio", "ep_rebalance_achieved_gain_ratio"),
             (
                 Query(
                     expr=f"max({ours('predicted_gain_ratio')})", legend="promised", colour=WITHOUT
@@ -155,7 +142,6 @@ _WORTH = Row(
         timeseries(
             "Plans by outcome",
             "no_gain and over_budget are plans that were not worth their migration: the placement stayed.",
-            ("ep_rebalance_plans_total",),
             (
                 Query(
                     expr=f"sum by (outcome) (increase({ours('plans_total')}[$__rate_interval]))",
@@ -176,7 +162,6 @@ _SERVING = Row(
         timeseries(
             "Tokens per second",
             "Prompt and generated tokens.",
-            ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
             (
                 Query(expr=f"sum({rate(vllm('prompt_tokens_total'))})", legend="prompt"),
                 Query(expr=f"sum({rate(vllm('generation_tokens_total'))})", legend="generated"),
@@ -188,13 +173,7 @@ _SERVING = Row(
         timeseries(
             "Time to first token",
             "Median and 95th percentile. Compare it before and after a purple mark.",
-            ("vllm:time_to_first_token_seconds",),
-            tuple(
-                Query(
-                    expr=quantile(part, vllm("time_to_first_token_seconds_bucket")), legend=legend
-                )
-                for part, legend in ((0.5, "p50"), (0.95, "p95"))
-            ),
+            percentiles(vllm("time_to_first_token_seconds_bucket"), 0.5, 0.95),
             unit="s",
             width=8,
             lowest=0,
@@ -202,13 +181,7 @@ _SERVING = Row(
         timeseries(
             "Time per output token",
             "Median and 95th percentile of the time between two tokens of an answer.",
-            ("vllm:inter_token_latency_seconds",),
-            tuple(
-                Query(
-                    expr=quantile(part, vllm("inter_token_latency_seconds_bucket")), legend=legend
-                )
-                for part, legend in ((0.5, "p50"), (0.95, "p95"))
-            ),
+            percentiles(vllm("inter_token_latency_seconds_bucket"), 0.5, 0.95),
             unit="s",
             width=8,
             lowest=0,
@@ -216,7 +189,6 @@ _SERVING = Row(
         timeseries(
             "Requests",
             "Running and waiting. With few requests the load of a rank is chance.",
-            ("vllm:num_requests_running", "vllm:num_requests_waiting"),
             (
                 Query(expr=f"sum({vllm('num_requests_running')})", legend="running"),
                 Query(expr=f"sum({vllm('num_requests_waiting')})", legend="waiting"),
@@ -227,7 +199,6 @@ _SERVING = Row(
         timeseries(
             "Tokens by phase",
             "Tokens that passed the MoE layers. Prefill weighs most in the balance of tokens.",
-            ("ep_rebalance_phase_tokens_total",),
             (
                 Query(
                     expr=f"sum by (phase) ({rate(ours('phase_tokens_total'))})", legend="{{phase}}"

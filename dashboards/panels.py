@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ep_rebalance.dashboards.promql import metrics_in, quantile
+
 SERVED, WITHOUT, GOOD, FAULT, PLAIN = "blue", "orange", "green", "red", "text"
 OUTCOMES = {
     "committed": GOOD,
@@ -34,11 +36,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """metrics: names that its description ends with. named: colours of series by their legend."""
+    """named: colours of series by their legend."""
 
     title: str
     text: str
-    metrics: Sequence[str]
     queries: Sequence[Query]
     kind: str
     width: int
@@ -57,11 +58,11 @@ class Panel:
 
     def json(self) -> Json:
         """Without its place and number."""
-        names = ", ".join(f"`{name}`" for name in self.metrics)
+        names = metrics_in(" ".join(query.expr for query in self.queries))
         return {
             "type": self.kind,
             "title": self.title,
-            "description": f"{self.text}\n\nMetric: {names}",
+            "description": f"{self.text}\n\nMetric: " + ", ".join(f"`{name}`" for name in names),
             "datasource": DATASOURCE,
             "targets": [
                 _target(query, number, self.kind) for number, query in enumerate(self.queries)
@@ -110,7 +111,7 @@ _NO_TRAFFIC = {
 }
 
 
-def stat(title: str, text: str, metrics: Sequence[str], expr: str, **more: Any) -> Panel:
+def stat(title: str, text: str, expr: str, **more: Any) -> Panel:
     """A tile with one number."""
     options = {
         "colorMode": "value",
@@ -122,14 +123,12 @@ def stat(title: str, text: str, metrics: Sequence[str], expr: str, **more: Any) 
     }
     place = {"kind": "stat", "width": 3, "height": 4, "options": options}
     return Panel(
-        **{"title": title, "text": text, "metrics": metrics, "queries": [Query(expr=expr)],
+        **{"title": title, "text": text, "queries": [Query(expr=expr)],
            **place, **more}
     )  # fmt: skip
 
 
-def timeseries(
-    title: str, text: str, metrics: Sequence[str], queries: Sequence[Query], **more: Any
-) -> Panel:
+def timeseries(title: str, text: str, queries: Sequence[Query], **more: Any) -> Panel:
     """Lines over time; with `bars=True` stacked bars."""
     custom: Json = {
         "drawStyle": "line",
@@ -149,14 +148,12 @@ def timeseries(
     }
     place = {"kind": "timeseries", "width": 12, "height": 8, "options": options, "custom": custom}
     return Panel(
-        **{"title": title, "text": text, "metrics": metrics, "queries": queries,
+        **{"title": title, "text": text, "queries": queries,
            "colour": {"mode": "palette-classic"}, **place, **more}
     )  # fmt: skip
 
 
-def rows_over_time(
-    title: str, text: str, metrics: Sequence[str], query: Query, **more: Any
-) -> Panel:
+def rows_over_time(title: str, text: str, query: Query, **more: Any) -> Panel:
     """A heat map over time, one row for each series."""
     options = {
         "showValue": "never",
@@ -168,7 +165,7 @@ def rows_over_time(
     place = {"kind": "status-history", "width": 12, "height": 12, "options": options,
              "custom": {"lineWidth": 0, "fillOpacity": 100}}  # fmt: skip
     return Panel(
-        **{"title": title, "text": text, "metrics": metrics, "queries": [query],
+        **{"title": title, "text": text, "queries": [query],
            "colour": {"mode": "continuous-BlYlRd"}, **place, **more}
     )  # fmt: skip
 
@@ -176,7 +173,6 @@ def rows_over_time(
 def matrix(
     title: str,
     text: str,
-    metrics: Sequence[str],
     query: Query,
     *,
     row: str,
@@ -189,13 +185,13 @@ def matrix(
     place = {"kind": "table", "width": 24, "height": 14, "options": options,
              "custom": {"align": "center", "cellOptions": {"type": "color-background"}}}  # fmt: skip
     return Panel(
-        **{"title": title, "text": text, "metrics": metrics, "queries": [query],
+        **{"title": title, "text": text, "queries": [query],
            "colour": {"mode": "continuous-BlYlRd"}, **place, **more},
         transformations=[{"id": "groupingToMatrix", "options": by}],
     )  # fmt: skip
 
 
-def bars(title: str, text: str, metrics: Sequence[str], query: Query, **more: Any) -> Panel:
+def bars(title: str, text: str, query: Query, **more: Any) -> Panel:
     """One bar for each series, now."""
     options = {
         "displayMode": "gradient",
@@ -204,9 +200,12 @@ def bars(title: str, text: str, metrics: Sequence[str], query: Query, **more: An
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
     }
     place = {"kind": "bargauge", "width": 12, "height": 8, "options": options}
-    return Panel(
-        **{"title": title, "text": text, "metrics": metrics, "queries": [query], **place, **more}
-    )
+    return Panel(**{"title": title, "text": text, "queries": [query], **place, **more})
+
+
+def percentiles(buckets: str, *parts: float) -> tuple[Query, ...]:
+    """A line for each part, e.g. 0.5 and 0.99."""
+    return tuple(Query(expr=quantile(part, buckets), legend=f"p{100 * part:g}") for part in parts)
 
 
 def names(*values: tuple[float, str, str]) -> list[Json]:

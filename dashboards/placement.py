@@ -13,14 +13,13 @@ from ep_rebalance.dashboards.panels import (
     stat,
     timeseries,
 )
-from ep_rebalance.dashboards.promql import BY, ours, rate
+from ep_rebalance.dashboards.promql import BY, ours, rank_share, rate
 
 _TILES = Row(
     panels=(
         stat(
             "Generation",
             "Number of the placement that is served; 0 is as the engine loaded it.",
-            ("ep_rebalance_placement_generation",),
             f"max({ours('placement_generation')})",
             decimals=0,
             width=4,
@@ -28,7 +27,6 @@ _TILES = Row(
         stat(
             "Worst layer",
             "Imbalance of the layer that is least even now.",
-            ("ep_rebalance_load_imbalance_ratio",),
             f"max({ours('load_imbalance_ratio')})",
             decimals=3,
             width=4,
@@ -36,7 +34,6 @@ _TILES = Row(
         stat(
             "Promised",
             "Overall imbalance that the last committed plan promised.",
-            ("ep_rebalance_overall_imbalance_ratio",),
             f"max({ours('overall_imbalance_ratio', placement='predicted')})",
             decimals=3,
             width=4,
@@ -44,7 +41,6 @@ _TILES = Row(
         stat(
             "Prefill",
             "Imbalance of prefill tokens alone.",
-            ("ep_rebalance_phase_imbalance_ratio",),
             f"max({ours('phase_imbalance_ratio', phase='prefill')})",
             decimals=3,
             width=4,
@@ -52,7 +48,6 @@ _TILES = Row(
         stat(
             "Decode",
             "Imbalance of decode tokens alone.",
-            ("ep_rebalance_phase_imbalance_ratio",),
             f"max({ours('phase_imbalance_ratio', phase='decode')})",
             decimals=3,
             width=4,
@@ -60,7 +55,6 @@ _TILES = Row(
         stat(
             "EP ranks",
             "Ranks that compute tokens.",
-            ("ep_rebalance_rank_tokens_total",),
             f"count({ours('rank_tokens_total')})",
             decimals=0,
             width=4,
@@ -74,7 +68,6 @@ _WHERE = Row(
         rows_over_time(
             "Imbalance of each layer",
             "Tokens of the layer's busiest rank over its mean, in recent snapshots.",
-            ("ep_rebalance_load_imbalance_ratio",),
             Query(
                 expr=f"max by (layer) ({ours('load_imbalance_ratio')})", legend="layer {{layer}}"
             ),
@@ -85,10 +78,8 @@ _WHERE = Row(
         rows_over_time(
             "Load of each rank",
             "Tokens of the rank over the mean of all, over all layers.",
-            ("ep_rebalance_rank_tokens_total",),
             Query(
-                expr=f"{rate(ours('rank_tokens_total'))} / on ({BY}) group_left () "
-                f"(avg by ({BY}) ({rate(ours('rank_tokens_total'))}) > 0)",
+                expr=rank_share(),
                 legend="rank {{ep_rank}}",
             ),
             lowest=0.5,
@@ -98,7 +89,6 @@ _WHERE = Row(
         bars(
             "Least even layers now",
             "Imbalance of the twelve layers that are least even.",
-            ("ep_rebalance_load_imbalance_ratio",),
             Query(
                 expr=f"topk(12, max by (layer) ({ours('load_imbalance_ratio')}))",
                 legend="layer {{layer}}",
@@ -111,7 +101,6 @@ _WHERE = Row(
         timeseries(
             "Promised and seen",
             "Worst layer: what the last committed plan promised for it, and what it has.",
-            ("ep_rebalance_load_imbalance_ratio", "ep_rebalance_predicted_imbalance_ratio"),
             (
                 Query(expr=f"max({ours('load_imbalance_ratio')})", legend="seen", colour=SERVED),
                 Query(
@@ -132,7 +121,6 @@ _GENERATIONS = Row(
         timeseries(
             "Generation",
             "Each step up is a migration that committed.",
-            ("ep_rebalance_placement_generation",),
             (Query(expr=f"max by ({BY}) ({ours('placement_generation')})", legend="{{instance}}"),),
             decimals=0,
             custom={"drawStyle": "line", "lineInterpolation": "stepAfter", "lineWidth": 2},
@@ -141,7 +129,6 @@ _GENERATIONS = Row(
             "Quota changes per minute",
             "Tokens split anew over the replicas of a placement, without moving a byte. Only with "
             "redundant experts.",
-            ("ep_rebalance_quota_changes_total",),
             (Query(expr=f"60 * sum({rate(ours('quota_changes_total'))})", legend="quota changes"),),
             lowest=0,
         ),
@@ -156,7 +143,6 @@ _OPTIONAL = Row(
             "Layer by rank",
             "Tokens of a rank over the mean of its layer. Needs `metrics.layer_rank_tokens: true`; the "
             "server's own page at /ep_rebalance/ shows it without.",
-            ("ep_rebalance_layer_rank_tokens_total",),
             Query(
                 expr=f"sum by (layer, ep_rank) ({rate(ours('layer_rank_tokens_total'))}) "
                 "/ on (layer) group_left () (avg by (layer) (sum by (layer, ep_rank) "
@@ -172,7 +158,6 @@ _OPTIONAL = Row(
         bars(
             "Hottest experts",
             "Tokens per second of the twelve hottest logical experts. Needs `metrics.expert_tokens: true`.",
-            ("ep_rebalance_expert_tokens_total",),
             Query(
                 expr=f"topk(12, sum by (layer, expert) ({rate(ours('expert_tokens_total'))}))",
                 legend="layer {{layer}} expert {{expert}}",
@@ -185,7 +170,6 @@ _OPTIONAL = Row(
         timeseries(
             "Replicas",
             "Slots above one per logical expert, by layer. Needs `metrics.replicas: true`.",
-            ("ep_rebalance_replicas",),
             (Query(expr=f"max by (layer) ({ours('replicas')})", legend="layer {{layer}}"),),
             lowest=0,
             decimals=0,

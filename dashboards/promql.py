@@ -6,6 +6,8 @@ the dashboards are built, not an empty panel.
 
 from __future__ import annotations
 
+import re
+
 from ep_rebalance.metrics import METRICS, PREFIX
 
 SCOPE = 'job=~"$job", model_name=~"$model_name", instance=~"$instance"'
@@ -25,10 +27,10 @@ VLLM = frozenset(
 """vLLM's own metrics that are shown; tests/server checks them against a live server."""
 
 _SUFFIXES = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
-SERIES = frozenset(
-    metric.full_name + suffix for metric in METRICS for suffix in _SUFFIXES[metric.kind]
-)
-"""All names under which our metrics can be asked for."""
+SERIES = {
+    metric.full_name + suffix: metric for metric in METRICS for suffix in _SUFFIXES[metric.kind]
+}
+"""Our metrics by all names under which they can be asked for."""
 
 
 def ours(name: str, **labels: str) -> str:
@@ -38,8 +40,7 @@ def ours(name: str, **labels: str) -> str:
     full = PREFIX + name
     if full not in SERIES:
         raise KeyError(f"no metric of the table is asked for as {full}")
-    (metric,) = (m for m in METRICS if full.startswith(m.full_name) and full[len(m.full_name) :] in
-                 _SUFFIXES[m.kind])  # fmt: skip
+    metric = SERIES[full]
     if unknown := labels.keys() - set(metric.labels):
         raise KeyError(f"{metric.full_name} has no label {', '.join(sorted(unknown))}")
     return _selector(full, labels)
@@ -68,6 +69,17 @@ def quantile(part: float, buckets: str) -> str:
     return f"histogram_quantile({part}, sum by (le) ({rate(buckets)}))"
 
 
+def increase(selector: str) -> str:
+    """In the time shown."""
+    return f"sum(increase({selector}[$__range]))"
+
+
+def rank_share() -> str:
+    """Tokens of each rank over the mean of its server's ranks."""
+    tokens = rate(ours("rank_tokens_total"))
+    return f"{tokens} / on ({BY}) group_left () (avg by ({BY}) ({tokens}) > 0)"
+
+
 def imbalance(placement: str) -> str:
     """Over any time: tokens of the busiest rank over those of the mean rank."""
     busiest = f"sum by ({BY}) ({rate(ours('busiest_rank_tokens_total', placement=placement))})"
@@ -82,3 +94,9 @@ def saved(window: str) -> str:
         for placement in ("served", "contiguous")
     )
     return f"1 - {served} / ({contiguous} > 0)"
+
+
+def metrics_in(expression: str) -> list[str]:
+    """Metrics that are asked for, in the order in which they first come up."""
+    names = re.findall(r"((?:vllm:|ep_rebalance_)\w+)\{", expression)
+    return list(dict.fromkeys(re.sub(r"_(bucket|sum|count)$", "", name) for name in names))
