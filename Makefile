@@ -14,7 +14,7 @@ check: setup  ## format, lint, types and import contracts
 	@scripts/check
 
 dashboards: setup  ## write the files of dashboards/ that are made from code
-	@scripts/dashboards
+	@.venv/bin/python -m ep_rebalance.dashboards.build dashboards
 
 clean:  ## remove .venv, caches and build output
 	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

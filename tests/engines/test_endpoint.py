@@ -5,6 +5,7 @@ import logging
 import os
 import tempfile
 from argparse import Namespace
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,17 +75,25 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@asynccontextmanager
+async def client_of(engine, api_key=None):
+    """Of a server with that engine."""
+    app, plugin = FastAPI(), create_endpoint_plugin()
+    plugin.attach_router(app)
+    await plugin.init_state(engine, app.state, Namespace(api_key=api_key))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://server"
+    ) as client:
+        yield client
+
+
 def ask(engine, *routes: str, api_key=None, token=None, method="GET", **request):
     """The answers of a server with that engine, one request after the other."""
     headers = {"authorization": f"Bearer {token}"} if token else {}
     headers |= request.pop("headers", {})
 
     async def asked() -> list[httpx.Response]:
-        app, plugin = FastAPI(), create_endpoint_plugin()
-        plugin.attach_router(app)
-        await plugin.init_state(engine, app.state, Namespace(api_key=api_key))
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with client_of(engine, api_key) as client:
             urls = [f"/ep_rebalance/{route}" for route in routes]
             return [await client.request(method, u, headers=headers, **request) for u in urls]
 
@@ -153,12 +162,7 @@ def test_a_burst_of_readers_asks_the_engine_once():
     engine = EngineClient()
 
     async def burst() -> list[httpx.Response]:
-        app, plugin = FastAPI(), create_endpoint_plugin()
-        plugin.attach_router(app)
-        await plugin.init_state(engine, app.state, Namespace(api_key=None))
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://x"
-        ) as client:
+        async with client_of(engine) as client:
             return await asyncio.gather(*(client.get("/ep_rebalance/status") for _ in range(50)))
 
     assert {answer.content for answer in asyncio.run(burst())} == {STATUS}
@@ -169,12 +173,7 @@ def test_a_burst_on_a_silent_engine_is_answered_within_one_timeout():
     engine = EngineClient(silent=True)
 
     async def burst() -> list[int]:
-        app, plugin = FastAPI(), create_endpoint_plugin()
-        plugin.attach_router(app)
-        await plugin.init_state(engine, app.state, Namespace(api_key=None))
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://x"
-        ) as client:
+        async with client_of(engine) as client:
             answers = await asyncio.gather(*(client.get("/ep_rebalance/load") for _ in range(50)))
             return [answer.status_code for answer in answers]
 

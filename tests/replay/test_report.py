@@ -4,7 +4,6 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pytest
 
 pytest.importorskip("plotly")
 
+from browser import CHROMIUM, needs_chromium
 from plotly.offline import get_plotlyjs
 
 from ep_rebalance.config import load_config
@@ -56,7 +56,6 @@ HEAD = TraceHead(
 )
 SIZES = ((4, 4), (2, 0))
 POLICIES = ("ours", "none", "hindsight", "static")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
 def records() -> Iterator[Record]:
@@ -366,7 +365,7 @@ def browse(path: Path, profile: Path, *arguments: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_draws_in_a_browser(report: Path, tmp_path: Path, colours: str) -> None:
     dark = ["--blink-settings=preferredColorScheme=0"] if colours == "dark" else []
@@ -380,7 +379,7 @@ def test_draws_in_a_browser(report: Path, tmp_path: Path, colours: str) -> None:
     assert f"{'Light' if colours == 'dark' else 'Dark'} colours</button>" in page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_a_phone_scrolls_in_one_direction_only(report: Path, tmp_path: Path) -> None:
     frame = tmp_path / "frame.html"
     frame.write_text(
