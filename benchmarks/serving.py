@@ -114,7 +114,7 @@ class Look:
     asked, answered: its time (`Server.now`)."""
 
     load: Any
-    steps: list[tuple[float, bool]]
+    steps: list[tuple[float, float, bool]]
     asked: float
     answered: float
 
@@ -297,7 +297,11 @@ class Comparison:
         before: Look,
         after: Look,
     ) -> Phase:
-        steps = [step for step in after.steps if step[0] < self._options.turn_seconds]
+        steps = [
+            (ended - began, carried)
+            for began, ended, carried in after.steps
+            if ended - began < self._options.turn_seconds
+        ]
         phase = Phase(
             variant=name,
             kind=kind,

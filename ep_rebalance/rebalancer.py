@@ -33,7 +33,7 @@ from ep_rebalance.quota_refresh import QuotaRefresh
 from ep_rebalance.recorder import Recorder
 from ep_rebalance.snapshot import Flags, Snapshot, SnapshotExchange
 from ep_rebalance.state import ModelIdentity
-from ep_rebalance.step_times import StepTimes
+from ep_rebalance.step_times import StepTime, StepTimes
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.expert_memory import ExpertMemory
 from ep_rebalance.transport.plan_broadcast import PlanBroadcast
@@ -141,8 +141,8 @@ class Rebalancer:
         actions = self.migrator.actions
         self._advance()
         if started is not None:
-            seconds = time.perf_counter() - started
-            self.step_times.end(seconds, migrated=self.migrator.actions > actions)
+            moved = self.migrator.actions > actions
+            self.step_times.end(StepTime(started, time.perf_counter(), moved))
 
     def _advance(self) -> None:
         try:

@@ -10,9 +10,13 @@ STEPS_KEPT = 65_536
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """One engine step of this rank: wall seconds, and whether it also moved experts."""
+    """One engine step of this rank: when, and whether it also moved experts.
 
-    seconds: float
+    began, ended: seconds of `time.perf_counter`, on Linux the same clock in all processes.
+    """
+
+    began: float
+    ended: float
     migrated: bool
 
 
@@ -36,11 +40,11 @@ class StepTimes:
         """A step has been computed; its time is not known yet."""
         self._steps += 1
 
-    def end(self, seconds: float, *, migrated: bool) -> None:
+    def end(self, step: StepTime) -> None:
         """The time of a step in which this rank had tokens."""
         self._busy_steps += 1
-        self._busy_seconds += seconds
-        self._recent.append(StepTime(seconds, migrated))
+        self._busy_seconds += step.ended - step.began
+        self._recent.append(step)
 
     def take_sum(self) -> StepSum:
         """What a snapshot reports; the next sum begins at zero."""

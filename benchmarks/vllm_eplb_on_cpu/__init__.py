@@ -94,6 +94,7 @@ def _count_in_turns() -> None:
 
     from ep_rebalance.counts import DeviceCounts
     from ep_rebalance.rebalancer import Rebalancer
+    from ep_rebalance.step_times import StepTime
 
     count, mark_tokens, step = DeviceCounts.count, DeviceCounts.mark_tokens, Rebalancer.step
     turns = itertools.cycle((True, False, False, True))
@@ -111,7 +112,7 @@ def _count_in_turns() -> None:
         if counts_now[0]:
             step(self, started)
         elif started is not None:
-            self.step_times.end(time.perf_counter() - started, migrated=True)
+            self.step_times.end(StepTime(started, time.perf_counter(), migrated=True))
         counts_now[0] = next(turns)
 
     DeviceCounts.count = count_in_turn

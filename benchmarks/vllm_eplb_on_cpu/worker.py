@@ -26,8 +26,8 @@ KNUTH_MULTIPLIER = 2654435769
 class WorkerExtension:
     """Methods for `collective_rpc`."""
 
-    def ep_rebalance_step_times(self) -> list[tuple[float, bool]]:
-        """Wall seconds of this rank's steps since the last call, and whether experts moved in it."""
+    def ep_rebalance_step_times(self) -> list[tuple[float, float, bool]]:
+        """When this rank's steps since the last call began and ended, and whether experts moved."""
         taken, RECORD.step_times[:] = list(RECORD.step_times), []
         return taken
 
@@ -45,7 +45,7 @@ class Record:
     """
 
     def __init__(self) -> None:
-        self.step_times: list[tuple[float, bool]] = []
+        self.step_times: list[tuple[float, float, bool]] = []
         self.rearrangements: list[dict[str, Any]] = []
         self.started: float | None = None
         self.rearranged = False
@@ -150,7 +150,7 @@ def _time_steps() -> None:
         eplb_step(self, *args, **kwargs)
         started, RECORD.started = RECORD.started, None
         if started is not None:
-            RECORD.step_times.append((time.perf_counter() - started, RECORD.rearranged))
+            RECORD.step_times.append((started, time.perf_counter(), RECORD.rearranged))
 
     GPUModelRunner._prepare_inputs = prepare_inputs
     GPUModelRunner.eplb_step = step

@@ -150,9 +150,8 @@ def test_an_operator_pauses_resumes_and_asks_for_a_plan(observed: Server) -> Non
     assert change(observed, "pause").status_code == 200
     assert change(observed, "pause").status_code == 409
     assert change(observed, "rebalance").status_code == 409
-    observed.drive_until(lambda s: s["activity"] == "watching")
-    before = observed.status()
-    assert before["paused"] == 1
+    # The other API server may give an answer of a moment ago.
+    before = observed.drive_until(lambda s: s["paused"] and s["activity"] == "watching")
     for _ in range(3):
         observed.answers(prompts(per_domain=8, skip=8))
     after = observed.status()
@@ -162,8 +161,9 @@ def test_an_operator_pauses_resumes_and_asks_for_a_plan(observed: Server) -> Non
     assert change(observed, "resume").status_code == 409
     assert change(observed, "rebalance").status_code == 200
     plans = sum(after["plans"].values())
-    observed.drive_until(lambda s: sum(s["plans"].values()) > plans, seconds=120)
-    assert observed.status()["paused"] == 0
+    observed.drive_until(
+        lambda s: not s["paused"] and sum(s["plans"].values()) > plans, seconds=120
+    )
     assert "audit: 127.0.0.1 asked to pause: done" in observed.log_text()
     assert OPERATOR not in observed.log_text()
 

@@ -48,11 +48,11 @@ class EngineReports:
 
     async def record(self, on: bool) -> None:
         """Switch the recording of the trace. Raises what the engine raises, TimeoutError included."""
-        await self._ask("ep_rebalance_record", on)
+        await self._change("ep_rebalance_record", on)
 
     async def ask(self, action: Action) -> str:
         """Hand over an operator's request; "" or why it cannot be followed. Raises as `record` does."""
-        answers = [a for a in await self._ask("ep_rebalance_ask", action) if a is not None]
+        answers = [a for a in await self._change("ep_rebalance_ask", action) if a is not None]
         if not answers:
             return "EP rank 0 is not here; ask the server of data-parallel rank 0"
         return str(answers[0])
@@ -89,6 +89,12 @@ class EngineReports:
         self._answers[method] = time.monotonic(), answer
         del self._asking[method]
         return answer
+
+    async def _change(self, method: str, argument: object) -> list[Any]:
+        """Ask for a change; who asks this API server afterwards sees it."""
+        answers = await self._ask(method, argument)
+        self._answers.clear()
+        return answers
 
     async def _ask(self, method: str, *arguments: Any) -> list[Any]:
         async with asyncio.timeout(self._config.poll_timeout_seconds):

@@ -45,15 +45,15 @@ class WorkerExtension:
         attachment = model_runner.attachment_of(self.model_runner)
         return attachment is not None and attachment.record(on)
 
-    def ep_rebalance_step_times(self) -> list[tuple[float, bool]]:
-        """Wall seconds of this rank's steps since the last call, and whether experts moved in it.
-        For benchmarks.
+    def ep_rebalance_step_times(self) -> list[tuple[float, float, bool]]:
+        """When each of this rank's steps since the last call began and ended (`time.perf_counter`),
+        and whether experts moved in it. For benchmarks.
         """
         attachment = model_runner.attachment_of(self.model_runner)
         if attachment is None:
             return []
         times = attachment.rebalancer.step_times.take_recent()
-        return [(time.seconds, time.migrated) for time in times]
+        return [(time.began, time.ended, time.migrated) for time in times]
 
 
 def _install() -> None:
