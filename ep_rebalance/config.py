@@ -153,6 +153,35 @@ class DispatchConfig(_Section):
     """
 
 
+class DataPlaneConfig(_Section):
+    """Who carries tokens to the experts and computes them. The balancer does not depend on it."""
+
+    all_to_all: Literal["engine", "ours"] | None = None
+    """`engine` leaves it to vLLM's all-to-all backend; `ours` sends over torch.distributed. None is
+    `engine` on GPUs and `ours` on CPU, where vLLM has none.
+    """
+    experts: Literal["engine", "triton"] = "engine"
+    """`engine` leaves the experts to vLLM's kernels; `triton` computes them with ours, on CPU with their
+    slow references.
+    """
+    shape: Literal["exact", "fixed"] = "exact"
+    """Of our all-to-all: `exact` sends the rows there are and reads their number on the host; `fixed`
+    sends buffers of one size, for CUDA graphs, and further rounds for what does not fit.
+    """
+    capacity_factor: float = Field(default=1.25, gt=0.0)
+    """Size of the buffers of shape `fixed`: 1 holds what each rank gets if all get equally much."""
+    payload: Literal["full", "fp8"] = "full"
+    """Hidden states on the wire: as they are, or rounded to 8-bit floats, which changes results."""
+    group_by_node: bool = False
+    """Send a token once to each node and share it out there, for links between nodes that are slow."""
+
+    @model_validator(mode="after")
+    def _only_one_shape_goes_by_node(self) -> DataPlaneConfig:
+        if self.group_by_node and self.shape == "fixed":
+            raise ValueError("group_by_node works with shape=exact only; choose one of them")
+        return self
+
+
 class MetricsConfig(_Section):
     """What is seen from outside."""
 
@@ -234,6 +263,7 @@ class RebalanceConfig(_Section):
     decision: DecisionConfig = DecisionConfig()
     migration: MigrationConfig = MigrationConfig()
     dispatch: DispatchConfig = DispatchConfig()
+    data_plane: DataPlaneConfig = DataPlaneConfig()
     metrics: MetricsConfig = MetricsConfig()
     trace: TraceConfig = TraceConfig()
     control: ControlConfig = ControlConfig()

@@ -1,7 +1,8 @@
 """Count a step's tokens per logical expert and send each to a slot, in one pass over the top-k ids.
 
-`route_and_count` picks the Triton kernel on GPU tensors and the torch reference elsewhere; both
-give equal bits.
+Where vLLM's `eplb_map_to_physical_and_record` counts per slot and picks a replica by a blind hash from
+a table 1024 wide, this counts per logical expert and phase, and picks by quota from the replicas there
+are.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
 
 HASH_STEP = 40503
 """Odd, near 2**16 times the golden ratio: consecutive tokens fall evenly over the 16-bit hash range
@@ -19,6 +22,9 @@ PREFILL, DECODE, IGNORED = 0, 1, 2
 """Rows of the count tensor. What a token is not to be counted for lands in IGNORED, without a
 branch.
 """
+
+HISTOGRAM_PAIRS = 8192
+"""From so many (token, expert) pairs on a block counts in shared memory before it adds to the counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +44,45 @@ class LayerTables:
     thresholds_EC: torch.Tensor
 
 
+def route_and_count(
+    topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
+) -> torch.Tensor:
+    """The slot of each of a token's experts; [T, K], dtype of `topk_ids_TK`. Adds to the counts.
+
+    topk_ids_TK: integer [T, K], logical ids. phase_T: int64 [T], PREFILL, DECODE or IGNORED.
+    offset: int64 [1], differs from step to step, so that short batches do not favour one replica.
+    The tables must be contiguous. Kernel and reference give equal bits. Raises ValueError if there is
+    not one phase per token: the kernel would read past the phases.
+    """
+    if phase_T.shape[0] != topk_ids_TK.shape[0]:
+        raise ValueError(f"{topk_ids_TK.shape[0]} tokens, but {phase_T.shape[0]} phases")
+    if torch.compiler.is_compiling():
+        slots_TK: torch.Tensor = torch.ops.ep_rebalance.route_and_count(
+            topk_ids_TK,
+            phase_T,
+            tables.counts_AE,
+            tables.replica_slots_EC,
+            tables.thresholds_EC,
+            offset,
+        )
+        return slots_TK
+    if runs_triton(topk_ids_TK):
+        return _launch(topk_ids_TK, phase_T, tables, offset)
+    return route_and_count_torch(topk_ids_TK, phase_T, tables, offset)
+
+
+def route_and_count_torch(
+    topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
+) -> torch.Tensor:
+    """Reference of `route_and_count`."""
+    count_experts(topk_ids_TK, phase_T, tables.counts_AE)
+    return route_torch(topk_ids_TK, tables, offset)
+
+
 def count_experts(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor
 ) -> None:
-    """Add each token's experts to its phase's row of `counts_AE`, in place.
-
-    topk_ids_TK: integer [T, K], logical ids. phase_T: int64 [T], PREFILL, DECODE or IGNORED.
-    """
+    """Add each token's experts to its phase's row of `counts_AE`, in place."""
     index_TK = topk_ids_TK + phase_T.unsqueeze(1) * counts_AE.shape[1]
     ones = counts_AE.new_ones(()).expand(index_TK.numel())
     counts_AE.view(-1).scatter_add_(0, index_TK.reshape(-1), ones)
@@ -53,10 +91,7 @@ def count_experts(
 def route_torch(
     topk_ids_TK: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
-    """The slot of each of a token's experts; integer [T, K], dtype of `topk_ids_TK`.
-
-    offset: int64 [1], differs from step to step, so that short batches do not favour one replica.
-    """
+    """Only the slots."""
     num_tokens, num_replicas = topk_ids_TK.shape[0], tables.replica_slots_EC.shape[1]
     ids_TK = topk_ids_TK.long()
     if num_replicas == 1:
@@ -68,18 +103,85 @@ def route_torch(
     return tables.replica_slots_EC[ids_TK].gather(-1, choice_TK1).squeeze(-1).to(topk_ids_TK.dtype)
 
 
-def route_and_count(
+def _launch_metadata(grid, kernel, args):
+    """Bytes that one launch moves, for Proton: ids in, slots out, phases, and all tables once."""
+    pairs = args["num_pairs"] * (args["topk_ids_ptr"].itemsize + args["slots_ptr"].itemsize)
+    phases = args["num_pairs"] // args["top_k"] * args["phase_ptr"].itemsize
+    tables = args["num_experts"] * (2 * args["REPLICAS"] * 4 + 3 * 8)
+    return {"name": f"route_and_count {args['num_pairs']} pairs", "bytes": pairs + phases + tables}
+
+
+@jit(launch_metadata=_launch_metadata)
+def _kernel(
+    topk_ids_ptr,
+    phase_ptr,
+    counts_ptr,
+    replica_slots_ptr,
+    thresholds_ptr,
+    offset_ptr,
+    slots_ptr,
+    num_pairs,
+    num_experts,
+    top_k,
+    HASH_STEP: tl.constexpr,
+    REPLICAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """BINS: 0 adds every pair to the counts by itself; else a power of two of at least 3 E, and the
+    block adds each bin once.
+    """
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = pair < num_pairs
+    expert = tl.load(topk_ids_ptr + pair, mask=valid, other=0).to(tl.int64)
+    token = (pair // top_k).to(tl.int64)
+    phase = tl.load(phase_ptr + token, mask=valid, other=0)
+    place = phase * num_experts + expert
+    if BINS:
+        counted = tl.histogram(place.to(tl.int32), BINS, mask=valid)
+        bins = tl.arange(0, BINS)
+        tl.atomic_add(
+            counts_ptr + bins, counted.to(tl.int64), mask=(bins < 3 * num_experts) & (counted > 0)
+        )
+    else:
+        tl.atomic_add(counts_ptr + place, tl.full([BLOCK], 1, tl.int64), mask=valid)
+
+    token_hash = (token * HASH_STEP + tl.load(offset_ptr)) & 0xFFFF
+    choice = tl.zeros([BLOCK], tl.int64)
+    for replica in tl.static_range(REPLICAS - 1):
+        threshold = tl.load(thresholds_ptr + expert * REPLICAS + replica, mask=valid, other=0)
+        choice += (token_hash >= threshold).to(tl.int64)
+    slot = tl.load(replica_slots_ptr + expert * REPLICAS + choice, mask=valid, other=0)
+    tl.store(slots_ptr + pair, slot, mask=valid)
+
+
+def blocks(num_pairs: int, num_experts: int) -> dict[str, int]:
+    """BLOCK and BINS of a launch; a histogram pays where a block holds many more pairs than bins."""
+    if num_pairs < HISTOGRAM_PAIRS:
+        return {"BLOCK": 256, "BINS": 0, "num_warps": 4}
+    return {"BLOCK": 2048, "BINS": triton.next_power_of_2(3 * num_experts), "num_warps": 8}
+
+
+def _launch(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
-    """`count_experts`, then `route_torch`, in one kernel where the tensors are on a GPU.
-
-    Raises ValueError if there is not one phase per token: the kernel would read past the phases.
-    """
-    if phase_T.shape[0] != topk_ids_TK.shape[0]:
-        raise ValueError(f"{topk_ids_TK.shape[0]} tokens, but {phase_T.shape[0]} phases")
-    if topk_ids_TK.is_cuda:
-        from ep_rebalance.kernels.route_and_count_triton import route_and_count_triton
-
-        return route_and_count_triton(topk_ids_TK, phase_T, tables, offset)
-    count_experts(topk_ids_TK, phase_T, tables.counts_AE)
-    return route_torch(topk_ids_TK, tables, offset)
+    slots_TK = torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
+    num_pairs, num_experts = topk_ids_TK.numel(), tables.counts_AE.shape[1]
+    if num_pairs:
+        options = blocks(num_pairs, num_experts)
+        _kernel[(triton.cdiv(num_pairs, options["BLOCK"]),)](
+            topk_ids_TK.contiguous(),
+            phase_T,
+            tables.counts_AE,
+            tables.replica_slots_EC,
+            tables.thresholds_EC,
+            offset,
+            slots_TK,
+            num_pairs,
+            num_experts,
+            topk_ids_TK.shape[1],
+            HASH_STEP=HASH_STEP,
+            REPLICAS=tables.replica_slots_EC.shape[1],
+            **options,
+        )
+    return slots_TK

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.engines.vllm.prepare_finalize import AllToAllPrepareAndFinalize, rebind
 
 KNUTH_MULTIPLIER = 2654435769
@@ -113,7 +114,7 @@ def _carry_tokens_by_all_to_all() -> None:
     """CPU has no all-to-all backend of vLLM's own."""
 
     def make(moe: Any, *args: Any, **kwargs: Any) -> AllToAllPrepareAndFinalize:
-        return AllToAllPrepareAndFinalize(moe, "exact")
+        return AllToAllPrepareAndFinalize(moe, RebalanceConfig())
 
     rebind(make)
 

@@ -158,10 +158,9 @@ class RoundExchange:
             move = batch.moves[transfer.move]
             slot = move.src_slot % self._memory.slots
             length = transfer.stop - transfer.start
-            self._memory.read(move.layer, slot, transfer.start, region[:length])
-            if self._is_last(batch, transfer):
-                checksum = self._memory.checksum(move.layer, slot)
-                region[-CHECKSUM_BYTES:].view(torch.int64)[:1].copy_(checksum)
+            ends = self._is_last(batch, transfer)
+            checksum = region[-CHECKSUM_BYTES:].view(torch.int64)[:1] if ends else None
+            self._memory.read(move.layer, slot, transfer.start, region[:length], checksum)
 
     def _unpack(self, batch: Batch, round_: Round) -> None:
         for transfer, region in self._regions(batch, round_, self._receive, sending=False):

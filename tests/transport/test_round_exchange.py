@@ -172,8 +172,8 @@ def test_a_byte_that_changes_in_staging_is_voted_down_by_all(
 class SpoiltWhileRead(ExpertMemory):
     """The first byte that is read is another one than the one in the slot."""
 
-    def read(self, layer, slot, start, out):
-        super().read(layer, slot, start, out)
+    def read(self, layer, slot, start, out, checksum=None):
+        super().read(layer, slot, start, out, checksum)
         if start == 0:
             out[0] ^= 0x80
 

@@ -8,7 +8,8 @@
 | model_runner | calls us after loading, when a step's inputs are ready, and after each step | worker |
 | router | counts logical expert ids and turns them into slots | worker |
 | eplb_state | keeps vLLM's own balancer out | worker |
-| prepare_finalize | expert parallelism on CPU by all-to-all | worker |
+| prepare_finalize | tokens to the experts and back by our all-to-all | worker |
+| experts | the experts by our grouped MLP | worker |
 | policy | vLLM's own placement policy as a planner, to compare with | worker, rank 0 |
 | endpoint | `/ep_rebalance/status`, `/ep_rebalance/load` and `/metrics` | API server |
 """

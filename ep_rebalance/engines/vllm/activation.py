@@ -97,6 +97,14 @@ def ep_size(parallel: Any) -> int:
     )
 
 
+def carries_tokens(config: RebalanceConfig) -> bool:
+    """Whether tokens go to the experts by our all-to-all."""
+    from vllm.platforms import current_platform
+
+    chosen = config.data_plane.all_to_all
+    return current_platform.is_cpu() if chosen is None else chosen == "ours"
+
+
 def _prepare_arguments(engine_args: Any, config: RebalanceConfig) -> None:
     import vllm
     from vllm.platforms import current_platform
@@ -130,6 +138,7 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
     """Raises ConfigurationError for everything that could not be served."""
     _check_contracts()
     _check_parallel(vllm_config.parallel_config)
+    _check_data_plane(vllm_config, config)
     _check_model(vllm_config, config)
     _check_metrics(vllm_config, config.metrics)
     _check_state(vllm_config, config)
@@ -140,9 +149,16 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
 
 def seams() -> tuple[Any, ...]:
     """The modules that have CONTRACTS."""
-    from ep_rebalance.engines.vllm import eplb_state, model_runner, policy, prepare_finalize, router
+    from ep_rebalance.engines.vllm import (
+        eplb_state,
+        experts,
+        model_runner,
+        policy,
+        prepare_finalize,
+        router,
+    )
 
-    return model_runner, router, eplb_state, prepare_finalize, policy
+    return model_runner, router, eplb_state, experts, prepare_finalize, policy
 
 
 def _check_contracts() -> None:
@@ -171,6 +187,42 @@ def _check_parallel(parallel: Any) -> None:
         name = "elastic expert parallelism" if parallel.enable_elastic_ep else "dual-batch overlap"
         raise ConfigurationError(
             f"{name} is on and was never tried with moving experts.", f"switch {name} off."
+        )
+
+
+def _check_data_plane(vllm_config: Any, config: RebalanceConfig) -> None:
+    from vllm.platforms import current_platform
+
+    plane, kernels = config.data_plane, vllm_config.kernel_config
+    if current_platform.is_cpu() and plane.all_to_all == "engine":
+        raise ConfigurationError(
+            "data_plane.all_to_all=engine: on CPU vLLM has no all-to-all.",
+            "drop it, or set data_plane.all_to_all=ours.",
+        )
+    eager = vllm_config.model_config.enforce_eager
+    if carries_tokens(config) and plane.shape == "exact" and not eager:
+        raise ConfigurationError(
+            "data_plane.shape=exact reads numbers of rows on the host, which CUDA graphs cannot.",
+            "set data_plane.shape=fixed, or --enforce-eager.",
+        )
+    if carries_tokens(config) and plane.payload == "fp8":
+        from ep_rebalance.kernels.quantize_rows import GROUP
+
+        hidden = vllm_config.model_config.get_hidden_size()
+        if hidden % GROUP:
+            raise ConfigurationError(
+                f"data_plane.payload=fp8 scales groups of {GROUP} columns, and this model has {hidden}.",
+                "drop data_plane.payload.",
+            )
+    if plane.experts == "triton" and kernels.moe_backend not in ("auto", "triton"):
+        raise ConfigurationError(
+            f"data_plane.experts=triton and --moe-backend {kernels.moe_backend} name two kernels.",
+            "drop one of them.",
+        )
+    if plane.experts == "triton" and current_platform.is_cpu():
+        logger.warning(
+            "ep_rebalance: data_plane.experts=triton: on CPU the experts are computed by the kernels' "
+            "references, which are slower than vLLM's"
         )
 
 
@@ -254,6 +306,10 @@ def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:
 
 
 def _complete(vllm_config: Any, config: RebalanceConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if config.data_plane.experts == "triton" and not current_platform.is_cpu():
+        vllm_config.kernel_config.moe_backend = "triton"
     if config.mode == "observe":
         return
     parallel = vllm_config.parallel_config

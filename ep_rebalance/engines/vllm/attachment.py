@@ -19,6 +19,7 @@ from ep_rebalance.control import Action
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm import router
 from ep_rebalance.engines.vllm.activation import active_config, model_identity
+from ep_rebalance.engines.vllm.nodes import ep_group, ranks_on_nodes
 from ep_rebalance.journal import initial_status
 from ep_rebalance.metrics import encode
 from ep_rebalance.placement import Placement
@@ -52,7 +53,7 @@ class Attachment:
         moe_model = _moe_model(model)
         moves = config.mode != "observe"
         placement = _loaded_placement(moe_model, vllm_config)
-        topology = _topology()
+        topology = ranks_on_nodes()
         counts = _device_counts(placement, topology, vllm_config, device)
         _attach_routers(moe_model, counts, moves_experts=moves)
         memory = _expert_memory(moe_model, counts, device) if moves else None
@@ -62,7 +63,7 @@ class Attachment:
             placement=placement,
             counts=counts,
             memory=memory,
-            group=_ep_group().device_group,
+            group=ep_group().device_group,
             planner=_planner(config),
             topology=topology,
             identity=model_identity(vllm_config, config),
@@ -76,7 +77,7 @@ class Attachment:
         )
         if moves:
             _restore(rebalancer, config, vllm_config)
-        if config.mode == "rebalance" and _ep_group().rank_in_group == 0:
+        if config.mode == "rebalance" and ep_group().rank_in_group == 0:
             compile_planner()
         logger.info(
             "ep_rebalance: mode %s, %d MoE layers, %d experts in %d slots on %d ranks",
@@ -126,12 +127,6 @@ class Attachment:
         return True
 
 
-def _ep_group() -> Any:
-    from vllm.distributed.parallel_state import get_ep_group
-
-    return get_ep_group()
-
-
 def _moe_model(model: Any) -> Any:
     from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 
@@ -148,7 +143,7 @@ def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
     return Placement.contiguous(
         num_layers=model.num_moe_layers,
         num_experts=model.num_logical_experts,
-        num_ranks=_ep_group().world_size,
+        num_ranks=ep_group().world_size,
         num_redundant=vllm_config.parallel_config.eplb_config.num_redundant_experts,
     )
 
@@ -174,7 +169,7 @@ def _device_counts(
         max_tokens=tokens + 2 * tensor_group.world_size + 1024,
         device=device,
         topology=topology,
-        rank=_ep_group().rank_in_group,
+        rank=ep_group().rank_in_group,
         counts_here=splits_tokens or tensor_group.rank_in_group == 0,
     )
 
@@ -218,7 +213,7 @@ def _recorder(
     model: Any, placement: Placement, topology: Topology, vllm_config: Any, config: RebalanceConfig
 ) -> Recorder | None:
     """Rank 0's, if a trace is configured."""
-    if config.trace.path is None or _ep_group().rank_in_group:
+    if config.trace.path is None or ep_group().rank_in_group:
         return None
     head = TraceHead(
         model=vllm_config.model_config.model,
@@ -256,42 +251,3 @@ def _refuse_hidden_tensors(experts: Any) -> None:
                 f"layer {experts.layer_name!r} keeps the per-expert tensor {name!r} outside its parameters.",
                 "use mode=observe, which moves nothing.",
             )
-
-
-def _topology() -> Topology:
-    from vllm.distributed.parallel_state import in_the_same_node_as
-
-    group = _ep_group()
-    nodes = [-1] * group.world_size
-    for rank in range(group.world_size):
-        if nodes[rank] < 0:
-            same = in_the_same_node_as(group.cpu_group, rank)
-            number = max(nodes) + 1
-            nodes = [number if here else node for here, node in zip(same, nodes, strict=True)]
-    return Topology(node_of_rank=tuple(nodes))
-
-
-def _restore(rebalancer: Rebalancer, config: RebalanceConfig, vllm_config: Any) -> None:
-    """Rank 0 reads the state file; all ranks take up what it found."""
-    group = _ep_group()
-    state: SavedState | None = None
-    if config.state.path and group.rank_in_group == 0:
-        state = load_state(Path(config.state.path), model_identity(vllm_config, config))
-    found = [None if state is None else _portable(state)]
-    dist.broadcast_object_list(found, src=group.ranks[0], group=group.cpu_group)
-    if found[0] is None:
-        return
-    slots_LP, quotas_LP, generation = found[0]
-    loaded = rebalancer.served.placement
-    if slots_LP.shape != loaded.slots_LP.shape:
-        raise ConfigurationError(
-            f"the state file holds {slots_LP.shape} layers and slots, the model {loaded.slots_LP.shape}.",
-            "delete it, or name another file in state.path.",
-        )
-    placement = Placement(slots_LP, loaded.num_experts, loaded.num_ranks)
-    rebalancer.migrator.restore(placement, quotas_LP, generation)
-    logger.info("ep_rebalance: took up the saved placement of generation %d", generation)
-
-
-def _portable(state: SavedState) -> tuple[NDArray[np.int32], NDArray[np.float64], int]:
-    return state.placement.slots_LP, state.quotas_LP, state.header.generation

@@ -1,13 +1,14 @@
-"""Seam: expert parallelism on CPU.
+"""Seam: tokens to the experts and back by our all-to-all (`data_plane.all_to_all`).
 
 Target: `maybe_make_prepare_finalize`, wherever it is bound by name. Why: on CPU vLLM's expert
 kernel ignores `expert_map` and its communicator lacks `all_gatherv`, so tensor- and data-parallel
 experts crash; with rows sent by all-to-all each rank sees only rows of its own slots. GPUs keep the
-all-to-all backend that the operator chose. Can go when vLLM's CPU backend has one.
+all-to-all backend that the operator chose unless ours is asked for.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from typing import Any
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 
-from ep_rebalance.all_to_all import AllToAll, Combine, Dispatched
-from ep_rebalance.engines.vllm.activation import active_config
+from ep_rebalance.all_to_all import AllToAll, Dispatched, NodeGroups, make_all_to_all
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.engines.vllm.activation import active_config, carries_tokens
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.engines.vllm.experts import GroupedExperts
+from ep_rebalance.engines.vllm.nodes import ranks_per_node
 
 _NAME = "maybe_make_prepare_finalize"
 _HOME = "vllm.model_executor.layers.fused_moe.all2all_utils"
@@ -38,13 +42,16 @@ CONTRACTS = (
 
 
 def install() -> None:
-    """Carry tokens by our all-to-all, with the combine that the configuration names."""
+    """Carry tokens as the configuration says."""
+    original = getattr(importlib.import_module(_HOME), _NAME)
 
-    def make(moe: Any, *args: Any, **kwargs: Any) -> mk.FusedMoEPrepareAndFinalize:
+    def make(moe: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config
 
-        combine = active_config(get_current_vllm_config()).dispatch.combine
-        return AllToAllPrepareAndFinalize(moe, combine)
+        config = active_config(get_current_vllm_config())
+        if not carries_tokens(config):
+            return original(moe, *args, **kwargs)
+        return AllToAllPrepareAndFinalize(moe, config)
 
     rebind(make)
 
@@ -65,7 +72,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     tokens: each takes its share of them to the experts, and the results are gathered.
     """
 
-    def __init__(self, moe: Any, combine: Combine) -> None:
+    def __init__(self, moe: Any, config: RebalanceConfig) -> None:
         super().__init__()
         from vllm.distributed.parallel_state import get_ep_group, get_tp_group
 
@@ -74,12 +81,24 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         shared = tensor_group.world_size > 1 and not parallel.is_sequence_parallel
         self._tensor_group = tensor_group if shared else None
         self._ranks: int = get_ep_group().world_size
-        self._all_to_all = AllToAll(
+        self._slots: int = moe.num_experts
+        slots_per_rank = self._slots // self._ranks
+        self._first_slot: int = get_ep_group().rank_in_group * slots_per_rank
+        self._elsewhere: int = (self._first_slot + slots_per_rank) % self._slots
+        self._all_to_all: AllToAll = make_all_to_all(
+            config,
             group=get_ep_group().device_group,
-            slots_per_rank=moe.num_experts // self._ranks,
-            combine=combine,
+            slots_per_rank=slots_per_rank,
+            nodes=_node_groups() if config.data_plane.group_by_node else None,
         )
         self._dispatched: Dispatched | None = None
+        self._kept: torch.Tensor | None = None
+        self._pairs_stay_apart = False
+
+    def post_init_setup(self, fused_experts: mk.FusedMoEExperts) -> None:
+        if isinstance(fused_experts, GroupedExperts):
+            fused_experts.keep_pairs_apart()
+            self._pairs_stay_apart = True
 
     @property
     def activation_format(self) -> mk.FusedMoEActivationFormat:
@@ -112,9 +131,9 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         if apply_router_weight_on_input:
             hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
         self._dispatched = self._all_to_all.dispatch(hidden, slots, weights)
-        rows = self._dispatched.rows_NH
-        ones = torch.ones(len(rows), 1, dtype=torch.float32)
-        return rows, None, None, self._dispatched.local_slots_N.unsqueeze(1), ones
+        rows, ids = self._as_the_experts_take_them(self._dispatched)
+        ones = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
+        return rows, None, None, ids, ones
 
     def finalize(
         self,
@@ -127,13 +146,40 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     ) -> None:
         assert self._dispatched is not None
         dispatched, self._dispatched = self._dispatched, None
+        outputs = self._one_row_per_pair(dispatched, fused_expert_output)
         if self._tensor_group is None:
-            self._all_to_all.combine(dispatched, fused_expert_output, output)
+            self._all_to_all.combine(dispatched, outputs, output)
             return
         share = output.new_zeros(self._share_size(len(output)), output.shape[1])
         own = share[: len(dispatched.weights_TK)]
-        self._all_to_all.combine(dispatched, fused_expert_output, own)
+        self._all_to_all.combine(dispatched, outputs, own)
         output.copy_(self._tensor_group.all_gather(share, 0)[: len(output)])
+
+    def _as_the_experts_take_them(
+        self, dispatched: Dispatched
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, ids). vLLM's kernels sum over a row's ids, so each of its pairs is a row for them. On
+        CPU they want slots of this rank and none that are void; on GPUs slots over all ranks, of which
+        they compute their own.
+        """
+        local_N, pairs = dispatched.local_slots_N, dispatched.pairs_per_row
+        if self._pairs_stay_apart:
+            return dispatched.rows_MH, local_N.view(-1, pairs)
+        if local_N.is_cuda:
+            ids = torch.where(local_N < 0, self._elsewhere, local_N + self._first_slot)
+            return dispatched.rows_MH.repeat_interleave(pairs, 0), ids.unsqueeze(1)
+        if not dispatched.may_be_void:
+            return dispatched.rows_MH, local_N.unsqueeze(1)
+        self._kept = (local_N >= 0).nonzero().squeeze(1)
+        return dispatched.rows_MH[self._kept // pairs], local_N[self._kept].unsqueeze(1)
+
+    def _one_row_per_pair(self, dispatched: Dispatched, outputs: torch.Tensor) -> torch.Tensor:
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return outputs.reshape(-1, outputs.shape[-1])
+        apart = outputs.new_empty(len(dispatched.local_slots_N), outputs.shape[1])
+        apart[kept] = outputs
+        return apart
 
     def _share_size(self, num_tokens: int) -> int:
         assert self._tensor_group is not None
@@ -146,3 +192,11 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         size = self._share_size(len(rows))
         start = self._tensor_group.rank_in_group * size
         return rows[start : start + size]
+
+
+@functools.cache
+def _node_groups() -> NodeGroups:
+    """Made by the first layer and shared by all."""
+    from vllm.distributed.parallel_state import get_ep_group
+
+    return NodeGroups.create(get_ep_group().device_group, ranks_per_node())

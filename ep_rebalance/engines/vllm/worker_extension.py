@@ -57,16 +57,14 @@ class WorkerExtension:
 
 
 def _install() -> None:
-    from vllm.platforms import current_platform
+    from ep_rebalance.engines.vllm import experts, prepare_finalize
 
     share_vllm_log()
     router.install()
     eplb_state.install()
     model_runner.install()
-    if current_platform.is_cpu():
-        from ep_rebalance.engines.vllm import prepare_finalize
-
-        prepare_finalize.install()
+    experts.install()
+    prepare_finalize.install()
 
 
 _install()

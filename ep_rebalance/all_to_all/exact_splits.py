@@ -1,0 +1,216 @@
+"""The shape that sends just the rows there are, directly or by way of the destination's node.
+
+Their number is read on the host, so this form is for eager execution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ep_rebalance.all_to_all.dispatched import Combine, Dispatched, Rows, weighted_by_row
+from ep_rebalance.all_to_all.wire import Payload, pack_rows, unpack_rows
+from ep_rebalance.kernels.weighted_sum import weighted_sum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeGroups:
+    """Groups for sending a token once to each node: between the ranks of equal place in their nodes,
+    and within the node. Ranks are numbered node by node, with equally many in each.
+    """
+
+    between: dist.ProcessGroup
+    within: dist.ProcessGroup
+    ranks_per_node: int
+
+    @classmethod
+    def create(cls, group: dist.ProcessGroup, ranks_per_node: int) -> NodeGroups:
+        """Collective: every rank of `group` makes all groups, in the same order.
+
+        Raises ValueError if the ranks do not divide into nodes of that size.
+        """
+        members = dist.get_process_group_ranks(group)
+        if len(members) % ranks_per_node:
+            raise ValueError(f"{len(members)} ranks do not divide into nodes of {ranks_per_node}")
+        nodes = [members[i : i + ranks_per_node] for i in range(0, len(members), ranks_per_node)]
+        places = [list(ranks) for ranks in zip(*nodes, strict=True)]
+        within, _ = dist.new_subgroups_by_enumeration(nodes)
+        between, _ = dist.new_subgroups_by_enumeration(places)
+        return cls(between=between, within=within, ranks_per_node=ranks_per_node)
+
+
+class ExactSplits:
+    """See `AllToAll`. nodes: send a token once to each node, and within it to the ranks."""
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup,
+        slots_per_rank: int,
+        combine: Combine,
+        payload: Payload = "full",
+        nodes: NodeGroups | None = None,
+    ) -> None:
+        rank = dist.get_rank(group)
+        self._combine: Combine = combine
+        self._first_slot = rank * slots_per_rank
+        self._slots_per_rank = slots_per_rank
+        if nodes is None:
+            self._hops = [_Hop(group, slots_per_rank, 0, payload)]
+        else:
+            size = nodes.ranks_per_node
+            self._hops = [
+                _Hop(nodes.between, slots_per_rank * size, 0, payload),
+                _Hop(nodes.within, slots_per_rank, rank // size * size, payload),
+            ]
+
+    def dispatch(
+        self, hidden_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Dispatched:
+        """See `AllToAll`."""
+        rows = Rows(hidden_MH=hidden_TH, slots_MK=slots_TK, weights_MK=weights_TK)
+        way = []
+        for hop in self._hops:
+            rows, leg = hop.send(rows)
+            way.append(leg)
+        row, k = way[-1].here_MK.nonzero(as_tuple=True)
+        return Dispatched(
+            rows_MH=rows.hidden_MH[row],
+            local_slots_N=rows.slots_MK[row, k] - self._first_slot,
+            pair_weights_N=rows.weights_MK[row, k],
+            pairs_per_row=1,
+            may_be_void=False,
+            weights_TK=weights_TK,
+            way=way,
+        )
+
+    def combine(
+        self, dispatched: Dispatched, outputs_NH: torch.Tensor, out_TH: torch.Tensor
+    ) -> None:
+        """See `AllToAll`."""
+        if self._combine == "exact":
+            out_TH.copy_(self._sum_at_home(dispatched, outputs_NH))
+        else:
+            out_TH.copy_(self._sum_on_the_way(dispatched, outputs_NH))
+
+    def _sum_at_home(self, dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.Tensor:
+        """Each hop brings the outputs of all pairs of a row back to where the row came from."""
+        legs = dispatched.way
+        for i in reversed(range(1, len(legs))):
+            home, position_MK = self._hops[i].return_pairs(legs[i], outputs_NH)
+            outputs_NH = home[position_MK[legs[i - 1].here_MK]]
+        home, position_TK = self._hops[0].return_pairs(legs[0], outputs_NH)
+        return weighted_sum(home, position_TK, dispatched.weights_TK)
+
+    def _sum_on_the_way(self, dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.Tensor:
+        """Each hop adds up what the ranks that it went to made of a row."""
+        legs, dtype = dispatched.way, outputs_NH.dtype
+        row = legs[-1].here_MK.nonzero(as_tuple=True)[0]
+        weighted = weighted_by_row(dispatched, outputs_NH)[:, 0]
+        sums = weighted.new_zeros(len(legs[-1].here_MK), weighted.shape[1])
+        sums.index_add_(0, row, weighted)
+        for hop, leg in zip(reversed(self._hops), reversed(legs), strict=True):
+            sums = hop.return_sums(leg, sums.to(dtype))
+        return sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Leg:
+    """One hop of one step. Sent and arrived rows are in the order of the other rank.
+
+    here_MK: which pairs of the arrived rows this rank, or its node, computes. row: of each sent row, the
+    row that it copies. mine_NK: which of its pairs go there. rows: how many there were to send.
+    """
+
+    here_MK: torch.Tensor
+    row: torch.Tensor
+    mine_NK: torch.Tensor
+    rows: int
+    sent_R: list[int]
+    arrived_R: list[int]
+
+
+class _Hop:
+    """Rows to the members of a group that hold their slots, `slots_each` of them in turn from member
+    `first` of all such on.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, slots_each: int, first: int, payload: Payload
+    ) -> None:
+        self._group = group
+        self._size = dist.get_world_size(group)
+        self._member = dist.get_rank(group)
+        self._slots_each = slots_each
+        self._first = first
+        self._payload: Payload = payload
+
+    def send(self, rows: Rows) -> tuple[Rows, _Leg]:
+        """The rows that arrive here."""
+        member_MK = self._member_of(rows.slots_MK)
+        members = torch.arange(self._size, device=member_MK.device)
+        goes_MR = (member_MK.unsqueeze(2) == members).any(1)
+        destination, row = goes_MR.t().nonzero(as_tuple=True)
+        sent = goes_MR.sum(0)
+        arrived = torch.empty_like(sent)
+        dist.all_to_all_single(arrived, sent, group=self._group)
+        sent_R, arrived_R = sent.tolist(), arrived.tolist()
+
+        copies = Rows(
+            hidden_MH=rows.hidden_MH[row],
+            slots_MK=rows.slots_MK[row],
+            weights_MK=rows.weights_MK[row],
+        )
+        received = unpack_rows(
+            self._exchange(pack_rows(copies, self._payload), sent_R, arrived_R), rows, self._payload
+        )
+        leg = _Leg(
+            here_MK=self._member_of(received.slots_MK) == self._member,
+            row=row,
+            mine_NK=member_MK[row] == destination.unsqueeze(1),
+            rows=len(member_MK),
+            sent_R=sent_R,
+            arrived_R=arrived_R,
+        )
+        return received, leg
+
+    def return_pairs(
+        self, leg: _Leg, outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(outputs of all pairs that were sent from here, where each pair's is: int64 [rows, K]).
+
+        outputs: one row for each pair of `leg.here_MK`, in order.
+        """
+        splits = _sum_by_rank(leg.here_MK.sum(1), leg.arrived_R)
+        home_splits = _sum_by_rank(leg.mine_NK.sum(1), leg.sent_R)
+        home = self._exchange(outputs.contiguous(), splits, home_splits)
+        sent_row, k = leg.mine_NK.nonzero(as_tuple=True)
+        position = torch.zeros(
+            leg.rows, leg.mine_NK.shape[1], dtype=torch.int64, device=home.device
+        )
+        position[leg.row[sent_row], k] = torch.arange(len(home), device=home.device)
+        return home, position
+
+    def return_sums(self, leg: _Leg, sums: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, H], each the sum of what came back. sums: one row for each that arrived."""
+        home = self._exchange(sums, leg.arrived_R, leg.sent_R)
+        total = torch.zeros(leg.rows, sums.shape[1], dtype=torch.float32, device=sums.device)
+        return total.index_add_(0, leg.row, home.float())
+
+    def _member_of(self, slots_MK: torch.Tensor) -> torch.Tensor:
+        rank = torch.div(slots_MK, self._slots_each, rounding_mode="floor")
+        return rank.long() - self._first
+
+    def _exchange(
+        self, rows: torch.Tensor, splits: list[int], arriving: list[int]
+    ) -> torch.Tensor:
+        out = rows.new_empty(sum(arriving), rows.shape[1])
+        dist.all_to_all_single(out, rows, arriving, splits, group=self._group)
+        return out
+
+
+def _sum_by_rank(values: torch.Tensor, rows_R: list[int]) -> list[int]:
+    sums: list[int] = torch.stack([part.sum() for part in values.split(rows_R)]).tolist()
+    return sums

@@ -1,0 +1,172 @@
+"""The shape whose buffers have one size: for CUDA graphs, which cannot ask how many rows there are.
+
+Each rank has room for `capacity` rows to each other rank; what does not fit is sent in a further round,
+so that no token is ever dropped. Outside a graph the ranks agree on size and rounds first, with one
+all-reduce of two numbers. Within one, nothing is read on the host: all ranks must hold equally many
+tokens, as vLLM pads them, and there are as many rounds as if all of them went to one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ep_rebalance.all_to_all.dispatched import Combine, Dispatched, Rows, weighted_by_row
+from ep_rebalance.all_to_all.wire import Payload, pack_rows, unpack_rows
+from ep_rebalance.kernels.weighted_sum import weighted_sum
+
+
+class FixedCapacity:
+    """See `AllToAll`.
+
+    capacity_factor: room for rows, 1 for as many as go to each rank if all get equally many.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup,
+        slots_per_rank: int,
+        combine: Combine,
+        capacity_factor: float,
+        payload: Payload = "full",
+    ) -> None:
+        self._group = group
+        self._size = dist.get_world_size(group)
+        self._first_slot = dist.get_rank(group) * slots_per_rank
+        self._slots_per_rank = slots_per_rank
+        self._combine: Combine = combine
+        self._factor = capacity_factor
+        self._payload: Payload = payload
+
+    def dispatch(
+        self, hidden_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Dispatched:
+        """See `AllToAll`."""
+        rows = Rows(hidden_MH=hidden_TH, slots_MK=slots_TK, weights_MK=weights_TK)
+        queue = _queue(slots_TK, self._slots_per_rank, self._size)
+        plan = self._agree(queue, *slots_TK.shape)
+        wire = self._fill(pack_rows(rows, self._payload), queue, plan)
+        arrived = torch.cat([self._exchange(part) for part in wire.unbind(0)])
+        received = unpack_rows(arrived, rows, self._payload)
+        pairs = min(slots_TK.shape[1], self._slots_per_rank)
+        local_MP, weights_MP = self._own_pairs(received, arrived, pairs)
+        return Dispatched(
+            rows_MH=received.hidden_MH,
+            local_slots_N=local_MP.flatten(),
+            pair_weights_N=weights_MP.flatten(),
+            pairs_per_row=pairs,
+            may_be_void=True,
+            weights_TK=weights_TK,
+            way=_Way(queue=queue, plan=plan),
+        )
+
+    def combine(
+        self, dispatched: Dispatched, outputs_NH: torch.Tensor, out_TH: torch.Tensor
+    ) -> None:
+        """See `AllToAll`."""
+        way, pairs = dispatched.way, dispatched.pairs_per_row
+        row_TK = way.plan.place(way.queue.rank_TK, way.queue.turn_TK, self._size)
+        if self._combine == "exact":
+            home = self._return(outputs_NH.view(len(dispatched.rows_MH), -1), way.plan)
+            outputs = home.view(-1, outputs_NH.shape[1])
+            position_TK = row_TK * pairs + way.queue.pair_TK
+            out_TH.copy_(weighted_sum(outputs, position_TK, dispatched.weights_TK))
+        else:
+            sums = weighted_by_row(dispatched, outputs_NH).sum(1).to(outputs_NH.dtype)
+            once_TK = (way.queue.pair_TK == 0).float()
+            out_TH.copy_(weighted_sum(self._return(sums, way.plan), row_TK, once_TK))
+
+    def _agree(self, queue: _Queue, tokens: int, top_k: int) -> _Plan:
+        if queue.rank_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+            capacity = self._capacity(tokens, top_k)
+            return _Plan(capacity=capacity, rounds=-(-tokens // capacity))
+        wanted = torch.stack([queue.longest(), torch.full_like(queue.longest(), tokens)])
+        dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group)
+        longest, most_tokens = wanted.tolist()
+        capacity = self._capacity(most_tokens, top_k)
+        return _Plan(capacity=capacity, rounds=max(1, -(-longest // capacity)))
+
+    def _capacity(self, tokens: int, top_k: int) -> int:
+        even = tokens * min(top_k, self._size) / self._size
+        return max(1, min(tokens, math.ceil(self._factor * even)))
+
+    def _fill(self, wire_TB: torch.Tensor, queue: _Queue, plan: _Plan) -> torch.Tensor:
+        """uint8 [rounds, ranks * capacity, bytes of a row and one that is 0 in a row that is none]."""
+        tokens = len(wire_TB)
+        used = torch.ones(tokens, 1, dtype=torch.uint8, device=wire_TB.device)
+        void = wire_TB.new_zeros(1, wire_TB.shape[1] + 1)
+        source = torch.cat([torch.cat([wire_TB, used], dim=1), void])
+        places = plan.rounds * self._size * plan.capacity
+        token_of_place = torch.full((places,), tokens, device=wire_TB.device)
+        place_TK = plan.place(queue.rank_TK, queue.turn_TK, self._size)
+        tokens_T1 = torch.arange(tokens, device=wire_TB.device).unsqueeze(1)
+        token_of_place[place_TK] = tokens_T1.expand_as(place_TK)
+        return source[token_of_place].view(plan.rounds, -1, source.shape[1])
+
+    def _own_pairs(
+        self, received: Rows, arrived: torch.Tensor, pairs: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slots within this rank or -1, weights) of each row's pairs here, the first ones first."""
+        local_MK = received.slots_MK - self._first_slot
+        here_MK = (local_MK >= 0) & (local_MK < self._slots_per_rank) & (arrived[:, -1:] != 0)
+        order_MP = (~here_MK).to(torch.uint8).argsort(dim=1, stable=True)[:, :pairs]
+        local_MK = local_MK.masked_fill(~here_MK, -1)
+        return local_MK.gather(1, order_MP), received.weights_MK.gather(1, order_MP)
+
+    def _return(self, rows: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        parts = rows.view(plan.rounds, -1, rows.shape[1]).unbind(0)
+        return torch.cat([self._exchange(part) for part in parts])
+
+    def _exchange(self, rows: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(rows)
+        dist.all_to_all_single(out, rows, group=self._group)
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Queue:
+    """rank_TK: where a pair goes. turn_TK: its token's place in the queue to that rank. pair_TK: its
+    place among the token's pairs there.
+    """
+
+    rank_TK: torch.Tensor
+    turn_TK: torch.Tensor
+    pair_TK: torch.Tensor
+
+    def longest(self) -> torch.Tensor:
+        """int64 scalar: rows of the longest queue."""
+        padded = torch.nn.functional.pad(self.turn_TK.flatten(), (0, 1), value=-1)
+        return padded.amax() + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What all ranks send in a step: `rounds` buffers of `capacity` rows to each."""
+
+    capacity: int
+    rounds: int
+
+    def place(self, rank: torch.Tensor, turn: torch.Tensor, size: int) -> torch.Tensor:
+        """Row of all rounds' buffers of the `turn`-th row to `rank`."""
+        in_round = rank * self.capacity + turn % self.capacity
+        return turn // self.capacity * (size * self.capacity) + in_round
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    queue: _Queue
+    plan: _Plan
+
+
+def _queue(slots_TK: torch.Tensor, slots_per_rank: int, size: int) -> _Queue:
+    rank_TK = torch.div(slots_TK, slots_per_rank, rounding_mode="floor").long()
+    goes_TR = torch.zeros(len(rank_TK), size, dtype=torch.int64, device=slots_TK.device)
+    goes_TR.scatter_(1, rank_TK, 1)
+    turn_TK = (goes_TR.cumsum(0) - 1).gather(1, rank_TK)
+    same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
+    pair_TK = same_TKK.tril(-1).sum(2)
+    return _Queue(rank_TK=rank_TK, turn_TK=turn_TK, pair_TK=pair_TK)

@@ -1,0 +1,43 @@
+"""Rows as bytes: hidden state, slots and weights side by side, so that one collective carries all."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ep_rebalance.all_to_all.dispatched import Rows
+from ep_rebalance.kernels.quantize_rows import GROUP, dequantize_rows, quantize_rows
+
+Payload = Literal["full", "fp8"]
+"""Hidden states on the wire: as they are, or in 8-bit floats with a scale per 128 columns. The latter
+are rounded, so results differ from those without expert parallelism.
+"""
+
+
+def pack_rows(rows: Rows, payload: Payload) -> torch.Tensor:
+    """uint8 [M, bytes of a row]."""
+    hidden = quantize_rows(rows.hidden_MH) if payload == "fp8" else (rows.hidden_MH,)
+    parts = (*hidden, rows.slots_MK.to(torch.int32), rows.weights_MK.to(torch.float32))
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+
+
+def unpack_rows(wire: torch.Tensor, like: Rows, payload: Payload) -> Rows:
+    """Inverse of `pack_rows`; widths and dtype are those of `like`."""
+    columns, top_k = like.hidden_MH.shape[1], like.slots_MK.shape[1]
+    if payload == "fp8":
+        widths = (columns, 4 * columns // GROUP)
+        dtypes = (torch.float8_e4m3fn, torch.float32)
+    else:
+        widths, dtypes = (columns * like.hidden_MH.element_size(),), (like.hidden_MH.dtype,)
+    *hidden, slots, weights = (
+        part.contiguous().view(dtype)
+        for part, dtype in zip(
+            wire.split([*widths, 4 * top_k, 4 * top_k], dim=1),
+            (*dtypes, torch.int32, torch.float32),
+            strict=True,
+        )
+    )
+    if payload == "fp8":
+        hidden = [dequantize_rows(*hidden, like.hidden_MH.dtype)]
+    return Rows(hidden_MH=hidden[0], slots_MK=slots, weights_MK=weights)

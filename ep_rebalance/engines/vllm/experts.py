@@ -1,0 +1,222 @@
+"""Seam: the experts by our grouped MLP (`data_plane.experts: triton`).
+
+Target: `backend_to_kernel_cls`, which lists the classes that vLLM's choice of a kernel tries in turn.
+Why: it is how vLLM itself adds kernels, and its modular interface does the rest. Can go when vLLM lets a
+plugin register one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
+from ep_rebalance.engines.vllm.activation import active_config
+from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.kernels.group_tokens import group_tokens
+from ep_rebalance.kernels.grouped_mlp import (
+    Activation,
+    ActivationName,
+    ExpertWeights,
+    grouped_mlp,
+)
+from ep_rebalance.kernels.tiles import mlp_tiles, shape_key
+from ep_rebalance.kernels.weighted_sum import weighted_sum
+
+_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+_NAME = "backend_to_kernel_cls"
+_REPLACED = ("TRITON", "CPU")
+"""Backends whose weights are as the checkpoint has them until a class changes them."""
+
+CONTRACTS = (
+    Contract(f"{_ORACLE}:{_NAME}", ("backend",)),
+    *(Contract(f"{_ORACLE}:UnquantizedMoeBackend.{name}") for name in _REPLACED),
+    Contract(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExpertsModular.apply",
+        ("output", "w1", "w2", "topk_weights", "topk_ids", "activation", "expert_map", "workspace2"),
+    ),
+    Contract("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig", ("swiglu_limit",)),
+    Contract(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExpertsModular.workspace_shapes",
+        ("M", "N", "K", "topk"),
+    ),
+)
+
+_ACTIVATIONS: dict[str, tuple[ActivationName, bool]] = {
+    "silu": ("silu", False),
+    "gelu": ("gelu", False),
+    "gelu_tanh": ("gelu_tanh", False),
+    "swigluoai": ("swiglu_oai", True),
+    "swigluoai_uninterleave": ("swiglu_oai", False),
+}
+"""vLLM's name: ours, and whether gate and up take turns in the weights."""
+
+
+def install() -> None:
+    """Put our class first where the configuration asks for it."""
+    oracle = importlib.import_module(_ORACLE)
+    original = getattr(oracle, _NAME)
+
+    @functools.wraps(original)
+    def backend_to_kernel_cls(backend: Any) -> list[type[mk.FusedMoEExperts]]:
+        from vllm.config import get_current_vllm_config
+
+        classes: list[type[mk.FusedMoEExperts]] = original(backend)
+        config = active_config(get_current_vllm_config())
+        if config.data_plane.experts == "triton" and backend.name in _REPLACED:
+            return [GroupedExperts, *classes]
+        return classes
+
+    setattr(oracle, _NAME, backend_to_kernel_cls)
+
+
+class GroupedExperts(mk.FusedMoEExpertsModular):
+    """Group the pairs of this rank's slots, then the grouped MLP.
+
+    With vLLM's own all-to-all a row's pairs are weighted and summed here, as vLLM's kernels do. With
+    ours ids are slots of this rank, -1 for none, and each pair's output goes back by itself.
+    """
+
+    def __init__(self, moe_config: Any, quant_config: Any) -> None:
+        super().__init__(moe_config, quant_config)
+        self._pairs_stay_apart = False
+
+    def keep_pairs_apart(self) -> None:
+        """Called once by our all-to-all."""
+        self._pairs_stay_apart = True
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cuda_alike() or current_platform.is_cpu())
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return weight_key is None and activation_key is None
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return activation.value in _ACTIVATIONS
+
+    @staticmethod
+    def is_supported_config(
+        cls: type[mk.FusedMoEExperts], moe_config: Any, *args: Any, **kwargs: Any
+    ) -> tuple[bool, str | None]:
+        if moe_config.activation.value == "silu" and moe_config.swiglu_limit is not None:
+            return False, "kernel does not clamp SiLU"
+        supported: tuple[bool, str | None] = mk.FusedMoEExperts.is_supported_config(
+            cls, moe_config, *args, **kwargs
+        )
+        return supported
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return True
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: Any,
+        activation: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        if self._pairs_stay_apart:
+            return (0,), (0,), (M, topk, K)
+        return (0,), (M, topk, K), (M, K)
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        weights = ExpertWeights(
+            gate_up=w1, down=w2, gate_up_bias=self.w1_bias, down_bias=self.w2_bias
+        )
+        if self._pairs_stay_apart:
+            self._compute(hidden_states, topk_ids, weights, activation, output)
+            return
+        slots_MK = topk_ids if expert_map is None else expert_map[topk_ids]
+        workspace2.zero_()  # pairs of other ranks' slots are summed too
+        self._compute(hidden_states, slots_MK, weights, activation, workspace2)
+        position_MK = torch.arange(slots_MK.numel(), device=output.device).view(slots_MK.shape)
+        factors = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+        output.copy_(weighted_sum(workspace2.view(-1, output.shape[1]), position_MK, factors))
+
+    def _compute(
+        self,
+        rows_MH: torch.Tensor,
+        slots_MK: torch.Tensor,
+        weights: ExpertWeights,
+        activation: Any,
+        out_MKH: torch.Tensor,
+    ) -> None:
+        num_slots, hidden, intermediate = weights.down.shape
+        tiles = mlp_tiles(
+            num_pairs=slots_MK.numel(),
+            num_slots=num_slots,
+            fp8=False,
+            device=rows_MH.device,
+            key=shape_key(
+                num_slots=num_slots, hidden=hidden, intermediate=intermediate, fp8=False
+            ),
+        )
+        groups = group_tokens(slots_MK, num_slots=num_slots, block_rows=tiles.rows)
+        grouped_mlp(
+            rows_MH,
+            groups,
+            weights,
+            self._activation(activation),
+            out_MKH.view(-1, hidden),
+            tiles=tiles,
+            pairs_per_row=slots_MK.shape[1],
+        )
+
+    def _activation(self, activation: Any) -> Activation:
+        name, interleaved = _ACTIVATIONS[activation.value]
+        given = self.activation_config
+        if name != "swiglu_oai":
+            return Activation(name=name)
+        standard = Activation()
+        return Activation(
+            name=name,
+            interleaved=interleaved,
+            alpha=standard.alpha if given.alpha == 1.0 else given.alpha,
+            limit=standard.limit if given.clamp_limit is None else given.clamp_limit,
+        )

@@ -1,0 +1,42 @@
+"""Where the ranks of the EP group are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.topology import Topology
+
+
+def ep_group() -> Any:
+    """vLLM's group coordinator."""
+    from vllm.distributed.parallel_state import get_ep_group
+
+    return get_ep_group()
+
+
+def ranks_on_nodes() -> Topology:
+    """Collective: which node each rank is on."""
+    from vllm.distributed.parallel_state import in_the_same_node_as
+
+    group = ep_group()
+    nodes = [-1] * group.world_size
+    for rank in range(group.world_size):
+        if nodes[rank] < 0:
+            same = in_the_same_node_as(group.cpu_group, rank)
+            number = max(nodes) + 1
+            nodes = [number if here else node for here, node in zip(same, nodes, strict=True)]
+    return Topology(node_of_rank=tuple(nodes))
+
+
+def ranks_per_node() -> int:
+    """Collective. Raises ConfigurationError unless ranks are numbered node by node, equally many each."""
+    nodes = ranks_on_nodes().node_of_rank
+    size = nodes.count(0)
+    if nodes != tuple(rank // size for rank in range(len(nodes))):
+        raise ConfigurationError(
+            f"data_plane.group_by_node needs equally many ranks on each node, node by node; they are on "
+            f"nodes {list(nodes)}.",
+            "drop data_plane.group_by_node.",
+        )
+    return size

@@ -1,0 +1,242 @@
+"""Gather one expert's tensors into one run of bytes, scatter such a run into a slot, and sum it up.
+
+A *slab* is what one slot holds of one tensor. Packed, an expert is its slabs one after another, each
+padded to ALIGNMENT. The checksum is the wrapping 64-bit sum of the words, the n-th times `2 n + 1`:
+words of 32 bits, factors below 2**31, so that no change of one word and no exchange of two cancels.
+The kernel copies and sums in the same pass, all slabs in one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
+
+ALIGNMENT = 16
+"""Bytes: what the GPU reads at once."""
+
+_BLOCK = 4096
+_COLUMNS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slabs:
+    """All slots' experts of one layer as bytes.
+
+    tensors: uint8 [S, bytes of a slot]. firsts: where each one's slab begins in a packed expert.
+    packed_bytes: of a packed expert. table: int64 [tensors, 3] on the device, of each its address, its
+    words of a slot and the word of a packed expert that its slab begins at; None if slabs do not begin
+    at multiples of ALIGNMENT, which only the torch form can read.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    firsts: tuple[int, ...]
+    packed_bytes: int
+    table: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Slabs:
+        """tensors: uint8 [S, bytes], contiguous; they must stay where they are."""
+        firsts, position = [], 0
+        for tensor in tensors:
+            firsts.append(position)
+            position += -(-tensor.shape[1] // ALIGNMENT) * ALIGNMENT
+        return cls(
+            tensors=tuple(tensors),
+            firsts=tuple(firsts),
+            packed_bytes=position,
+            table=_table(tensors, firsts),
+        )
+
+
+def _table(tensors: Sequence[torch.Tensor], firsts: Sequence[int]) -> torch.Tensor | None:
+    aligned = all(
+        tensor.shape[1] % ALIGNMENT == 0 and tensor.data_ptr() % ALIGNMENT == 0
+        for tensor in tensors
+    )
+    if not aligned:
+        return None
+    rows = [
+        [tensor.data_ptr(), tensor.shape[1] // 4, first // 4]
+        for tensor, first in zip(tensors, firsts, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
+
+
+def pack_expert(
+    slabs: Slabs,
+    slot: int,
+    start: int,
+    out: torch.Tensor,
+    checksum: torch.Tensor | None = None,
+) -> None:
+    """Copy packed bytes `start .. start + len(out)` of a slot into `out` (uint8); padding is not
+    written. checksum: int64 [1], set to the whole expert's; read in the same pass if `out` is all of it.
+    """
+    if not _runs_kernel(slabs, out) or start % ALIGNMENT or len(out) % 4:
+        pack_expert_torch(slabs, slot, start, out, checksum)
+    elif checksum is None or len(out) == slabs.packed_bytes:
+        _launch(slabs, slot, start, out, checksum, from_slot=True, copies=True)
+    else:
+        _launch(slabs, slot, start, out, None, from_slot=True, copies=True)
+        _launch(slabs, slot, 0, None, checksum, from_slot=True, copies=False)
+
+
+def pack_expert_torch(
+    slabs: Slabs,
+    slot: int,
+    start: int,
+    out: torch.Tensor,
+    checksum: torch.Tensor | None = None,
+) -> None:
+    """Reference of `pack_expert`."""
+    stop = start + out.numel()
+    for tensor, first in zip(slabs.tensors, slabs.firsts, strict=True):
+        slab = tensor[slot]
+        low, high = max(start, first), min(stop, first + slab.numel())
+        if low < high:
+            out[low - start : high - start].copy_(slab[low - first : high - first])
+    if checksum is not None:
+        checksum.copy_(_checksum([tensor[slot] for tensor in slabs.tensors]))
+
+
+def unpack_expert(slabs: Slabs, slot: int, packed: torch.Tensor) -> None:
+    """Copy a packed expert (uint8, may be longer) into a slot, in stream order."""
+    if _runs_kernel(slabs, packed):
+        _launch(slabs, slot, 0, packed, None, from_slot=False, copies=True)
+    else:
+        unpack_expert_torch(slabs, slot, packed)
+
+
+def unpack_expert_torch(slabs: Slabs, slot: int, packed: torch.Tensor) -> None:
+    """Reference of `unpack_expert`."""
+    for tensor, part in zip(slabs.tensors, _parts(slabs, packed), strict=True):
+        tensor[slot].copy_(part)
+
+
+def packed_checksum(slabs: Slabs, packed: torch.Tensor) -> torch.Tensor:
+    """int64 [1], of a packed expert (uint8, may be longer)."""
+    if not _runs_kernel(slabs, packed):
+        return _checksum(_parts(slabs, packed))
+    total = packed.new_empty(1, dtype=torch.int64)
+    _launch(slabs, 0, 0, packed, total, from_slot=False, copies=False)
+    return total
+
+
+def _runs_kernel(slabs: Slabs, packed: torch.Tensor) -> bool:
+    aligned = packed.data_ptr() % ALIGNMENT == 0
+    return slabs.table is not None and aligned and runs_triton(packed)
+
+
+def _parts(slabs: Slabs, packed: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        packed[first : first + tensor.shape[1]]
+        for tensor, first in zip(slabs.tensors, slabs.firsts, strict=True)
+    ]
+
+
+def _checksum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Reference of the checksum, of an expert's slabs without padding."""
+    total = torch.zeros(1, dtype=torch.int64, device=parts[0].device)
+    position = 0
+    for part in parts:
+        words = _words(part)
+        total += _weighted_sum(words, position)
+        position += words.numel()
+    return total
+
+
+def _words(part: torch.Tensor) -> torch.Tensor:
+    """The same words wherever the bytes lie; a part that does not begin at a word is copied."""
+    if part.numel() % 4:
+        return part
+    return (part if part.storage_offset() % 4 == 0 else part.clone()).view(torch.int32)
+
+
+def _weighted_sum(words: torch.Tensor, position: int) -> torch.Tensor:
+    """Sum of word n times `2 (position + n) + 1`, from column and row sums, which are small."""
+    whole = words.numel() // _COLUMNS * _COLUMNS
+    grid, tail = words[:whole].view(-1, _COLUMNS), words[whole:]
+    columns, rows = grid.sum(0, dtype=torch.int64), grid.sum(1, dtype=torch.int64)
+    row_numbers = torch.arange(rows.numel(), device=words.device)
+    return (
+        (columns * _factors(columns, position)).sum()
+        + 2 * _COLUMNS * (rows * row_numbers).sum()
+        + (tail * _factors(tail, position + whole)).sum()
+    )
+
+
+def _factors(like: torch.Tensor, position: int) -> torch.Tensor:
+    return 2 * torch.arange(position, position + like.numel(), device=like.device) + 1
+
+
+@jit
+def _kernel(
+    table_ptr,
+    packed_ptr,
+    checksum_ptr,
+    slot,
+    start_word,
+    stop_word,
+    FROM_SLOT: tl.constexpr,
+    COPIES: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (i, t) takes block i of slab t. A word's number in the checksum leaves padding out, and
+    slabs that this kernel takes have none.
+    """
+    entry = table_ptr + 3 * tl.program_id(1)
+    words = tl.load(entry + 1)
+    first = tl.load(entry + 2)
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    number = first + word
+    wanted = (word < words) & (number >= start_word) & (number < stop_word)
+    address = tl.multiple_of(tl.load(entry) + 4 * slot * tl.multiple_of(words, 4), 16)
+    slab_ptr = address.to(tl.pointer_type(tl.int32)) + word
+    if FROM_SLOT:
+        value = tl.load(slab_ptr, mask=wanted, other=0)
+        if COPIES:
+            tl.store(packed_ptr + (number - start_word), value, mask=wanted)
+    else:
+        value = tl.load(packed_ptr + (number - start_word), mask=wanted, other=0)
+        if COPIES:
+            tl.store(slab_ptr, value, mask=wanted)
+    if SUMS:
+        tl.atomic_add(checksum_ptr, tl.sum(value.to(tl.int64) * (2 * number + 1)))
+
+
+def _launch(
+    slabs: Slabs,
+    slot: int,
+    start: int,
+    packed: torch.Tensor | None,
+    checksum: torch.Tensor | None,
+    *,
+    from_slot: bool,
+    copies: bool,
+) -> None:
+    assert slabs.table is not None
+    stop = slabs.packed_bytes
+    if packed is not None:
+        stop = min(stop, start + len(packed))
+        packed = packed[: stop - start].view(torch.int32)
+    if checksum is not None:
+        checksum.zero_()
+    longest = max(tensor.shape[1] for tensor in slabs.tensors) // 4
+    _kernel[(triton.cdiv(longest, _BLOCK), len(slabs.tensors))](
+        slabs.table,
+        packed,
+        checksum,
+        slot,
+        start // 4,
+        stop // 4,
+        FROM_SLOT=from_slot,
+        COPIES=copies,
+        SUMS=checksum is not None,
+        BLOCK=_BLOCK,
+        num_warps=8,
+    )

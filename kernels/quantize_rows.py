@@ -1,0 +1,99 @@
+"""Rows in 8-bit floating point with one scale per group of 128 columns, and back.
+
+The format of DeepSeek-V3's activations (arXiv 2412.19437, section 3.3): `float8_e4m3fn`, each group
+divided by its largest magnitude over 448.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ep_rebalance.kernels.language import INTERPRETED, as_float8, jit, runs_triton, tl
+
+GROUP = 128
+"""Columns of one scale."""
+
+LARGEST = 448.0
+"""Largest finite `float8_e4m3fn`."""
+
+SMALLEST_SCALE = 1e-10
+"""Keeps a group of zeros from dividing by zero."""
+
+
+def quantize_rows(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8_e4m3fn [M, H], scales float32 [M, H / 128]).
+
+    Raises ValueError if H does not divide by 128.
+    """
+    if rows_MH.shape[1] % GROUP:
+        raise ValueError(f"{rows_MH.shape[1]} columns do not divide into groups of {GROUP}")
+    if torch.compiler.is_compiling():
+        quantized, scales = torch.ops.ep_rebalance.quantize_rows(rows_MH)
+        return quantized, scales
+    return (_launch if runs_triton(rows_MH) else quantize_rows_torch)(rows_MH)
+
+
+def quantize_rows_torch(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference of `quantize_rows`."""
+    groups = rows_MH.float().unflatten(1, (-1, GROUP))
+    scales = (groups.abs().amax(2) / LARGEST).clamp(min=SMALLEST_SCALE)
+    scaled = (groups / scales.unsqueeze(2)).clamp(-LARGEST, LARGEST)
+    return scaled.flatten(1).to(torch.float8_e4m3fn), scales
+
+
+def dequantize_rows(
+    quantized_MH: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The rows that were quantised, [M, H], as far as 8 bits hold them."""
+    groups = quantized_MH.float().unflatten(1, (-1, GROUP))
+    return (groups * scales.unsqueeze(2)).flatten(1).to(dtype)
+
+
+@jit
+def quantize_group(
+    value, LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """(float8e4nv, scale of each row) of a float32 tile [rows, GROUP]."""
+    scale = tl.maximum(tl.max(tl.abs(value), axis=1) / LARGEST, SMALLEST_SCALE)
+    scaled = value / scale[:, None]
+    return as_float8(tl.clamp(scaled, -LARGEST, LARGEST), INTERPRETED), scale
+
+
+@jit
+def _kernel(
+    rows_ptr,
+    quantized_ptr,
+    scales_ptr,
+    num_groups,
+    LARGEST: tl.constexpr,
+    SMALLEST_SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    place = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    valid = group < num_groups
+    value = tl.load(rows_ptr + place, mask=valid[:, None], other=0.0).to(tl.float32)
+    quantized, scale = quantize_group(value, LARGEST, SMALLEST_SCALE, INTERPRETED)
+    tl.store(quantized_ptr + place, quantized, mask=valid[:, None])
+    tl.store(scales_ptr + group, scale, mask=valid)
+
+
+def _launch(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    num_groups, block = rows_MH.numel() // GROUP, 16
+    quantized = rows_MH.new_empty(rows_MH.shape, dtype=torch.float8_e4m3fn)
+    scales = rows_MH.new_empty(rows_MH.shape[0], rows_MH.shape[1] // GROUP, dtype=torch.float32)
+    if num_groups:
+        _kernel[(-(-num_groups // block),)](
+            rows_MH.contiguous(),
+            quantized,
+            scales,
+            num_groups,
+            LARGEST=LARGEST,
+            SMALLEST_SCALE=SMALLEST_SCALE,
+            GROUP=GROUP,
+            BLOCK=block,
+            INTERPRETED=INTERPRETED,
+        )
+    return quantized, scales

@@ -1,0 +1,138 @@
+"""The tile sizes of the grouped MLP: measured for a GPU where there is a table, else by a rule.
+
+`benchmarks/kernels.py --tune` writes `kernels/tuned/NAME.json` for the GPU that it runs on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+
+import torch
+
+TABLES = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """One kernel's launch. rows, columns: of the result that a program computes at a time; depth:
+    elements of a row that it multiplies at a time; columns_together: column tiles that follow each
+    other while the rows stay in cache.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    columns_together: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpTiles:
+    """Of both halves; `rows` is the same in both, since they share the groups."""
+
+    gate_up: Tiles
+    down: Tiles
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block of `group_tokens`."""
+        return self.gate_up.rows
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of both, as `of_numbers` takes them."""
+        return [*astuple(self.gate_up), *astuple(self.down)]
+
+    @classmethod
+    def of_numbers(cls, numbers: list[int]) -> MlpTiles:
+        """Inverse of `numbers`."""
+        names = [field.name for field in fields(Tiles)]
+        halves = (numbers[: len(names)], numbers[len(names) :])
+        gate_up, down = (Tiles(**dict(zip(names, half, strict=True))) for half in halves)
+        return cls(gate_up=gate_up, down=down)
+
+
+def mlp_tiles(
+    *, num_pairs: int, num_slots: int, fp8: bool, device: torch.device, key: str = ""
+) -> MlpTiles:
+    """What to launch for `num_pairs` pairs on `num_slots` slots.
+
+    key: the shape as `shape_key` names it, looked up in the GPU's table.
+    """
+    mean_rows = num_pairs / max(num_slots, 1)
+    if device.type == "cuda":
+        measured = _table(table_name(torch.cuda.get_device_name(device))).get(key, {})
+        if measured:
+            nearest = min(measured, key=lambda mean: abs(mean - mean_rows))
+            return measured[nearest]
+    return rule(mean_rows, fp8=fp8)
+
+
+def rule(mean_rows: float, *, fp8: bool) -> MlpTiles:
+    """For a GPU without a table: short blocks that waste few rows where groups are small and the
+    weights are what takes the time, large ones where arithmetic does.
+
+    `gate_up` keeps two accumulators, so it takes half the columns of `down`. A tile of 8-bit floats is
+    as wide and as deep as a scale, 128.
+    """
+    rows = next((rows for rows in (16, 32, 64) if mean_rows <= rows), 128)
+    warps = 8 if rows == 128 else 4
+    depth = 128 if fp8 or rows <= 32 else 64
+    stages = 3 if rows == 128 else 4
+    gate_up = Tiles(
+        rows=rows,
+        columns=128 if fp8 or rows == 128 else 64,
+        depth=depth,
+        columns_together=4,
+        warps=8 if fp8 and rows >= 64 else warps,
+        stages=2 if fp8 and rows == 128 else stages,
+    )
+    down = Tiles(
+        rows=rows,
+        columns=128,
+        depth=depth,
+        columns_together=4,
+        warps=warps,
+        stages=stages,
+    )
+    return MlpTiles(gate_up=gate_up, down=down)
+
+
+def shape_key(*, num_slots: int, hidden: int, intermediate: int, fp8: bool) -> str:
+    """The name of a layer's shape in a table."""
+    return f"S={num_slots},H={hidden},I={intermediate}{',fp8' if fp8 else ''}"
+
+
+def table_name(device_name: str) -> str:
+    """File name of a GPU's table."""
+    return "".join(c if c.isalnum() else "_" for c in device_name) + ".json"
+
+
+def write_table(device_name: str, measured: dict[str, dict[float, MlpTiles]]) -> Path:
+    """Write the best tiles for each shape and mean number of rows per slot; returns the file."""
+    TABLES.mkdir(exist_ok=True)
+    path = TABLES / table_name(device_name)
+    rows = {
+        key: {str(mean): asdict(tiles) for mean, tiles in by_mean.items()}
+        for key, by_mean in measured.items()
+    }
+    path.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+@functools.cache
+def _table(name: str) -> dict[str, dict[float, MlpTiles]]:
+    path = TABLES / name
+    if not path.exists():
+        return {}
+    return {
+        key: {
+            float(mean): MlpTiles(gate_up=Tiles(**tiles["gate_up"]), down=Tiles(**tiles["down"]))
+            for mean, tiles in by_mean.items()
+        }
+        for key, by_mean in json.loads(path.read_text()).items()
+    }

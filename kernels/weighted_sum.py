@@ -1,0 +1,84 @@
+"""A token's result from the outputs of its experts: summed in top-k order, in float32.
+
+Each addition is one fused multiply-add, as in vLLM's CPU kernel (csrc/cpu/cpu_fused_moe.cpp), so that
+the sum is the same bits wherever the outputs were computed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
+
+
+def weighted_sum(
+    outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """float32 [T, H], the sum over k of `weights[t, k] * outputs[position[t, k]]`.
+
+    outputs_NH: unweighted. position_TK: int64 [T, K], rows of `outputs_NH`. weights_TK: float32.
+    Kernel and reference give equal bits.
+    """
+    if torch.compiler.is_compiling():
+        total: torch.Tensor = torch.ops.ep_rebalance.weighted_sum(
+            outputs_NH, position_TK, weights_TK
+        )
+        return total
+    return (_launch if runs_triton(outputs_NH) else weighted_sum_torch)(
+        outputs_NH, position_TK, weights_TK
+    )
+
+
+def weighted_sum_torch(
+    outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Reference of `weighted_sum`."""
+    weights = weights_TK.float()
+    total = outputs_NH[position_TK[:, 0]].float() * weights[:, :1]
+    for k in range(1, position_TK.shape[1]):
+        total = torch.addcmul(total, outputs_NH[position_TK[:, k]].float(), weights[:, k : k + 1])
+    return total
+
+
+@jit
+def _kernel(
+    outputs_ptr,
+    position_ptr,
+    weights_ptr,
+    total_ptr,
+    hidden,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = column < hidden
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(position_ptr + token * TOP_K + k)
+        weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
+        value = tl.load(outputs_ptr + row * hidden + column, mask=valid, other=0.0).to(tl.float32)
+        if k == 0:
+            total = value * weight
+        else:
+            total = tl.fma(value, tl.zeros([BLOCK], tl.float32) + weight, total)
+    tl.store(total_ptr + token * hidden + column, total, mask=valid)
+
+
+def _launch(
+    outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    (tokens, top_k), hidden = position_TK.shape, outputs_NH.shape[1]
+    total = outputs_NH.new_empty(tokens, hidden, dtype=torch.float32)
+    if total.numel():
+        block = min(1024, triton.next_power_of_2(hidden))
+        _kernel[(tokens, triton.cdiv(hidden, block))](
+            outputs_NH.contiguous(),
+            position_TK.contiguous(),
+            weights_TK.contiguous(),
+            total,
+            hidden,
+            TOP_K=top_k,
+            BLOCK=block,
+        )
+    return total
