@@ -498,7 +498,6 @@ def options(tiles: Tiles) -> dict[str, int]:
 
 
 def _grid(rows_MH: torch.Tensor, tiles: Tiles, groups: Groups, columns: int) -> tuple[int]:
-    """One program per processor, and a second where its registers leave room; fewer for few tiles."""
+    """As many programs as run at the same time; fewer for few tiles."""
     most = len(groups.slot_of_block) * triton.cdiv(columns, tiles.columns)
-    resident = 1 if tiles.rows == 128 else 2
-    return (max(1, min(most, resident * processors(rows_MH.device))),)
+    return (max(1, min(most, tiles.programs * processors(rows_MH.device))),)

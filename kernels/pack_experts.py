@@ -18,7 +18,8 @@ from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
 ALIGNMENT = 16
 """Bytes: what the GPU reads at once."""
 
-_BLOCK = 4096
+BLOCK = 4096
+"""Words that a program copies."""
 _COLUMNS = 1024
 
 
@@ -227,7 +228,7 @@ def _launch(
     if checksum is not None:
         checksum.zero_()
     longest = max(tensor.shape[1] for tensor in slabs.tensors) // 4
-    _kernel[(triton.cdiv(longest, _BLOCK), len(slabs.tensors))](
+    _kernel[(triton.cdiv(longest, BLOCK), len(slabs.tensors))](
         slabs.table,
         packed,
         checksum,
@@ -237,6 +238,6 @@ def _launch(
         FROM_SLOT=from_slot,
         COPIES=copies,
         SUMS=checksum is not None,
-        BLOCK=_BLOCK,
+        BLOCK=BLOCK,
         num_warps=8,
     )

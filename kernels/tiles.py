@@ -19,13 +19,14 @@ TABLES = Path(__file__).parent / "tuned"
 class Tiles:
     """One kernel's launch. rows, columns: of the result that a program computes at a time; depth:
     elements of a row that it multiplies at a time; columns_together: column tiles that follow each
-    other while the rows stay in cache.
+    other while the rows stay in cache; programs: on each processor at the same time.
     """
 
     rows: int
     columns: int
     depth: int
     columns_together: int
+    programs: int
     warps: int
     stages: int
 
@@ -76,28 +77,29 @@ def rule(mean_rows: float, *, fp8: bool) -> MlpTiles:
     """For a GPU without a table: short blocks that waste few rows where groups are small and the
     weights are what takes the time, large ones where arithmetic does.
 
-    `gate_up` keeps two accumulators, so it takes half the columns of `down`. A tile of 8-bit floats is
-    as wide and as deep as a scale, 128.
+    `gate_up` keeps two accumulators, so it takes half the columns or twice the warps of `down`, and in
+    8-bit floats, whose tiles are as wide and deep as a scale, at most 64 rows. Registers and shared
+    memory of all of them on an H100: `benchmarks/kernel_resources.py`.
     """
-    rows = next((rows for rows in (16, 32, 64) if mean_rows <= rows), 128)
-    warps = 8 if rows == 128 else 4
-    depth = 128 if fp8 or rows <= 32 else 64
-    stages = 3 if rows == 128 else 4
+    rows = next((rows for rows in (16, 32, 64) if mean_rows <= rows), 64 if fp8 else 128)
+    large = rows == 128
     gate_up = Tiles(
         rows=rows,
-        columns=128 if fp8 or rows == 128 else 64,
-        depth=depth,
+        columns=128 if fp8 or large else 64,
+        depth=128 if fp8 else 64,
         columns_together=4,
-        warps=8 if fp8 and rows >= 64 else warps,
-        stages=2 if fp8 and rows == 128 else stages,
+        programs=1 if large or fp8 else 3,
+        warps=8 if large or (fp8 and rows >= 32) else 4,
+        stages=3,
     )
     down = Tiles(
         rows=rows,
         columns=128,
-        depth=depth,
+        depth=128 if fp8 else 64,
         columns_together=4,
-        warps=warps,
-        stages=stages,
+        programs=2 if large or fp8 else 3,
+        warps=8 if large else 4,
+        stages=3,
     )
     return MlpTiles(gate_up=gate_up, down=down)
 

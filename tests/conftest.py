@@ -25,9 +25,10 @@ def four_ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def ranks_of(two_ranks: Ranks, four_ranks: Ranks) -> dict[int, Ranks]:
     """The pools by size; a pool starts its processes when it is first used."""
-    single = Ranks(1)
-    yield {1: single, 2: two_ranks, 4: four_ranks}
+    single, three = Ranks(1), Ranks(3)
+    yield {1: single, 2: two_ranks, 3: three, 4: four_ranks}
     single.stop()
+    three.stop()
 
 
 @pytest.fixture(scope="session")

@@ -68,5 +68,5 @@ def weighted_by_row(dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.T
     """float32 [M, P, H], outputs times router weights; zero for pairs of no slot."""
     shape = (len(dispatched.rows_MH), dispatched.pairs_per_row)
     void = (dispatched.local_slots_N < 0).view(*shape, 1)
-    outputs = outputs_NH.view(*shape, -1).float().masked_fill(void, 0.0)
+    outputs = outputs_NH.view(*shape, outputs_NH.shape[1]).float().masked_fill(void, 0.0)
     return outputs * dispatched.pair_weights_N.view(*shape, 1)

@@ -49,11 +49,11 @@ class FixedCapacity:
         rows = Rows(hidden_MH=hidden_TH, slots_MK=slots_TK, weights_MK=weights_TK)
         queue = _queue(slots_TK, self._slots_per_rank, self._size)
         plan = self._agree(queue, *slots_TK.shape)
-        wire = self._fill(pack_rows(rows, self._payload), queue, plan)
+        wire = self._fill(rows, queue, plan)
         arrived = torch.cat([self._exchange(part) for part in wire.unbind(0)])
         received = unpack_rows(arrived, rows, self._payload)
         pairs = min(slots_TK.shape[1], self._slots_per_rank)
-        local_MP, weights_MP = self._own_pairs(received, arrived, pairs)
+        local_MP, weights_MP = self._own_pairs(received, pairs)
         return Dispatched(
             rows_MH=received.hidden_MH,
             local_slots_N=local_MP.flatten(),
@@ -94,25 +94,26 @@ class FixedCapacity:
         even = tokens * min(top_k, self._size) / self._size
         return max(1, min(tokens, math.ceil(self._factor * even)))
 
-    def _fill(self, wire_TB: torch.Tensor, queue: _Queue, plan: _Plan) -> torch.Tensor:
-        """uint8 [rounds, ranks * capacity, bytes of a row and one that is 0 in a row that is none]."""
-        tokens = len(wire_TB)
-        used = torch.ones(tokens, 1, dtype=torch.uint8, device=wire_TB.device)
-        void = wire_TB.new_zeros(1, wire_TB.shape[1] + 1)
-        source = torch.cat([torch.cat([wire_TB, used], dim=1), void])
+    def _fill(self, rows: Rows, queue: _Queue, plan: _Plan) -> torch.Tensor:
+        """uint8 [rounds, ranks * capacity, bytes of a row]; places without a token have slots of -1."""
+        tokens = len(rows.hidden_MH)
+        void = Rows(
+            hidden_MH=rows.hidden_MH.new_zeros(1, rows.hidden_MH.shape[1]),
+            slots_MK=rows.slots_MK.new_full((1, rows.slots_MK.shape[1]), -1),
+            weights_MK=rows.weights_MK.new_zeros(1, rows.weights_MK.shape[1]),
+        )
+        source = torch.cat([pack_rows(part, self._payload) for part in (rows, void)])
         places = plan.rounds * self._size * plan.capacity
-        token_of_place = torch.full((places,), tokens, device=wire_TB.device)
+        token_of_place = torch.full((places,), tokens, device=source.device)
         place_TK = plan.place(queue.rank_TK, queue.turn_TK, self._size)
-        tokens_T1 = torch.arange(tokens, device=wire_TB.device).unsqueeze(1)
+        tokens_T1 = torch.arange(tokens, device=source.device).unsqueeze(1)
         token_of_place[place_TK] = tokens_T1.expand_as(place_TK)
         return source[token_of_place].view(plan.rounds, -1, source.shape[1])
 
-    def _own_pairs(
-        self, received: Rows, arrived: torch.Tensor, pairs: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _own_pairs(self, received: Rows, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(slots within this rank or -1, weights) of each row's pairs here, the first ones first."""
         local_MK = received.slots_MK - self._first_slot
-        here_MK = (local_MK >= 0) & (local_MK < self._slots_per_rank) & (arrived[:, -1:] != 0)
+        here_MK = (local_MK >= 0) & (local_MK < self._slots_per_rank)
         order_MP = (~here_MK).to(torch.uint8).argsort(dim=1, stable=True)[:, :pairs]
         local_MK = local_MK.masked_fill(~here_MK, -1)
         return local_MK.gather(1, order_MP), received.weights_MK.gather(1, order_MP)

@@ -17,7 +17,9 @@ OAI = Activation(name="swiglu_oai", interleaved=True)
 
 def small_tiles(rows=16, columns=16, depth=16) -> MlpTiles:
     """Several tiles of each dimension, even of matrices that are quick to interpret."""
-    tiles = Tiles(rows=rows, columns=columns, depth=depth, columns_together=2, warps=4, stages=2)
+    tiles = Tiles(
+        rows=rows, columns=columns, depth=depth, columns_together=2, programs=1, warps=4, stages=2
+    )
     return MlpTiles(gate_up=tiles, down=tiles)
 
 

@@ -1,0 +1,329 @@
+"""Registers, shared memory and occupancy of every kernel at the tiles that it is launched with.
+
+Compiles for a GPU that need not be there: Triton brings the assembler, which says what it used. A block
+occupies a processor until it ends, so fewer registers and less shared memory let more blocks take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from machine import machine
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from ep_rebalance.kernels import (
+    group_tokens,
+    grouped_mlp,
+    pack_experts,
+    quantize_rows,
+    route_and_count,
+    tiles,
+    weighted_sum,
+)
+
+ALIGNED = [["tt.divisibility", 16]]
+"""What Triton finds of pointers, and of sizes that divide by 16, when it launches a kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processor:
+    """What blocks share on one streaming multiprocessor (CUDA C++ Programming Guide, table "Technical
+    Specifications per Compute Capability").
+    """
+
+    registers: int = 65536
+    shared_bytes: int
+    threads: int
+    blocks: int = 32
+
+
+PROCESSORS = {
+    80: Processor(shared_bytes=164 << 10, threads=2048),
+    89: Processor(shared_bytes=100 << 10, threads=1536, blocks=24),
+    90: Processor(shared_bytes=228 << 10, threads=2048),
+}
+RESERVED_BYTES = 1024
+"""Shared memory that CUDA keeps of every block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kernel as it is launched. arguments: types of those that are no constants; sizes whose name
+    is in `odd` are not known to divide by 16.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+    odd: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What the assembler says, of one block, and how many blocks a processor holds."""
+
+    kernel: str
+    warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    blocks: int
+    occupancy: float
+
+
+def cases() -> Iterator[Case]:
+    """All kernels."""
+    for pairs, experts in ((1024, 256), (65536, 256)):
+        options = dict(route_and_count.blocks(pairs, experts))
+        yield Case(
+            name=f"route_and_count, {pairs} pairs",
+            kernel=route_and_count._kernel,
+            arguments={
+                **dict.fromkeys(("topk_ids_ptr", "replica_slots_ptr", "thresholds_ptr"), "*i32"),
+                **dict.fromkeys(("phase_ptr", "counts_ptr", "offset_ptr"), "*i64"),
+                "slots_ptr": "*i32",
+                **dict.fromkeys(("num_pairs", "num_experts", "top_k"), "i32"),
+            },
+            warps=options.pop("num_warps"),
+            constants={"HASH_STEP": route_and_count.HASH_STEP, "REPLICAS": 4, **options},
+            odd=("top_k",),
+        )
+    for pairs in (1024, 65536):
+        pointers = ("slots_ptr", "pair_of_row_ptr", "slot_of_block_ptr", "num_blocks_ptr")
+        yield Case(
+            name=f"group_tokens, {pairs} pairs",
+            kernel=group_tokens._kernel,
+            arguments={
+                **dict.fromkeys(pointers, "*i32"),
+                **dict.fromkeys(("num_pairs", "num_slots", "first_slot"), "i32"),
+            },
+            constants={"BINS": 16, "BLOCK_ROWS": 64, "CHUNK": group_tokens.chunk(pairs)},
+            warps=8 if pairs > 1024 else 4,
+            odd=("num_slots", "first_slot"),
+        )
+    for mean_rows in (8, 32, 64, 512):
+        for fp8 in (False, True):
+            yield from mlp_cases(mean_rows, fp8)
+    yield Case(
+        name="quantize_rows",
+        kernel=quantize_rows._kernel,
+        arguments={
+            "rows_ptr": "*bf16",
+            "quantized_ptr": "*fp8e4nv",
+            "scales_ptr": "*fp32",
+            "num_groups": "i32",
+        },
+        constants={
+            "LARGEST": quantize_rows.LARGEST,
+            "SMALLEST_SCALE": quantize_rows.SMALLEST_SCALE,
+            "GROUP": quantize_rows.GROUP,
+            "BLOCK": 16,
+            "INTERPRETED": False,
+        },
+        warps=4,
+    )
+    yield Case(
+        name="weighted_sum, top 8",
+        kernel=weighted_sum._kernel,
+        arguments={
+            "outputs_ptr": "*bf16",
+            "position_ptr": "*i64",
+            "weights_ptr": "*fp32",
+            "total_ptr": "*fp32",
+            "hidden": "i32",
+        },
+        constants={"TOP_K": 8, "BLOCK": 1024},
+        warps=4,
+    )
+    yield Case(
+        name="pack_experts, copy and sum",
+        kernel=pack_experts._kernel,
+        arguments={
+            "table_ptr": "*i64",
+            "packed_ptr": "*i32",
+            "checksum_ptr": "*i64",
+            **dict.fromkeys(("slot", "start_word", "stop_word"), "i32"),
+        },
+        constants={"FROM_SLOT": True, "COPIES": True, "SUMS": True, "BLOCK": pack_experts.BLOCK},
+        warps=8,
+        odd=("slot", "start_word", "stop_word"),
+    )
+
+
+def mlp_cases(mean_rows: float, fp8: bool) -> Iterator[Case]:
+    """Both halves of the grouped MLP, for groups of so many rows."""
+    chosen = tiles.rule(mean_rows, fp8=fp8)
+    element = "*fp8e4nv" if fp8 else "*bf16"
+    scale = "*fp32" if fp8 else "constexpr"
+    routing = {
+        **dict.fromkeys(("pair_of_row_ptr", "slot_of_block_ptr", "num_blocks_ptr"), "*i32"),
+        "num_pairs": "i32",
+    }
+    sizes = {"hidden": "i32", "intermediate": "i32"}
+    missing = {} if fp8 else dict.fromkeys(("weight_scales_ptr", "between_scales_ptr"))
+    shared = {"FP8": fp8, "HAS_BIAS": False, "GROUP": quantize_rows.GROUP, "bias_ptr": None}
+    kind = "fp8" if fp8 else "bf16"
+    options = grouped_mlp.options(chosen.gate_up)
+    yield Case(
+        name=f"gate_up, {kind}, {chosen.gate_up.rows} x {chosen.gate_up.columns}",
+        kernel=grouped_mlp._gate_up_kernel,
+        arguments={
+            **dict.fromkeys(("rows_ptr", "weight_ptr", "between_ptr"), element),
+            **({} if not fp8 else dict.fromkeys(("row_scales_ptr", "weight_scales_ptr"), scale)),
+            **({} if not fp8 else {"between_scales_ptr": scale}),
+            **routing,
+            "pairs_per_row": "i32",
+            **sizes,
+        },
+        warps=options.pop("num_warps"),
+        stages=options.pop("num_stages"),
+        constants={
+            **missing,
+            **({} if fp8 else {"row_scales_ptr": None}),
+            **shared,
+            "NAME": "silu",
+            "INTERLEAVED": False,
+            "ALPHA": 1.702,
+            "LIMIT": 7.0,
+            "LARGEST": quantize_rows.LARGEST,
+            "SMALLEST_SCALE": quantize_rows.SMALLEST_SCALE,
+            **options,
+        },
+        odd=("pairs_per_row",),
+    )
+    options = grouped_mlp.options(chosen.down)
+    yield Case(
+        name=f"down, {kind}, {chosen.down.rows} x {chosen.down.columns}",
+        kernel=grouped_mlp._down_kernel,
+        arguments={
+            **dict.fromkeys(("between_ptr", "weight_ptr"), element),
+            "out_ptr": "*bf16",
+            **({} if not fp8 else dict.fromkeys(("between_scales_ptr", "weight_scales_ptr"), scale)),
+            **routing,
+            **sizes,
+        },
+        warps=options.pop("num_warps"),
+        stages=options.pop("num_stages"),
+        constants={
+            **missing,
+            **shared,
+            "pair_weights_ptr": None,
+            "HAS_WEIGHTS": False,
+            **options,
+        },
+    )
+
+
+def compile_case(case: Case, capability: int) -> Resources:
+    """Compile one kernel and read what its block needs."""
+    names = case.kernel.arg_names
+    signature = {name: case.arguments.get(name, "constexpr") for name in names}
+    aligned = {
+        (names.index(name),): ALIGNED for name in case.arguments if name not in case.odd
+    }
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, case.constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True},
+    )
+    log = assemble(compiled.asm["ptx"], capability)
+    registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
+    spilled = re.search(r"(\d+) bytes spill stores", log)
+    shared = int(compiled.metadata.shared)
+    processor = PROCESSORS[capability]
+    threads = 32 * case.warps
+    # Registers are given out to a warp in units of 256.
+    per_warp = -(-32 * registers // 256) * 256
+    blocks = min(
+        processor.registers // (per_warp * case.warps),
+        processor.shared_bytes // (shared + RESERVED_BYTES),
+        processor.threads // threads,
+        processor.blocks,
+    )
+    return Resources(
+        kernel=case.name,
+        warps=case.warps,
+        registers=registers,
+        spilled_bytes=int(spilled[1]) if spilled else 0,
+        shared_bytes=shared,
+        blocks=blocks,
+        occupancy=blocks * threads / processor.threads,
+    )
+
+
+def assemble(ptx: str, capability: int) -> str:
+    """What the assembler says of a kernel."""
+    suffix = "a" if capability == 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{suffix}", source]
+        done = subprocess.run(
+            [*command, "-o", f"{folder}/kernel.cubin"], capture_output=True, text=True, check=True
+        )
+    return done.stderr
+
+
+def main() -> None:
+    """Compile all and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    capabilities = ", ".join(f"{c} " + n for c, n in ((80, "A100"), (89, "L40S"), (90, "H100")))
+    parser.add_argument(
+        "--capability",
+        type=int,
+        choices=PROCESSORS,
+        default=90,
+        help=f"of the GPU to compile for: {capabilities} (default 90)",
+    )
+    parser.add_argument("--json", type=Path, help="write the table there, too")
+    options, console = parser.parse_args(), Console(width=max(100, Console().width))
+    listed = [
+        case
+        for case in cases()
+        if options.capability >= 89 or not {"*fp8e4nv"} & set(case.arguments.values())
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of Triton's coming defaults
+        found = [
+            compile_case(case, options.capability)
+            for case in track(listed, "compiling", console=console, transient=True)
+        ]
+    table = Table(title=f"compute capability {options.capability / 10}, one block")
+    for heading in ("kernel", "warps", "registers", "spilled B", "shared KiB", "blocks", "occupancy"):
+        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    for r in found:
+        table.add_row(
+            r.kernel, str(r.warps), str(r.registers), str(r.spilled_bytes),
+            f"{r.shared_bytes / 1024:.1f}", str(r.blocks), f"{r.occupancy:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"triton {triton.__version__}, torch {torch.__version__}", style="dim")
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()), style="dim")
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(r) for r in found], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
