@@ -218,7 +218,9 @@ def mlp_cases(mean_rows: float, fp8: bool) -> Iterator[Case]:
         arguments={
             **dict.fromkeys(("between_ptr", "weight_ptr"), element),
             "out_ptr": "*bf16",
-            **({} if not fp8 else dict.fromkeys(("between_scales_ptr", "weight_scales_ptr"), scale)),
+            **(
+                {} if not fp8 else dict.fromkeys(("between_scales_ptr", "weight_scales_ptr"), scale)
+            ),
             **routing,
             **sizes,
         },
@@ -238,9 +240,7 @@ def compile_case(case: Case, capability: int) -> Resources:
     """Compile one kernel and read what its block needs."""
     names = case.kernel.arg_names
     signature = {name: case.arguments.get(name, "constexpr") for name in names}
-    aligned = {
-        (names.index(name),): ALIGNED for name in case.arguments if name not in case.odd
-    }
+    aligned = {(names.index(name),): ALIGNED for name in case.arguments if name not in case.odd}
     compiled = triton.compile(
         ASTSource(case.kernel, signature, case.constants, aligned),
         target=GPUTarget("cuda", capability, 32),
@@ -311,7 +311,15 @@ def main() -> None:
             for case in track(listed, "compiling", console=console, transient=True)
         ]
     table = Table(title=f"compute capability {options.capability / 10}, one block")
-    for heading in ("kernel", "warps", "registers", "spilled B", "shared KiB", "blocks", "occupancy"):
+    for heading in (
+        "kernel",
+        "warps",
+        "registers",
+        "spilled B",
+        "shared KiB",
+        "blocks",
+        "occupancy",
+    ):
         table.add_column(heading, justify="left" if heading == "kernel" else "right")
     for r in found:
         table.add_row(

@@ -150,7 +150,7 @@ def _kernel(
 
 def chunk(num_pairs: int) -> int:
     """Pairs that a program looks at in one go."""
-    return min(4096, max(128, triton.next_power_of_2(num_pairs)))
+    return min(4096, max(128, 1 << (num_pairs - 1).bit_length()))
 
 
 def _launch(

@@ -169,7 +169,8 @@ def _check(
         )
     if weights.fp8 and (hidden % GROUP or intermediate % GROUP or row_scales is None):
         raise ValueError(
-            f"8-bit weights need scaled rows and sizes that divide by {GROUP}, not {hidden} and {intermediate}"
+            f"8-bit weights need scaled rows and sizes that divide by {GROUP}, not {hidden} and "
+            f"{intermediate}"
         )
 
 
@@ -224,9 +225,7 @@ def _weight(weight: torch.Tensor, scales: torch.Tensor | None, slot: int) -> tor
 
 def activate(first: torch.Tensor, activation: Activation) -> torch.Tensor:
     """[rows, 2 I] to [rows, I]."""
-    gate, up = (
-        (first[:, ::2], first[:, 1::2]) if activation.interleaved else first.chunk(2, dim=1)
-    )
+    gate, up = (first[:, ::2], first[:, 1::2]) if activation.interleaved else first.chunk(2, dim=1)
     if activation.name == "silu":
         return torch.nn.functional.silu(gate) * up
     if activation.name == "swiglu_oai":

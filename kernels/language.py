@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 
+__all__ = [
+    "INTERPRETED",
+    "as_float8",
+    "as_stored",
+    "jit",
+    "multiply",
+    "processors",
+    "runs_triton",
+    "tl",
+    "triton",
+]
+
 try:
     import triton
     import triton.language as tl

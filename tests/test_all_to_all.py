@@ -13,7 +13,12 @@ from ep_rebalance.kernels.weighted_sum import weighted_sum_torch
 
 EXPERTS, HIDDEN = 12, 24
 SIZES = [1, 2, 3, 4]
-CAPACITIES = {"room for all": 100.0, "room for most": 0.8, "room for few": 0.3, "room for one": 0.01}
+CAPACITIES = {
+    "room for all": 100.0,
+    "room for most": 0.8,
+    "room for few": 0.3,
+    "room for one": 0.01,
+}
 WAYS = ["exact splits", *CAPACITIES]
 
 
@@ -172,9 +177,7 @@ def test_fast_is_close_on_every_placement(ranks_of: dict[int, Ranks], way, size,
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
 def test_by_way_of_nodes(four_ranks: Ranks, ranks_per_node, combine):
     way, tokens_R = f"nodes of {ranks_per_node}", [9, 5, 0, 17]
-    answers = four_ranks.run(
-        forward_on_all_placements, 4, way, combine, tokens_R, 4, torch.float32
-    )
+    answers = four_ranks.run(forward_on_all_placements, 4, way, combine, tokens_R, 4, torch.float32)
     for placed in answers:
         for out_TH, expected in placed:
             if combine == "exact":

@@ -176,9 +176,7 @@ class _Hop:
         )
         return received, leg
 
-    def return_pairs(
-        self, leg: _Leg, outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def return_pairs(self, leg: _Leg, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(outputs of all pairs that were sent from here, where each pair's is: int64 [rows, K]).
 
         outputs: one row for each pair of `leg.here_MK`, in order.
@@ -203,9 +201,7 @@ class _Hop:
         rank = torch.div(slots_MK, self._slots_each, rounding_mode="floor")
         return rank.long() - self._first
 
-    def _exchange(
-        self, rows: torch.Tensor, splits: list[int], arriving: list[int]
-    ) -> torch.Tensor:
+    def _exchange(self, rows: torch.Tensor, splits: list[int], arriving: list[int]) -> torch.Tensor:
         out = rows.new_empty(sum(arriving), rows.shape[1])
         dist.all_to_all_single(out, rows, arriving, splits, group=self._group)
         return out

@@ -91,7 +91,7 @@ class FixedCapacity:
         return _Plan(capacity=capacity, rounds=max(1, -(-longest // capacity)))
 
     def _capacity(self, tokens: int, top_k: int) -> int:
-        even = tokens * min(top_k, self._size) / self._size
+        even: float = tokens * min(top_k, self._size) / self._size
         return max(1, min(tokens, math.ceil(self._factor * even)))
 
     def _fill(self, rows: Rows, queue: _Queue, plan: _Plan) -> torch.Tensor:

@@ -25,19 +25,27 @@ def pack_rows(rows: Rows, payload: Payload) -> torch.Tensor:
 def unpack_rows(wire: torch.Tensor, like: Rows, payload: Payload) -> Rows:
     """Inverse of `pack_rows`; widths and dtype are those of `like`."""
     columns, top_k = like.hidden_MH.shape[1], like.slots_MK.shape[1]
+    dtype = like.hidden_MH.dtype
     if payload == "fp8":
-        widths = (columns, 4 * columns // GROUP)
-        dtypes = (torch.float8_e4m3fn, torch.float32)
-    else:
-        widths, dtypes = (columns * like.hidden_MH.element_size(),), (like.hidden_MH.dtype,)
-    *hidden, slots, weights = (
-        part.contiguous().view(dtype)
-        for part, dtype in zip(
-            wire.split([*widths, 4 * top_k, 4 * top_k], dim=1),
-            (*dtypes, torch.int32, torch.float32),
-            strict=True,
+        quantized, scales, slots, weights = _split(
+            wire,
+            (columns, torch.float8_e4m3fn),
+            (columns // GROUP, torch.float32),
+            (top_k, torch.int32),
+            (top_k, torch.float32),
         )
-    )
-    if payload == "fp8":
-        hidden = [dequantize_rows(*hidden, like.hidden_MH.dtype)]
-    return Rows(hidden_MH=hidden[0], slots_MK=slots, weights_MK=weights)
+        hidden = dequantize_rows(quantized, scales, dtype)
+    else:
+        hidden, slots, weights = _split(
+            wire, (columns, dtype), (top_k, torch.int32), (top_k, torch.float32)
+        )
+    return Rows(hidden_MH=hidden, slots_MK=slots, weights_MK=weights)
+
+
+def _split(wire: torch.Tensor, *parts: tuple[int, torch.dtype]) -> list[torch.Tensor]:
+    """parts: columns and dtype of each."""
+    widths = [columns * dtype.itemsize for columns, dtype in parts]
+    return [
+        part.contiguous().view(dtype)
+        for part, (_, dtype) in zip(wire.split(widths, dim=1), parts, strict=True)
+    ]

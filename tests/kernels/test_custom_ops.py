@@ -52,9 +52,7 @@ def test_a_compiled_layer_gives_the_same_without_a_break(device):
         replica_slots_EC=tables.replica_slots_EC,
         thresholds_EC=tables.thresholds_EC,
     )
-    expected, (quantized, scales) = layer(
-        hidden, ids, phase_T, tables, offset, weights, gates
-    )
+    expected, (quantized, scales) = layer(hidden, ids, phase_T, tables, offset, weights, gates)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     total, (compiled_quantized, compiled_scales) = compiled(
         hidden, ids, phase_T, counted, offset, weights, gates
@@ -68,9 +66,7 @@ def test_a_compiled_layer_gives_the_same_without_a_break(device):
 
 def test_the_group_tensors_are_sized_as_their_fake_forms_say(device):
     slots = slots_on(device, [0, 5, 5, 2])
-    torch.library.opcheck(
-        OPS.group_tokens.default, (slots, 6, 16, 0), test_utils=("test_schema",)
-    )
+    torch.library.opcheck(OPS.group_tokens.default, (slots, 6, 16, 0), test_utils=("test_schema",))
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = OPS.group_tokens(mode.from_tensor(slots), 6, 16, 0)
     for fake, real in zip(fakes, OPS.group_tokens(slots, 6, 16, 0), strict=True):

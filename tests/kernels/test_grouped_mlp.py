@@ -7,7 +7,12 @@ import torch
 
 from ep_rebalance.kernels.group_tokens import group_tokens
 from ep_rebalance.kernels.grouped_mlp import Activation, ExpertWeights, grouped_mlp
-from ep_rebalance.kernels.quantize_rows import GROUP, dequantize_rows, quantize_rows, quantize_rows_torch
+from ep_rebalance.kernels.quantize_rows import (
+    GROUP,
+    dequantize_rows,
+    quantize_rows,
+    quantize_rows_torch,
+)
 from ep_rebalance.kernels.tiles import MlpTiles, Tiles, rule
 
 POISON = 3e4

@@ -70,7 +70,9 @@ def test_ranges_make_the_whole_and_write_nothing_else(sizes, cuts, device):
 def test_unpacking_changes_one_slot(sizes, device):
     source, target = slabs_of(sizes, device, seed=1), slabs_of(sizes, device, seed=2)
     before = [tensor.clone() for tensor in target.tensors]
-    packed = torch.zeros(slabs_of(sizes, device).packed_bytes + 32, dtype=torch.uint8, device=device)
+    packed = torch.zeros(
+        slabs_of(sizes, device).packed_bytes + 32, dtype=torch.uint8, device=device
+    )
     pack_expert(source, 2, 0, packed[: source.packed_bytes])
     unpack_expert(target, 1, packed)
     for tensor, old, new in zip(target.tensors, before, source.tensors, strict=True):

@@ -251,3 +251,29 @@ def _refuse_hidden_tensors(experts: Any) -> None:
                 f"layer {experts.layer_name!r} keeps the per-expert tensor {name!r} outside its parameters.",
                 "use mode=observe, which moves nothing.",
             )
+
+
+def _restore(rebalancer: Rebalancer, config: RebalanceConfig, vllm_config: Any) -> None:
+    """Rank 0 reads the state file; all ranks take up what it found."""
+    group = ep_group()
+    state: SavedState | None = None
+    if config.state.path and group.rank_in_group == 0:
+        state = load_state(Path(config.state.path), model_identity(vllm_config, config))
+    found = [None if state is None else _portable(state)]
+    dist.broadcast_object_list(found, src=group.ranks[0], group=group.cpu_group)
+    if found[0] is None:
+        return
+    slots_LP, quotas_LP, generation = found[0]
+    loaded = rebalancer.served.placement
+    if slots_LP.shape != loaded.slots_LP.shape:
+        raise ConfigurationError(
+            f"the state file holds {slots_LP.shape} layers and slots, the model {loaded.slots_LP.shape}.",
+            "delete it, or name another file in state.path.",
+        )
+    placement = Placement(slots_LP, loaded.num_experts, loaded.num_ranks)
+    rebalancer.migrator.restore(placement, quotas_LP, generation)
+    logger.info("ep_rebalance: took up the saved placement of generation %d", generation)
+
+
+def _portable(state: SavedState) -> tuple[NDArray[np.int32], NDArray[np.float64], int]:
+    return state.placement.slots_LP, state.quotas_LP, state.header.generation

@@ -37,7 +37,16 @@ CONTRACTS = (
     *(Contract(f"{_ORACLE}:UnquantizedMoeBackend.{name}") for name in _REPLACED),
     Contract(
         "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExpertsModular.apply",
-        ("output", "w1", "w2", "topk_weights", "topk_ids", "activation", "expert_map", "workspace2"),
+        (
+            "output",
+            "w1",
+            "w2",
+            "topk_weights",
+            "topk_ids",
+            "activation",
+            "expert_map",
+            "workspace2",
+        ),
     ),
     Contract("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig", ("swiglu_limit",)),
     Contract(
@@ -193,9 +202,7 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
             num_slots=num_slots,
             fp8=False,
             device=rows_MH.device,
-            key=shape_key(
-                num_slots=num_slots, hidden=hidden, intermediate=intermediate, fp8=False
-            ),
+            key=shape_key(num_slots=num_slots, hidden=hidden, intermediate=intermediate, fp8=False),
         )
         groups = group_tokens(slots_MK, num_slots=num_slots, block_rows=tiles.rows)
         grouped_mlp(
