@@ -43,7 +43,7 @@ def group_tokens(
     slots_N: integer, of any shape; pair n is its n-th element. block_rows: a power of two.
     """
     if torch.compiler.is_compiling():
-        tensors = torch.ops.ep_rebalance.group_tokens(slots_N, num_slots, block_rows, first_slot)
+        tensors = _operation(slots_N, num_slots, block_rows, first_slot)
     elif runs_triton(slots_N):
         tensors = _launch(slots_N, num_slots, block_rows, first_slot)
     else:
@@ -98,6 +98,29 @@ def group_tokens_torch(
         block_rows=block_rows,
         num_pairs=num_pairs,
     )
+
+
+@torch.library.custom_op("ep_rebalance::group_tokens", mutates_args=())
+def _operation(
+    slots_N: torch.Tensor, num_slots: int, block_rows: int, first_slot: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`group_tokens` for torch.compile: pair_of_row, slot_of_block, num_blocks."""
+    groups = group_tokens(
+        slots_N, num_slots=num_slots, block_rows=block_rows, first_slot=first_slot
+    )
+    return groups.pair_of_row, groups.slot_of_block, groups.num_blocks
+
+
+@_operation.register_fake
+def _(
+    slots_N: torch.Tensor, num_slots: int, block_rows: int, first_slot: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    blocks = max_blocks(slots_N.numel(), num_slots, block_rows)
+    sizes = (blocks * block_rows, blocks, 1)
+    pair_of_row, slot_of_block, num_blocks = (
+        slots_N.new_empty(size, dtype=torch.int32) for size in sizes
+    )
+    return pair_of_row, slot_of_block, num_blocks
 
 
 @jit

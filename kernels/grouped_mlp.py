@@ -12,7 +12,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from ep_rebalance.kernels.group_tokens import Groups
+from ep_rebalance.kernels.group_tokens import Groups, groups_of
 from ep_rebalance.kernels.language import (
     INTERPRETED,
     as_stored,
@@ -106,7 +106,7 @@ def grouped_mlp(
     """
     _check(rows_MH, groups, weights, out_NH, tiles, pairs_per_row, row_scales)
     if torch.compiler.is_compiling():
-        torch.ops.ep_rebalance.grouped_mlp(
+        _operation(
             rows_MH,
             row_scales,
             groups.pair_of_row,
@@ -234,6 +234,63 @@ def activate(first: torch.Tensor, activation: Activation) -> torch.Tensor:
         return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
     approximate = "tanh" if activation.name == "gelu_tanh" else "none"
     return torch.nn.functional.gelu(gate, approximate=approximate) * up
+
+
+@torch.library.custom_op("ep_rebalance::grouped_mlp", mutates_args=("out_NH",))
+def _operation(
+    rows_MH: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    pair_of_row: torch.Tensor,
+    slot_of_block: torch.Tensor,
+    num_blocks: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate_up_scales: torch.Tensor | None,
+    down_scales: torch.Tensor | None,
+    pair_weights_N: torch.Tensor | None,
+    out_NH: torch.Tensor,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    pairs_per_row: int,
+    tiles: list[int],
+) -> None:
+    """`grouped_mlp` for torch.compile, with everything one by one; tiles: as of `MlpTiles.numbers`."""
+    chosen = MlpTiles.of_numbers(tiles)
+    grouped_mlp(
+        rows_MH,
+        groups_of(
+            pair_of_row,
+            slot_of_block,
+            num_blocks,
+            block_rows=chosen.rows,
+            num_pairs=len(out_NH),
+        ),
+        ExpertWeights(
+            gate_up=gate_up,
+            down=down,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            gate_up_scales=gate_up_scales,
+            down_scales=down_scales,
+        ),
+        Activation(
+            name=activation_name(activation), interleaved=interleaved, alpha=alpha, limit=limit
+        ),
+        out_NH,
+        tiles=chosen,
+        pairs_per_row=pairs_per_row,
+        row_scales=row_scales,
+        pair_weights_N=pair_weights_N,
+    )
+
+
+@_operation.register_fake
+def _(*_: object) -> None:
+    return None
 
 
 @jit

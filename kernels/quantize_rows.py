@@ -28,7 +28,7 @@ def quantize_rows(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if rows_MH.shape[1] % GROUP:
         raise ValueError(f"{rows_MH.shape[1]} columns do not divide into groups of {GROUP}")
     if torch.compiler.is_compiling():
-        quantized, scales = torch.ops.ep_rebalance.quantize_rows(rows_MH)
+        quantized, scales = _operation(rows_MH)
         return quantized, scales
     return (_launch if runs_triton(rows_MH) else quantize_rows_torch)(rows_MH)
 
@@ -47,6 +47,21 @@ def dequantize_rows(
     """The rows that were quantised, [M, H], as far as 8 bits hold them."""
     groups = quantized_MH.float().unflatten(1, (-1, GROUP))
     return (groups * scales.unsqueeze(2)).flatten(1).to(dtype)
+
+
+@torch.library.custom_op("ep_rebalance::quantize_rows", mutates_args=())
+def _operation(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` for torch.compile."""
+    return quantize_rows(rows_MH)
+
+
+@_operation.register_fake
+def _(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = rows_MH.shape
+    return (
+        rows_MH.new_empty(rows_MH.shape, dtype=torch.float8_e4m3fn),
+        rows_MH.new_empty(rows, columns // GROUP, dtype=torch.float32),
+    )
 
 
 @jit

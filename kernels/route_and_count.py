@@ -57,7 +57,7 @@ def route_and_count(
     if phase_T.shape[0] != topk_ids_TK.shape[0]:
         raise ValueError(f"{topk_ids_TK.shape[0]} tokens, but {phase_T.shape[0]} phases")
     if torch.compiler.is_compiling():
-        slots_TK: torch.Tensor = torch.ops.ep_rebalance.route_and_count(
+        slots_TK: torch.Tensor = _operation(
             topk_ids_TK,
             phase_T,
             tables.counts_AE,
@@ -101,6 +101,34 @@ def route_torch(
     passed_TKC = hash_T.view(-1, 1, 1) >= tables.thresholds_EC[ids_TK]
     choice_TK1 = passed_TKC.sum(-1, keepdim=True)
     return tables.replica_slots_EC[ids_TK].gather(-1, choice_TK1).squeeze(-1).to(topk_ids_TK.dtype)
+
+
+@torch.library.custom_op("ep_rebalance::route_and_count", mutates_args=("counts_AE",))
+def _operation(
+    topk_ids_TK: torch.Tensor,
+    phase_T: torch.Tensor,
+    counts_AE: torch.Tensor,
+    replica_slots_EC: torch.Tensor,
+    thresholds_EC: torch.Tensor,
+    offset: torch.Tensor,
+) -> torch.Tensor:
+    """`route_and_count` for torch.compile, with the tables one by one."""
+    tables = LayerTables(
+        counts_AE=counts_AE, replica_slots_EC=replica_slots_EC, thresholds_EC=thresholds_EC
+    )
+    return route_and_count(topk_ids_TK, phase_T, tables, offset)
+
+
+@_operation.register_fake
+def _(
+    topk_ids_TK: torch.Tensor,
+    phase_T: torch.Tensor,
+    counts_AE: torch.Tensor,
+    replica_slots_EC: torch.Tensor,
+    thresholds_EC: torch.Tensor,
+    offset: torch.Tensor,
+) -> torch.Tensor:
+    return torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
 
 
 def _launch_metadata(grid, kernel, args):

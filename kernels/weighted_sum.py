@@ -20,9 +20,7 @@ def weighted_sum(
     Kernel and reference give equal bits.
     """
     if torch.compiler.is_compiling():
-        total: torch.Tensor = torch.ops.ep_rebalance.weighted_sum(
-            outputs_NH, position_TK, weights_TK
-        )
+        total: torch.Tensor = _operation(outputs_NH, position_TK, weights_TK)
         return total
     return (_launch if runs_triton(outputs_NH) else weighted_sum_torch)(
         outputs_NH, position_TK, weights_TK
@@ -38,6 +36,21 @@ def weighted_sum_torch(
     for k in range(1, position_TK.shape[1]):
         total = torch.addcmul(total, outputs_NH[position_TK[:, k]].float(), weights[:, k : k + 1])
     return total
+
+
+@torch.library.custom_op("ep_rebalance::weighted_sum", mutates_args=())
+def _operation(
+    outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """`weighted_sum` for torch.compile."""
+    return weighted_sum(outputs_NH, position_TK, weights_TK)
+
+
+@_operation.register_fake
+def _(
+    outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    return outputs_NH.new_empty(len(position_TK), outputs_NH.shape[1], dtype=torch.float32)
 
 
 @jit
