@@ -52,6 +52,12 @@ def test_config_is_frozen() -> None:
             "min_snapshots",
         ),
         ({"window": {"snapshots": 0}}, "window.snapshots=0", "ep-rebalance config"),
+        (
+            {"data_plane": {"shape": "fixed", "group_by_node": True}},
+            "group_by_node works with shape=exact only",
+            "ep-rebalance config",
+        ),
+        ({"data_plane": {"capacity_factor": 0}}, "capacity_factor=0", "ep-rebalance config"),
         ({"mode": "fast"}, "mode='fast'", "ep-rebalance config"),
         ({"mode": "static"}, "state.path", "ep-rebalance config"),
         ({"window": {"snapshots": 2}}, "min_snapshots=4", "ep-rebalance config"),

@@ -184,6 +184,31 @@ def test_the_engines_own_balancer_is_refused(create):
     )
 
 
+@pytest.mark.parametrize(
+    ("plane", "arguments", "reason", "remedy"),
+    [
+        ({"all_to_all": "engine"}, {}, ["on CPU", "all_to_all=engine"], ["all_to_all=ours"]),
+        ({"payload": "fp8"}, {}, ["payload=fp8", "128 columns", "has 64"], ["drop"]),
+        (
+            {"experts": "triton"},
+            {"moe_backend": "batched_triton"},
+            ["experts=triton", "batched_triton"],
+            ["drop one"],
+        ),
+    ],
+)
+def test_a_data_plane_that_cannot_work_is_refused(create, plane, arguments, reason, remedy):
+    assert_refused(create, reason, remedy, {"data_plane": plane}, **arguments)
+
+
+@pytest.mark.parametrize(
+    "plane",
+    [{"shape": "fixed", "all_to_all": "ours"}, {"experts": "triton"}, {"group_by_node": True}],
+)
+def test_a_data_plane_that_works_passes(create, plane):
+    create({"data_plane": plane})
+
+
 def test_a_second_worker_extension_is_refused(create):
     assert_refused(
         create,

@@ -31,7 +31,8 @@ def fixed_capacity(logs: Path, settings_file: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def grouped_experts(logs: Path, settings_file: str) -> Iterator[Server]:
-    with serve(logs / "grouped_experts.log", settings_file, {"experts": "triton"}) as server:
+    plane = {"experts": "triton", "group_by_node": True}
+    with serve(logs / "grouped_experts.log", settings_file, plane) as server:
         yield server
 
 
