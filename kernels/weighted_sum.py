@@ -31,10 +31,10 @@ def weighted_sum_torch(
     outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """Reference of `weighted_sum`."""
-    weights = weights_TK.float()
-    total = outputs_NH[position_TK[:, 0]].float() * weights[:, :1]
+    outputs_TKH, weights = outputs_NH[position_TK].float(), weights_TK.float()
+    total = outputs_TKH[:, 0] * weights[:, :1]
     for k in range(1, position_TK.shape[1]):
-        total = torch.addcmul(total, outputs_NH[position_TK[:, k]].float(), weights[:, k : k + 1])
+        total = torch.addcmul(total, outputs_TKH[:, k], weights[:, k : k + 1])
     return total
 
 

@@ -141,8 +141,8 @@ class _Hop:
         self, group: dist.ProcessGroup, slots_each: int, first: int, payload: Payload
     ) -> None:
         self._group = group
-        self._size = dist.get_world_size(group)
         self._member = dist.get_rank(group)
+        self._size = dist.get_world_size(group)
         self._slots_each = slots_each
         self._first = first
         self._payload: Payload = payload
@@ -150,10 +150,10 @@ class _Hop:
     def send(self, rows: Rows) -> tuple[Rows, _Leg]:
         """The rows that arrive here."""
         member_MK = self._member_of(rows.slots_MK)
-        members = torch.arange(self._size, device=member_MK.device)
-        goes_MR = (member_MK.unsqueeze(2) == members).any(1)
-        destination, row = goes_MR.t().nonzero(as_tuple=True)
-        sent = goes_MR.sum(0)
+        members = torch.arange(self._size, device=member_MK.device).view(-1, 1, 1)
+        goes_RM = (member_MK == members).any(2)
+        destination, row = goes_RM.nonzero(as_tuple=True)
+        sent = goes_RM.sum(1)
         arrived = torch.empty_like(sent)
         dist.all_to_all_single(arrived, sent, group=self._group)
         sent_R, arrived_R = sent.tolist(), arrived.tolist()
@@ -185,11 +185,10 @@ class _Hop:
         home_splits = _sum_by_rank(leg.mine_NK.sum(1), leg.sent_R)
         home = self._exchange(outputs.contiguous(), splits, home_splits)
         sent_row, k = leg.mine_NK.nonzero(as_tuple=True)
-        position = torch.zeros(
-            leg.rows, leg.mine_NK.shape[1], dtype=torch.int64, device=home.device
-        )
-        position[leg.row[sent_row], k] = torch.arange(len(home), device=home.device)
-        return home, position
+        top_k = leg.mine_NK.shape[1]
+        position = torch.zeros(leg.rows * top_k, dtype=torch.int64, device=home.device)
+        position[leg.row[sent_row] * top_k + k] = torch.arange(len(home), device=home.device)
+        return home, position.view(-1, top_k)
 
     def return_sums(self, leg: _Leg, sums: torch.Tensor) -> torch.Tensor:
         """float32 [rows, H], each the sum of what came back. sums: one row for each that arrived."""
@@ -198,8 +197,8 @@ class _Hop:
         return total.index_add_(0, leg.row, home.float())
 
     def _member_of(self, slots_MK: torch.Tensor) -> torch.Tensor:
-        rank = torch.div(slots_MK, self._slots_each, rounding_mode="floor")
-        return rank.long() - self._first
+        member = torch.div(slots_MK, self._slots_each, rounding_mode="floor").long()
+        return member - self._first if self._first else member
 
     def _exchange(self, rows: torch.Tensor, splits: list[int], arriving: list[int]) -> torch.Tensor:
         out = rows.new_empty(sum(arriving), rows.shape[1])
