@@ -9,6 +9,7 @@ demo: setup  ## run the demonstration; options go in ARGS="..."
 
 test: setup check  ## checks, then the test suite; options for pytest go in ARGS="..."
 	@scripts/test $(ARGS)
+	@$(if $(ARGS),,scripts/test -m server)
 
 check: setup  ## format, lint, types and import contracts
 	@scripts/check

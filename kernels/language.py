@@ -38,7 +38,7 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether an operation on this tensor launches its kernel and not its torch reference."""
-    return tensor.is_cuda or INTERPRETED
+    return triton is not None and (tensor.is_cuda or INTERPRETED)
 
 
 def processors(device: torch.device) -> int:

@@ -205,6 +205,14 @@ def _check_data_plane(vllm_config: Any, config: RebalanceConfig) -> None:
             "data_plane.shape=exact reads numbers of rows on the host, which CUDA graphs cannot.",
             "set data_plane.shape=fixed, or --enforce-eager.",
         )
+    parallel = vllm_config.parallel_config
+    shared = parallel.tensor_parallel_size > 1 and not parallel.use_sequence_parallel_moe
+    if carries_tokens(config) and plane.shape == "fixed" and shared and not eager:
+        raise ConfigurationError(
+            "data_plane.shape=fixed in CUDA graphs needs equally many tokens on all ranks, and tensor "
+            "parallelism shares them out unevenly.",
+            "set --enforce-eager, or use data parallelism alone.",
+        )
     if carries_tokens(config) and plane.payload == "fp8":
         from ep_rebalance.kernels.quantize_rows import GROUP
 
