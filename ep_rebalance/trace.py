@@ -10,6 +10,7 @@ deleted. Integers and floats are little-endian; nothing in a file is ever execut
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -325,8 +326,28 @@ def _beginning(reader: TraceReader) -> tuple[float, str]:
 
 
 def _checksum(words: NDArray[np.uint64]) -> np.uint64:
-    """Of a record: the sum of its 64-bit words without the checksum's own. Any changed byte shows."""
-    return np.uint64((int(words[0]) + int(words[2:].sum(dtype=np.uint64))) % (1 << 64))
+    """Of a record: of its 64-bit words without the checksum's own."""
+    return _weighted_sum(words, _record_factors(len(words)))
+
+
+def _weighted_sum(words: NDArray[np.uint64], factors: NDArray[np.uint64]) -> np.uint64:
+    """Wrapping. Odd factors, so that any change of one word shows, and rising ones, so that two changes
+    make up for each other by rare chance only.
+    """
+    return np.uint64(np.dot(words, factors))
+
+
+@functools.cache
+def _factors(length: int) -> NDArray[np.uint64]:
+    return 2 * np.arange(length, dtype=np.uint64) + np.uint64(1)
+
+
+@functools.cache
+def _record_factors(length: int) -> NDArray[np.uint64]:
+    """0 for the word that holds the checksum."""
+    factors = _factors(length).copy()
+    factors[1] = 0
+    return factors
 
 
 def _encode(kind: int, layout: np.dtype[np.void], values: Mapping[str, Any]) -> bytes:
@@ -366,7 +387,7 @@ def _encode_head(head: TraceHead) -> bytes:
     text = msgspec.json.encode(head)
     text += b" " * (-len(text) % 8)
     words = np.frombuffer(text, "<u8")
-    sizes = np.array([len(text), words.sum(dtype=np.uint64)], "<u8")
+    sizes = np.array([len(text), _weighted_sum(words, _factors(len(words)))], "<u8")
     return _MAGIC + sizes.tobytes() + text
 
 
@@ -383,7 +404,7 @@ def _read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
     text = file.read(length)
     if len(text) < length:
         raise TraceError(path, 24, "the head is cut off")
-    if int(np.frombuffer(text, "<u8").sum(dtype=np.uint64)) != checksum:
+    if _weighted_sum(np.frombuffer(text, "<u8"), _factors(length // 8)) != checksum:
         raise TraceError(path, 24, "the head's checksum is wrong")
     try:
         head = msgspec.json.decode(text, type=TraceHead)

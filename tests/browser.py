@@ -96,6 +96,10 @@ class Tab:
             self.messages.append(json.dumps(params["exceptionDetails"]))
 
 
+START_SECONDS = 180
+"""On two cores that a server keeps busy."""
+
+
 @contextmanager
 def open_tab(profile: Path) -> Iterator[Tab]:
     """A Chromium of its own, with its profile in an empty folder."""
@@ -117,7 +121,7 @@ def _page_address(log: Path) -> str:
     """Of the DevTools socket of the blank page."""
     import httpx
 
-    end = time.monotonic() + 30
+    end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if found := re.search(r"ws://([\d.:]+)/", log.read_text(errors="replace")):
             for target in httpx.get(f"http://{found[1]}/json").json():

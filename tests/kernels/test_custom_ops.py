@@ -1,7 +1,7 @@
 """torch.compile passes through the kernels, and their fake forms say what the real ones give."""
 
 import torch
-from test_grouped_mlp import random_rows, random_weights, slots_on, small_tiles
+from test_grouped_mlp import random_rows, random_weights, small_tiles
 from test_route_and_count import random_step
 
 from ep_rebalance.kernels.group_tokens import group_tokens

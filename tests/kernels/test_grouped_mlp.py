@@ -170,7 +170,9 @@ def test_several_pairs_of_a_row_and_their_weights(device):
 def test_rows_and_slots_that_are_not_contiguous(device):
     weights = random_weights(4, 32, 16, torch.float32, device)
     rows = random_rows(8, 80, torch.float32, device)[:, 7:39]
-    slots = slots_on(device, [[0, 9], [3, 9], [1, 9], [-1, 9], [3, 9], [0, 9], [2, 9], [3, 9]])[:, 0]
+    slots = slots_on(device, [[0, 9], [3, 9], [1, 9], [-1, 9], [3, 9], [0, 9], [2, 9], [3, 9]])[
+        :, 0
+    ]
     assert not rows.is_contiguous()
     assert not slots.is_contiguous()
     check(rows, slots, weights, Activation(), small_tiles(), tolerance=1e-5)
