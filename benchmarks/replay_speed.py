@@ -76,7 +76,7 @@ def write_trace(folder: Path, snapshots: int, console: Console) -> None:
         engine="",
         plugin_version=__version__,
         started=0.0,
-        config=load_config({"planner": {"redundant_experts": REDUNDANT}}).shown(),
+        config=load_config({"planner": {"redundant_experts": REDUNDANT}}).as_dict(),
         origin="generated, drifting between domains",
     )
     domains = synthetic_domains(domains=6, layers=SHAPE.layers, experts=SHAPE.experts, seed=0)
