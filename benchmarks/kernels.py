@@ -290,7 +290,12 @@ def mlp_case(shape: Shape, tokens: int, load: str, device: torch.device) -> Case
     weights = layer_weights(shape, device)
     out = torch.empty(pairs, shape.hidden, dtype=torch.bfloat16, device=device)
     chosen = tile_tables.mlp_tiles(
-        num_pairs=pairs, num_slots=shape.slots, fp8=shape.fp8, device=device, key=shape_key(shape)
+        num_pairs=pairs,
+        num_slots=shape.slots,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        fp8=shape.fp8,
+        device=device,
     )
     groups = group_tokens(slots, num_slots=shape.slots, block_rows=chosen.rows)
 

@@ -120,14 +120,7 @@ def _operation(
 
 
 @_operation.register_fake
-def _(
-    topk_ids_TK: torch.Tensor,
-    phase_T: torch.Tensor,
-    counts_AE: torch.Tensor,
-    replica_slots_EC: torch.Tensor,
-    thresholds_EC: torch.Tensor,
-    offset: torch.Tensor,
-) -> torch.Tensor:
+def _(topk_ids_TK: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
 
 

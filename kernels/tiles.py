@@ -58,18 +58,19 @@ class MlpTiles:
 
 
 def mlp_tiles(
-    *, num_pairs: int, num_slots: int, fp8: bool, device: torch.device, key: str = ""
+    *,
+    num_pairs: int,
+    num_slots: int,
+    hidden: int,
+    intermediate: int,
+    fp8: bool,
+    device: torch.device,
 ) -> MlpTiles:
-    """What to launch for `num_pairs` pairs on `num_slots` slots.
-
-    key: the shape as `shape_key` names it, looked up in the GPU's table.
-    """
+    """What to launch for `num_pairs` pairs on `num_slots` slots of that shape."""
     mean_rows = num_pairs / max(num_slots, 1)
-    if device.type == "cuda":
-        measured = _table(table_name(torch.cuda.get_device_name(device))).get(key, {})
-        if measured:
-            nearest = min(measured, key=lambda mean: abs(mean - mean_rows))
-            return measured[nearest]
+    measured = _measured(device, num_slots, hidden, intermediate, fp8)
+    if measured:
+        return measured[min(measured, key=lambda mean: abs(mean - mean_rows))]
     return rule(mean_rows, fp8=fp8)
 
 
@@ -127,6 +128,16 @@ def write_table(device_name: str, measured: dict[str, dict[float, MlpTiles]]) ->
 
 
 @functools.cache
+def _measured(
+    device: torch.device, num_slots: int, hidden: int, intermediate: int, fp8: bool
+) -> dict[float, MlpTiles]:
+    """By mean rows of a slot; empty where nothing was measured."""
+    if device.type != "cuda":
+        return {}
+    key = shape_key(num_slots=num_slots, hidden=hidden, intermediate=intermediate, fp8=fp8)
+    return _table(table_name(torch.cuda.get_device_name(device))).get(key, {})
+
+
 def _table(name: str) -> dict[str, dict[float, MlpTiles]]:
     path = TABLES / name
     if not path.exists():

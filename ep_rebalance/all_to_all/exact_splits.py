@@ -56,7 +56,6 @@ class ExactSplits:
         rank = dist.get_rank(group)
         self._combine: Combine = combine
         self._first_slot = rank * slots_per_rank
-        self._slots_per_rank = slots_per_rank
         if nodes is None:
             self._hops = [_Hop(group, slots_per_rank, 0, payload)]
         else:

@@ -49,7 +49,8 @@ class FixedCapacity:
         rows = Rows(hidden_MH=hidden_TH, slots_MK=slots_TK, weights_MK=weights_TK)
         queue = _queue(slots_TK, self._slots_per_rank, self._size)
         plan = self._agree(queue, *slots_TK.shape)
-        wire = self._fill(rows, queue, plan)
+        place_TK = plan.place(queue, self._size)
+        wire = self._fill(rows, place_TK, plan)
         arrived = torch.cat([self._exchange(part) for part in wire.unbind(0)])
         received = unpack_rows(arrived, rows, self._payload)
         pairs = min(slots_TK.shape[1], self._slots_per_rank)
@@ -61,7 +62,7 @@ class FixedCapacity:
             pairs_per_row=pairs,
             may_be_void=True,
             weights_TK=weights_TK,
-            way=_Way(queue=queue, plan=plan),
+            way=_Way(place_TK=place_TK, pair_TK=queue.pair_TK, plan=plan),
         )
 
     def combine(
@@ -69,32 +70,32 @@ class FixedCapacity:
     ) -> None:
         """See `AllToAll`."""
         way, pairs = dispatched.way, dispatched.pairs_per_row
-        row_TK = way.plan.place(way.queue.rank_TK, way.queue.turn_TK, self._size)
         if self._combine == "exact":
             home = self._return(outputs_NH.view(len(dispatched.rows_MH), -1), way.plan)
             outputs = home.view(-1, outputs_NH.shape[1])
-            position_TK = row_TK * pairs + way.queue.pair_TK
+            position_TK = way.place_TK * pairs + way.pair_TK
             out_TH.copy_(weighted_sum(outputs, position_TK, dispatched.weights_TK))
         else:
             sums = weighted_by_row(dispatched, outputs_NH).sum(1).to(outputs_NH.dtype)
-            once_TK = (way.queue.pair_TK == 0).float()
-            out_TH.copy_(weighted_sum(self._return(sums, way.plan), row_TK, once_TK))
+            once_TK = (way.pair_TK == 0).float()
+            out_TH.copy_(weighted_sum(self._return(sums, way.plan), way.place_TK, once_TK))
 
     def _agree(self, queue: _Queue, tokens: int, top_k: int) -> _Plan:
         if queue.rank_TK.is_cuda and torch.cuda.is_current_stream_capturing():
             capacity = self._capacity(tokens, top_k)
             return _Plan(capacity=capacity, rounds=-(-tokens // capacity))
-        wanted = torch.stack([queue.longest(), torch.full_like(queue.longest(), tokens)])
+        longest = queue.longest()
+        wanted = torch.stack([longest, torch.full_like(longest, tokens)])
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group)
-        longest, most_tokens = wanted.tolist()
+        most_rows, most_tokens = wanted.tolist()
         capacity = self._capacity(most_tokens, top_k)
-        return _Plan(capacity=capacity, rounds=max(1, -(-longest // capacity)))
+        return _Plan(capacity=capacity, rounds=max(1, -(-most_rows // capacity)))
 
     def _capacity(self, tokens: int, top_k: int) -> int:
         even: float = tokens * min(top_k, self._size) / self._size
         return max(1, min(tokens, math.ceil(self._factor * even)))
 
-    def _fill(self, rows: Rows, queue: _Queue, plan: _Plan) -> torch.Tensor:
+    def _fill(self, rows: Rows, place_TK: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """uint8 [rounds, ranks * capacity, bytes of a row]; places without a token have slots of -1."""
         tokens = len(rows.hidden_MH)
         void = Rows(
@@ -105,7 +106,6 @@ class FixedCapacity:
         source = torch.cat([pack_rows(part, self._payload) for part in (rows, void)])
         places = plan.rounds * self._size * plan.capacity
         token_of_place = torch.full((places,), tokens, device=source.device)
-        place_TK = plan.place(queue.rank_TK, queue.turn_TK, self._size)
         tokens_T1 = torch.arange(tokens, device=source.device).unsqueeze(1)
         token_of_place[place_TK] = tokens_T1.expand_as(place_TK)
         return source[token_of_place].view(plan.rounds, -1, source.shape[1])
@@ -151,15 +151,16 @@ class _Plan:
     capacity: int
     rounds: int
 
-    def place(self, rank: torch.Tensor, turn: torch.Tensor, size: int) -> torch.Tensor:
-        """Row of all rounds' buffers of the `turn`-th row to `rank`."""
-        in_round = rank * self.capacity + turn % self.capacity
-        return turn // self.capacity * (size * self.capacity) + in_round
+    def place(self, queue: _Queue, size: int) -> torch.Tensor:
+        """int64 [T, K], the row of all rounds' buffers that a pair's token is sent in."""
+        in_round = queue.rank_TK * self.capacity + queue.turn_TK % self.capacity
+        return queue.turn_TK // self.capacity * (size * self.capacity) + in_round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Way:
-    queue: _Queue
+    place_TK: torch.Tensor
+    pair_TK: torch.Tensor
     plan: _Plan
 
 

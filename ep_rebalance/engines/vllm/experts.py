@@ -24,7 +24,7 @@ from ep_rebalance.kernels.grouped_mlp import (
     ExpertWeights,
     grouped_mlp,
 )
-from ep_rebalance.kernels.tiles import mlp_tiles, shape_key
+from ep_rebalance.kernels.tiles import mlp_tiles
 from ep_rebalance.kernels.weighted_sum import weighted_sum
 
 _ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
@@ -200,9 +200,10 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         tiles = mlp_tiles(
             num_pairs=slots_MK.numel(),
             num_slots=num_slots,
+            hidden=hidden,
+            intermediate=intermediate,
             fp8=False,
             device=rows_MH.device,
-            key=shape_key(num_slots=num_slots, hidden=hidden, intermediate=intermediate, fp8=False),
         )
         groups = group_tokens(slots_MK, num_slots=num_slots, block_rows=tiles.rows)
         grouped_mlp(

@@ -81,10 +81,9 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         shared = tensor_group.world_size > 1 and not parallel.is_sequence_parallel
         self._tensor_group = tensor_group if shared else None
         self._ranks: int = get_ep_group().world_size
-        self._slots: int = moe.num_experts
-        slots_per_rank = self._slots // self._ranks
+        slots_per_rank = moe.num_experts // self._ranks
         self._first_slot: int = get_ep_group().rank_in_group * slots_per_rank
-        self._elsewhere: int = (self._first_slot + slots_per_rank) % self._slots
+        self._elsewhere: int = (self._first_slot + slots_per_rank) % moe.num_experts
         self._all_to_all: AllToAll = make_all_to_all(
             config,
             group=get_ep_group().device_group,
