@@ -59,22 +59,26 @@ PROCESSORS = {
     89: Processor(shared_bytes=100 << 10, threads=1536, blocks=24),
     90: Processor(shared_bytes=228 << 10, threads=2048),
 }
+GROUPS = ("pair_of_row_ptr", "slot_of_block_ptr", "num_blocks_ptr")
+EIGHT_BITS = {
+    "GROUP": quantize_rows.GROUP,
+    "LARGEST": quantize_rows.LARGEST,
+    "SMALLEST_SCALE": quantize_rows.SMALLEST_SCALE,
+}
 RESERVED_BYTES = 1024
 """Shared memory that CUDA keeps of every block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One kernel as it is launched. arguments: types of those that are no constants; sizes whose name
-    is in `odd` are not known to divide by 16.
+    """One kernel as it is launched. arguments: types of those that are no constants; None for a tensor
+    that is left out. constants: with the launch's own options. odd: sizes not known to divide by 16.
     """
 
     name: str
     kernel: Any
-    arguments: dict[str, str]
+    arguments: dict[str, str | None]
     constants: dict[str, Any]
-    warps: int
-    stages: int = 3
     odd: tuple[str, ...] = ()
 
 
@@ -93,32 +97,31 @@ class Resources:
 
 def cases() -> Iterator[Case]:
     """All kernels."""
-    for pairs, experts in ((1024, 256), (65536, 256)):
-        options = dict(route_and_count.blocks(pairs, experts))
+    for pairs in (1024, 65536):
         yield Case(
             name=f"route_and_count, {pairs} pairs",
             kernel=route_and_count._kernel,
             arguments={
-                **dict.fromkeys(("topk_ids_ptr", "replica_slots_ptr", "thresholds_ptr"), "*i32"),
-                **dict.fromkeys(("phase_ptr", "counts_ptr", "offset_ptr"), "*i64"),
-                "slots_ptr": "*i32",
-                **dict.fromkeys(("num_pairs", "num_experts", "top_k"), "i32"),
+                **typed("*i32", "topk_ids_ptr", "replica_slots_ptr", "thresholds_ptr", "slots_ptr"),
+                **typed("*i64", "phase_ptr", "counts_ptr", "offset_ptr"),
+                **typed("i32", "num_pairs", "num_experts", "top_k"),
             },
-            warps=options.pop("num_warps"),
-            constants={"HASH_STEP": route_and_count.HASH_STEP, "REPLICAS": 4, **options},
+            constants={
+                "HASH_STEP": route_and_count.HASH_STEP,
+                "REPLICAS": 4,
+                **route_and_count.options(pairs, 256),
+            },
             odd=("top_k",),
         )
     for pairs in (1024, 65536):
-        pointers = ("slots_ptr", "pair_of_row_ptr", "slot_of_block_ptr", "num_blocks_ptr")
         yield Case(
             name=f"group_tokens, {pairs} pairs",
             kernel=group_tokens._kernel,
             arguments={
-                **dict.fromkeys(pointers, "*i32"),
-                **dict.fromkeys(("num_pairs", "num_slots", "first_slot"), "i32"),
+                **typed("*i32", "slots_ptr", *GROUPS),
+                **typed("i32", "num_pairs", "num_slots", "first_slot"),
             },
-            constants={"BINS": 16, "BLOCK_ROWS": 64, "CHUNK": group_tokens.chunk(pairs)},
-            warps=8 if pairs > 1024 else 4,
+            constants={"BINS": 16, "BLOCK_ROWS": 64, **group_tokens.options(pairs)},
             odd=("num_slots", "first_slot"),
         )
     for mean_rows in (16, 32, 64, 512):
@@ -134,14 +137,7 @@ def cases() -> Iterator[Case]:
             "scales_ptr": "*fp32",
             "num_groups": "i32",
         },
-        constants={
-            "LARGEST": quantize_rows.LARGEST,
-            "SMALLEST_SCALE": quantize_rows.SMALLEST_SCALE,
-            "GROUP": quantize_rows.GROUP,
-            "BLOCK": 16,
-            "INTERPRETED": False,
-        },
-        warps=4,
+        constants={**EIGHT_BITS, "BLOCK": quantize_rows.BLOCK, "INTERPRETED": False},
     )
     yield Case(
         name="weighted_sum, top 8",
@@ -149,121 +145,107 @@ def cases() -> Iterator[Case]:
         arguments={
             "outputs_ptr": "*bf16",
             "position_ptr": "*i64",
-            "weights_ptr": "*fp32",
-            "total_ptr": "*fp32",
+            **typed("*fp32", "weights_ptr", "total_ptr"),
             "hidden": "i32",
         },
-        constants={"TOP_K": 8, "BLOCK": 1024},
-        warps=4,
+        constants={"TOP_K": 8, "BLOCK": weighted_sum.block(7168)},
     )
     yield Case(
         name="pack_experts, copy and sum",
         kernel=pack_experts._kernel,
         arguments={
-            "table_ptr": "*i64",
+            **typed("*i64", "table_ptr", "checksum_ptr"),
             "packed_ptr": "*i32",
-            "checksum_ptr": "*i64",
-            **dict.fromkeys(("slot", "start_word", "stop_word"), "i32"),
+            **typed("i32", "slot", "start_word", "stop_word"),
         },
-        constants={"FROM_SLOT": True, "COPIES": True, "SUMS": True, "BLOCK": pack_experts.BLOCK},
-        warps=8,
+        constants={
+            "FROM_SLOT": True,
+            "COPIES": True,
+            "SUMS": True,
+            "BLOCK": pack_experts.BLOCK,
+            "num_warps": pack_experts.WARPS,
+        },
         odd=("slot", "start_word", "stop_word"),
     )
 
 
+def typed(kind: str | None, *names: str) -> dict[str, str | None]:
+    """Arguments of one type."""
+    return dict.fromkeys(names, kind)
+
+
 def mlp_cases(mean_rows: float, fp8: bool) -> Iterator[Case]:
-    """Both halves of the grouped MLP, for groups of so many rows."""
+    """Both halves of the grouped MLP, without biases, for groups of so many rows."""
     chosen = tiles.rule(mean_rows, fp8=fp8)
-    element = "*fp8e4nv" if fp8 else "*bf16"
-    scale = "*fp32" if fp8 else "constexpr"
-    routing = {
-        **dict.fromkeys(("pair_of_row_ptr", "slot_of_block_ptr", "num_blocks_ptr"), "*i32"),
-        "num_pairs": "i32",
+    kind, element, scale = ("fp8", "*fp8e4nv", "*fp32") if fp8 else ("bf16", "*bf16", None)
+    both = {
+        **typed(element, "weight_ptr", "between_ptr"),
+        **typed(scale, "weight_scales_ptr", "between_scales_ptr"),
+        "bias_ptr": None,
+        **typed("*i32", *GROUPS),
+        **typed("i32", "num_pairs", "hidden", "intermediate"),
     }
-    sizes = {"hidden": "i32", "intermediate": "i32"}
-    missing = {} if fp8 else dict.fromkeys(("weight_scales_ptr", "between_scales_ptr"))
-    shared = {"FP8": fp8, "HAS_BIAS": False, "GROUP": quantize_rows.GROUP, "bias_ptr": None}
-    kind = "fp8" if fp8 else "bf16"
-    options = grouped_mlp.options(chosen.gate_up)
+    constants = {"FP8": fp8, "HAS_BIAS": False, "GROUP": quantize_rows.GROUP}
     yield Case(
         name=f"gate_up, {kind}, {chosen.gate_up.rows} x {chosen.gate_up.columns}",
         kernel=grouped_mlp._gate_up_kernel,
         arguments={
-            **dict.fromkeys(("rows_ptr", "weight_ptr", "between_ptr"), element),
-            **({} if not fp8 else dict.fromkeys(("row_scales_ptr", "weight_scales_ptr"), scale)),
-            **({} if not fp8 else {"between_scales_ptr": scale}),
-            **routing,
+            **both,
+            "rows_ptr": element,
+            "row_scales_ptr": scale,
             "pairs_per_row": "i32",
-            **sizes,
         },
-        warps=options.pop("num_warps"),
-        stages=options.pop("num_stages"),
         constants={
-            **missing,
-            **({} if fp8 else {"row_scales_ptr": None}),
-            **shared,
+            **constants,
+            **EIGHT_BITS,
             "NAME": "silu",
             "INTERLEAVED": False,
             "ALPHA": 1.702,
             "LIMIT": 7.0,
-            "LARGEST": quantize_rows.LARGEST,
-            "SMALLEST_SCALE": quantize_rows.SMALLEST_SCALE,
-            **options,
+            **grouped_mlp.options(chosen.gate_up),
         },
         odd=("pairs_per_row",),
     )
-    options = grouped_mlp.options(chosen.down)
     yield Case(
         name=f"down, {kind}, {chosen.down.rows} x {chosen.down.columns}",
         kernel=grouped_mlp._down_kernel,
-        arguments={
-            **dict.fromkeys(("between_ptr", "weight_ptr"), element),
-            "out_ptr": "*bf16",
-            **(
-                {} if not fp8 else dict.fromkeys(("between_scales_ptr", "weight_scales_ptr"), scale)
-            ),
-            **routing,
-            **sizes,
-        },
-        warps=options.pop("num_warps"),
-        stages=options.pop("num_stages"),
-        constants={
-            **missing,
-            **shared,
-            "pair_weights_ptr": None,
-            "HAS_WEIGHTS": False,
-            **options,
-        },
+        arguments={**both, "out_ptr": "*bf16", "pair_weights_ptr": None},
+        constants={**constants, "HAS_WEIGHTS": False, **grouped_mlp.options(chosen.down)},
     )
 
 
 def compile_case(case: Case, capability: int) -> Resources:
     """Compile one kernel and read what its block needs."""
     names = case.kernel.arg_names
-    signature = {name: case.arguments.get(name, "constexpr") for name in names}
-    aligned = {(names.index(name),): ALIGNED for name in case.arguments if name not in case.odd}
+    present = {name: kind for name, kind in case.arguments.items() if kind is not None}
+    absent = dict.fromkeys(set(case.arguments) - set(present))
+    signature = {name: present.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): ALIGNED for name in present if name not in case.odd}
+    constants = {name: value for name, value in case.constants.items() if name in names}
+    warps = case.constants.get("num_warps", 4)
+    stages = case.constants.get("num_stages", 3)
     compiled = triton.compile(
-        ASTSource(case.kernel, signature, case.constants, aligned),
+        ASTSource(case.kernel, signature, {**constants, **absent}, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True},
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
     )
     log = assemble(compiled.asm["ptx"], capability)
     registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
     spilled = re.search(r"(\d+) bytes spill stores", log)
     shared = int(compiled.metadata.shared)
     processor = PROCESSORS[capability]
-    threads = 32 * case.warps
+    threads = 32 * warps
     # Registers are given out to a warp in units of 256.
     per_warp = -(-32 * registers // 256) * 256
     blocks = min(
-        processor.registers // (per_warp * case.warps),
+        processor.registers // (per_warp * warps),
         processor.shared_bytes // (shared + RESERVED_BYTES),
         processor.threads // threads,
         processor.blocks,
     )
     return Resources(
         kernel=case.name,
-        warps=case.warps,
+        warps=warps,
         registers=registers,
         spilled_bytes=int(spilled[1]) if spilled else 0,
         shared_bytes=shared,

@@ -171,9 +171,10 @@ def _kernel(
         tl.store(slot_of_block_ptr + first_block + block, value, mask=block < own_blocks)
 
 
-def chunk(num_pairs: int) -> int:
-    """Pairs that a program looks at in one go."""
-    return min(4096, max(128, 1 << (num_pairs - 1).bit_length()))
+def options(num_pairs: int) -> dict[str, int]:
+    """CHUNK, the pairs that a program looks at in one go, and warps of a launch."""
+    chunk = min(4096, max(128, 1 << (num_pairs - 1).bit_length()))
+    return {"CHUNK": chunk, "num_warps": 8 if num_pairs > 1024 else 4}
 
 
 def _launch(
@@ -194,7 +195,6 @@ def _launch(
         first_slot,
         BINS=triton.next_power_of_2(num_slots + 1),
         BLOCK_ROWS=block_rows,
-        CHUNK=chunk(num_pairs),
-        num_warps=8 if num_pairs > 1024 else 4,
+        **options(num_pairs),
     )
     return pair_of_row, slot_of_block, num_blocks

@@ -20,6 +20,8 @@ ALIGNMENT = 16
 
 BLOCK = 4096
 """Words that a program copies."""
+
+WARPS = 8
 _COLUMNS = 1024
 
 
@@ -239,5 +241,5 @@ def _launch(
         COPIES=copies,
         SUMS=checksum is not None,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=WARPS,
     )

@@ -16,6 +16,9 @@ GROUP = 128
 LARGEST = 448.0
 """Largest finite `float8_e4m3fn`."""
 
+BLOCK = 16
+"""Groups that a program takes."""
+
 SMALLEST_SCALE = 1e-10
 """Keeps a group of zeros from dividing by zero."""
 
@@ -96,11 +99,11 @@ def _kernel(
 
 
 def _launch(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    num_groups, block = rows_MH.numel() // GROUP, 16
+    num_groups = rows_MH.numel() // GROUP
     quantized = rows_MH.new_empty(rows_MH.shape, dtype=torch.float8_e4m3fn)
     scales = rows_MH.new_empty(rows_MH.shape[0], rows_MH.shape[1] // GROUP, dtype=torch.float32)
     if num_groups:
-        _kernel[(-(-num_groups // block),)](
+        _kernel[(-(-num_groups // BLOCK),)](
             rows_MH.contiguous(),
             quantized,
             scales,
@@ -108,7 +111,7 @@ def _launch(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             LARGEST=LARGEST,
             SMALLEST_SCALE=SMALLEST_SCALE,
             GROUP=GROUP,
-            BLOCK=block,
+            BLOCK=BLOCK,
             INTERPRETED=INTERPRETED,
         )
     return quantized, scales

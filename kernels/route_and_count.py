@@ -176,8 +176,8 @@ def _kernel(
     tl.store(slots_ptr + pair, slot, mask=valid)
 
 
-def blocks(num_pairs: int, num_experts: int) -> dict[str, int]:
-    """BLOCK and BINS of a launch; a histogram pays where a block holds many more pairs than bins."""
+def options(num_pairs: int, num_experts: int) -> dict[str, int]:
+    """BLOCK, BINS and warps of a launch; a histogram pays where a block holds many more pairs than bins."""
     if num_pairs < HISTOGRAM_PAIRS:
         return {"BLOCK": 256, "BINS": 0, "num_warps": 4}
     return {"BLOCK": 2048, "BINS": triton.next_power_of_2(3 * num_experts), "num_warps": 8}
@@ -189,8 +189,8 @@ def _launch(
     slots_TK = torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
     num_pairs, num_experts = topk_ids_TK.numel(), tables.counts_AE.shape[1]
     if num_pairs:
-        options = blocks(num_pairs, num_experts)
-        _kernel[(triton.cdiv(num_pairs, options["BLOCK"]),)](
+        chosen = options(num_pairs, num_experts)
+        _kernel[(triton.cdiv(num_pairs, chosen["BLOCK"]),)](
             topk_ids_TK.contiguous(),
             phase_T,
             tables.counts_AE,
@@ -203,6 +203,6 @@ def _launch(
             topk_ids_TK.shape[1],
             HASH_STEP=HASH_STEP,
             REPLICAS=tables.replica_slots_EC.shape[1],
-            **options,
+            **chosen,
         )
     return slots_TK

@@ -78,20 +78,25 @@ def _kernel(
     tl.store(total_ptr + token * hidden + column, total, mask=valid)
 
 
+def block(hidden: int) -> int:
+    """Columns that a program sums."""
+    return min(1024, triton.next_power_of_2(hidden))
+
+
 def _launch(
     outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     (tokens, top_k), hidden = position_TK.shape, outputs_NH.shape[1]
     total = outputs_NH.new_empty(tokens, hidden, dtype=torch.float32)
     if total.numel():
-        block = min(1024, triton.next_power_of_2(hidden))
-        _kernel[(tokens, triton.cdiv(hidden, block))](
+        columns = block(hidden)
+        _kernel[(tokens, triton.cdiv(hidden, columns))](
             outputs_NH.contiguous(),
             position_TK.contiguous(),
             weights_TK.contiguous(),
             total,
             hidden,
             TOP_K=top_k,
-            BLOCK=block,
+            BLOCK=columns,
         )
     return total
