@@ -35,8 +35,9 @@ from rich.progress import track
 from rich.table import Table
 
 from ep_rebalance.kernels import tiles as tile_tables
+from ep_rebalance.kernels.activation import Activation
 from ep_rebalance.kernels.group_tokens import group_tokens
-from ep_rebalance.kernels.grouped_mlp import Activation, ExpertWeights, grouped_mlp
+from ep_rebalance.kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from ep_rebalance.kernels.pack_experts import Slabs, pack_expert
 from ep_rebalance.kernels.quantize_rows import GROUP, quantize_rows
 from ep_rebalance.kernels.route_and_count import (

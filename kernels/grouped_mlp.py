@@ -8,10 +8,15 @@ Rows are computed one by one: a row's result does not depend on the rows beside 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
 
 import torch
 
+from ep_rebalance.kernels.activation import (
+    Activation,
+    activate,
+    activate_tile,
+    activation_name,
+)
 from ep_rebalance.kernels.group_tokens import Groups, groups_of
 from ep_rebalance.kernels.language import (
     INTERPRETED,
@@ -32,30 +37,6 @@ from ep_rebalance.kernels.quantize_rows import (
     quantize_rows_torch,
 )
 from ep_rebalance.kernels.tiles import MlpTiles, Tiles
-
-ActivationName = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
-
-
-def activation_name(text: str) -> ActivationName:
-    """Raises ValueError for one that there is no kernel for."""
-    for name in get_args(ActivationName):
-        if name == text:
-            return cast(ActivationName, name)
-    raise ValueError(f"activation {text!r} is none of {', '.join(get_args(ActivationName))}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activation:
-    """What comes between the halves: `act(gate) * up`.
-
-    `swiglu_oai` is gpt-oss's: gate at most `limit`, up within it, `gate * sigmoid(alpha * gate) * (up + 1)`.
-    interleaved: rows of the first weights are gate, up, gate, up ... instead of all gates, then all ups.
-    """
-
-    name: ActivationName = "silu"
-    interleaved: bool = False
-    alpha: float = 1.702
-    limit: float = 7.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,19 +204,6 @@ def _weight(weight: torch.Tensor, scales: torch.Tensor | None, slot: int) -> tor
     return weight[slot].float() * spread
 
 
-def activate(first: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """[rows, 2 I] to [rows, I]."""
-    gate, up = (first[:, ::2], first[:, 1::2]) if activation.interleaved else first.chunk(2, dim=1)
-    if activation.name == "silu":
-        return torch.nn.functional.silu(gate) * up
-    if activation.name == "swiglu_oai":
-        gate = gate.clamp(max=activation.limit)
-        up = up.clamp(-activation.limit, activation.limit)
-        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
-    approximate = "tanh" if activation.name == "gelu_tanh" else "none"
-    return torch.nn.functional.gelu(gate, approximate=approximate) * up
-
-
 @torch.library.custom_op("ep_rebalance::grouped_mlp", mutates_args=("out_NH",))
 def _operation(
     rows_MH: torch.Tensor,
@@ -301,22 +269,6 @@ def _place(tile, num_blocks, column_tiles, TOGETHER: tl.constexpr):
     width = tl.minimum(TOGETHER, column_tiles - group * TOGETHER)
     within = tile - group * per_group
     return within // width, group * TOGETHER + within % width
-
-
-@jit
-def _activate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, NAME: tl.constexpr):
-    if NAME == "silu":
-        result = gate * tl.sigmoid(gate) * up
-    elif NAME == "swiglu_oai":
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.clamp(up, -LIMIT, LIMIT)
-        result = gate * tl.sigmoid(ALPHA * gate) * (up + 1.0)
-    elif NAME == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        result = gate * tl.sigmoid(2.0 * inner) * up
-    else:
-        result = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    return result
 
 
 @jit
@@ -397,7 +349,7 @@ def _gate_up_kernel(
             gate += tl.load(bias_row + gate_row, mask=inside, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias_row + up_row, mask=inside, other=0.0).to(tl.float32)[None, :]
 
-        between = _activate(gate, up, ALPHA, LIMIT, NAME)
+        between = activate_tile(gate, up, ALPHA, LIMIT, NAME)
         place = pair.to(tl.int64)[:, None] * intermediate + column[None, :]
         keep = used[:, None] & inside[None, :]
         if FP8:

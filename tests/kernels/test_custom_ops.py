@@ -4,8 +4,9 @@ import torch
 from test_grouped_mlp import random_rows, random_weights, small_tiles
 from test_route_and_count import random_step
 
+from ep_rebalance.kernels.activation import Activation
 from ep_rebalance.kernels.group_tokens import group_tokens
-from ep_rebalance.kernels.grouped_mlp import Activation, grouped_mlp
+from ep_rebalance.kernels.grouped_mlp import grouped_mlp
 from ep_rebalance.kernels.quantize_rows import quantize_rows
 from ep_rebalance.kernels.route_and_count import LayerTables, route_and_count
 from ep_rebalance.kernels.weighted_sum import weighted_sum

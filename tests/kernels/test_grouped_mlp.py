@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from ep_rebalance.kernels.activation import Activation
 from ep_rebalance.kernels.group_tokens import group_tokens
-from ep_rebalance.kernels.grouped_mlp import Activation, ExpertWeights, grouped_mlp
+from ep_rebalance.kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from ep_rebalance.kernels.quantize_rows import (
     GROUP,
     dequantize_rows,

@@ -28,6 +28,7 @@ from ep_rebalance.config import (
 )
 from ep_rebalance.engines.vllm.access import own_key
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
+from ep_rebalance.engines.vllm.data_plane import check_data_plane, choose_kernels
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 from ep_rebalance.state import ModelIdentity, check_writable, load_state
 
@@ -97,14 +98,6 @@ def ep_size(parallel: Any) -> int:
     )
 
 
-def carries_tokens(config: RebalanceConfig) -> bool:
-    """Whether tokens go to the experts by our all-to-all."""
-    from vllm.platforms import current_platform
-
-    chosen = config.data_plane.all_to_all
-    return current_platform.is_cpu() if chosen is None else chosen == "ours"
-
-
 def _prepare_arguments(engine_args: Any, config: RebalanceConfig) -> None:
     import vllm
     from vllm.platforms import current_platform
@@ -138,7 +131,7 @@ def _check(vllm_config: Any, config: RebalanceConfig) -> None:
     """Raises ConfigurationError for everything that could not be served."""
     _check_contracts()
     _check_parallel(vllm_config.parallel_config)
-    _check_data_plane(vllm_config, config)
+    check_data_plane(vllm_config, config)
     _check_model(vllm_config, config)
     _check_metrics(vllm_config, config.metrics)
     _check_state(vllm_config, config)
@@ -187,50 +180,6 @@ def _check_parallel(parallel: Any) -> None:
         name = "elastic expert parallelism" if parallel.enable_elastic_ep else "dual-batch overlap"
         raise ConfigurationError(
             f"{name} is on and was never tried with moving experts.", f"switch {name} off."
-        )
-
-
-def _check_data_plane(vllm_config: Any, config: RebalanceConfig) -> None:
-    from vllm.platforms import current_platform
-
-    plane, kernels = config.data_plane, vllm_config.kernel_config
-    if current_platform.is_cpu() and plane.all_to_all == "engine":
-        raise ConfigurationError(
-            "data_plane.all_to_all=engine: on CPU vLLM has no all-to-all.",
-            "drop it, or set data_plane.all_to_all=ours.",
-        )
-    eager = vllm_config.model_config.enforce_eager
-    if carries_tokens(config) and plane.shape == "exact" and not eager:
-        raise ConfigurationError(
-            "data_plane.shape=exact reads numbers of rows on the host, which CUDA graphs cannot.",
-            "set data_plane.shape=fixed, or --enforce-eager.",
-        )
-    parallel = vllm_config.parallel_config
-    shared = parallel.tensor_parallel_size > 1 and not parallel.use_sequence_parallel_moe
-    if carries_tokens(config) and plane.shape == "fixed" and shared and not eager:
-        raise ConfigurationError(
-            "data_plane.shape=fixed in CUDA graphs needs equally many tokens on all ranks, and tensor "
-            "parallelism shares them out unevenly.",
-            "set --enforce-eager, or use data parallelism alone.",
-        )
-    if carries_tokens(config) and plane.payload == "fp8":
-        from ep_rebalance.kernels.quantize_rows import GROUP
-
-        hidden = vllm_config.model_config.get_hidden_size()
-        if hidden % GROUP:
-            raise ConfigurationError(
-                f"data_plane.payload=fp8 scales groups of {GROUP} columns, and this model has {hidden}.",
-                "drop data_plane.payload.",
-            )
-    if plane.experts == "triton" and kernels.moe_backend not in ("auto", "triton"):
-        raise ConfigurationError(
-            f"data_plane.experts=triton and --moe-backend {kernels.moe_backend} name two kernels.",
-            "drop one of them.",
-        )
-    if plane.experts == "triton" and current_platform.is_cpu():
-        logger.warning(
-            "ep_rebalance: data_plane.experts=triton: on CPU the experts are computed by the kernels' "
-            "references, which are slower than vLLM's"
         )
 
 
@@ -314,10 +263,7 @@ def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:
 
 
 def _complete(vllm_config: Any, config: RebalanceConfig) -> None:
-    from vllm.platforms import current_platform
-
-    if config.data_plane.experts == "triton" and not current_platform.is_cpu():
-        vllm_config.kernel_config.moe_backend = "triton"
+    choose_kernels(vllm_config, config)
     if config.mode == "observe":
         return
     parallel = vllm_config.parallel_config

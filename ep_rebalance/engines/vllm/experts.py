@@ -17,13 +17,9 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 
 from ep_rebalance.engines.vllm.activation import active_config
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.kernels.activation import Activation, ActivationName
 from ep_rebalance.kernels.group_tokens import group_tokens
-from ep_rebalance.kernels.grouped_mlp import (
-    Activation,
-    ActivationName,
-    ExpertWeights,
-    grouped_mlp,
-)
+from ep_rebalance.kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from ep_rebalance.kernels.tiles import mlp_tiles
 from ep_rebalance.kernels.weighted_sum import weighted_sum
 

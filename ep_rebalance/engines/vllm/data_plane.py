@@ -1,0 +1,82 @@
+"""Who carries tokens and computes experts: what `data_plane` means in this engine, and what cannot work."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ep_rebalance.config import ConfigurationError, DataPlaneConfig, RebalanceConfig
+
+logger = logging.getLogger(__name__)
+
+
+def carries_tokens(config: RebalanceConfig) -> bool:
+    """Whether tokens go to the experts by our all-to-all."""
+    from vllm.platforms import current_platform
+
+    chosen = config.data_plane.all_to_all
+    return current_platform.is_cpu() if chosen is None else chosen == "ours"
+
+
+def check_data_plane(vllm_config: Any, config: RebalanceConfig) -> None:
+    """Raises ConfigurationError for what could not be served."""
+    from vllm.platforms import current_platform
+
+    plane = config.data_plane
+    if current_platform.is_cpu() and plane.all_to_all == "engine":
+        raise ConfigurationError(
+            "data_plane.all_to_all=engine: on CPU vLLM has no all-to-all.",
+            "drop it, or set data_plane.all_to_all=ours.",
+        )
+    if carries_tokens(config):
+        _check_all_to_all(vllm_config, plane)
+    if plane.experts == "triton":
+        _check_experts(vllm_config.kernel_config.moe_backend)
+
+
+def choose_kernels(vllm_config: Any, config: RebalanceConfig) -> None:
+    """Make vLLM try the classes in whose place ours stand; on CPU it does so anyway."""
+    from vllm.platforms import current_platform
+
+    if config.data_plane.experts == "triton" and not current_platform.is_cpu():
+        vllm_config.kernel_config.moe_backend = "triton"
+
+
+def _check_all_to_all(vllm_config: Any, plane: DataPlaneConfig) -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    shared = parallel.tensor_parallel_size > 1 and not parallel.use_sequence_parallel_moe
+    if plane.shape == "exact" and not model.enforce_eager:
+        raise ConfigurationError(
+            "data_plane.shape=exact reads numbers of rows on the host, which CUDA graphs cannot.",
+            "set data_plane.shape=fixed, or --enforce-eager.",
+        )
+    if plane.shape == "fixed" and shared and not model.enforce_eager:
+        raise ConfigurationError(
+            "data_plane.shape=fixed in CUDA graphs needs equally many tokens on all ranks, and tensor "
+            "parallelism shares them out unevenly.",
+            "set --enforce-eager, or use data parallelism alone.",
+        )
+    if plane.payload == "fp8":
+        from ep_rebalance.kernels.quantize_rows import GROUP
+
+        hidden = model.get_hidden_size()
+        if hidden % GROUP:
+            raise ConfigurationError(
+                f"data_plane.payload=fp8 scales groups of {GROUP} columns, and this model has {hidden}.",
+                "drop data_plane.payload.",
+            )
+
+
+def _check_experts(moe_backend: str) -> None:
+    from vllm.platforms import current_platform
+
+    if moe_backend not in ("auto", "triton"):
+        raise ConfigurationError(
+            f"data_plane.experts=triton and --moe-backend {moe_backend} name two kernels.",
+            "drop one of them.",
+        )
+    if current_platform.is_cpu():
+        logger.warning(
+            "ep_rebalance: data_plane.experts=triton: on CPU the experts are computed by the kernels' "
+            "references, which are slower than vLLM's"
+        )
