@@ -41,7 +41,7 @@ class Tab:
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = 20.0) -> Any:
+    def wait_for(self, condition: str, seconds: float = 60.0) -> Any:
         """Until a JavaScript expression is true; returns its value."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(condition)):

@@ -1,11 +1,15 @@
-"""Pools of gloo processes, one of each size for the whole session."""
+"""Pools of gloo processes, one of each size for the whole session; hypothesis on busy machines."""
 
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 from ranks import Ranks
 
 from ep_rebalance.planning.policies import compile_planner
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

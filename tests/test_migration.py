@@ -74,7 +74,7 @@ def stage(batch: Batch, weights: Weights) -> dict[tuple[int, int], NDArray[np.ui
 
 
 @given(migrations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_byte_gets_from_source_to_target(migration: Migration) -> None:
     source, target = migration.source, migration.target
     experts = [
@@ -92,7 +92,7 @@ def test_every_byte_gets_from_source_to_target(migration: Migration) -> None:
 
 
 @given(migrations())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_moves_say_where_from_and_where_to(migration: Migration) -> None:
     source, target = migration.source, migration.target
     layers = [layer for batch in migration.batches for layer in batch.layers]
@@ -108,7 +108,7 @@ def test_moves_say_where_from_and_where_to(migration: Migration) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3000), st.integers(1, 3000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bounds_hold_in_every_round(seed: int, expert_bytes: int, max_bytes: int) -> None:
     generator = np.random.default_rng(seed)
     source, target = (

@@ -32,7 +32,7 @@ def test_the_engine_gives_the_policy_its_planner(policy):
 
 def test_every_plan_is_a_placement_and_an_idle_layer_stays(policy):
     @given(problems())
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def check(problem):
         target = policy.plan_vllm(problem)
         assert target.slots_LP.shape == problem.current.slots_LP.shape

@@ -39,7 +39,7 @@ def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 
 @given(placement=placements(), first=st.integers(0, 3), more=st.integers(0, 2))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_placements_go_round(tmp_path_factory, placement: Placement, first: int, more: int):
     folder = tmp_path_factory.mktemp("placements")
     layers = tuple(range(first, first + placement.num_layers))
@@ -211,7 +211,7 @@ def test_malformed_statistics_are_refused(tmp_path: Path, name: str, content: by
     lengths=st.lists(st.integers(0, 30).filter(bool), min_size=1, max_size=4),
     size=st.integers(1, 20),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_expert_ids_are_counted_in_order(tmp_path_factory, lengths: list[int], size: int):
     draw = np.random.default_rng(sum(lengths))
     parts = {

@@ -56,7 +56,7 @@ def test_pairs_of_many_chunks(device):
     check(slots.view(-1, 4).to(device), 7, 32, first_slot=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_pairs(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -168,7 +168,7 @@ def test_ids_that_are_not_contiguous(layout, device):
     check_same_bits(ids, phase_T, tables, offset)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(0, 70),
     experts=st.integers(1, 40),

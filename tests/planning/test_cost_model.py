@@ -60,7 +60,7 @@ def test_samples_count_by_their_steps() -> None:
 
 
 @given(problems())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_more_replicas_cost_more_together_and_less_each(problem: Problem) -> None:
     for layer in range(problem.current.num_layers):
         part_EC = problem.cost.replica_part_EC(problem.load, layer, problem.current.max_replicas)
@@ -71,7 +71,7 @@ def test_more_replicas_cost_more_together_and_less_each(problem: Problem) -> Non
 
 
 @given(problems())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_rank_costs_no_more_than_its_experts_one_by_one(problem: Problem) -> None:
     current, load = problem.current, problem.load
     quotas_LP = current.even_quotas_LP()

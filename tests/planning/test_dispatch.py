@@ -47,7 +47,7 @@ def sent_RLP(
 
 
 @given(clusters(), SEEDS, st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_source_ranks_together_meet_the_quotas(
     cluster: tuple[Placement, Topology], seed: int, drop_some: bool
 ) -> None:
@@ -58,7 +58,7 @@ def test_source_ranks_together_meet_the_quotas(
 
 
 @given(clusters(), SEEDS, st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_own_rank_comes_first_then_the_own_node(
     cluster: tuple[Placement, Topology], seed: int, drop_some: bool
 ) -> None:

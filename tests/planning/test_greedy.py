@@ -10,7 +10,7 @@ from ep_rebalance.planning.plan import Problem
 
 
 @given(problems())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_plan_is_a_placement_and_settles(problem: Problem) -> None:
     target = plan_greedy(problem)
     assert target.slots_LP.shape == problem.current.slots_LP.shape

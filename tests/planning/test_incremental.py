@@ -60,7 +60,7 @@ def objective(problem: Problem, experts: Experts, slots_P: NDArray[np.int32]) ->
 
 
 @given(problems())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_plan_is_a_placement_within_the_budget(problem: Problem) -> None:
     current, budget = problem.current, problem.budget
     changed_LP = plan_incremental(problem).slots_LP != current.slots_LP
@@ -70,7 +70,7 @@ def test_every_plan_is_a_placement_within_the_budget(problem: Problem) -> None:
 
 
 @given(problems())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_gains_are_what_the_objective_loses(problem: Problem) -> None:
     experts, slots_P = describe_first_layer(problem), np.array(problem.current.slots_LP[0])
     descent = improve_layer(experts, slots_P, 1000, 1000, 1e-6)
@@ -84,7 +84,7 @@ def test_gains_are_what_the_objective_loses(problem: Problem) -> None:
 
 
 @given(problems(max_layers=5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_threads_and_repetition_do_not_change_the_plan(problem: Problem) -> None:
     others = {
         "topology": problem.topology,

@@ -23,7 +23,7 @@ def test_every_policy_but_the_engines_own_has_a_planner() -> None:
 
 
 @given(problems(), st.sampled_from(sorted(PLANNERS)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_plans_are_whole_repeatable_and_leave_their_input_alone(
     problem: Problem, policy: Policy
 ) -> None:

@@ -48,7 +48,7 @@ def test_the_busy_rank_is_spared() -> None:
 
 
 @given(clusters(max_layers=1), SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_quotas_are_the_optimum_of_the_linear_programme(
     cluster: tuple[Placement, Topology], seed: int
 ) -> None:

@@ -32,13 +32,13 @@ def heaps(draw: st.DrawFn) -> tuple[list[int], list[float], int]:
 
 
 @given(heaps())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_result_is_a_placement(heap: tuple[list[int], list[float], int]) -> None:
     spread(*heap)
 
 
 @given(placements(max_layers=1), SEEDS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_placement_stays(placement: Placement, seed: int) -> None:
     load_E = np.random.default_rng(seed).random(placement.num_experts)
     held = spread(placement.slots_LP[0].tolist(), load_E.tolist(), placement.num_ranks)

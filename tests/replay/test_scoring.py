@@ -58,7 +58,7 @@ def test_tokens_cross_where_their_node_lacks_the_expert_or_its_quota() -> None:
 
 
 @given(clusters(), SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_as_many_tokens_cross_as_the_dispatch_sends(
     cluster: tuple[Placement, Topology], seed: int
 ) -> None:

@@ -25,6 +25,8 @@ from cpu_server import (
     free_port,
 )
 
+from ep_rebalance.engines.vllm.engine_reports import FRESH_SECONDS
+
 ROOT = Path(__file__).parents[2]
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 PROMPT_FILES = sorted((TINY_MOE / "prompts").glob("*.jsonl"))
@@ -111,6 +113,8 @@ class Server:
         return self._get("/ep_rebalance/load")
 
     def _get(self, path: str) -> dict[str, Any]:
+        """Of now: an API server gives an answer that is a moment old again."""
+        time.sleep(2 * FRESH_SECONDS)
         response = self._client.get(path)
         response.raise_for_status()
         answer: dict[str, Any] = response.json()

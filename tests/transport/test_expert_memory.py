@@ -73,7 +73,7 @@ def test_writing_a_packed_expert_changes_its_slot_alone(shapes, dtype):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_cut_into_byte_ranges_gives_the_whole(data):
     sizes = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
     memory = ExpertMemory([random_tensors([(size,) for size in sizes], torch.uint8)])
@@ -136,7 +136,7 @@ def data_bytes(memory: ExpertMemory, shapes, dtype) -> list[int]:
 
 @pytest.mark.parametrize(("shapes", "dtype"), SHAPES)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_checksum_sees_every_change_of_one_byte(shapes, dtype, data):
     memory = ExpertMemory([random_tensors(shapes, dtype)])
     packed = pack(memory, 0)
@@ -159,7 +159,7 @@ def test_checksum_sees_each_single_bit_of_a_large_expert():
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_checksum_sees_two_blocks_in_each_others_place(data):
     memory = ExpertMemory([random_tensors([(64, 128)], torch.float32)])
     packed = pack(memory, 0)

@@ -268,7 +268,7 @@ class NoGroup:
     staging=st.integers(8, 64),
     experts=st.lists(st.integers(1, 200), min_size=3, max_size=12),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_round_that_is_scheduled_fits_into_the_buffers(
     monkeypatch_dist, seed, ranks, max_bytes, staging, experts
 ):
