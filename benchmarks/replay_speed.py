@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import track
 
 from ep_rebalance import __version__
-from ep_rebalance.config import load_config
 from ep_rebalance.placement import Placement
 from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
 from ep_rebalance.replay.model_shape import SHAPES
+from ep_rebalance.settings import load_config
 from ep_rebalance.trace import (
     RecordedPlacement,
     RecordedSnapshot,

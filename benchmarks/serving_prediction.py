@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_rebalance.commands.replay import open_traces, replay_all, scenario
-from ep_rebalance.config import load_config
+from ep_rebalance.settings import load_config
 
 POLICIES = ("none", "ours", "hindsight")
 

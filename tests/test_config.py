@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ep_rebalance.config import (
-    ConfigurationError,
-    RebalanceConfig,
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.settings import (
     load_config,
     nest,
     parse_config_argument,

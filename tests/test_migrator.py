@@ -10,12 +10,12 @@ from expert_weights import loaded, memory_of, wrong_slots
 from ranks import Ranks
 
 from ep_rebalance.commit import Served
-from ep_rebalance.config import load_config
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal, initial_status
 from ep_rebalance.migration import schedule
 from ep_rebalance.migrator import Migrator
 from ep_rebalance.placement import Placement
+from ep_rebalance.settings import load_config
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.round_exchange import RoundExchange
 

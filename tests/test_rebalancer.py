@@ -18,7 +18,7 @@ from ranks import Ranks
 from traces import head_of
 
 from ep_rebalance import background
-from ep_rebalance.config import RebalanceConfig, load_config
+from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import initial_status
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
@@ -30,6 +30,7 @@ from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.recorder import Recorder
 from ep_rebalance.replay.run import Scenario, replay
 from ep_rebalance.replay.step_time import MeasuredSteps
+from ep_rebalance.settings import load_config
 from ep_rebalance.state import ModelIdentity, load_state
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import RecordedPlacement, TraceReader

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ep_rebalance.config import load_config
 from ep_rebalance.placement import Placement
 from ep_rebalance.replay.generated_load import Timing, generate_steps, synthetic_domains
+from ep_rebalance.settings import load_config
 from ep_rebalance.trace import (
     Record,
     RecordedPlacement,

@@ -28,13 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from ep_rebalance import __version__
-from ep_rebalance.config import (
-    ConfigurationError,
-    RebalanceConfig,
-    load_config,
-    nest,
-    read_config_file,
-)
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
 from ep_rebalance.replay.model_shape import completed, shape_of
@@ -50,6 +44,7 @@ from ep_rebalance.replay.run import (
     with_planner,
 )
 from ep_rebalance.replay.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
+from ep_rebalance.settings import load_config, nest, read_config_file
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import SUFFIX, TraceError, TraceHead, TraceReader, read_records
 

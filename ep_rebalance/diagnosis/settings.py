@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ep_rebalance.config import ConfigurationError, RebalanceConfig, load_config, read_config_file
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.diagnosis.finding import Check, Finding
+from ep_rebalance.settings import load_config, read_config_file
 from ep_rebalance.state import check_writable
 
 

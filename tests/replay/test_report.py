@@ -22,7 +22,6 @@ pytest.importorskip("plotly")
 from browser import CHROMIUM, needs_chromium
 from plotly.offline import get_plotlyjs
 
-from ep_rebalance.config import load_config
 from ep_rebalance.load_window import PHASES
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS
@@ -33,6 +32,7 @@ from ep_rebalance.replay.report.figures import MAX_POINTS
 from ep_rebalance.replay.report.markup import MAX_COMMITS
 from ep_rebalance.replay.run import Replayed, Scenario, replay
 from ep_rebalance.replay.step_time import MeasuredSteps
+from ep_rebalance.settings import load_config
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 

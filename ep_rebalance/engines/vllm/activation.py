@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ep_rebalance import __version__
-from ep_rebalance.config import (
-    ConfigurationError,
-    MetricsConfig,
-    RebalanceConfig,
-    load_config,
-    settings_from_environment,
-)
+from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConfig
 from ep_rebalance.engines.vllm.access import own_key
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
 from ep_rebalance.engines.vllm.data_plane import check_data_plane, choose_kernels
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
+from ep_rebalance.settings import load_config, settings_from_environment
 from ep_rebalance.state import ModelIdentity, check_writable, load_state
 
 logger = logging.getLogger(__name__)

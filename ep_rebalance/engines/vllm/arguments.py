@@ -15,12 +15,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ep_rebalance import __version__
-from ep_rebalance.config import (
-    ConfigurationError,
-    load_config,
-    parse_config_argument,
-    settings_from_environment,
-)
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.settings import load_config, parse_config_argument, settings_from_environment
 
 NAME = "ep_rebalance"
 CONFIG_KEY = "ep_rebalance"
