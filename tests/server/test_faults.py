@@ -99,7 +99,6 @@ def drive_into_migration(server: Server) -> int:
     traffic.start()
     while (status := server.status())["migrating"] == 0:
         assert traffic.is_alive(), status
-        time.sleep(0.02)
     generation: int = status["generation"]
     return generation
 

@@ -150,7 +150,6 @@ def test_an_operator_pauses_resumes_and_asks_for_a_plan(observed: Server) -> Non
     assert change(observed, "pause").status_code == 200
     assert change(observed, "pause").status_code == 409
     assert change(observed, "rebalance").status_code == 409
-    # The other API server may give an answer of a moment ago.
     before = observed.drive_until(lambda s: s["paused"] and s["activity"] == "watching")
     for _ in range(3):
         observed.answers(prompts(per_domain=8, skip=8))
