@@ -124,7 +124,8 @@ def read_by_trace_reader(path: Path) -> float:
 
 def replay_here(folder: Path, policy: str) -> None:
     """In the child process: replay, and print what it took."""
-    from ep_rebalance.commands.replay import open_traces, replay_all, scenario, settings_for
+    from ep_rebalance.commands.scenarios import open_traces, scenario, settings_for
+    from ep_rebalance.commands.side_by_side import replay_all
 
     readers = open_traces([folder])
     head = readers[0].head

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ep_rebalance.commands.replay import open_traces, replay_all, scenario
+from ep_rebalance.commands.scenarios import open_traces, scenario
+from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.settings import load_config
 
 POLICIES = ("none", "ours", "hindsight")

@@ -16,14 +16,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ep_rebalance import __version__
-from ep_rebalance.commands.replay import (
-    SCHEMA_VERSION,
-    explained,
-    open_traces,
-    replay_all,
-    scenario,
-    settings_for,
-)
+from ep_rebalance.commands.replay_result import SCHEMA_VERSION
+from ep_rebalance.commands.scenarios import explained, open_traces, scenario, settings_for
+from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.replay.advice import (
     Advice,

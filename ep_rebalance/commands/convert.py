@@ -13,7 +13,7 @@ import msgspec
 import typer
 from rich.progress import track
 
-from ep_rebalance.commands.replay import explained
+from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
 from ep_rebalance.formats.load import ForeignLoad, FormatError, read_text, sampled, write_trace
 from ep_rebalance.load_window import PHASES

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ep_rebalance.commands.replay import explained, open_traces
+from ep_rebalance.commands.scenarios import explained, open_traces
 from ep_rebalance.commands.status import ApiKey, NoStatus, fetch_status, status_table
 from ep_rebalance.placement import imbalance_L
 from ep_rebalance.replay.summary import Summary, summarise

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ep_rebalance.commands.convert import Target, write_placement
-from ep_rebalance.commands.replay import explained, open_traces, scenario, settings_for
+from ep_rebalance.commands.scenarios import explained, open_traces, scenario, settings_for
 from ep_rebalance.load_memory import LoadMemory
 from ep_rebalance.load_window import WindowLoad, window_load
 from ep_rebalance.placement import Placement, imbalance_L

@@ -1,0 +1,174 @@
+"""What `ep-rebalance replay` shows: one JSON-ready result, and its forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from ep_rebalance import __version__
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.replay.run import Replayed
+from ep_rebalance.trace import TraceReader
+
+SCHEMA_VERSION = 1
+
+
+class Format(StrEnum):
+    """Of the output."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+def as_json(
+    readers: Sequence[TraceReader], settings: RebalanceConfig, replayed: Sequence[Replayed]
+) -> dict[str, Any]:
+    """All that is shown, JSON-ready; the table holds nothing else."""
+    head = readers[0].head
+    baseline = {
+        (r.scenario.topology.num_ranks, r.scenario.config.planner.redundant_experts): r
+        for r in replayed
+        if r.scenario.policy == "none"
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "plugin_version": __version__,
+        "trace": {
+            "files": [str(reader.path) for reader in readers],
+            "model": head.model,
+            "origin": head.origin or "recorded",
+            "layers": head.layers,
+            "experts": head.experts,
+            "top_k": head.top_k,
+            "recorded_ep_size": head.ep_size,
+            "snapshots": len(replayed[0].step_N),
+            "steps": int(replayed[0].steps_N.sum()),
+        },
+        "config": settings.as_dict(),
+        "rows": [_row(one, baseline) for one in replayed],
+    }
+
+
+def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, Any]:
+    scenario = one.scenario
+    size = (scenario.topology.num_ranks, scenario.config.planner.redundant_experts)
+    gain = None
+    if size in baseline:
+        gain = 1.0 - one.mean_step_seconds / baseline[size].mean_step_seconds
+    outcomes: dict[str, int] = {}
+    for plan in one.plans:
+        outcomes[plan.outcome] = outcomes.get(plan.outcome, 0) + 1
+    return {
+        "policy": scenario.policy,
+        "ep_size": size[0],
+        "redundant_experts": size[1],
+        "imbalance": one.mean_imbalance,
+        "balancedness": one.mean_balancedness,
+        "step_seconds": one.mean_step_seconds,
+        "step_time_saved": gain,
+        "plans": outcomes,
+        "experts_moved": one.moved,
+        "bytes_moved": one.moved_bytes,
+        "bytes_moved_per_hour": one.moved_bytes / one.hours,
+        "plan_milliseconds": 1e3 * sum(one.plan_seconds) / max(len(one.plan_seconds), 1),
+        "commits": [
+            {
+                "generation": plan.generation,
+                "step": plan.step,
+                "served_at": plan.served_at,
+                "experts_moved": plan.moved,
+                "bytes": plan.bytes,
+                "layers": list(plan.layers),
+                "predicted_gain": plan.predicted_gain,
+            }
+            for plan in one.commits
+        ],
+    }
+
+
+def write(result: dict[str, Any], format_: Format, output: Path | None) -> None:
+    """To a file or stdout."""
+    if format_ == Format.TABLE:
+        with open(output, "w", encoding="utf-8") if output else _stdout() as file:
+            console = Console(file=file, width=120 if output else None)
+            console.print(_table(result))
+            console.print(_caption(result), style="dim", highlight=False)
+        return
+    text = json.dumps(result, indent=2) + "\n" if format_ == Format.JSON else _csv(result)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _stdout() -> Iterator[Any]:
+    yield sys.stdout
+
+
+def _caption(result: dict[str, Any]) -> str:
+    trace = result["trace"]
+    return (
+        f"{trace['snapshots']} snapshots of {trace['steps']} steps of {trace['model']} "
+        f"({trace['origin']}). max/mean: load of the busiest rank over the mean; balance: its inverse, mean "
+        "of layers. Every plan is scored on load that it had not seen. Plans: committed of made."
+    )
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """Narrow enough for 80 columns; the rest is in the JSON."""
+    table = Table(title="Replay", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("policy", "EP+copies", "max/mean", "balance", "step ms", "saved", "plans", "moved",
+                 "bytes"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    for row in result["rows"]:
+        saved, plans = row["step_time_saved"], row["plans"]
+        table.add_row(
+            row["policy"],
+            f"{row['ep_size']}+{row['redundant_experts']}",
+            f"{row['imbalance']:.3f}",
+            f"{row['balancedness']:.3f}",
+            f"{1e3 * row['step_seconds']:.1f}",
+            "-" if saved is None else f"{saved:.1%}",
+            f"{plans.get('committed', 0)}/{sum(plans.values())}" if plans else "-",
+            f"{row['experts_moved']:,}" if plans else "-",
+            decimal(row["bytes_moved"]) if plans else "-",
+        )
+    return table
+
+
+def _csv(result: dict[str, Any]) -> str:
+    rows = [
+        {key: value for key, value in row.items() if not isinstance(value, list | dict)}
+        for row in result["rows"]
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def check_gain(result: dict[str, Any], least: float) -> None:
+    """Exit with 1 if `ours` saves less than `least` of the step time, with 2 if none is known."""
+    saved = [row["step_time_saved"] for row in result["rows"] if row["policy"] == "ours"]
+    if not saved or None in saved:
+        typer.echo("ep-rebalance: --fail-below-gain compares --policy ours with none", err=True)
+        raise typer.Exit(2)
+    if min(saved) < least:
+        typer.echo(f"ep-rebalance: {min(saved):.2%} saved, less than {least:.2%}", err=True)
+        raise typer.Exit(1)

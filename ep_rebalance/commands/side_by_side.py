@@ -1,0 +1,91 @@
+"""Several scenarios over the same trace, each in a process of its own, with progress bars."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from ep_rebalance.planning.policies import compile_planner
+from ep_rebalance.replay.model_shape import completed
+from ep_rebalance.replay.run import Replayed, Scenario, replay
+from ep_rebalance.trace import TraceReader, read_records
+
+
+def replay_all(
+    readers: Sequence[TraceReader],
+    scenarios: Sequence[Scenario],
+    *,
+    jobs: int | None = None,
+    quiet: bool = False,
+) -> list[Replayed]:
+    """All scenarios over the same trace, several at a time, with a progress bar on stderr."""
+    paths = [reader.path for reader in readers]
+    total = sum(reader.whole_records for reader in readers)
+    workers = min(jobs or len(os.sched_getaffinity(0)), len(scenarios))
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        tasks = [progress.add_task(one.title, total=total) for one in scenarios]
+        if workers == 1:
+            return [
+                _replay(paths, one, partial(progress.advance, task))
+                for one, task in zip(scenarios, tasks, strict=True)
+            ]
+        return _replay_in_processes(paths, scenarios, workers, progress, tasks)
+
+
+def _replay(paths: list[Path], one: Scenario, advance: Callable[[], None]) -> Replayed:
+    compile_planner()
+    readers = [TraceReader(path) for path in paths]
+    return replay(completed(readers[0].head), read_records(readers), one, advance)
+
+
+def _replay_in_processes(
+    paths: list[Path],
+    scenarios: Sequence[Scenario],
+    workers: int,
+    progress: Progress,
+    tasks: list[Any],
+) -> list[Replayed]:
+    context = multiprocessing.get_context("spawn")
+    done = context.Array("Q", len(scenarios), lock=False)
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_count_in, initargs=(done,)
+    ) as pool:
+        futures: list[Future[Replayed]] = [
+            pool.submit(_replay_and_count, paths, one, index) for index, one in enumerate(scenarios)
+        ]
+        try:
+            while not all(future.done() for future in futures):
+                for index, task in enumerate(tasks):
+                    progress.update(task, completed=done[index])
+                time.sleep(0.1)
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_done: Any = None
+
+
+def _count_in(done: Any) -> None:
+    global _done
+    _done = done
+
+
+def _replay_and_count(paths: list[Path], one: Scenario, index: int) -> Replayed:
+    def advance() -> None:
+        _done[index] += 1
+
+    return _replay(paths, one, advance)
