@@ -1,4 +1,4 @@
-"""Which ranks share a node, and how fast the links between them are."""
+"""Which ranks share a node, how fast the links between them are, and which ranks share their tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ class Topology:
 
     node_of_rank: node number of each EP rank, length R.
     bytes_per_second: what one rank can move over each kind of link.
+    ranks_per_source: neighbouring ranks that route the same tokens: those of a tensor-parallel group
+        without sequence parallelism, else 1. Together they are one *source* of tokens.
     """
 
     node_of_rank: tuple[int, ...]
     bytes_per_second: tuple[float, float, float] = (200e9, 20e9, 5e9)
+    ranks_per_source: int = 1
 
     def __post_init__(self) -> None:
         if not self.node_of_rank or min(self.node_of_rank) < 0:
@@ -28,6 +31,10 @@ class Topology:
         if len(self.bytes_per_second) != len(LINKS) or min(self.bytes_per_second) <= 0:
             raise ValueError(
                 f"bytes_per_second={self.bytes_per_second} must be positive for {LINKS}"
+            )
+        if self.ranks_per_source < 1 or self.num_ranks % self.ranks_per_source:
+            raise ValueError(
+                f"{self.num_ranks} ranks do not divide into sources of {self.ranks_per_source}"
             )
 
     @classmethod
@@ -41,6 +48,11 @@ class Topology:
     @property
     def num_nodes(self) -> int:
         return max(self.node_of_rank) + 1
+
+    @property
+    def source_of_rank(self) -> tuple[int, ...]:
+        """Number of the source that each rank belongs to, length R."""
+        return tuple(rank // self.ranks_per_source for rank in range(self.num_ranks))
 
     def link(self, source: int, destination: int) -> Link:
         """The kind of link between two ranks."""

@@ -1,0 +1,81 @@
+"""Host memory that an accelerator copies from and to while the host goes on.
+
+A copy between a device and memory that is not pinned makes the host wait for the stream, however
+`non_blocking` is set; a pinned buffer that is written again before its copy was carried out sends the
+wrong bytes. Everything that crosses on the step path therefore passes one of the two classes here,
+whose memory is reserved once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def host_buffer(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Zeros on the host, pinned if `device` is an accelerator. Not for the step path: pinning waits."""
+    return torch.zeros(tuple(shape), dtype=dtype, pin_memory=pins(torch.device(device)))
+
+
+def pins(device: torch.device) -> bool:
+    """Whether copies to and from `device` need pinned memory."""
+    return device.type != "cpu"
+
+
+class UploadRing:
+    """Values of one shape from the host to a device, one after the other, none of them waited for.
+
+    A buffer comes up again after `depth` uploads. An engine prepares at most two steps ahead of its
+    device, so its copy was carried out long before; `next` makes sure of it by the copy's event.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, depth: int = 4
+    ) -> None:
+        self._buffers = [host_buffer(shape, dtype, device) for _ in range(depth)]
+        self._uploaded = [torch.Event(device) for _ in range(depth)] if pins(device) else []
+        self._used = [False] * depth
+        self._turn = 0
+
+    def next(self) -> torch.Tensor:
+        """The buffer to fill; what it held was uploaded."""
+        if self._uploaded and self._used[self._turn]:
+            self._uploaded[self._turn].synchronize()
+        return self._buffers[self._turn]
+
+    def upload(self, destination: torch.Tensor, length: int | None = None) -> None:
+        """Copy the buffer that `next` gave, or its first `length` rows, in stream order."""
+        source = self._buffers[self._turn]
+        destination.copy_(source if length is None else source[:length], non_blocking=True)
+        if self._uploaded:
+            self._uploaded[self._turn].record()
+        self._used[self._turn] = True
+        self._turn = (self._turn + 1) % len(self._buffers)
+
+
+class Download:
+    """One device tensor to the host, again and again: the copy starts in one step, and is read in a
+    later one.
+
+    At most one copy is under way. On CPU the copy is immediate; on an accelerator `result` waits only
+    if the step in between was shorter than the copy.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._host = host_buffer(like.shape, like.dtype, like.device)
+        self._copied = torch.Event(like.device) if pins(like.device) else None
+
+    def start(self, tensor: torch.Tensor) -> None:
+        """Begin to copy `tensor`, in stream order."""
+        self._host.copy_(tensor, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> torch.Tensor:
+        """What `start` copied; valid until the next `start`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
