@@ -122,13 +122,15 @@ class Journal:
     def round_stalled(self, seconds: float) -> None:
         self.status.round_stall_seconds.add(seconds)
 
-    def committed(self, batch: Batch, expert_bytes_L: tuple[int, ...], seconds: float) -> None:
+    def commit_stalled(self, seconds: float) -> None:
+        self.status.commit_stall_seconds.add(seconds)
+
+    def committed(self, batch: Batch, expert_bytes_L: tuple[int, ...]) -> None:
         """A batch is served."""
         for move in batch.moves:
             self.status.migrated_experts[move.link] += 1
             self.status.migrated_bytes[move.link] += expert_bytes_L[move.layer]
         self.status.moves_done += len(batch.moves)
-        self.status.commit_stall_seconds.add(seconds)
 
     def migration_ended(self, seconds: float, fault: str) -> None:
         """All batches are served, or the rest was given up because of `fault`."""

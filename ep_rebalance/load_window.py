@@ -25,13 +25,15 @@ class LoadSample:
     counts_ALE: int64 [A, L, E], tokens per logical expert summed over all ranks, `A` in the order
         of PHASES; a token counts once for each expert it was routed to.
     steps: engine steps that the snapshot sums up.
-    step_seconds: mean wall time of one of them.
+    step_seconds: mean time of one of them; 0 where none could be timed.
+    generation: of the placement that served it.
     routed: tokens that the busiest layer routed, each counted once for each of its experts.
     """
 
     counts_ALE: NDArray[np.int64]
     steps: int
     step_seconds: float
+    generation: int = 0
     routed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,9 +119,10 @@ class LoadWindow:
 
     @property
     def step_seconds(self) -> float:
-        """Mean wall time of an engine step in the window; 0 while it is empty."""
-        steps = sum(sample.steps for sample in self._samples)
-        seconds = sum(sample.steps * sample.step_seconds for sample in self._samples)
+        """Mean time of an engine step in the window; 0 while none was timed."""
+        timed = [sample for sample in self._samples if sample.step_seconds]
+        steps = sum(sample.steps for sample in timed)
+        seconds = sum(sample.steps * sample.step_seconds for sample in timed)
         return seconds / steps if steps else 0.0
 
 

@@ -7,7 +7,6 @@ next one begins. What is served changes nowhere else, and on every rank in the s
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal
 from ep_rebalance.migration import Batch, Migration, schedule
 from ep_rebalance.placement import Placement
+from ep_rebalance.stall_clock import StallClock
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.expert_memory import ExpertMemory
 from ep_rebalance.transport.round_exchange import RoundExchange
@@ -59,6 +59,9 @@ class Migrator:
         self._rank = dist.get_rank(group)
         self._topology = topology
         self._journal = journal
+        device = counts.counts_LAE.device
+        self._round_stalls = StallClock(device, journal.round_stalled)
+        self._commit_stalls = StallClock(device, journal.commit_stalled)
         self._exchange: RoundExchange | None = None
         if memory is not None:
             self._exchange = RoundExchange(
@@ -131,6 +134,11 @@ class Migrator:
         self.served = commit_split(split, self.served, self._counts)
         self._journal.quotas_changed()
 
+    def read_stalls(self) -> None:
+        """Tell the journal of the rounds and commits that the device is done with."""
+        self._round_stalls.read()
+        self._commit_stalls.read()
+
     def _move(self, batch: Batch, exchange: RoundExchange) -> Generator[None, None, str]:
         """All rounds of a batch and the vote on them; the fault, or "" if the batch can be
         committed.
@@ -138,9 +146,8 @@ class Migrator:
         exchange.begin_batch()
         try:
             for round_ in batch.rounds:
-                began = time.perf_counter()
-                exchange.exchange(batch, round_)
-                self._journal.round_stalled(time.perf_counter() - began)
+                with self._round_stalls.stall():
+                    exchange.exchange(batch, round_)
                 self.actions += 1
                 yield
             vote = exchange.vote(batch)
@@ -152,17 +159,17 @@ class Migrator:
 
     def _commit(self, batch: Batch, migration: Migration, exchange: RoundExchange) -> None:
         assert self._memory is not None
-        began = time.perf_counter()
-        self.served = commit_batch(
-            batch,
-            migration,
-            self.served,
-            staging=exchange.staging,
-            memory=self._memory,
-            counts=self._counts,
-            rank=self._rank,
-        )
-        self._journal.committed(batch, self._memory.expert_bytes_L, time.perf_counter() - began)
+        with self._commit_stalls.stall():
+            self.served = commit_batch(
+                batch,
+                migration,
+                self.served,
+                staging=exchange.staging,
+                memory=self._memory,
+                counts=self._counts,
+                rank=self._rank,
+            )
+        self._journal.committed(batch, self._memory.expert_bytes_L)
         self.actions += 1
 
     def _commit_tables_alone(self, migration: Migration) -> None:

@@ -33,7 +33,7 @@ from ep_rebalance.quota_refresh import QuotaRefresh
 from ep_rebalance.recorder import Recorder
 from ep_rebalance.snapshot import Flags, Snapshot, SnapshotExchange
 from ep_rebalance.state import ModelIdentity
-from ep_rebalance.step_times import StepTime, StepTimes
+from ep_rebalance.step_times import StepTimes
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.expert_memory import ExpertMemory
 from ep_rebalance.transport.plan_broadcast import PlanBroadcast
@@ -129,20 +129,21 @@ class Rebalancer:
         """
         return None if self._rank else self._control.ask(action, self.status)
 
-    def step(self, started: float | None) -> None:
+    def step(self, started: float | None, continues: bool = False) -> None:
         """Advance by one engine step, between two forward passes.
 
         started: `time.perf_counter()` when the step's inputs were prepared; None for a step without
-        tokens of this rank.
+        tokens of this rank. continues: some request was scheduled in the step before as well, so that
+        the engine had work all the time between the two.
         """
         self._counts.end_step()
         self.step_times.begin()
         self.status.steps += 1
         actions = self.migrator.actions
         self._advance()
-        if started is not None:
-            moved = self.migrator.actions > actions
-            self.step_times.end(StepTime(started, time.perf_counter(), moved))
+        self.migrator.read_stalls()
+        moved = self.migrator.actions > actions
+        self.step_times.end(started, time.perf_counter(), continues=continues, migrated=moved)
 
     def _advance(self) -> None:
         try:
@@ -186,9 +187,9 @@ class Rebalancer:
             paused=int(self._control.paused),
             plan_asked=int(self._control.plan_asked),
         )
-        copy = self._snapshots.begin(flags, self.step_times.take_sum())
+        self._snapshots.begin(flags, self.step_times.take_sum())
         yield
-        snapshot = self._snapshots.finish(copy)
+        snapshot = self._snapshots.finish(self.served.generation)
         self._window.append(snapshot.sample)
         if self._recorder is not None:
             self._recorder.snapshot(snapshot, self.served, self.status.steps)

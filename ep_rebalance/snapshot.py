@@ -1,21 +1,22 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
-It is the only collective that steady traffic costs: `2 L E + 9` integers every `snapshot_steps`
+It is the only collective that steady traffic costs: `2 L E + 11` integers every `snapshot_steps`
 steps. All decisions that ranks must take in the same step are taken from what it returns, which is
 equal on every rank.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass, fields
 
 import torch
 import torch.distributed as dist
 
 from ep_rebalance.counts import DeviceCounts
-from ep_rebalance.load_window import LoadSample
+from ep_rebalance.host_memory import Download, UploadRing
+from ep_rebalance.load_window import PHASES, LoadSample
 from ep_rebalance.step_times import StepSum
-from ep_rebalance.transport.host_copy import HostCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class Flags:
     plan_asked: int = 0
 
 
-HEAD = len(fields(Flags)) + 2
-"""Integers before the counts: flags, busy steps and their microseconds."""
+HEAD = len(fields(Flags)) + 4
+"""Integers before the counts: flags, then steps and their microseconds of both kinds in `StepSum`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,35 +54,57 @@ class SnapshotExchange:
 
     def __init__(self, *, group: dist.ProcessGroup, counts: DeviceCounts) -> None:
         self._group = group
-        self._counts = counts
-        phases_LAE = counts.counts_LAE[:, :2]
-        self._shape = phases_LAE.shape
-        self._buffer = torch.zeros(
-            phases_LAE.numel() + HEAD, dtype=torch.int64, device=counts.counts_LAE.device
-        )
+        self._counters_LAE = counts.counts_LAE
+        layers, _, experts = self._counters_LAE.shape
+        shape_ALE, device = (len(PHASES), layers, experts), self._counters_LAE.device
+        self._buffer = torch.zeros(HEAD + math.prod(shape_ALE), dtype=torch.int64, device=device)
+        self._head, self._sums_ALE = self._buffer[:HEAD], self._buffer[HEAD:].view(shape_ALE)
+        self._counted_ALE = self._counters_LAE[:, : len(PHASES)].transpose(0, 1)
+        self._heads = UploadRing((HEAD,), torch.int64, device)
+        self._download = Download(self._buffer)
         self._steps = 0
+        self._ever_continued = False
 
-    def begin(self, flags: Flags, steps: StepSum) -> HostCopy:
+    def begin(self, flags: Flags, steps: StepSum) -> None:
         """Sum and clear the counters. steps: those of this rank since the snapshot before."""
-        head = [*astuple(flags), steps.busy_steps, round(steps.busy_seconds * 1e6)]
-        counts_LAE = self._counts.counts_LAE
-        self._buffer[:HEAD].copy_(torch.tensor(head), non_blocking=True)
-        self._buffer[HEAD:].copy_(counts_LAE[:, :2].reshape(-1))
-        counts_LAE.zero_()
+        self._heads.next().numpy()[:] = (*astuple(flags), *_timed(steps))
+        self._heads.upload(self._head)
+        self._sums_ALE.copy_(self._counted_ALE)
+        self._counters_LAE.zero_()
         self._steps = steps.steps
         dist.all_reduce(self._buffer, group=self._group)
-        return HostCopy(self._buffer)
+        self._download.start(self._buffer)
 
-    def finish(self, copy: HostCopy) -> Snapshot:
-        """The sums that `begin` started."""
-        values = copy.result().numpy()
-        *flags, busy_steps, microseconds = (int(value) for value in values[:HEAD])
-        counts_ALE = values[HEAD:].reshape(self._shape).transpose(1, 0, 2).copy()
+    def finish(self, generation: int) -> Snapshot:
+        """The sums that `begin` started. generation: of the placement that served the counts."""
+        values = self._download.result().numpy()
+        flags, times = values[: HEAD - 4].tolist(), values[HEAD - 4 : HEAD].tolist()
         return Snapshot(
             sample=LoadSample(
-                counts_ALE=counts_ALE,
+                counts_ALE=values[HEAD:].reshape(self._sums_ALE.shape).copy(),
                 steps=self._steps,
-                step_seconds=microseconds / 1e6 / max(busy_steps, 1),
+                step_seconds=self._step_seconds(*times),
+                generation=generation,
             ),
             flags=Flags(*flags),
         )
+
+    def _step_seconds(
+        self, continued: int, continued_microseconds: int, alone: int, alone_microseconds: int
+    ) -> float:
+        """Mean of the steps that continued the one before. The others are timed on the host, which is
+        too short on an accelerator: they tell only where no step ever continues, as where prompts are
+        all that is computed."""
+        self._ever_continued = self._ever_continued or continued > 0
+        if self._ever_continued:
+            return continued_microseconds / 1e6 / max(continued, 1)
+        return alone_microseconds / 1e6 / max(alone, 1)
+
+
+def _timed(steps: StepSum) -> tuple[int, int, int, int]:
+    return (
+        steps.continued,
+        round(steps.continued_seconds * 1e6),
+        steps.alone,
+        round(steps.alone_seconds * 1e6),
+    )

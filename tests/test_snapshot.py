@@ -1,10 +1,15 @@
 """Snapshot: sums over ranks that are equal on every rank, and counters that begin anew."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
+from step_path import DEVICE, recording_waits
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
@@ -16,12 +21,17 @@ from ep_rebalance.topology import Topology
 EXPERTS, LAYERS = 4, 2
 
 
-def make_counts(size: int, rank: int = 0, counts_here: bool = True) -> DeviceCounts:
+CPU = torch.device("cpu")
+
+
+def make_counts(
+    size: int, rank: int = 0, counts_here: bool = True, device: torch.device = CPU
+) -> DeviceCounts:
     placement = Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size)
     return DeviceCounts(
         placement=placement,
         max_tokens=8,
-        device=torch.device("cpu"),
+        device=device,
         topology=Topology.single_node(size),
         rank=rank,
         counts_here=counts_here,
@@ -29,9 +39,9 @@ def make_counts(size: int, rank: int = 0, counts_here: bool = True) -> DeviceCou
 
 
 def begin_and_finish(exchange, flags=None, *, steps=3, step_seconds=0.5):
-    busy = StepSum(steps=steps, busy_steps=steps, busy_seconds=step_seconds * steps)
-    copy = exchange.begin(flags or Flags(), busy)
-    return exchange.finish(copy)
+    busy = StepSum(steps=steps, continued=steps, continued_seconds=step_seconds * steps)
+    exchange.begin(flags or Flags(), busy)
+    return exchange.finish(generation=0)
 
 
 def plain(snapshot):
@@ -97,9 +107,9 @@ def count_in_between(rank):
     counts = make_counts(2)
     exchange = SnapshotExchange(group=dist.group.WORLD, counts=counts)
     counts.counts_LAE[0, PREFILL, 0] = 1
-    copy = exchange.begin(Flags(), StepSum(steps=1))
+    exchange.begin(Flags(), StepSum(steps=1))
     counts.counts_LAE[0, PREFILL, 0] += 5
-    first = exchange.finish(copy)
+    first = exchange.finish(generation=0)
     return plain(first)[0], plain(begin_and_finish(exchange))[0]
 
 
@@ -107,3 +117,56 @@ def test_what_is_counted_before_the_sums_are_read_goes_into_the_next_snapshot(tw
     for first, second in two_ranks.run(count_in_between):
         assert first[PREFILL][0][0] == 2
         assert second[PREFILL][0][0] == 10
+
+
+def time_steps(rank):
+    """Rank 1 is the one that continues; rank 0's steps stand alone."""
+    exchange = SnapshotExchange(group=dist.group.WORLD, counts=make_counts(2))
+    alone = StepSum(steps=4, alone=4, alone_seconds=0.04 + 0.04 * rank)
+    continued = StepSum(steps=4, continued=2 * rank, continued_seconds=1.0 * rank)
+    seen = []
+    for steps in (alone, StepSum(steps=4), replace(alone, continued=1, continued_seconds=0.5)):
+        exchange.begin(Flags(), steps)
+        seen.append(exchange.finish(0).sample.step_seconds)
+    for steps in (continued, alone):
+        exchange.begin(Flags(), steps)
+        seen.append(exchange.finish(0).sample.step_seconds)
+    return seen
+
+
+def test_host_time_counts_only_as_long_as_no_step_continued_another(two_ranks: Ranks):
+    for seen in two_ranks.run(time_steps):
+        assert seen == pytest.approx([0.12 / 8, 0.0, 0.5, 0.5, 0.0])
+
+
+def serve_generations(rank):
+    exchange = SnapshotExchange(group=dist.group.WORLD, counts=make_counts(2))
+    samples = []
+    for generation in (3, 4):
+        exchange.begin(Flags(), StepSum(steps=1))
+        samples.append(exchange.finish(generation).sample.generation)
+    return samples
+
+
+def test_a_sample_tells_what_served_it(two_ranks: Ranks):
+    assert two_ranks.run(serve_generations) == [[3, 4]] * 2
+
+
+@pytest.fixture
+def fake_group() -> Iterator[dist.ProcessGroup]:
+    """Of two ranks; takes tensors of any device and sums nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_snapshot_waits_for_the_device_at_no_point(fake_group):
+    with recording_waits() as waits:
+        exchange = SnapshotExchange(group=fake_group, counts=make_counts(2, device=DEVICE))
+        waits.clear()
+        for number in range(6):
+            exchange.begin(Flags(planned=1), StepSum(steps=number))
+            waits.end_step()
+            exchange.finish(generation=number)
+            waits.end_step()
+    assert waits == []

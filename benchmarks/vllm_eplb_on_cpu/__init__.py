@@ -94,7 +94,6 @@ def _count_in_turns() -> None:
 
     from ep_rebalance.counts import DeviceCounts
     from ep_rebalance.rebalancer import Rebalancer
-    from ep_rebalance.step_times import StepTime
 
     count, mark_tokens, step = DeviceCounts.count, DeviceCounts.mark_tokens, Rebalancer.step
     turns = itertools.cycle((True, False, False, True))
@@ -108,11 +107,12 @@ def _count_in_turns() -> None:
         if counts_now[0]:
             mark_tokens(self, phases_T)
 
-    def step_in_turn(self: Any, started: float | None) -> None:
+    def step_in_turn(self: Any, started: float | None, continues: bool = False) -> None:
         if counts_now[0]:
-            step(self, started)
-        elif started is not None:
-            self.step_times.end(StepTime(started, time.perf_counter(), migrated=True))
+            step(self, started, continues)
+        else:
+            now = time.perf_counter()
+            self.step_times.end(started, now, continues=continues, migrated=True)
         counts_now[0] = next(turns)
 
     DeviceCounts.count = count_in_turn
