@@ -69,7 +69,7 @@ class DaemonThread:
 
 
 class Background:
-    """The jobs of one rank. expert_bytes_L: packed size of one expert of each layer."""
+    """The jobs of `rank`. expert_bytes_L: packed size of one expert of each layer."""
 
     def __init__(
         self,
@@ -80,8 +80,10 @@ class Background:
         identity: ModelIdentity,
         expert_bytes_L: Sequence[int],
         staging_slots: int,
+        rank: int,
     ) -> None:
         self._config = config
+        self._rank = rank
         self._topology = topology
         self._identity = identity
         self._expert_bytes_L = expert_bytes_L
@@ -139,6 +141,7 @@ class Background:
             expert_bytes_L=self._expert_bytes_L,
             max_bytes_per_round=self._config.migration.max_bytes_per_step,
             staging_slots=self._staging_slots,
+            rank=self._rank,
         )
 
     def _fit_split(

@@ -56,10 +56,9 @@ def commit_batch(
     rank: int,
 ) -> Served:
     """Serve the batch's layers from the migration's target; returns what is served from now on."""
-    for move in batch.moves:
-        if move.dst_rank == rank:
-            packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
-            memory.write(move.layer, move.dst_slot % memory.slots, packed)
+    for move in batch.arrivals(rank):
+        packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
+        memory.write(move.layer, move.dst_slot % memory.slots, packed)
     return commit_tables(batch.layers, migration.target, migration.quotas_LP, served, counts)
 
 

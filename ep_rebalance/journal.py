@@ -125,11 +125,11 @@ class Journal:
     def commit_stalled(self, seconds: float) -> None:
         self.status.commit_stall_seconds.add(seconds)
 
-    def committed(self, batch: Batch, expert_bytes_L: tuple[int, ...]) -> None:
+    def committed(self, batch: Batch) -> None:
         """A batch is served."""
-        for move in batch.moves:
-            self.status.migrated_experts[move.link] += 1
-            self.status.migrated_bytes[move.link] += expert_bytes_L[move.layer]
+        for link in LINKS:
+            self.status.migrated_experts[link] += batch.num_moves(link)
+            self.status.migrated_bytes[link] += batch.num_bytes(link)
         self.status.moves_done += len(batch.moves)
 
     def migration_ended(self, seconds: float, fault: str) -> None:

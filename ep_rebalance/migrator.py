@@ -23,7 +23,7 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.stall_clock import StallClock
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.expert_memory import ExpertMemory
-from ep_rebalance.transport.round_exchange import RoundExchange
+from ep_rebalance.transport.round_exchange import RoundExchange, StagingFull
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +118,12 @@ class Migrator:
             expert_bytes_L=self._memory.expert_bytes_L,
             max_bytes_per_round=RESTORE_BYTES_PER_ROUND,
             staging_slots=placement.slots_per_rank,
+            rank=self._rank,
         )
         for batch in migration.batches:
-            exchange.begin_batch()
-            for round_ in batch.rounds:
-                exchange.exchange(batch, round_)
+            exchange.begin_batch(batch)
+            for number in range(len(batch.rounds)):
+                exchange.exchange(batch, number)
             if faults := exchange.faults_of(exchange.vote(batch)):
                 raise RuntimeError(f"the saved placement could not be taken up: {faults}")
             self._commit(batch, migration, exchange)
@@ -143,19 +144,19 @@ class Migrator:
         """All rounds of a batch and the vote on them; the fault, or "" if the batch can be
         committed.
         """
-        exchange.begin_batch()
         try:
-            for round_ in batch.rounds:
-                with self._round_stalls.stall():
-                    exchange.exchange(batch, round_)
-                self.actions += 1
-                yield
-            vote = exchange.vote(batch)
-            yield
-            return str(faults) if (faults := exchange.faults_of(vote)) else ""
-        except RuntimeError as error:
+            exchange.begin_batch(batch)
+        except StagingFull as error:  # on all ranks alike; any other error ends this one
             logger.exception("ep_rebalance: the migration cannot go on")
             return str(error)
+        for number in range(len(batch.rounds)):
+            with self._round_stalls.stall():
+                exchange.exchange(batch, number)
+            self.actions += 1
+            yield
+        vote = exchange.vote(batch)
+        yield
+        return str(faults) if (faults := exchange.faults_of(vote)) else ""
 
     def _commit(self, batch: Batch, migration: Migration, exchange: RoundExchange) -> None:
         assert self._memory is not None
@@ -169,7 +170,7 @@ class Migrator:
                 counts=self._counts,
                 rank=self._rank,
             )
-        self._journal.committed(batch, self._memory.expert_bytes_L)
+        self._journal.committed(batch)
         self.actions += 1
 
     def _commit_tables_alone(self, migration: Migration) -> None:

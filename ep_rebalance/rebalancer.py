@@ -88,6 +88,7 @@ class Rebalancer:
             identity=identity,
             expert_bytes_L=self.migrator.expert_bytes_L,
             staging_slots=self.migrator.staging_slots,
+            rank=self._rank,
         )
         self._plans = PlanBroadcast(
             group=group, shape=placement.slots_LP.shape, device=counts.counts_LAE.device
@@ -273,7 +274,8 @@ class Rebalancer:
         """True if the plan is to be carried out; then it waits in `_plans`."""
         try:
             timed = job.result()
-            self._plans.put(timed.proposal.plan)
+            if timed.proposal.decision.accepted:
+                self._plans.put(timed.proposal.plan)
         except Exception as error:
             logger.exception("ep_rebalance: planning failed; serving goes on unchanged")
             self.journal.outcome("failed", f"the planner raised {type(error).__name__}: {error}")

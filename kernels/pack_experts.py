@@ -54,6 +54,11 @@ class Slabs:
             table=_table(tensors, firsts),
         )
 
+    @property
+    def kind(self) -> tuple[bool, tuple[int, ...]]:
+        """What the launches on one layer depend on: whether a kernel reads it, and its sizes."""
+        return self.table is not None, tuple(tensor.shape[1] for tensor in self.tensors)
+
 
 def _table(tensors: Sequence[torch.Tensor], firsts: Sequence[int]) -> torch.Tensor | None:
     aligned = all(
@@ -79,7 +84,7 @@ def pack_expert(
     """Copy packed bytes `start .. start + len(out)` of a slot into `out` (uint8); padding is not
     written. checksum: int64 [1], set to the whole expert's; read in the same pass if `out` is all of it.
     """
-    if not _runs_kernel(slabs, out) or start % ALIGNMENT or len(out) % 4:
+    if not _runs_kernel(slabs, out) or start % ALIGNMENT or len(out) % ALIGNMENT:
         pack_expert_torch(slabs, slot, start, out, checksum)
     elif checksum is None or len(out) == slabs.packed_bytes:
         _launch(slabs, slot, start, out, checksum, from_slot=True, copies=True)
@@ -120,13 +125,26 @@ def unpack_expert_torch(slabs: Slabs, slot: int, packed: torch.Tensor) -> None:
         tensor[slot].copy_(part)
 
 
-def packed_checksum(slabs: Slabs, packed: torch.Tensor) -> torch.Tensor:
-    """int64 [1], of a packed expert (uint8, may be longer)."""
-    if not _runs_kernel(slabs, packed):
-        return _checksum(_parts(slabs, packed))
-    total = packed.new_empty(1, dtype=torch.int64)
-    _launch(slabs, 0, 0, packed, total, from_slot=False, copies=False)
-    return total
+def packed_checksum(slabs: Slabs, packed: torch.Tensor, checksum: torch.Tensor) -> None:
+    """Set `checksum` (int64 [1]) to that of a packed expert (uint8, may be longer)."""
+    if _runs_kernel(slabs, packed):
+        _launch(slabs, 0, 0, packed, checksum, from_slot=False, copies=False)
+    else:
+        checksum.copy_(_checksum(_parts(slabs, packed)))
+
+
+def warm_up(slabs: Slabs, packed: torch.Tensor) -> None:
+    """Compile and load all that the functions above launch; slots keep their bytes.
+
+    packed: uint8, room for a packed expert; zeros afterwards.
+    """
+    whole = packed[: slabs.packed_bytes]
+    checksum = torch.zeros(1, dtype=torch.int64, device=packed.device)
+    pack_expert(slabs, 0, 0, whole[:ALIGNMENT], checksum)
+    pack_expert(slabs, 0, 0, whole, checksum)
+    packed_checksum(slabs, whole, checksum)
+    unpack_expert(slabs, 0, whole)
+    packed.zero_()
 
 
 def _runs_kernel(slabs: Slabs, packed: torch.Tensor) -> bool:
@@ -176,7 +194,10 @@ def _factors(like: torch.Tensor, position: int) -> torch.Tensor:
     return 2 * torch.arange(position, position + like.numel(), device=like.device) + 1
 
 
-@jit
+@jit(
+    do_not_specialize=["slot", "start_word", "stop_word"],
+    do_not_specialize_on_alignment=["checksum_ptr"],
+)
 def _kernel(
     table_ptr,
     packed_ptr,
@@ -190,15 +211,17 @@ def _kernel(
     BLOCK: tl.constexpr,
 ):
     """Program (i, t) takes block i of slab t. A word's number in the checksum leaves padding out, and
-    slabs that this kernel takes have none.
+    slabs that this kernel takes have none. All words that something begins or ends at are multiples of
+    4, whatever their values: one compiled kernel for all of them.
     """
+    start_word, stop_word = tl.multiple_of(start_word, 4), tl.multiple_of(stop_word, 4)
     entry = table_ptr + 3 * tl.program_id(1)
-    words = tl.load(entry + 1)
-    first = tl.load(entry + 2)
+    words = tl.multiple_of(tl.load(entry + 1), 4)
+    first = tl.multiple_of(tl.load(entry + 2), 4)
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     number = first + word
     wanted = (word < words) & (number >= start_word) & (number < stop_word)
-    address = tl.multiple_of(tl.load(entry) + 4 * slot * tl.multiple_of(words, 4), 16)
+    address = tl.multiple_of(tl.load(entry) + 4 * slot * words, 16)
     slab_ptr = address.to(tl.pointer_type(tl.int32)) + word
     if FROM_SLOT:
         value = tl.load(slab_ptr, mask=wanted, other=0)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from ranks import Ranks
 
+from ep_rebalance.migration import compile_schedule
 from ep_rebalance.planning.policies import compile_planner
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +37,12 @@ def ranks_of(two_ranks: Ranks, four_ranks: Ranks) -> dict[int, Ranks]:
 
 
 @pytest.fixture(scope="session")
-def compiled_planner() -> None:
-    """Machine code of the planner on disk, so that no rank compiles it against a time limit."""
+def compiled_schedule() -> None:
+    """Machine code of the schedule on disk, so that no rank compiles it against a time limit."""
+    compile_schedule()
+
+
+@pytest.fixture(scope="session")
+def compiled_planner(compiled_schedule: None) -> None:
+    """The same of all planning."""
     compile_planner()

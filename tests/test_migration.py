@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from schedule_reference import plain, schedule_reference, transfers_by_round
 from shapes import placements, random_slots
 
 from ep_rebalance.migration import Batch, Migration, schedule
@@ -16,7 +19,7 @@ Weights = list[NDArray[np.uint8]]
 
 
 @st.composite
-def migrations(draw: st.DrawFn) -> Migration:
+def settings_of_a_schedule(draw: st.DrawFn) -> dict[str, Any]:
     source = draw(placements(max_layers=4))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     slots_LP = source.slots_LP.copy()
@@ -26,18 +29,70 @@ def migrations(draw: st.DrawFn) -> Migration:
                 generator, source.num_ranks, source.slots_per_rank, source.num_experts
             )
     nodes = draw(st.lists(st.integers(0, 1), min_size=source.num_ranks, max_size=source.num_ranks))
-    target = Placement(slots_LP, source.num_experts, source.num_ranks)
-    return schedule(
-        source,
-        target,
-        target.even_quotas_LP(),
-        topology=Topology(node_of_rank=tuple(nodes)),
-        expert_bytes_L=draw(
-            st.lists(st.integers(1, 900), min_size=source.num_layers, max_size=source.num_layers)
-        ),
-        max_bytes_per_round=draw(st.integers(1, 2000).filter(lambda bound: bound > 20)),
-        staging_slots=draw(st.integers(source.slots_per_rank, 3 * source.slots_per_rank)),
+    layers = source.num_layers
+    return {
+        "source": source,
+        "target": Placement(slots_LP, source.num_experts, source.num_ranks),
+        "topology": Topology(node_of_rank=tuple(nodes)),
+        "expert_bytes_L": draw(st.lists(st.integers(1, 900), min_size=layers, max_size=layers)),
+        "max_bytes_per_round": draw(st.integers(21, 2000)),
+        "staging_slots": draw(st.integers(source.slots_per_rank, 3 * source.slots_per_rank)),
+    }
+
+
+def scheduled(arguments: dict[str, Any], rank: int | None = None) -> Migration:
+    quotas_LP = arguments["target"].even_quotas_LP()
+    return schedule(quotas_LP=quotas_LP, rank=rank, **arguments)
+
+
+def migrations() -> st.SearchStrategy[Migration]:
+    return settings_of_a_schedule().map(scheduled)
+
+
+@given(settings_of_a_schedule())
+@settings(max_examples=200)
+def test_compiled_gives_what_plain_python_gives(arguments: dict[str, Any]) -> None:
+    assert plain(scheduled(arguments)) == schedule_reference(**arguments)
+
+
+def test_compiled_gives_what_plain_python_gives_over_many_rounds() -> None:
+    """More rounds and transfers than the compiled form makes room for at first."""
+    generator = np.random.default_rng(3)
+    source, target = (
+        Placement(np.array([random_slots(generator, 8, 9, 64) for _ in range(3)]), 64, 8)
+        for _ in range(2)
     )
+    arguments = {
+        "source": source,
+        "target": target,
+        "topology": Topology(node_of_rank=(0, 0, 0, 0, 1, 1, 1, 1)),
+        "expert_bytes_L": [70_000, 90_016, 50_000],
+        "max_bytes_per_round": 2000,
+        "staging_slots": 18,
+    }
+    migration = scheduled(arguments)
+    assert migration.num_rounds > 300
+    assert plain(migration) == schedule_reference(**arguments)
+
+
+@given(settings_of_a_schedule())
+@settings(max_examples=60)
+def test_itineraries_say_the_same_at_both_ends(arguments: dict[str, Any]) -> None:
+    """What each rank is to send to a peer is what that peer is to receive, and the legs fill it."""
+    ranks = range(arguments["source"].num_ranks)
+    parts = [scheduled(arguments, rank).batches for rank in ranks]
+    for of_batch in zip(*parts, strict=True):
+        itineraries = [batch.itinerary for batch in of_batch]
+        busiest = 0
+        for number, transfers in enumerate(transfers_by_round(of_batch[0])):
+            sent_RR = np.array([way.sends.splits(number) for way in itineraries])
+            received_RR = np.array([way.receives.splits(number) for way in itineraries])
+            assert (sent_RR == received_RR.T).all()
+            busiest = max(busiest, sent_RR.sum(axis=1).max(), received_RR.sum(axis=1).max())
+            sends = [leg for way in itineraries for leg in way.sends.of_round(number)]
+            receives = [leg for way in itineraries for leg in way.receives.of_round(number)]
+            assert len(sends) == len(receives) == len(transfers)
+        assert {way.busiest_bytes for way in itineraries} == {busiest}
 
 
 def expert_weights(seed: int, experts: int, num_bytes: int) -> NDArray[np.uint8]:
@@ -48,10 +103,8 @@ def sizes_L(migration: Migration) -> list[int]:
     """The size of an expert of each layer, as far as the transfers tell."""
     sizes = [1] * migration.source.num_layers
     for batch in migration.batches:
-        for one_round in batch.rounds:
-            for transfer in one_round.transfers:
-                layer = batch.moves[transfer.move].layer
-                sizes[layer] = max(sizes[layer], transfer.stop)
+        for layer, stop in zip(batch.moves.layer[batch.rounds.move], batch.rounds.stop, strict=True):
+            sizes[layer] = max(sizes[layer], int(stop))
     return sizes
 
 
@@ -59,15 +112,15 @@ def stage(batch: Batch, weights: Weights) -> dict[tuple[int, int], NDArray[np.ui
     """Run the rounds of a batch; what each (rank, staging position) holds afterwards."""
     staged: dict[tuple[int, int], NDArray[np.uint8]] = {}
     received = [0] * len(batch.moves)
-    for one_round in batch.rounds:
-        assert one_round.transfers
-        for transfer in one_round.transfers:
-            move = batch.moves[transfer.move]
-            assert transfer.start == received[transfer.move] < transfer.stop
-            received[transfer.move] = transfer.stop
+    for transfers in transfers_by_round(batch):
+        assert transfers
+        for number, start, stop in transfers:
+            move = batch.moves[number]
+            assert start == received[number] < stop
+            received[number] = stop
             expert = weights[move.layer][move.src_slot]
             memory = staged.setdefault((move.dst_rank, move.staging), np.zeros_like(expert))
-            memory[transfer.start : transfer.stop] = expert[transfer.start : transfer.stop]
+            memory[start:stop] = expert[start:stop]
     assert received == [weights[move.layer].shape[1] for move in batch.moves]
     assert len(staged) == len(batch.moves)
     return staged
@@ -128,12 +181,12 @@ def test_bounds_hold_in_every_round(seed: int, expert_bytes: int, max_bytes: int
         staged = {(move.dst_rank, move.staging) for move in batch.moves}
         assert len(staged) == len(batch.moves)
         assert max(position for _, position in staged) < 5
-        for one_round in batch.rounds:
+        for transfers in transfers_by_round(batch):
             sent_R, received_R = np.zeros((2, 4), dtype=np.int64)
-            for transfer in one_round.transfers:
-                move = batch.moves[transfer.move]
-                sent_R[move.src_rank] += transfer.stop - transfer.start
-                received_R[move.dst_rank] += transfer.stop - transfer.start
+            for number, start, stop in transfers:
+                move = batch.moves[number]
+                sent_R[move.src_rank] += stop - start
+                received_R[move.dst_rank] += stop - start
             assert max(sent_R.max(), received_R.max()) <= max(max_bytes, 1 + expert_bytes // 50)
 
 
@@ -154,10 +207,13 @@ def tiny(slots_P: list[int], target_P: list[int], **settings: object) -> Migrati
 
 def test_the_nearest_replica_serves() -> None:
     migration = tiny([0, 1, 2, 3, 0, 2], [0, 1, 0, 3, 0, 2])
-    (move,) = migration.batches[0].moves
+    (batch,) = migration.batches
+    (move,) = batch.moves
     assert (move.src_slot, move.link) == (0, "intranode")
     assert migration.num_bytes("intranode") == migration.num_bytes() == 1000
     assert migration.num_bytes("internode") == 0
+    assert (batch.num_moves("intranode"), batch.num_moves("internode")) == (1, 0)
+    assert (batch.arrivals(1), batch.arrivals(0)) == ((move,), ())
 
 
 def test_a_copy_within_a_rank_is_local() -> None:
@@ -176,7 +232,8 @@ def test_equal_sources_share_the_work() -> None:
 
 def test_an_expert_larger_than_the_bound_is_cut() -> None:
     migration = tiny([0, 1, 2, 3], [0, 2, 1, 3], ranks=2, max_bytes_per_round=512)
-    cuts = [[(t.start, t.stop) for t in r.transfers] for r in migration.batches[0].rounds]
+    rounds = transfers_by_round(migration.batches[0])
+    cuts = [[(start, stop) for _, start, stop in transfers] for transfers in rounds]
     assert cuts == [[(0, 512), (0, 512)], [(512, 1000), (512, 1000)]]
     assert migration.num_rounds == 2
 

@@ -68,6 +68,7 @@ class Rig:
             expert_bytes_L=self.migrator.expert_bytes_L,
             max_bytes_per_round=CONFIG.migration.max_bytes_per_step,
             staging_slots=self.migrator.staging_slots,
+            rank=self.rank,
         )
 
     def migrate(self, target: Placement) -> "Outcome":

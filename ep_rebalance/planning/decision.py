@@ -73,19 +73,18 @@ def migration_seconds(
 ) -> float:
     """Time that the busiest rank needs to send, or to receive, its experts with nothing in their
     way."""
-    sending_R = np.zeros(current.num_ranks)
-    receiving_R = np.zeros(current.num_ranks)
-    for fetch in choose_sources(
+    fetches = choose_sources(
         current,
         target,
         layers=range(current.num_layers),
         topology=topology,
         expert_bytes_L=expert_bytes_L,
-    ):
-        seconds = topology.seconds(expert_bytes_L[fetch.layer], fetch.link)
-        receiving_R[fetch.dst_rank] += seconds
-        if fetch.link != "local":
-            sending_R[fetch.src_rank] += seconds
+    )
+    bytes_F = np.array(expert_bytes_L)[fetches.layer]
+    seconds_F = bytes_F / np.array(topology.bytes_per_second)[fetches.link]
+    ranks, sent_F = current.num_ranks, ~fetches.over("local")
+    receiving_R = np.bincount(fetches.dst_rank, seconds_F, minlength=ranks)
+    sending_R = np.bincount(fetches.src_rank[sent_F], seconds_F[sent_F], minlength=ranks)
     return float(max(sending_R.max(), receiving_R.max()))
 
 

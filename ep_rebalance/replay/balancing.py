@@ -23,7 +23,7 @@ from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.topology import Link, Topology
+from ep_rebalance.topology import LINKS, Link, Topology
 from ep_rebalance.trace import RecordedSnapshot
 
 Steps = Generator[None, None, None]
@@ -233,7 +233,7 @@ class ReplayedServer:
     ) -> None:
         committed = {}
         if migration is not None:
-            links = sorted({move.link for batch in migration.batches for move in batch.moves})
+            links = [link for link in sorted(LINKS) if migration.num_bytes(link)]
             committed = {
                 "generation": self._generation,
                 "served_at": self._step,

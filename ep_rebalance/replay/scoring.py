@@ -98,10 +98,9 @@ def moves_between(
     )
     sent_LR = np.zeros((source.num_layers, source.num_ranks), dtype=np.int64)
     received_LR = np.zeros_like(sent_LR)
-    for fetch in fetches:
-        if fetch.link != "local":
-            sent_LR[fetch.layer, fetch.src_rank] += 1
-            received_LR[fetch.layer, fetch.dst_rank] += 1
+    sent_F = ~fetches.over("local")
+    np.add.at(sent_LR, (fetches.layer[sent_F], fetches.src_rank[sent_F]), 1)
+    np.add.at(received_LR, (fetches.layer[sent_F], fetches.dst_rank[sent_F]), 1)
     serial_L = np.maximum(sent_LR, received_LR).max(axis=1)
     bytes_L = np.array(expert_bytes_L, dtype=np.int64)
     return Moves(
@@ -110,5 +109,5 @@ def moves_between(
         bytes=int(sent_LR.sum(axis=1) @ bytes_L),
         busiest_rank_bytes=int(max((bytes_L @ sent_LR).max(), (bytes_L @ received_LR).max())),
         serial_transfers=float(serial_L[serial_L > 0].mean()) if serial_L.any() else 0.0,
-        cross_node=sum(f.link == "internode" for f in fetches) / max(len(fetches), 1),
+        cross_node=int(fetches.over("internode").sum()) / max(len(fetches), 1),
     )

@@ -15,6 +15,7 @@ from ep_rebalance.kernels.pack_experts import (
     pack_expert,
     packed_checksum,
     unpack_expert,
+    warm_up,
 )
 
 
@@ -51,11 +52,19 @@ class ExpertMemory:
         """Copy a whole packed expert (uint8) into a local slot, in stream order."""
         unpack_expert(self._layers[layer], slot, packed)
 
-    def checksum_packed(self, layer: int, packed: torch.Tensor) -> torch.Tensor:
-        """int64 [1] on the device, of a packed expert; equal if and only if (but for 64-bit chance) the
-        bytes are.
+    def checksum_packed(self, layer: int, packed: torch.Tensor, checksum: torch.Tensor) -> None:
+        """Set `checksum` (int64 [1]) to that of a packed expert; equal if and only if (except by 64-bit
+        chance) the bytes are.
         """
-        return packed_checksum(self._layers[layer], packed)
+        packed_checksum(self._layers[layer], packed, checksum)
+
+    def warm_up(self, packed: torch.Tensor) -> None:
+        """Compile and load what the methods above launch, once for each kind of layer; slots keep
+        their bytes. packed: uint8, room for a packed expert; zeros afterwards.
+        """
+        kinds = {slabs.kind: slabs for slabs in self._layers}
+        for slabs in kinds.values():
+            warm_up(slabs, packed)
 
 
 def _slot_bytes(tensor: torch.Tensor, slots: int) -> torch.Tensor:

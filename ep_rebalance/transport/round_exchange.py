@@ -1,31 +1,31 @@
 """One round of a migration: a single `all_to_all_single` of bytes between two engine steps.
 
-Every rank derives the same splits from the same `Round`, so nothing is negotiated and nothing can
-pair wrongly. A rank that fails to pack its experts still takes part with what is in its buffer; it
-reports the fault in the vote that ends the batch, and the checksums would show it too.
+Every rank has the splits of every round before the first one begins, so nothing is negotiated and
+nothing can pair wrongly. A rank that fails at anything of its own still takes part in every
+collective, with what is in its buffer; it reports the fault in the vote that ends the batch, and the
+checksums would show it too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ep_rebalance.migration import Batch, Round, Transfer
+from ep_rebalance.host_memory import Download
+from ep_rebalance.migration import Batch, Itinerary
+from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
 from ep_rebalance.transport.expert_memory import ExpertMemory
-from ep_rebalance.transport.host_copy import HostCopy
 
 logger = logging.getLogger(__name__)
 
-CHECKSUM_BYTES = 16
-
 
 class StagingFull(RuntimeError):
-    """A round does not fit into the buffers that were reserved at start."""
+    """A batch does not fit into the buffers that were reserved at start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,121 +68,131 @@ class RoundExchange:
         self._receive = torch.zeros_like(self._send)
         self.staging = torch.zeros(staging_slots, largest, dtype=torch.uint8, device=memory.device)
         self._expected = torch.zeros(staging_slots, dtype=torch.int64, device=memory.device)
+        self._arrived = torch.zeros_like(self._expected)
+        self._differs = torch.zeros(staging_slots, dtype=torch.bool, device=memory.device)
+        self._damaged = torch.zeros(1, dtype=torch.bool, device=memory.device)
         self._faults = torch.zeros(2, dtype=torch.int64, device=memory.device)
+        self._votes = Download(self._faults)
         self._transport_failed = False
 
-    def begin_batch(self) -> None:
-        """Forget the faults of the batch before."""
-        self._transport_failed = False
-
-    def exchange(self, batch: Batch, round_: Round) -> None:
-        """Send and receive the round's byte ranges; they are in `staging` when the stream gets
-        there.
+    def warm_up(self) -> None:
+        """On all ranks in the same order, before serving: connect to every peer, compile and load
+        every kernel of a migration. Weights and staging stay as they are.
         """
-        send_R, receive_R = self._splits(batch, round_)
-        try:
-            self._pack(batch, round_)
-        except Exception:
-            logger.exception("ep_rebalance rank %d: experts were not packed", self.rank)
-            self._transport_failed = True
-        try:
-            dist.all_to_all_single(
-                self._receive[: sum(receive_R)],
-                self._send[: sum(send_R)],
-                receive_R,
-                send_R,
-                group=self._group,
-            )
-            self._unpack(batch, round_)
-        except Exception:
-            logger.exception("ep_rebalance rank %d: a round was not exchanged", self.rank)
-            self._transport_failed = True
+        self._memory.warm_up(self.staging[0])
+        self._send.zero_()
+        peers = [CHECKSUM_BYTES] * self.size
+        everything = CHECKSUM_BYTES * self.size
+        self._all_to_all(everything, everything, peers, peers)
+        self._expected.zero_()
+        self._expected[:1].copy_(self._receive[:8].view(torch.int64))
+        self._arrived.zero_()
+        self._compare()
+        self._add_up_faults()
+        self._votes.start(self._faults)
+        self._votes.result()
 
-    def vote(self, batch: Batch) -> HostCopy:
-        """Check every expert that arrived and add up all ranks' faults; read them with `faults_of`."""
-        self._faults.zero_()
-        try:
-            for move in batch.moves:
-                if move.dst_rank == self.rank:
-                    packed = self.staging[move.staging]
-                    arrived = self._memory.checksum_packed(move.layer, packed)
-                    self._faults[1] += (arrived[0] != self._expected[move.staging]).long()
-        except Exception:
-            logger.exception("ep_rebalance rank %d: arrived experts were not checked", self.rank)
-            self._transport_failed = True
-        self._faults[0] = int(self._transport_failed)
-        self._faults[1].clamp_(max=1)
-        dist.all_reduce(self._faults, group=self._group)
-        return HostCopy(self._faults)
-
-    @staticmethod
-    def faults_of(vote: HostCopy) -> Faults:
-        """The same on every rank."""
-        transport, checksum = vote.result().tolist()
-        return Faults(transport, checksum)
-
-    def _wire_bytes(self, batch: Batch, transfer: Transfer) -> int:
-        """Bytes of a transfer on the wire: padded, and with the expert's checksum behind its last
-        range.
-        """
-        length = -(-(transfer.stop - transfer.start) // CHECKSUM_BYTES) * CHECKSUM_BYTES
-        return length + (CHECKSUM_BYTES if self._is_last(batch, transfer) else 0)
-
-    def _is_last(self, batch: Batch, transfer: Transfer) -> bool:
-        layer = batch.moves[transfer.move].layer
-        return transfer.stop == self._memory.expert_bytes_L[layer]
-
-    def _splits(self, batch: Batch, round_: Round) -> tuple[list[int], list[int]]:
-        """Bytes to and from each peer. Adds up all ranks, so that StagingFull is raised on all or
-        on none.
-        """
-        to_peer_R, from_peer_R = [0] * self.size, [0] * self.size
-        sent_R, received_R = [0] * self.size, [0] * self.size
-        for transfer in round_.transfers:
-            move, size = batch.moves[transfer.move], self._wire_bytes(batch, transfer)
-            sent_R[move.src_rank] += size
-            received_R[move.dst_rank] += size
-            if move.src_rank == self.rank:
-                to_peer_R[move.dst_rank] += size
-            if move.dst_rank == self.rank:
-                from_peer_R[move.src_rank] += size
-        busiest = max(*sent_R, *received_R)
+    def begin_batch(self, batch: Batch) -> None:
+        """Forget the faults of the batch before. Raises StagingFull, on all ranks or on none."""
+        busiest = _itinerary(batch).busiest_bytes
         if busiest > self._send.numel():
             raise StagingFull(
                 f"a round of {busiest} bytes on one rank does not fit into {self._send.numel()}"
             )
-        return to_peer_R, from_peer_R
+        self._transport_failed = False
 
-    def _pack(self, batch: Batch, round_: Round) -> None:
-        for transfer, region in self._regions(batch, round_, self._send, sending=True):
-            move = batch.moves[transfer.move]
-            slot = move.src_slot % self._memory.slots
-            length = transfer.stop - transfer.start
-            ends = self._is_last(batch, transfer)
-            checksum = region[-CHECKSUM_BYTES:].view(torch.int64)[:1] if ends else None
-            self._memory.read(move.layer, slot, transfer.start, region[:length], checksum)
+    def exchange(self, batch: Batch, number: int) -> None:
+        """Send and receive the byte ranges of one round; they are in `staging` when the stream gets
+        there.
 
-    def _unpack(self, batch: Batch, round_: Round) -> None:
-        for transfer, region in self._regions(batch, round_, self._receive, sending=False):
-            staging = batch.moves[transfer.move].staging
-            length = transfer.stop - transfer.start
-            self.staging[staging, transfer.start : transfer.stop].copy_(region[:length])
-            if self._is_last(batch, transfer):
-                self._expected[staging] = region[-CHECKSUM_BYTES:].view(torch.int64)[0]
+        Raises what the all-to-all raised if it did so twice: this rank is out of step then.
+        """
+        part = _itinerary(batch)
+        self._attempt("experts were not packed", self._pack, part, number)
+        send_R, receive_R = part.sends.splits(number), part.receives.splits(number)
+        self._take_part(self._all_to_all, sum(receive_R), sum(send_R), receive_R, send_R)
+        self._attempt("experts were not unpacked", self._unpack, part, number)
 
-    def _regions(
-        self, batch: Batch, round_: Round, buffer: torch.Tensor, *, sending: bool
-    ) -> Iterator[tuple[Transfer, torch.Tensor]]:
-        """This rank's transfers by peer, then in round order: the layout that both ends agree on."""
-        by_peer = []
-        for transfer in round_.transfers:
-            move = batch.moves[transfer.move]
-            ends = (move.src_rank, move.dst_rank)
-            here, peer = ends if sending else reversed(ends)
-            if here == self.rank:
-                by_peer.append((peer, transfer))
-        position = 0
-        for _, transfer in sorted(by_peer, key=itemgetter(0)):
-            size = self._wire_bytes(batch, transfer)
-            yield transfer, buffer[position : position + size]
-            position += size
+    def vote(self, batch: Batch) -> Download:
+        """Check every expert that arrived and add up all ranks' faults; read them with `faults_of`.
+
+        Raises what the all-reduce raised if it did so twice: this rank is out of step then.
+        """
+        self._attempt("arrived experts were not checked", self._check, batch)
+        self._take_part(self._add_up_faults)
+        self._votes.start(self._faults)
+        return self._votes
+
+    @staticmethod
+    def faults_of(vote: Download) -> Faults:
+        """The same on every rank."""
+        transport, checksum = vote.result().tolist()
+        return Faults(transport, checksum)
+
+    def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> None:
+        """What this rank can fail at alone: the vote will tell the others."""
+        try:
+            work(*arguments)
+        except Exception:
+            logger.exception("ep_rebalance rank %d: %s", self.rank, failure)
+            self._transport_failed = True
+
+    def _take_part(self, collective: Callable[..., None], *arguments: Any) -> None:
+        """Issue a collective that the others wait in. One that raises was not issued, and this rank's
+        next one would pair with it: so it is issued again.
+        """
+        try:
+            collective(*arguments)
+        except Exception:
+            logger.exception("ep_rebalance rank %d: a collective was not issued", self.rank)
+            self._transport_failed = True
+            collective(*arguments)
+
+    def _all_to_all(
+        self, received: int, sent: int, receive_R: list[int], send_R: list[int]
+    ) -> None:
+        dist.all_to_all_single(
+            self._receive[:received], self._send[:sent], receive_R, send_R, group=self._group
+        )
+
+    def _add_up_faults(self) -> None:
+        self._faults[:1].fill_(int(self._transport_failed))
+        self._faults[1:].copy_(self._damaged)
+        dist.all_reduce(self._faults, group=self._group)
+
+    def _pack(self, part: Itinerary, number: int) -> None:
+        for leg in part.sends.of_round(number):
+            out = self._send[leg.offset : leg.offset + leg.stop - leg.start]
+            checksum = None if leg.checksum < 0 else _checksum(self._send, leg.checksum)
+            self._memory.read(leg.layer, leg.place, leg.start, out, checksum)
+
+    def _unpack(self, part: Itinerary, number: int) -> None:
+        for leg in part.receives.of_round(number):
+            arrived = self._receive[leg.offset : leg.offset + leg.stop - leg.start]
+            self.staging[leg.place, leg.start : leg.stop].copy_(arrived)
+            if leg.checksum >= 0:
+                expected = _checksum(self._receive, leg.checksum)
+                self._expected[leg.place : leg.place + 1].copy_(expected)
+
+    def _check(self, batch: Batch) -> None:
+        """Whether a checksum of an expert that arrived is another than its sender's."""
+        self._damaged.zero_()
+        self._arrived.copy_(self._expected)
+        for move in batch.arrivals(self.rank):
+            checksum = self._arrived[move.staging : move.staging + 1]
+            self._memory.checksum_packed(move.layer, self.staging[move.staging], checksum)
+        self._compare()
+
+    def _compare(self) -> None:
+        torch.ne(self._arrived, self._expected, out=self._differs)
+        torch.any(self._differs, dim=0, keepdim=True, out=self._damaged)
+
+
+def _itinerary(batch: Batch) -> Itinerary:
+    assert batch.itinerary is not None, "the migration was worked out for no rank"
+    return batch.itinerary
+
+
+def _checksum(wire: torch.Tensor, position: int) -> torch.Tensor:
+    """int64 [1], a view."""
+    return wire[position : position + 8].view(torch.int64)

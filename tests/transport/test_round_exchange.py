@@ -12,15 +12,13 @@ from ranks import Ranks
 from ep_rebalance.commit import Served, commit_batch
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.migration import schedule
+from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 from ep_rebalance.transport.expert_memory import ExpertMemory
-from ep_rebalance.transport.round_exchange import (
-    CHECKSUM_BYTES,
-    Faults,
-    RoundExchange,
-    StagingFull,
-)
+from ep_rebalance.transport.round_exchange import Faults, RoundExchange, StagingFull
+
+pytestmark = pytest.mark.usefixtures("compiled_schedule")
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -68,6 +66,7 @@ class Rig:
             expert_bytes_L=self.memory.expert_bytes_L,
             max_bytes_per_round=max_bytes,
             staging_slots=staging,
+            rank=rank,
         )
         self.served = Served.initial(self.source)
         self.exchange = RoundExchange(
@@ -81,9 +80,9 @@ class Rig:
         """All batches; a batch is committed if no rank saw a fault, and the migration ends at the first."""
         votes = []
         for batch in self.migration.batches:
-            self.exchange.begin_batch()
-            for round_ in batch.rounds:
-                self.exchange.exchange(batch, round_)
+            self.exchange.begin_batch(batch)
+            for number in range(len(batch.rounds)):
+                self.exchange.exchange(batch, number)
             votes.append(self.exchange.faults_of(self.exchange.vote(batch)))
             if votes[-1]:
                 break
@@ -130,9 +129,9 @@ def rounds_with_bytes(rank, size, seed, max_bytes):
     rig = Rig(rank, size, seed=seed, max_bytes=max_bytes)
     wire = []
     for batch in rig.migration.batches:
-        for round_ in batch.rounds:
-            send_R, receive_R = rig.exchange._splits(batch, round_)
-            wire.append((sum(send_R), sum(receive_R), len(round_.transfers)))
+        sends, receives = batch.itinerary.sends, batch.itinerary.receives
+        for number, transfers in enumerate(np.diff(batch.rounds.first_N1).tolist()):
+            wire.append((sum(sends.splits(number)), sum(receives.splits(number)), transfers))
     return wire
 
 
@@ -242,9 +241,8 @@ def overflow(rank, size):
     small = RoundExchange(
         group=dist.group.WORLD, memory=rig.memory, max_bytes=16, staging_slots=staging
     )
-    batch = rig.migration.batches[0]
     try:
-        small.exchange(batch, batch.rounds[0])
+        small.begin_batch(rig.migration.batches[0])
     except StagingFull as error:
         return str(error)
     return ""
@@ -287,14 +285,14 @@ def test_every_round_that_is_scheduled_fits_into_the_buffers(
         expert_bytes_L=memory.expert_bytes_L,
         max_bytes_per_round=max_bytes,
         staging_slots=staging,
+        rank=0,
     )
     monkeypatch_dist(ranks)
     exchange = RoundExchange(
         group=NoGroup(), memory=memory, max_bytes=max_bytes, staging_slots=staging
     )
     for batch in migration.batches:
-        for round_ in batch.rounds:
-            exchange._splits(batch, round_)
+        exchange.begin_batch(batch)
 
 
 @pytest.fixture(scope="module")

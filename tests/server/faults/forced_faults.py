@@ -59,13 +59,13 @@ def _flip_byte(exchange: Any, at: int) -> None:
 def _fail_packing(exchange: Any, at: int) -> None:
     begin, pack, batches = exchange.begin_batch, exchange._pack, []
 
-    def begin_batch(self: Any) -> None:
+    def begin_batch(self: Any, batch: Any) -> None:
         batches.append(1)
-        begin(self)
+        begin(self, batch)
 
-    def fail(self: Any, batch: Any, round_: Any) -> None:
+    def fail(self: Any, *arguments: Any) -> None:
         if len(batches) == at and self.rank == 0:
             raise OSError("forced transport error")
-        pack(self, batch, round_)
+        pack(self, *arguments)
 
     exchange.begin_batch, exchange._pack = begin_batch, fail

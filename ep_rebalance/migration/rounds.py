@@ -1,0 +1,83 @@
+"""Which bytes of which moves go in which round."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ep_rebalance.planning.compiled import compiled
+from ep_rebalance.planning.sources import IntArray
+
+CHUNK_BYTES = 256
+"""An expert is cut at multiples of this, so that its parts stay aligned and none is tiny."""
+
+
+@compiled
+def fill_rounds(
+    src_rank_M: IntArray, dst_rank_M: IntArray, bytes_M: IntArray, num_ranks: int, max_bytes: int
+) -> tuple[IntArray, IntArray]:
+    """Rounds filled greedily: the moves at the ranks with most left to send or receive come first.
+
+    Returns where each round's transfers begin, [N + 1], and of each transfer its move and the bytes
+    that it starts and stops at, [3, X]; in a round by move.
+    """
+    chunk = min(CHUNK_BYTES, max_bytes)
+    left_M, size_M = bytes_M.copy(), np.zeros_like(bytes_M)
+    transfers_3X = np.empty((3, 4 * bytes_M.size), np.int64)
+    first = np.zeros(64, np.int64)
+    transfers, rounds = 0, 0
+    while True:
+        order = _by_urgency(src_rank_M, dst_rank_M, left_M, num_ranks)
+        if not order.size:
+            return first[: rounds + 1].copy(), transfers_3X[:, :transfers].copy()
+        _fill_round(src_rank_M, dst_rank_M, left_M, order, num_ranks, max_bytes, chunk, size_M)
+        if transfers + order.size > transfers_3X.shape[1]:
+            transfers_3X = np.concatenate((transfers_3X, np.empty_like(transfers_3X)), axis=1)
+        for move in range(bytes_M.size):
+            if size_M[move]:
+                start = bytes_M[move] - left_M[move]
+                transfers_3X[0, transfers] = move
+                transfers_3X[1, transfers], transfers_3X[2, transfers] = start, start + size_M[move]
+                left_M[move] -= size_M[move]
+                transfers += 1
+        rounds += 1
+        if rounds == first.size:
+            first = np.concatenate((first, np.empty_like(first)))
+        first[rounds] = transfers
+
+
+@compiled
+def _by_urgency(
+    src_rank_M: IntArray, dst_rank_M: IntArray, left_M: IntArray, num_ranks: int
+) -> IntArray:
+    """Moves with bytes left; first those whose busier rank has most left, equals by number."""
+    send_R, receive_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
+    for move in range(left_M.size):
+        send_R[src_rank_M[move]] += left_M[move]
+        receive_R[dst_rank_M[move]] += left_M[move]
+    moves = np.flatnonzero(left_M)
+    haste = np.empty(moves.size, np.int64)
+    for i, move in enumerate(moves):
+        haste[i] = -max(send_R[src_rank_M[move]], receive_R[dst_rank_M[move]])
+    return moves[np.argsort(haste, kind="mergesort")]
+
+
+@compiled
+def _fill_round(
+    src_rank_M: IntArray,
+    dst_rank_M: IntArray,
+    left_M: IntArray,
+    order: IntArray,
+    num_ranks: int,
+    max_bytes: int,
+    chunk: int,
+    size_M: IntArray,
+) -> None:
+    """Bytes of each move in the next round, into `size_M`."""
+    send_R, receive_R = np.full(num_ranks, max_bytes), np.full(num_ranks, max_bytes)
+    size_M[:] = 0
+    for move in order:
+        room = min(send_R[src_rank_M[move]], receive_R[dst_rank_M[move]])
+        size = left_M[move] if left_M[move] <= room else room // chunk * chunk
+        size_M[move] = size
+        send_R[src_rank_M[move]] -= size
+        receive_R[dst_rank_M[move]] -= size
