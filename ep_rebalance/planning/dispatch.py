@@ -1,8 +1,10 @@
 """Dispatch: which replica a token goes to, so that the replicas receive their quotas.
 
-A token stays on its rank if that rank holds the expert, as far as the quota allows; else it goes to
-a replica on its node, as far as theirs allow; else to any. Each source rank is taken to bring the
-same part of every expert's tokens.
+Tokens come from a *source*: a rank, or the ranks that route the same tokens and must split them alike.
+A token stays in its source if a rank there holds the expert, as far as the quotas allow; else it goes
+to a replica nearby, as far as theirs allow; else to any. Nearby is the source's node. Where sources
+span nodes, these nodes count as one, with all that are joined to them in this way. Each source is
+taken to bring the same part of every expert's tokens.
 """
 
 from __future__ import annotations
@@ -28,29 +30,48 @@ def dispatch_thresholds(
     topology: Topology,
     rank: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """How source rank `rank` picks replicas in `layers`: (slots, thresholds), both int32
-    [len(layers), E, max_replicas].
+    """How `rank` picks replicas in `layers`: (slots, thresholds), both int32
+    [len(layers), E, max_replicas]; the same for all ranks of a source.
 
     quotas_LP: float64 [L, P], of all layers. A token of expert `e` with hash `u` in 0..65535 goes to
     the first replica `j` with `u < thresholds[e, j]`. Unused entries have slot -1 and threshold 65536
-    and are never reached. Over all source ranks the slots receive their quotas, to 1/65536 of each
-    rank's tokens.
+    and are never reached. Over all sources the slots receive their quotas, to 1/65536 of each
+    source's tokens.
     """
     slots = np.stack([placement.replica_slots(layer) for layer in layers])
     thresholds = np.full_like(slots, HASH_RANGE)
-    node_R = np.array(topology.node_of_rank, dtype=np.int64)
+    source_R = np.array(topology.source_of_rank, dtype=np.int64)
     chosen_LP = np.ascontiguousarray(quotas_LP[list(layers)], dtype=np.float64)
-    _set_thresholds(slots, chosen_LP, node_R, placement.slots_per_rank, rank, thresholds)
+    _set_thresholds(
+        slots,
+        chosen_LP,
+        source_R,
+        _vicinity_R(topology),
+        placement.slots_per_rank,
+        source_R[rank],
+        thresholds,
+    )
     return slots, thresholds
+
+
+def _vicinity_R(topology: Topology) -> NDArray[np.int64]:
+    """The node of each rank, or the first of those that sources join to it."""
+    node_R, source_R = np.array(topology.node_of_rank), np.array(topology.source_of_rank)
+    vicinity_N = np.arange(topology.num_nodes)
+    for source in range(source_R[-1] + 1):
+        joined = vicinity_N[node_R[source_R == source]]
+        vicinity_N[np.isin(vicinity_N, joined)] = joined.min()
+    return vicinity_N[node_R]
 
 
 @compiled
 def _set_thresholds(
     slots: NDArray[np.int32],
     quotas_LP: NDArray[np.float64],
-    node_R: NDArray[np.int64],
+    source_R: NDArray[np.int64],
+    vicinity_R: NDArray[np.int64],
     slots_per_rank: int,
-    rank: int,
+    source: int,
     thresholds: NDArray[np.int32],
 ) -> None:
     for layer in range(slots.shape[0]):
@@ -64,35 +85,41 @@ def _set_thresholds(
             quota = np.empty(count)
             for j in range(count):
                 quota[j] = quotas_LP[layer, own_slots[j]]
-            total = np.cumsum(_shares(own_slots // slots_per_rank, quota, node_R, rank))
+            ranks = own_slots // slots_per_rank
+            total = np.cumsum(_shares(ranks, quota, source_R, vicinity_R, source))
             for j in range(count - 1):
                 thresholds[layer, expert, j] = np.rint(total[j] * HASH_RANGE)
 
 
 @compiled
 def _shares(
-    ranks: NDArray[np.int32], quota: NDArray[np.float64], node_R: NDArray[np.int64], rank: int
+    ranks: NDArray[np.int32],
+    quota: NDArray[np.float64],
+    source_R: NDArray[np.int64],
+    vicinity_R: NDArray[np.int64],
+    source: int,
 ) -> NDArray[np.float64]:
-    """Part of the tokens of one expert at `rank` that each of its replicas receives.
+    """Part of the tokens of one expert at `source` that each of its replicas receives.
 
-    A rank keeps what its own replica's quota allows. What ranks of a node have left is spread over
-    the capacity left on that node, and what is left of that over the capacity left anywhere; both
-    add up to the same over all ranks, so every quota is met.
+    A source keeps what its own replicas' quotas allow. What sources of a vicinity have left is spread
+    over the capacity left there, and what is left of that over the capacity left anywhere; both add up
+    to the same over all sources, so every quota is met.
     """
-    kept = np.minimum(quota, 1.0 / node_R.size)
+    num_sources = source_R[-1] + 1
+    kept = _kept(quota, source_R[ranks], num_sources)
     free = quota - kept
     shares = np.zeros(ranks.size)
-    left = 1.0
     for j in range(ranks.size):
-        if ranks[j] == rank:
-            shares[j] = kept[j] * node_R.size
-            left = 1.0 - shares[j]
+        if source_R[ranks[j]] == source:
+            shares[j] = kept[j] * num_sources
+    left = 1.0 - shares.sum()
+    vicinity = vicinity_R[np.searchsorted(source_R, source)]
     still_free = np.empty(ranks.size)
     near = 0.0
     for j in range(ranks.size):
-        part = _near_part(ranks, kept, free, node_R, node_R[ranks[j]])
+        part = _near_part(ranks, kept, free, vicinity_R, vicinity_R[ranks[j]])
         still_free[j] = free[j] * (1.0 - part[0])
-        if node_R[ranks[j]] == node_R[rank]:
+        if vicinity_R[ranks[j]] == vicinity:
             shares[j] += left * part[1] * free[j]
             near += left * part[1] * free[j]
     anywhere = still_free.sum()
@@ -104,18 +131,34 @@ def _shares(
 
 
 @compiled
+def _kept(
+    quota: NDArray[np.float64], sources: NDArray[np.int64], num_sources: int
+) -> NDArray[np.float64]:
+    """What each replica receives from its own source, whose replicas share it by their quotas."""
+    kept = np.zeros(quota.size)
+    for j in range(quota.size):
+        room = 0.0
+        for other in range(quota.size):
+            if sources[other] == sources[j]:
+                room += quota[other]
+        if room > 0.0:
+            kept[j] = min(room, 1.0 / num_sources) * (quota[j] / room)
+    return kept
+
+
+@compiled
 def _near_part(
     ranks: NDArray[np.int32],
     kept: NDArray[np.float64],
     free: NDArray[np.float64],
-    node_R: NDArray[np.int64],
-    node: int,
+    vicinity_R: NDArray[np.int64],
+    vicinity: int,
 ) -> tuple[float, float]:
-    """Part of a node's free capacity that the node itself takes, and part of its ranks' tokens that
+    """Part of a vicinity's free capacity that it takes itself, and part of its sources' tokens that
     finds room there, for each unit of free capacity."""
-    demand, capacity = np.sum(node_R == node) / node_R.size, 0.0
+    demand, capacity = np.sum(vicinity_R == vicinity) / vicinity_R.size, 0.0
     for j in range(ranks.size):
-        if node_R[ranks[j]] == node:
+        if vicinity_R[ranks[j]] == vicinity:
             demand -= kept[j]
             capacity += free[j]
     flow = min(demand, capacity)
