@@ -16,8 +16,8 @@ def weighted_sum(
 ) -> torch.Tensor:
     """float32 [T, H], the sum over k of `weights[t, k] * outputs[position[t, k]]`.
 
-    outputs_NH: unweighted. position_TK: int64 [T, K], rows of `outputs_NH`. weights_TK: float32.
-    Kernel and reference give equal bits.
+    outputs_NH: unweighted. position_TK: int64 [T, K], rows of `outputs_NH`; -1 adds nothing, whatever its
+    weight. weights_TK: float32. Kernel and reference give equal bits.
     """
     if torch.compiler.is_compiling():
         total: torch.Tensor = _operation(outputs_NH, position_TK, weights_TK)
@@ -31,7 +31,9 @@ def weighted_sum_torch(
     outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """Reference of `weighted_sum`."""
-    outputs_TKH, weights = outputs_NH[position_TK].float(), weights_TK.float()
+    nothing_1H = outputs_NH.new_zeros(1, outputs_NH.shape[1])
+    outputs_TKH = torch.cat([outputs_NH, nothing_1H])[position_TK].float()  # -1 is the last row
+    weights = weights_TK.float().masked_fill(position_TK < 0, 0.0)
     total = outputs_TKH[:, 0] * weights[:, :1]
     for k in range(1, position_TK.shape[1]):
         total = torch.addcmul(total, outputs_TKH[:, k], weights[:, k : k + 1])
@@ -70,7 +72,10 @@ def _kernel(
     for k in tl.static_range(TOP_K):
         row = tl.load(position_ptr + token * TOP_K + k)
         weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
-        value = tl.load(outputs_ptr + row * hidden + column, mask=valid, other=0.0).to(tl.float32)
+        weight = tl.where(row < 0, 0.0, weight)
+        columns = tl.where(row < 0, 0, hidden)
+        place = outputs_ptr + row * hidden + column
+        value = tl.load(place, mask=column < columns, other=0.0).to(tl.float32)
         if k == 0:
             total = value * weight
         else:
