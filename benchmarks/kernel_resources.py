@@ -97,22 +97,7 @@ class Resources:
 
 def cases() -> Iterator[Case]:
     """All kernels."""
-    for pairs in (1024, 65536):
-        yield Case(
-            name=f"route_and_count, {pairs} pairs",
-            kernel=route_and_count._kernel,
-            arguments={
-                **typed("*i32", "topk_ids_ptr", "replica_slots_ptr", "thresholds_ptr", "slots_ptr"),
-                **typed("*i64", "phase_ptr", "counts_ptr", "offset_ptr"),
-                **typed("i32", "num_pairs", "num_experts", "top_k"),
-            },
-            constants={
-                "HASH_STEP": route_and_count.HASH_STEP,
-                "REPLICAS": 4,
-                **route_and_count.options(pairs, 256),
-            },
-            odd=("top_k",),
-        )
+    yield from routing_cases()
     for pairs in (1024, 65536):
         yield Case(
             name=f"group_tokens, {pairs} pairs",
@@ -167,6 +152,31 @@ def cases() -> Iterator[Case]:
         },
         odd=("slot", "start_word", "stop_word"),
     )
+
+
+def routing_cases() -> Iterator[Case]:
+    """Routing and counting, which is one kernel for any number of replicas, and counting alone."""
+    tables = ("replica_slots_ptr", "thresholds_ptr")
+    for name, routes in (("route_and_count", True), ("count_experts", False)):
+        for pairs in (1024, 65536):
+            yield Case(
+                name=f"{name}, {pairs} pairs",
+                kernel=route_and_count._kernel,
+                arguments={
+                    **typed("*i32", "topk_ids_ptr"),
+                    **typed("*i32" if routes else None, *tables, "slots_ptr"),
+                    **typed("*i64" if routes else None, "offset_ptr"),
+                    **typed("*i64", "counts_ptr"),
+                    **typed("*i8", "phase_ptr"),
+                    **typed("i32", *route_and_count.SIZES),
+                },
+                constants={
+                    "HASH_STEP": route_and_count.HASH_STEP,
+                    "IGNORED": route_and_count.IGNORED,
+                    **route_and_count.options(pairs, 256),
+                },
+                odd=(*route_and_count.POINTERS, *route_and_count.SIZES),
+            )
 
 
 def typed(kind: str | None, *names: str) -> dict[str, str | None]:

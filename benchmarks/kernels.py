@@ -234,7 +234,7 @@ def draw_local_slots(shape: Shape, tokens: int, load: str, device: torch.device)
 def routing_cases(shape: Shape, tokens: int, load: str, device: torch.device) -> Iterator[Case]:
     """route_and_count, alone and with group_tokens, with a replica more for every eighth expert."""
     ids = draw_ids(shape, tokens, load, device)
-    phases = torch.zeros(tokens, dtype=torch.int64, device=device)
+    phases = torch.zeros(tokens, dtype=torch.int8, device=device)
     tables = replica_tables(shape, device)
     offset = torch.zeros(1, dtype=torch.int64, device=device)
     slots = shape.slots + shape.experts // 8 // shape.ranks
@@ -245,7 +245,7 @@ def routing_cases(shape: Shape, tokens: int, load: str, device: torch.device) ->
         return group_tokens(routed, num_slots=slots, block_rows=block_rows)
 
     peers = vllm_routing(shape, ids, tables, block_rows, slots)
-    moved = ids.numel() * 8 + tokens * 8
+    moved = ids.numel() * 8 + tokens
     yield Case(
         kernel="route_and_count",
         shape=shape.name,

@@ -36,7 +36,7 @@ class LayerTables:
     DECODE, IGNORED.
     replica_slots_EC: int32 [E, C], slots of each expert (C replicas at most), -1 where there are
     fewer.
-    thresholds_EC: int32 [E, C], cumulative quota in 1/65536; the last used one is 65536.
+    thresholds_EC: int32 [E, C], ascending: cumulative quota in 1/65536; 65536 from the last used one on.
     """
 
     counts_AE: torch.Tensor
@@ -49,13 +49,12 @@ def route_and_count(
 ) -> torch.Tensor:
     """The slot of each of a token's experts; [T, K], dtype of `topk_ids_TK`. Adds to the counts.
 
-    topk_ids_TK: integer [T, K], logical ids. phase_T: int64 [T], PREFILL, DECODE or IGNORED.
+    topk_ids_TK: integer [T, K], logical ids. Those below 0 are padding: handed on as they are and not
+    counted. Those of E and more, which no router gives, become -1 and are not counted either.
+    phase_T: int8 [T], PREFILL, DECODE or IGNORED; tokens behind its end are IGNORED.
     offset: int64 [1], differs from step to step, so that short batches do not favour one replica.
-    The tables must be contiguous. Kernel and reference give equal bits. Raises ValueError if there is
-    not one phase per token: the kernel would read past the phases.
+    The tables must be contiguous. Kernel and reference give equal bits.
     """
-    if phase_T.shape[0] != topk_ids_TK.shape[0]:
-        raise ValueError(f"{topk_ids_TK.shape[0]} tokens, but {phase_T.shape[0]} phases")
     if torch.compiler.is_compiling():
         slots_TK: torch.Tensor = _operation(
             topk_ids_TK,
@@ -67,40 +66,56 @@ def route_and_count(
         )
         return slots_TK
     if runs_triton(topk_ids_TK):
-        return _launch(topk_ids_TK, phase_T, tables, offset)
+        slots_TK = torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
+        _launch(topk_ids_TK, phase_T, tables.counts_AE, tables, offset, slots_TK)
+        return slots_TK
     return route_and_count_torch(topk_ids_TK, phase_T, tables, offset)
+
+
+def count_experts(
+    topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor
+) -> None:
+    """Only add to the counts; arguments as of `route_and_count`."""
+    if runs_triton(topk_ids_TK) and not torch.compiler.is_compiling():
+        _launch(topk_ids_TK, phase_T, counts_AE)
+    else:
+        count_torch(topk_ids_TK, phase_T, counts_AE)
 
 
 def route_and_count_torch(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
     """Reference of `route_and_count`."""
-    count_experts(topk_ids_TK, phase_T, tables.counts_AE)
+    count_torch(topk_ids_TK, phase_T, tables.counts_AE)
     return route_torch(topk_ids_TK, tables, offset)
 
 
-def count_experts(
-    topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor
-) -> None:
-    """Add each token's experts to its phase's row of `counts_AE`, in place."""
-    index_TK = topk_ids_TK + phase_T.unsqueeze(1) * counts_AE.shape[1]
-    ones = counts_AE.new_ones(()).expand(index_TK.numel())
-    counts_AE.view(-1).scatter_add_(0, index_TK.reshape(-1), ones)
+def count_torch(topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor) -> None:
+    """Reference of `count_experts`."""
+    num_tokens, num_experts = topk_ids_TK.shape[0], counts_AE.shape[1]
+    unmarked = num_tokens - phase_T.shape[0]
+    phase_T = torch.nn.functional.pad(phase_T, (0, unmarked), value=IGNORED)
+    counted_TK = (topk_ids_TK >= 0) & (topk_ids_TK < num_experts)
+    index_TK = topk_ids_TK.clamp(0, num_experts - 1) + phase_T.long().unsqueeze(1) * num_experts
+    counts_AE.view(-1).scatter_add_(0, index_TK.reshape(-1), counted_TK.reshape(-1).long())
 
 
 def route_torch(
     topk_ids_TK: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
     """Only the slots."""
-    num_tokens, num_replicas = topk_ids_TK.shape[0], tables.replica_slots_EC.shape[1]
-    ids_TK = topk_ids_TK.long()
+    num_tokens, (num_experts, num_replicas) = topk_ids_TK.shape[0], tables.replica_slots_EC.shape
+    ids_TK = topk_ids_TK.long().clamp(0, num_experts - 1)
     if num_replicas == 1:
-        return tables.replica_slots_EC[:, 0][ids_TK].to(topk_ids_TK.dtype)
-    tokens_T = torch.arange(num_tokens, device=topk_ids_TK.device)
-    hash_T = (tokens_T * HASH_STEP + offset) & 0xFFFF
-    passed_TKC = hash_T.view(-1, 1, 1) >= tables.thresholds_EC[ids_TK]
-    choice_TK1 = passed_TKC.sum(-1, keepdim=True)
-    return tables.replica_slots_EC[ids_TK].gather(-1, choice_TK1).squeeze(-1).to(topk_ids_TK.dtype)
+        slots_TK = tables.replica_slots_EC[:, 0][ids_TK]
+    else:
+        tokens_T = torch.arange(num_tokens, device=topk_ids_TK.device)
+        hash_T = (tokens_T * HASH_STEP + offset) & 0xFFFF
+        passed_TKC = hash_T.view(-1, 1, 1) >= tables.thresholds_EC[ids_TK]
+        choice_TK1 = passed_TKC.sum(-1, keepdim=True)
+        slots_TK = tables.replica_slots_EC[ids_TK].gather(-1, choice_TK1).squeeze(-1)
+    slots_TK = torch.where(topk_ids_TK < num_experts, slots_TK.to(topk_ids_TK.dtype), -1)
+    return torch.where(topk_ids_TK < 0, topk_ids_TK, slots_TK)
 
 
 @torch.library.custom_op("ep_rebalance::route_and_count", mutates_args=("counts_AE",))
@@ -124,15 +139,32 @@ def _(topk_ids_TK: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
 
 
+POINTERS = (
+    "topk_ids_ptr",
+    "phase_ptr",
+    "counts_ptr",
+    "replica_slots_ptr",
+    "thresholds_ptr",
+    "offset_ptr",
+    "slots_ptr",
+)
+SIZES = ("num_pairs", "num_phases", "num_experts", "top_k", "num_replicas", "first_step")
+
+
 def _launch_metadata(grid, kernel, args):
     """Bytes that one launch moves, for Proton: ids in, slots out, phases, and all tables once."""
-    pairs = args["num_pairs"] * (args["topk_ids_ptr"].itemsize + args["slots_ptr"].itemsize)
+    routes = args["slots_ptr"] is not None
+    pairs = args["num_pairs"] * args["topk_ids_ptr"].itemsize * (1 + routes)
     phases = args["num_pairs"] // args["top_k"] * args["phase_ptr"].itemsize
-    tables = args["num_experts"] * (2 * args["REPLICAS"] * 4 + 3 * 8)
+    tables = args["num_experts"] * (routes * 2 * args["num_replicas"] * 4 + 3 * 8)
     return {"name": f"route_and_count {args['num_pairs']} pairs", "bytes": pairs + phases + tables}
 
 
-@jit(launch_metadata=_launch_metadata)
+@jit(
+    launch_metadata=_launch_metadata,
+    do_not_specialize=SIZES,
+    do_not_specialize_on_alignment=POINTERS,
+)
 def _kernel(
     topk_ids_ptr,
     phase_ptr,
@@ -142,67 +174,91 @@ def _kernel(
     offset_ptr,
     slots_ptr,
     num_pairs,
+    num_phases,
     num_experts,
     top_k,
+    num_replicas,
+    first_step,
     HASH_STEP: tl.constexpr,
-    REPLICAS: tl.constexpr,
+    IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """BINS: 0 adds every pair to the counts by itself; else a power of two of at least 3 E, and the
-    block adds each bin once.
+    block adds each bin once. first_step: the largest power of two below num_replicas, or 0. slots_ptr:
+    None only counts.
+
+    Nothing is compiled for a size or an alignment: a variant would be compiled while a step waits.
     """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = pair < num_pairs
-    expert = tl.load(topk_ids_ptr + pair, mask=valid, other=0).to(tl.int64)
-    token = (pair // top_k).to(tl.int64)
-    phase = tl.load(phase_ptr + token, mask=valid, other=0)
+    given = tl.load(topk_ids_ptr + pair, mask=valid, other=-1)
+    known = (given >= 0) & (given < num_experts)
+    expert = tl.where(known, given, 0).to(tl.int32)
+    token = pair // top_k
+    marked = known & (token < num_phases)
+    phase = tl.load(phase_ptr + token, mask=marked, other=IGNORED).to(tl.int32)
     place = phase * num_experts + expert
     if BINS:
-        counted = tl.histogram(place.to(tl.int32), BINS, mask=valid)
+        counted = tl.histogram(place, BINS, mask=known)
         bins = tl.arange(0, BINS)
         tl.atomic_add(
             counts_ptr + bins, counted.to(tl.int64), mask=(bins < 3 * num_experts) & (counted > 0)
         )
     else:
-        tl.atomic_add(counts_ptr + place, tl.full([BLOCK], 1, tl.int64), mask=valid)
+        tl.atomic_add(counts_ptr + place, tl.full([BLOCK], 1, tl.int64), mask=known)
 
-    token_hash = (token * HASH_STEP + tl.load(offset_ptr)) & 0xFFFF
-    choice = tl.zeros([BLOCK], tl.int64)
-    for replica in tl.static_range(REPLICAS - 1):
-        threshold = tl.load(thresholds_ptr + expert * REPLICAS + replica, mask=valid, other=0)
-        choice += (token_hash >= threshold).to(tl.int64)
-    slot = tl.load(replica_slots_ptr + expert * REPLICAS + choice, mask=valid, other=0)
-    tl.store(slots_ptr + pair, slot, mask=valid)
+    if slots_ptr is not None:
+        token_hash = (token * HASH_STEP + tl.load(offset_ptr).to(tl.int32)) & 0xFFFF
+        row = expert * num_replicas
+        # How many thresholds lie at or below the hash, one bit of the number after the other.
+        choice = tl.zeros([BLOCK], tl.int32)
+        step = first_step
+        while step > 0:
+            probe = choice + step
+            inside = known & (probe < num_replicas)
+            threshold = tl.load(thresholds_ptr + row + probe - 1, mask=inside, other=65536)
+            choice = tl.where(token_hash >= threshold, probe, choice)
+            step = step // 2
+        slot = tl.load(replica_slots_ptr + row + choice, mask=known, other=-1)
+        tl.store(slots_ptr + pair, tl.where(given < 0, given, slot), mask=valid)
 
 
 def options(num_pairs: int, num_experts: int) -> dict[str, int]:
     """BLOCK, BINS and warps of a launch; a histogram pays where a block holds many more pairs than bins."""
     if num_pairs < HISTOGRAM_PAIRS:
         return {"BLOCK": 256, "BINS": 0, "num_warps": 4}
-    return {"BLOCK": 2048, "BINS": triton.next_power_of_2(3 * num_experts), "num_warps": 8}
+    return {"BLOCK": 2048, "BINS": triton.next_power_of_2(3 * num_experts), "num_warps": 16}
 
 
 def _launch(
-    topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
-) -> torch.Tensor:
-    slots_TK = torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
-    num_pairs, num_experts = topk_ids_TK.numel(), tables.counts_AE.shape[1]
+    topk_ids_TK: torch.Tensor,
+    phase_T: torch.Tensor,
+    counts_AE: torch.Tensor,
+    tables: LayerTables | None = None,
+    offset: torch.Tensor | None = None,
+    slots_TK: torch.Tensor | None = None,
+) -> None:
+    """Fill `slots_TK`; without the last three only count."""
+    num_pairs, num_experts = topk_ids_TK.numel(), counts_AE.shape[1]
+    num_replicas = 1 if tables is None else tables.replica_slots_EC.shape[1]
     if num_pairs:
         chosen = options(num_pairs, num_experts)
         _kernel[(triton.cdiv(num_pairs, chosen["BLOCK"]),)](
             topk_ids_TK.contiguous(),
             phase_T,
-            tables.counts_AE,
-            tables.replica_slots_EC,
-            tables.thresholds_EC,
+            counts_AE,
+            None if tables is None else tables.replica_slots_EC,
+            None if tables is None else tables.thresholds_EC,
             offset,
             slots_TK,
             num_pairs,
+            phase_T.shape[0],
             num_experts,
             topk_ids_TK.shape[1],
+            num_replicas,
+            1 << (num_replicas - 1).bit_length() >> 1,
             HASH_STEP=HASH_STEP,
-            REPLICAS=tables.replica_slots_EC.shape[1],
+            IGNORED=IGNORED,
             **chosen,
         )
-    return slots_TK
