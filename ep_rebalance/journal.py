@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
 from ep_rebalance import __version__
 from ep_rebalance.background import TimedProposal
 from ep_rebalance.commit import Served
@@ -45,37 +43,11 @@ class Journal:
         self._promised: list[float] = []
         self._predicted_gain = 0.0
         self._before = Before()
-        phases, layers, experts = len(PHASES), contiguous.num_layers, contiguous.num_experts
-        self._tokens_ALE = np.zeros((phases, layers, experts), dtype=np.int64)
 
     def report(self, served: Served, metrics: MetricsConfig) -> Status:
         """The status as of now, with what only optional metrics show if they are on."""
-        self.status.reported_timestamp = time.time()
-        if metrics.replicas:
-            self.status.replicas = (served.placement.replica_counts_LE() - 1).sum(1).tolist()
-        if metrics.layer_rank_tokens:
-            self.status.layer_rank_tokens = self._balance.rank_tokens_LR.tolist()
-        if metrics.expert_tokens:
-            self.status.expert_tokens = self._tokens_ALE.sum(0).tolist()
-        return self.status
-
-    def load(self, served: Served) -> ExpertLoad:
-        """What every expert got since the start, and where it is served now."""
-        return expert_load(self.status, self._tokens_ALE, served)
-
-    def overview(self, status: Status, served: Served) -> Overview:
-        """`status`, and what recent snapshots say of ranks and of the hottest experts."""
-        balance = self._balance
-        return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
-
-    def snapshot(self, snapshot: Snapshot, served: Served) -> None:
-        """Measure the load that the served placement got, and what the loaded one would have got."""
-        sample, status, balance = snapshot.sample, self.status, self._balance
-        status.snapshots += 1
-        if not sample.routed:
-            return
-        self._tokens_ALE += sample.counts_ALE
-        balance.add(sample.counts_ALE, served)
+        status, balance = self.status, self._balance
+        status.reported_timestamp = time.time()
         status.imbalance = balance.served.of_layers()
         status.contiguous_imbalance = balance.contiguous.of_layers()
         status.overall_imbalance |= _known(
@@ -84,12 +56,38 @@ class Journal:
         status.phase_imbalance = _known(
             {phase: seen.overall() for phase, seen in balance.phases.items()}
         )
-        status.step_seconds = sample.step_seconds
-        status.rank_tokens = balance.rank_tokens_LR.sum(0).tolist()
+        status.rank_tokens = balance.rank_tokens_LR.sum(axis=0).tolist()
         status.busiest_rank_tokens = dict(balance.busiest_tokens)
+        pairs_A = balance.tokens_ALE.sum(axis=(1, 2)).tolist()
         pairs_per_token = int(status.info["top_k"]) * status.layers
-        for phase, counts_LE in zip(PHASES, sample.counts_ALE, strict=True):
-            status.phase_tokens[phase] += int(counts_LE.sum()) // pairs_per_token
+        status.phase_tokens = {
+            phase: pairs // pairs_per_token for phase, pairs in zip(PHASES, pairs_A, strict=True)
+        }
+        if metrics.replicas:
+            status.replicas = (served.placement.replica_counts_LE() - 1).sum(axis=1).tolist()
+        if metrics.layer_rank_tokens:
+            status.layer_rank_tokens = balance.rank_tokens_LR.tolist()
+        if metrics.expert_tokens:
+            status.expert_tokens = balance.tokens_ALE.sum(axis=0).tolist()
+        return status
+
+    def load(self, served: Served) -> ExpertLoad:
+        """What every expert got since the start, and where it is served now."""
+        return expert_load(self.status, self._balance.tokens_ALE, served)
+
+    def overview(self, status: Status, served: Served) -> Overview:
+        """`status`, and what recent snapshots say of ranks and of the hottest experts."""
+        balance = self._balance
+        return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
+
+    def snapshot(self, snapshot: Snapshot, served: Served) -> None:
+        """Measure the load that the served placement got, and what the loaded one would have got."""
+        sample, status = snapshot.sample, self.status
+        status.snapshots += 1
+        if sample.step_seconds:
+            status.step_seconds = sample.step_seconds
+        if sample.routed:
+            self._balance.add(sample.counts_ALE, served)
 
     def activity(self, activity: Activity) -> None:
         """What goes on from now on."""
@@ -115,7 +113,7 @@ class Journal:
         self.activity("migrating")
         self._before = Before(
             generation=status.generation,
-            imbalance=status.overall_imbalance.get("served", 1.0),
+            imbalance=self._balance.served.overall() or 1.0,
             bytes=sum(status.migrated_bytes.values()),
         )
 

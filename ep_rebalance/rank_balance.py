@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ep_rebalance.commit import Served
 from ep_rebalance.load_window import PHASES
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.compiled import compiled
 
 HALF_LIFE_SNAPSHOTS = 4
 """Snapshots with tokens after which one counts half."""
@@ -23,27 +24,26 @@ class RecentImbalance:
     """Tokens of the busiest rank and of the mean rank, layer by layer, summed over recent snapshots."""
 
     def __init__(self, layers: int) -> None:
-        self._busiest_L = np.zeros(layers)
-        self._mean_L = np.zeros(layers)
+        self._sums_2L = np.zeros((2, layers))
 
-    def add(self, rank_load_LR: NDArray[np.float64]) -> None:
-        """One more snapshot; one without tokens changes nothing."""
-        if rank_load_LR.any():
-            self._busiest_L = _FADE * self._busiest_L + rank_load_LR.max(axis=1)
-            self._mean_L = _FADE * self._mean_L + rank_load_LR.mean(axis=1)
+    def add(self, rank_load_LR: NDArray[np.float64]) -> int:
+        """One more snapshot; one without tokens changes nothing. Returns the tokens of each layer's
+        busiest rank, layers summed."""
+        return round(_add_recent(self._sums_2L, rank_load_LR, _FADE))
 
     def of_layers(self) -> list[float]:
         """Max over mean per layer; 1 where a layer saw no tokens, [] before the first tokens."""
-        if not self._mean_L.any():
+        busiest_L, mean_L = self._sums_2L
+        if not mean_L.any():
             return []
-        safe_L = np.where(self._mean_L > 0, self._mean_L, 1.0)
-        ratios: list[float] = np.where(self._mean_L > 0, self._busiest_L / safe_L, 1.0).tolist()
+        safe_L = np.where(mean_L > 0, mean_L, 1.0)
+        ratios: list[float] = np.where(mean_L > 0, busiest_L / safe_L, 1.0).tolist()
         return ratios
 
     def overall(self) -> float | None:
         """Max summed over layers over mean summed over layers: layers wait one after the other."""
-        mean = self._mean_L.sum()
-        return float(self._busiest_L.sum() / mean) if mean else None
+        busiest, mean = self._sums_2L.sum(axis=1)
+        return float(busiest / mean) if mean else None
 
 
 class RankBalance:
@@ -52,33 +52,96 @@ class RankBalance:
     served, contiguous: as served, and as the placement that the engine loaded would have had it.
     phases: as served, each phase alone.
     recent_LR, recent_LE: float64, tokens of recent snapshots per rank and per logical expert.
-    rank_tokens_LR: int64, routed tokens since the start; busiest_tokens: by placement, those of each
-    layer's busiest rank, layers summed.
+    tokens_ALE: int64, routed tokens since the start; rank_tokens_LR: int64, by rank; busiest_tokens: by
+    placement, those of each layer's busiest rank, layers summed.
     """
 
     def __init__(self, contiguous: Placement) -> None:
-        layers = contiguous.num_layers
+        layers, experts = contiguous.num_layers, contiguous.num_experts
         self.served, self.contiguous = RecentImbalance(layers), RecentImbalance(layers)
         self.phases = {phase: RecentImbalance(layers) for phase in PHASES}
         self.recent_LR = np.zeros((layers, contiguous.num_ranks))
-        self.recent_LE = np.zeros((layers, contiguous.num_experts))
+        self.recent_LE = np.zeros((layers, experts))
+        self.tokens_ALE = np.zeros((len(PHASES), layers, experts), dtype=np.int64)
         self.rank_tokens_LR = np.zeros((layers, contiguous.num_ranks), dtype=np.int64)
         self.busiest_tokens = {"served": 0, "contiguous": 0}
-        self._loaded = contiguous
-        self._loaded_quotas_LP = contiguous.even_quotas_LP()
+        self._loaded = Served.initial(contiguous)
+        self.add(self.tokens_ALE.copy(), self._loaded)  # compiled here, not at a step
 
     def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
         """One snapshot with tokens, that `served` computed."""
-        load_LE = counts_ALE.sum(axis=0)
-        by_phase_ALR = served.placement.rank_load_LR(counts_ALE, served.quotas_LP)
+        by_phase_ALR = self._rank_load(counts_ALE, served)
         served_LR = by_phase_ALR.sum(axis=0)
-        contiguous_LR = self._loaded.rank_load_LR(load_LE, self._loaded_quotas_LP)
-        self.served.add(served_LR)
-        self.contiguous.add(contiguous_LR)
-        for phase, rank_load_LR in zip(PHASES, by_phase_ALR, strict=True):
-            self.phases[phase].add(rank_load_LR)
-        self.recent_LR = _FADE * self.recent_LR + served_LR
-        self.recent_LE = _FADE * self.recent_LE + load_LE
+        contiguous_LR = self._rank_load(counts_ALE, self._loaded).sum(axis=0)
+        self.busiest_tokens["served"] += self.served.add(served_LR)
+        self.busiest_tokens["contiguous"] += self.contiguous.add(contiguous_LR)
+        for phase, rank_load_LR in zip(self.phases.values(), by_phase_ALR, strict=True):
+            phase.add(rank_load_LR)
+        _add_tokens(counts_ALE, self.tokens_ALE, self.recent_LE, _FADE)
+        self.recent_LR *= _FADE
+        self.recent_LR += served_LR
         self.rank_tokens_LR += np.rint(served_LR).astype(np.int64)
-        self.busiest_tokens["served"] += round(served_LR.max(axis=1).sum())
-        self.busiest_tokens["contiguous"] += round(contiguous_LR.max(axis=1).sum())
+
+    def _rank_load(self, counts_ALE: NDArray[np.int64], served: Served) -> NDArray[np.float64]:
+        """float64 [A, L, R]. Copies, since compiled code depends on who may write an array."""
+        return _rank_load_ALR(
+            counts_ALE,
+            served.placement.slots_LP.astype(np.int64),
+            served.quotas_LP.copy(),
+            served.placement.num_ranks,
+        )
+
+
+@compiled
+def _rank_load_ALR(
+    counts_ALE: NDArray[np.int64],
+    slots_LP: NDArray[np.int64],
+    quotas_LP: NDArray[np.float64],
+    ranks: int,
+) -> NDArray[np.float64]:
+    phases, layers, _ = counts_ALE.shape
+    slots = slots_LP.shape[1] // ranks
+    load_ALR = np.zeros((phases, layers, ranks))
+    for phase in range(phases):
+        for layer in range(layers):
+            for rank in range(ranks):
+                tokens = 0.0
+                for slot in range(rank * slots, rank * slots + slots):
+                    expert = slots_LP[layer, slot]
+                    tokens += counts_ALE[phase, layer, expert] * quotas_LP[layer, slot]
+                load_ALR[phase, layer, rank] = tokens
+    return load_ALR
+
+
+@compiled
+def _add_recent(
+    sums_2L: NDArray[np.float64], rank_load_LR: NDArray[np.float64], fade: float
+) -> float:
+    if not rank_load_LR.any():
+        return 0.0
+    layers, ranks = rank_load_LR.shape
+    total = 0.0
+    for layer in range(layers):
+        busiest = rank_load_LR[layer].max()
+        sums_2L[0, layer] = fade * sums_2L[0, layer] + busiest
+        sums_2L[1, layer] = fade * sums_2L[1, layer] + rank_load_LR[layer].sum() / ranks
+        total += busiest
+    return total
+
+
+@compiled
+def _add_tokens(
+    counts_ALE: NDArray[np.int64],
+    tokens_ALE: NDArray[np.int64],
+    recent_LE: NDArray[np.float64],
+    fade: float,
+) -> None:
+    phases, layers, experts = counts_ALE.shape
+    for layer in range(layers):
+        for expert in range(experts):
+            load = 0
+            for phase in range(phases):
+                tokens = counts_ALE[phase, layer, expert]
+                tokens_ALE[phase, layer, expert] += tokens
+                load += tokens
+            recent_LE[layer, expert] = fade * recent_LE[layer, expert] + load

@@ -12,8 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-
 from ep_rebalance.commit import Served
 from ep_rebalance.config import TraceConfig
 from ep_rebalance.placement import Placement
@@ -74,7 +72,7 @@ class Recorder:
             self._placement = served.placement
         self._put(
             RecordedSnapshot(
-                counts_ALE=snapshot.sample.counts_ALE.astype(np.uint32),
+                counts_ALE=snapshot.sample.counts_ALE,
                 step=step,
                 steps=snapshot.sample.steps,
                 step_seconds=snapshot.sample.step_seconds,

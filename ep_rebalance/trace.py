@@ -75,12 +75,12 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
 class RecordedSnapshot:
     """One snapshot as the server saw it.
 
-    counts_ALE: uint32 [A, L, E], as in `LoadSample`. step: the engine's number of its last step.
-    time: Unix. generation: of the placement that was served. planned, scheduled: whether the server
-    learned with it that a plan was made, and that the rounds of a migration were worked out.
+    counts_ALE: [A, L, E], as in `LoadSample`; uint32 in the file. step: the engine's number of its
+    last step. time: Unix. generation: of the placement that was served. planned, scheduled: whether
+    the server learned with it that a plan was made, and that the rounds of a migration were worked out.
     """
 
-    counts_ALE: NDArray[np.uint32]
+    counts_ALE: NDArray[np.uint32] | NDArray[np.int64]
     step: int
     steps: int
     step_seconds: float

@@ -190,7 +190,7 @@ def assert_in_step(answers: list[list[StepSeen]]) -> None:
 def rebalance(rank, size, config):
     engine = Engine(rank, size, config)
     engine.run_until(has_generation(2))
-    return engine.seen, engine.imbalances(), engine.rebalancer.status
+    return engine.seen, engine.imbalances(), engine.rebalancer.status_now()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def tokens_seen(rank, size, config):
     steps = 3 * (config.window.snapshot_steps + 1)
     for _ in range(steps):
         engine.step()
-    return engine.rebalancer.status
+    return engine.rebalancer.status_now()
 
 
 def test_status_counts_each_token_once_by_phase_and_by_rank(two_ranks: Ranks):
@@ -379,7 +379,7 @@ def observe(rank, size, config):
     engine = Engine(rank, size, config)
     for _ in range(40):
         engine.step()
-    return engine.seen, engine.rebalancer.status
+    return engine.seen, engine.rebalancer.status_now()
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def stay_idle(rank, size, config):
     engine = Engine(rank, size, config)
     for _ in range(40):
         engine.step(tokens=0)
-    return engine.rebalancer.status
+    return engine.rebalancer.status_now()
 
 
 def test_idle_steps_count_nothing_and_plan_nothing(two_ranks: Ranks):
