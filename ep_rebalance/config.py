@@ -127,6 +127,15 @@ class DecisionConfig(_Section):
     """
 
 
+class AttachConfig(_Section):
+    """How ranks find each other when the engine starts."""
+
+    timeout_seconds: float = Field(default=120.0, gt=0.0)
+    """Longest that a rank waits for the others when its device is ready. A rank that was started without
+    the plugin is found so: the error names it.
+    """
+
+
 class MigrationConfig(_Section):
     """How experts move between ranks."""
 
@@ -250,6 +259,7 @@ class RebalanceConfig(_Section):
     mode: Mode = "rebalance"
     """`observe` counts and reports and changes nothing else; `static` serves a saved placement;
     `rebalance` also moves experts."""
+    attach: AttachConfig = AttachConfig()
     window: WindowConfig = WindowConfig()
     planner: PlannerConfig = PlannerConfig()
     hardware: HardwareConfig = HardwareConfig()

@@ -36,6 +36,8 @@ class Migrator:
     placement: what the engine loaded. memory: this rank's expert weights, or None in mode observe,
     where nothing is ever moved.
     served: what the forward pass runs on. actions: rounds and commits that this rank has done.
+    reloads: times that the engine replaced this rank's weights; agreed_reloads: those that `served`
+    knows of, the same on all ranks.
     staging_slots: experts that fit into the staging memory.
     """
 
@@ -51,6 +53,8 @@ class Migrator:
         journal: Journal,
     ) -> None:
         self.served = Served.initial(placement)
+        self.reloads, self.agreed_reloads = 0, 0
+        self._loaded = self.served
         self.actions = 0
         self.staging_slots = _staging_slots(config, placement)
         self._counts = counts
@@ -130,9 +134,39 @@ class Migrator:
         self._commit_tables_alone(migration)
         self._number(generation)
 
+    @property
+    def _holds_loaded(self) -> bool:
+        """Whether this rank's weights were replaced and `served` does not know yet."""
+        return self.reloads > self.agreed_reloads
+
+    def weights_replaced(self, memory: ExpertMemory) -> None:
+        """The engine wrote all slots of this rank anew, in the order in which it loads them.
+
+        Tokens go there from now on. `served` stays what all ranks agree on; until `serve_loaded`
+        nothing is committed on this rank, and it votes every batch down.
+        """
+        assert self._exchange is not None, "mode observe moves nothing"
+        self.reloads += 1
+        self._memory = memory
+        self._exchange.replace_memory(memory)
+        layers = range(self._loaded.placement.num_layers)
+        self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
+
+    def serve_loaded(self, reloads: int) -> None:
+        """What was loaded is served, now that the weights of every rank were replaced `reloads` times.
+
+        If this rank's were replaced again meanwhile, the next snapshot tells.
+        """
+        self.agreed_reloads = reloads
+        self.served = replace(self._loaded, generation=self.served.generation + 1)
+        self._journal.generation(self.served.generation)
+
     def serve_split(self, split: Split) -> None:
         """Serve the same placement with other quotas."""
-        self.served = commit_split(split, self.served, self._counts)
+        if self._holds_loaded:
+            self.served = replace(self.served, quotas_LP=split.quotas_LP)
+        else:
+            self.served = commit_split(split, self.served, self._counts)
         self._journal.quotas_changed()
 
     def read_stalls(self) -> None:
@@ -154,7 +188,7 @@ class Migrator:
                 exchange.exchange(batch, number)
             self.actions += 1
             yield
-        vote = exchange.vote(batch)
+        vote = exchange.vote(batch, replaced=self._holds_loaded)
         yield
         return str(faults) if (faults := exchange.faults_of(vote)) else ""
 

@@ -70,6 +70,14 @@ class Placement:
         slots_P = np.arange(num_experts + num_redundant, dtype=np.int32) % num_experts
         return cls(np.tile(slots_P, (num_layers, 1)), num_experts, num_ranks)
 
+    @classmethod
+    def round_robin(cls, *, num_layers: int, num_experts: int, num_ranks: int) -> Placement:
+        """Expert `e` on rank `e % R`, as vLLM's `--expert-placement-strategy round_robin` loads them
+        (vllm/model_executor/layers/fused_moe/expert_map_manager.py).
+        """
+        slots_P = np.arange(num_experts, dtype=np.int32).reshape(-1, num_ranks).T.ravel()
+        return cls(np.tile(slots_P, (num_layers, 1)), num_experts, num_ranks)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
             return NotImplemented

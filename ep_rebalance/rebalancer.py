@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 Steps = Generator[None, None, None]
 
+WEIGHTS_REPLACED = "the engine's weights were replaced"
+
 
 class Rebalancer:
     """One rank's part in balancing one model.
@@ -102,6 +104,7 @@ class Rebalancer:
         self._recorder = recorder
         self._control = Control(config)
         self._flags = Flags()
+        self._replaced = False  # by the newest snapshot: any weights, since `served` was agreed on
         self._loop = self._run()
         next(self._loop)
 
@@ -129,6 +132,18 @@ class Rebalancer:
         than rank 0, from which they learn of it.
         """
         return None if self._rank else self._control.ask(action, self.status)
+
+    def weights_replaced(self, memory: ExpertMemory | None) -> None:
+        """The engine wrote the weights of all slots anew, in the order in which it loads them.
+
+        Ranks may be told in different steps. Each serves what was loaded at once; the loop goes on to
+        take part in what all ranks do, until the snapshot says that all of them were told.
+
+        memory: the experts' tensors as they are now; None in mode observe.
+        """
+        self.journal.weights_replaced()
+        if memory is not None:
+            self.migrator.weights_replaced(memory)
 
     def step(self, started: float | None, continues: bool = False) -> None:
         """Advance by one engine step, between two forward passes.
@@ -173,7 +188,7 @@ class Rebalancer:
             flags = (yield from self._snapshot()).flags
             due = self._window.plan_is_due(window, planner.interval_snapshots)
             asked = flags.plan_asked and len(self._window)
-            if plans and not flags.paused and (due or asked):
+            if plans and not flags.paused and not self._replaced and (due or asked):
                 return
 
     def _snapshot(self) -> Generator[None, None, Snapshot]:
@@ -187,6 +202,8 @@ class Rebalancer:
             fitted=int(self._quotas.fitted),
             paused=int(self._control.paused),
             plan_asked=int(self._control.plan_asked),
+            reloads=self.migrator.reloads,
+            reloads_squared=self.migrator.reloads**2,
         )
         self._snapshots.begin(flags, self.step_times.take_sum())
         yield
@@ -197,7 +214,27 @@ class Rebalancer:
         self.journal.snapshot(snapshot, self.served)
         fresh = self._window.samples() if snapshot.sample.routed else ()
         self._quotas.snapshot(snapshot.flags.fitted, fresh)
+        ranks = self.served.placement.num_ranks
+        self._replaced = snapshot.flags.reloads > ranks * self.migrator.agreed_reloads
+        if self._replaced:
+            self._serve_loaded(snapshot.flags)
         return snapshot
+
+    def _serve_loaded(self, flags: Flags) -> None:
+        """Serve what was loaded, as soon as the weights of all ranks were replaced equally often:
+        R x sum of squares = square of the sum.
+        """
+        ranks = self.served.placement.num_ranks
+        if ranks * flags.reloads_squared != flags.reloads**2:
+            self.journal.stuck("the weights of some ranks were replaced, and of others not yet")
+            return
+        before = self.served
+        self._quotas.forget()
+        self._window.clear()
+        self.migrator.serve_loaded(flags.reloads // ranks)
+        if self.config.mode == "static":
+            self.migrator.restore(before.placement, before.quotas_LP, self.served.generation)
+        self.journal.unstuck()
 
     def _plan(self) -> Generator[None, None, bool]:
         """Rank 0 plans; True if its plan is to be carried out."""
@@ -219,9 +256,12 @@ class Rebalancer:
             elif job is not None and time.monotonic() > deadline:
                 self.journal.stuck("the planner takes longer than planner.deadline_seconds")
             snapshot = yield from self._snapshot()
-            if snapshot.flags.planned:
+            if snapshot.flags.planned or self._replaced:
                 break
         self._flags = Flags()
+        if self._replaced:
+            self.journal.outcome("abandoned", WEIGHTS_REPLACED)
+            return False
         self.journal.unstuck()
         if snapshot.flags.proposed and snapshot.flags.paused:
             self.journal.outcome("abandoned", "an operator paused before it could begin")
@@ -242,9 +282,12 @@ class Rebalancer:
                     logger.error("ep_rebalance: the rounds were not worked out", exc_info=error)
                 self._flags = Flags(scheduled=int(error is None), failed=int(error is not None))
             snapshot = yield from self._snapshot()
-            if snapshot.flags.scheduled + snapshot.flags.failed == ranks:
+            if snapshot.flags.scheduled + snapshot.flags.failed == ranks or self._replaced:
                 break
         self._flags = Flags()
+        if self._replaced:
+            self.journal.outcome("abandoned", WEIGHTS_REPLACED)
+            return None
         if snapshot.flags.failed:
             reason = f"{snapshot.flags.failed} rank(s) could not work out the rounds"
             self.journal.outcome("failed", reason)

@@ -25,7 +25,8 @@ class Flags:
 
     planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has
     worked out its migration. failed: it could not. fitted: it has quotas that follow the load.
-    paused, plan_asked: what an operator asked rank 0 for.
+    paused, plan_asked: what an operator asked rank 0 for. reloads, reloads_squared: times that the engine
+    replaced the rank's weights, and that number's square: the sums tell whether all ranks have the same.
     """
 
     planned: int = 0
@@ -35,6 +36,8 @@ class Flags:
     fitted: int = 0
     paused: int = 0
     plan_asked: int = 0
+    reloads: int = 0
+    reloads_squared: int = 0
 
 
 HEAD = len(fields(Flags)) + 4

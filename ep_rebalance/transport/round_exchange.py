@@ -34,11 +34,14 @@ class Faults:
 
     transport: int
     checksum: int
+    replaced: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.transport or self.checksum)
+        return bool(self.transport or self.checksum or self.replaced)
 
     def __str__(self) -> str:
+        if self.replaced:
+            return f"the engine replaced the weights of {self.replaced} rank(s)"
         return f"{self.transport} rank(s) with a transport error, {self.checksum} with a checksum error"
 
 
@@ -71,7 +74,7 @@ class RoundExchange:
         self._arrived = torch.zeros_like(self._expected)
         self._differs = torch.zeros(staging_slots, dtype=torch.bool, device=memory.device)
         self._damaged = torch.zeros(1, dtype=torch.bool, device=memory.device)
-        self._faults = torch.zeros(2, dtype=torch.int64, device=memory.device)
+        self._faults = torch.zeros(3, dtype=torch.int64, device=memory.device)
         self._votes = Download(self._faults)
         self._transport_failed = False
 
@@ -88,7 +91,7 @@ class RoundExchange:
         self._expected[:1].copy_(self._receive[:8].view(torch.int64))
         self._arrived.zero_()
         self._compare()
-        self._add_up_faults()
+        self._add_up_faults(replaced=False)
         self._votes.start(self._faults)
         self._votes.result()
 
@@ -100,6 +103,15 @@ class RoundExchange:
                 f"a round of {busiest} bytes on one rank does not fit into {self._send.numel()}"
             )
         self._transport_failed = False
+
+    def replace_memory(self, memory: ExpertMemory) -> None:
+        """Other tensors hold this rank's experts. Raises ValueError if an expert's size is another."""
+        if memory.expert_bytes_L != self._memory.expert_bytes_L:
+            raise ValueError(
+                f"experts of {memory.expert_bytes_L} bytes do not fit in the place of "
+                f"{self._memory.expert_bytes_L}"
+            )
+        self._memory = memory
 
     def exchange(self, batch: Batch, number: int) -> None:
         """Send and receive the byte ranges of one round; they are in `staging` when the stream gets
@@ -113,21 +125,21 @@ class RoundExchange:
         self._take_part(self._all_to_all, sum(receive_R), sum(send_R), receive_R, send_R)
         self._attempt("experts were not unpacked", self._unpack, part, number)
 
-    def vote(self, batch: Batch) -> Download:
+    def vote(self, batch: Batch, *, replaced: bool = False) -> Download:
         """Check every expert that arrived and add up all ranks' faults; read them with `faults_of`.
 
+        replaced: whether the engine replaced this rank's weights, so that what it sent is void.
         Raises what the all-reduce raised if it did so twice: this rank is out of step then.
         """
         self._attempt("arrived experts were not checked", self._check, batch)
-        self._take_part(self._add_up_faults)
+        self._take_part(self._add_up_faults, replaced)
         self._votes.start(self._faults)
         return self._votes
 
     @staticmethod
     def faults_of(vote: Download) -> Faults:
         """The same on every rank."""
-        transport, checksum = vote.result().tolist()
-        return Faults(transport, checksum)
+        return Faults(*vote.result().tolist())
 
     def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> None:
         """What this rank can fail at alone: the vote will tell the others."""
@@ -155,9 +167,10 @@ class RoundExchange:
             self._receive[:received], self._send[:sent], receive_R, send_R, group=self._group
         )
 
-    def _add_up_faults(self) -> None:
+    def _add_up_faults(self, replaced: bool) -> None:
         self._faults[:1].fill_(int(self._transport_failed))
-        self._faults[1:].copy_(self._damaged)
+        self._faults[1:2].copy_(self._damaged)
+        self._faults[2:].fill_(int(replaced))
         dist.all_reduce(self._faults, group=self._group)
 
     def _pack(self, part: Itinerary, number: int) -> None:

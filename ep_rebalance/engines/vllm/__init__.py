@@ -4,8 +4,12 @@
 |---|---|---|
 | arguments | adds `--plugin` and `--ep-rebalance-config` | front end |
 | activation | checks and completes the engine's configuration | front end |
+| refusals | what cannot be served | front end |
+| compile_cache | keeps our settings out of the compile cache's key | front end |
 | worker_extension | puts the seams below into a worker, and answers its RPCs | worker |
-| model_runner | calls us after loading, when a step's inputs are ready, and after each step | worker |
+| worker, rank_agreement, attachment | settings agreed on, model and drafter attached | worker |
+| weights | tells us that the engine replaced its weights | worker |
+| model_runner | calls us when a step's inputs are ready, and after each step | worker |
 | router | counts logical expert ids and turns them into slots | worker |
 | eplb_state | keeps vLLM's own balancer out | worker |
 | prepare_finalize | tokens to the experts and back by our all-to-all | worker |

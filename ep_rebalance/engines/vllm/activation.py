@@ -2,34 +2,41 @@
 
 Target: `EngineArgs.create_engine_config`. Why: the one place through which `vllm serve` and
 `LLM(...)` both pass, before any other process is started, so that what cannot work stops the server
-at start with a reason and a remedy. `ParallelConfig` refuses `enable_eplb` on CPU
-(vllm/config/parallel.py), so it is switched on after that check: it makes the model allocate
-redundant slots and lets placement differ from vLLM's own. Can go when vLLM lets a plugin bring its
-balancer.
+at start with a reason and a remedy. `enable_eplb` makes the model allocate redundant slots and lets
+placement differ from vLLM's own; it is on while vLLM validates its configuration, so that all that
+vLLM refuses together with it is refused here too. Can go when vLLM lets a plugin bring its balancer.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
+import importlib
 import logging
-import os
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ep_rebalance import __version__
-from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConfig
-from ep_rebalance.engines.vllm.access import own_key
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.engines.vllm import refusals
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
-from ep_rebalance.engines.vllm.data_plane import check_data_plane, choose_kernels
+from ep_rebalance.engines.vllm.compile_cache import HashedSettings
+from ep_rebalance.engines.vllm.contract import Contract, check_version
+from ep_rebalance.engines.vllm.data_plane import choose_kernels
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 from ep_rebalance.settings import load_config, settings_from_environment
-from ep_rebalance.state import ModelIdentity, check_writable, load_state
 
 logger = logging.getLogger(__name__)
 
 WORKER_EXTENSION = "ep_rebalance.engines.vllm.worker_extension.WorkerExtension"
+
+_PARALLEL = "vllm.config.parallel"
+
+CONTRACTS = (
+    Contract(f"{_PARALLEL}:current_platform"),
+    Contract(f"{_PARALLEL}:EPLBConfig", ("num_redundant_experts", "use_async")),
+)
 
 
 def install(engine_args: type[Any]) -> None:
@@ -49,14 +56,9 @@ def install(engine_args: type[Any]) -> None:
         else:
             config = load_config(settings_from_environment(), additional[CONFIG_KEY])
         _prepare_arguments(self, config)
-        try:
-            vllm_config = original(self, *args, **kwargs)
-        except ValueError as error:
-            if "Number of experts" in str(error):
-                raise _no_experts(self.model) from error
-            raise
-        _check(vllm_config, config)
-        _complete(vllm_config, config)
+        vllm_config = _create(self, config, lambda: original(self, *args, **kwargs))
+        refusals.check(vllm_config, config)
+        complete(vllm_config, config)
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config
@@ -67,37 +69,29 @@ def active_config(vllm_config: Any) -> RebalanceConfig:
     return load_config(vllm_config.additional_config[CONFIG_KEY])
 
 
-def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:
-    """What a saved placement must match; the hash leaves out where the checkpoint lies and who
-    wrote it.
+def complete(vllm_config: Any, config: RebalanceConfig) -> None:
+    """Make the engine's configuration say what `config` needs of it.
+
+    Once more in every worker, with the settings of rank 0 (`rank_agreement.py`).
     """
-    settings = vllm_config.model_config.hf_text_config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        settings.pop(volatile, None)
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return ModelIdentity(
-        model=vllm_config.model_config.model,
-        config_hash=hashlib.sha256(text.encode()).hexdigest(),
-        experts=vllm_config.model_config.get_num_experts(),
-        ep_size=ep_size(vllm_config.parallel_config),
-        redundant_experts=config.planner.redundant_experts,
-    )
-
-
-def ep_size(parallel: Any) -> int:
-    """Expert-parallel ranks: vLLM spreads experts over tensor, context and data parallel ranks."""
-    return int(
-        parallel.tensor_parallel_size
-        * parallel.prefill_context_parallel_size
-        * parallel.data_parallel_size
+    choose_kernels(vllm_config, config)
+    moves = config.mode != "observe"
+    parallel = vllm_config.parallel_config
+    parallel.enable_eplb = moves
+    parallel.eplb_config.num_redundant_experts = config.planner.redundant_experts
+    parallel.eplb_config.use_async = parallel.eplb_config.use_async and not moves
+    vllm_config.additional_config = HashedSettings(
+        {
+            **vllm_config.additional_config,
+            CONFIG_KEY: config.as_dict(),
+            VERSION_KEY: __version__,
+        }
     )
 
 
 def _prepare_arguments(engine_args: Any, config: RebalanceConfig) -> None:
     import vllm
     from vllm.platforms import current_platform
-
-    from ep_rebalance.engines.vllm.contract import check_version
 
     check_version(vllm.__version__)
     if engine_args.enable_eplb:
@@ -122,146 +116,56 @@ def _prepare_arguments(engine_args: Any, config: RebalanceConfig) -> None:
     }
 
 
-def _check(vllm_config: Any, config: RebalanceConfig) -> None:
-    """Raises ConfigurationError for everything that could not be served."""
-    _check_contracts()
-    _check_parallel(vllm_config.parallel_config)
-    check_data_plane(vllm_config, config)
-    _check_model(vllm_config, config)
-    _check_metrics(vllm_config, config.metrics)
-    _check_state(vllm_config, config)
-    _check_trace(config)
-    if config.control.api_key_file:
-        own_key(config.control.api_key_file)
+def _create(engine_args: Any, config: RebalanceConfig, original: Callable[[], Any]) -> Any:
+    """The engine's configuration, validated by vLLM with `enable_eplb` where experts are to move.
 
-
-def seams() -> tuple[Any, ...]:
-    """The modules that have CONTRACTS."""
-    from ep_rebalance.engines.vllm import (
-        eplb_state,
-        experts,
-        model_runner,
-        policy,
-        prepare_finalize,
-        router,
-    )
-
-    return model_runner, router, eplb_state, experts, prepare_finalize, policy
-
-
-def _check_contracts() -> None:
-    for seam in seams():
-        for contract in seam.CONTRACTS:
-            contract.check()
-
-
-def _check_parallel(parallel: Any) -> None:
-    if not parallel.enable_expert_parallel:
+    What vLLM refuses then is told as ours, unless it is wrong without the plugin too.
+    """
+    try:
+        with _as_if_balanced(engine_args, config):
+            return original()
+    except ValueError as error:
+        if "Number of experts" in str(error):
+            raise refusals.no_experts(engine_args.model) from error
+        if config.mode == "observe":
+            raise
+        refusals.check(original(), config)
         raise ConfigurationError(
-            "expert parallelism is off, so there are no ranks to balance.",
-            "set enable_expert_parallel (--enable-expert-parallel).",
-        )
-    if ep_size(parallel) < 2:
-        raise ConfigurationError(
-            "there is one expert-parallel rank, so there is nothing to balance.",
-            "set --tensor-parallel-size or --data-parallel-size to 2 or more.",
-        )
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigurationError(
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: each stage has layers of its own.",
-            "use tensor and data parallelism only.",
-        )
-    if parallel.enable_elastic_ep or parallel.use_ubatching:
-        name = "elastic expert parallelism" if parallel.enable_elastic_ep else "dual-batch overlap"
-        raise ConfigurationError(
-            f"{name} is on and was never tried with moving experts.", f"switch {name} off."
-        )
+            f"vLLM refuses this configuration if experts are to move: {error}",
+            "change what it names, or use mode=observe, which moves nothing.",
+        ) from error
 
 
-def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
-    model = vllm_config.model_config
-    experts, ranks = model.get_num_experts(), ep_size(vllm_config.parallel_config)
-    if experts < 1:
-        raise _no_experts(model.model)
-    if model.quantization is not None and config.mode != "observe":
-        raise ConfigurationError(
-            f"quantisation {model.quantization!r} is not verified: scales of an expert might stay behind.",
-            "use mode=observe, which moves nothing, or the unquantised checkpoint.",
-        )
-    redundant = config.planner.redundant_experts
-    if (experts + redundant) % ranks:
-        fitting = -(-experts // ranks) * ranks - experts
-        choices = f"{fitting}, {fitting + ranks}, {fitting + 2 * ranks}, ..."
-        raise ConfigurationError(
-            f"{experts} experts + planner.redundant_experts={redundant} do not divide by {ranks} ranks.",
-            f"use a number of ranks that divides {experts}."
-            if config.mode == "observe"
-            else f"set planner.redundant_experts to {choices}",
-        )
-    if (experts + redundant) // ranks > experts:
-        raise ConfigurationError(
-            f"planner.redundant_experts={redundant} gives a rank more slots than there are experts.",
-            f"set it to at most {experts * ranks - experts}.",
-        )
-
-
-def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
-    """Dense layers are taken for MoE layers: a check before the model is loaded knows no better."""
-    model = vllm_config.model_config
-    layers, experts = model.get_total_num_hidden_layers(), model.get_num_experts()
-    ranks = ep_size(vllm_config.parallel_config)
-    wide = {
-        "expert_tokens": (metrics.expert_tokens, experts, "experts", "GET /ep_rebalance/load"),
-        "layer_rank_tokens": (
-            metrics.layer_rank_tokens,
-            ranks,
-            "ranks",
-            "the page at /ep_rebalance/",
-        ),
-    }
-    for name, (wanted, number, things, instead) in wide.items():
-        if wanted and layers * number > metrics.max_series:
-            raise ConfigurationError(
-                f"metrics.{name} would make up to {layers * number} time series, for {number} {things} "
-                f"in each of {layers} layers; metrics.max_series={metrics.max_series}.",
-                f"drop metrics.{name} and read {instead}, or raise metrics.max_series.",
-            )
-
-
-def _no_experts(model: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"model {model!r} has no Mixture-of-Experts layers.",
-        "serve it without --plugin ep_rebalance.",
-    )
-
-
-def _check_trace(config: RebalanceConfig) -> None:
-    if config.trace.path is not None and not os.access(config.trace.path, os.W_OK | os.X_OK):
-        raise ConfigurationError(
-            f"trace.path={config.trace.path!r} is no folder that the server may write.",
-            "create it, name another one, or drop trace.path.",
-        )
-
-
-def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:
-    if config.state.path is None or config.mode == "observe":
-        return
-    path = Path(config.state.path)
-    if config.mode == "rebalance":
-        check_writable(path)
-    state = load_state(path, model_identity(vllm_config, config))
-    if state is None and config.mode == "static":
-        raise ConfigurationError(
-            f"mode=static serves the placement in {str(path)!r}, and there is no such file.",
-            "serve once in mode rebalance with this state.path, or correct the path.",
-        )
-
-
-def _complete(vllm_config: Any, config: RebalanceConfig) -> None:
-    choose_kernels(vllm_config, config)
+@contextmanager
+def _as_if_balanced(engine_args: Any, config: RebalanceConfig) -> Iterator[None]:
+    """vLLM's own balancer switched on in the arguments, on any platform."""
     if config.mode == "observe":
+        yield
         return
-    parallel = vllm_config.parallel_config
-    parallel.enable_eplb = True
-    parallel.eplb_config.num_redundant_experts = config.planner.redundant_experts
-    parallel.eplb_config.use_async = False
+    parallel = importlib.import_module(_PARALLEL)
+    given, platform = engine_args.eplb_config, parallel.current_platform
+    engine_args.enable_eplb = True
+    engine_args.eplb_config = replace(
+        given, num_redundant_experts=config.planner.redundant_experts, use_async=False
+    )
+    parallel.current_platform = _BalancingPlatform(platform)
+    try:
+        yield
+    finally:
+        parallel.current_platform = platform
+        engine_args.enable_eplb, engine_args.eplb_config = False, given
+
+
+class _BalancingPlatform:
+    """The platform, but one on which `ParallelConfig` allows `enable_eplb`: it refuses it on CPU, since
+    vLLM's balancer does not run there. Ours does.
+    """
+
+    def __init__(self, platform: Any) -> None:
+        self._platform = platform
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform, name)
+
+    def is_cuda_alike(self) -> bool:
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.control import Action
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm import router
-from ep_rebalance.engines.vllm.activation import active_config, model_identity
+from ep_rebalance.engines.vllm.activation import active_config
+from ep_rebalance.engines.vllm.drafts import draft_model, leave_in_place, satisfy_validation
+from ep_rebalance.engines.vllm.identity import model_identity
 from ep_rebalance.engines.vllm.nodes import ep_group, ranks_on_nodes
 from ep_rebalance.journal import initial_status
 from ep_rebalance.metrics import encode
@@ -39,24 +42,37 @@ class Attachment:
     """One worker's rebalancer and the engine's calls to it."""
 
     def __init__(
-        self, rebalancer: Rebalancer, counts: DeviceCounts, recorder: Recorder | None
+        self,
+        rebalancer: Rebalancer,
+        counts: DeviceCounts,
+        recorder: Recorder | None,
+        moe_model: Any,
     ) -> None:
         self.rebalancer = rebalancer
         self._counts = counts
         self._recorder = recorder
+        self._moe_model = moe_model
         self._started: float | None = None
+        self._continues = False
 
     @classmethod
-    def create(cls, model: Any, vllm_config: Any, device: torch.device) -> Attachment:
-        """Join a loaded model. Raises ConfigurationError if the model turns out not to fit."""
+    def create(cls, runner: Any, vllm_config: Any, device: torch.device) -> Attachment:
+        """Join the model that a runner has loaded, and its drafter.
+
+        Raises ConfigurationError if the model turns out not to fit.
+        """
         config = active_config(vllm_config)
-        moe_model = _moe_model(model)
+        moe_model = _moe_model(runner.model)
         moves = config.mode != "observe"
+        shares = _tokens_are_shared(moe_model)
         placement = _loaded_placement(moe_model, vllm_config)
-        topology = ranks_on_nodes()
+        topology = ranks_on_nodes(ranks_per_source=_tensor_group().world_size if shares else 1)
         counts = _device_counts(placement, topology, vllm_config, device)
-        _attach_routers(moe_model, counts, moves_experts=moves)
-        memory = _expert_memory(moe_model, counts, device) if moves else None
+        _attach_routers(moe_model, counts, splits_tokens=not shares, moves_experts=moves)
+        leave_in_place(runner.model, device, listed=tuple(moe_model.moe_layers))
+        if (draft := draft_model(runner)) is not None:
+            leave_in_place(draft, device)
+        memory = _expert_memory(moe_model, device) if moves else None
         recorder = _recorder(moe_model, placement, topology, vllm_config, config)
         rebalancer = Rebalancer(
             config=config,
@@ -87,17 +103,32 @@ class Attachment:
             placement.num_slots,
             placement.num_ranks,
         )
-        return cls(rebalancer, counts, recorder)
+        return cls(rebalancer, counts, recorder, moe_model)
 
-    def begin_step(self, phases_T: NDArray[np.int64], started: float) -> None:
-        """The step's tokens are known; `started` by `time.perf_counter()`."""
-        self._started = started
+    @property
+    def busy(self) -> bool:
+        """Whether a step of this rank's own tokens has begun and not ended."""
+        return self._started is not None
+
+    def begin_step(self, phases_T: NDArray[np.int8], *, started: float, continues: bool) -> None:
+        """The step's tokens are known.
+
+        phases_T: int8 [T], PREFILL or DECODE. started: by `time.perf_counter()`. continues: whether the
+        engine had work all the time since the step before.
+        """
+        self._started, self._continues = started, continues
         self._counts.mark_tokens(phases_T)
 
     def end_step(self) -> None:
         """The forward pass was issued."""
         started, self._started = self._started, None
-        self.rebalancer.step(started)
+        self.rebalancer.step(started, self._continues)
+
+    def weights_replaced(self) -> None:
+        """The engine loaded other weights: its slots hold what its loader writes, in its order."""
+        layers = self._moe_model.moe_layers
+        moves = self.rebalancer.config.mode != "observe"
+        self.rebalancer.weights_replaced(_memory_of(layers) if moves else None)
 
     def status(self) -> bytes:
         """The encoded status."""
@@ -140,10 +171,15 @@ def _moe_model(model: Any) -> Any:
 
 
 def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
+    ranks = ep_group().world_size
+    if any(layer.expert_placement_strategy == "round_robin" for layer in model.moe_layers):
+        return Placement.round_robin(
+            num_layers=model.num_moe_layers, num_experts=model.num_logical_experts, num_ranks=ranks
+        )
     return Placement.contiguous(
         num_layers=model.num_moe_layers,
         num_experts=model.num_logical_experts,
-        num_ranks=ep_group().world_size,
+        num_ranks=ranks,
         num_redundant=vllm_config.parallel_config.eplb_config.num_redundant_experts,
     )
 
@@ -156,13 +192,29 @@ def _planner(config: RebalanceConfig) -> Planner:
     return PLANNERS[config.planner.policy]
 
 
+def _tensor_group() -> Any:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return get_tp_group()
+
+
+def _tokens_are_shared(model: Any) -> bool:
+    """Whether tensor-parallel ranks route the same tokens. The layers say so: models may leave sequence
+    parallelism out where the engine's configuration has it.
+    """
+    splits = {bool(layer.moe_config.is_sequence_parallel) for layer in model.moe_layers}
+    if len(splits) > 1:
+        raise ConfigurationError(
+            f"some MoE layers of {type(model).__name__} are sequence-parallel and others are not.",
+            "serve it with --tensor-parallel-size 1.",
+        )
+    return _tensor_group().world_size > 1 and not splits.pop()
+
+
 def _device_counts(
     placement: Placement, topology: Topology, vllm_config: Any, device: torch.device
 ) -> DeviceCounts:
-    from vllm.distributed.parallel_state import get_tp_group
-
-    splits_tokens = vllm_config.parallel_config.use_sequence_parallel_moe
-    tensor_group = get_tp_group()
+    tensor_group = _tensor_group()
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
     return DeviceCounts(
         placement=placement,
@@ -170,43 +222,47 @@ def _device_counts(
         device=device,
         topology=topology,
         rank=ep_group().rank_in_group,
-        counts_here=splits_tokens or tensor_group.rank_in_group == 0,
+        counts_here=topology.ranks_per_source == 1 or tensor_group.rank_in_group == 0,
     )
 
 
-def _attach_routers(model: Any, counts: DeviceCounts, *, moves_experts: bool) -> None:
-    from vllm.distributed.parallel_state import get_tp_group
-
+def _attach_routers(
+    model: Any, counts: DeviceCounts, *, splits_tokens: bool, moves_experts: bool
+) -> None:
     for index, layer in enumerate(model.moe_layers):
-        split = layer.moe_config.is_sequence_parallel
+        _refuse_unseen_routing(layer)
         router.attach(
             layer.router,
             counts,
             index,
-            tensor_rank=get_tp_group().rank_in_group if split else 0,
+            tensor_rank=_tensor_group().rank_in_group if splits_tokens else 0,
             moves_experts=moves_experts,
         )
 
 
-def _expert_memory(model: Any, counts: DeviceCounts, device: torch.device) -> ExpertMemory:
-    """Collect the experts' tensors through the interface that vLLM's own balancer uses.
-
-    The state that the layers get in exchange is checked by vLLM's routers but never read: ours map
-    the ids.
+def _refuse_unseen_routing(layer: Any) -> None:
+    """A monolithic kernel routes by itself and never calls the router that we count in
+    (vllm/model_executor/layers/fused_moe/runner/moe_runner.py).
     """
-    layers, _, experts = counts.counts_LAE.shape
-    model.set_eplb_state(
-        torch.zeros(layers, 1, dtype=torch.int32, device=device),
-        torch.stack([tables.replica_slots_EC for tables in counts.layers]),
-        torch.ones(layers, experts, dtype=torch.int32, device=device),
-    )
+    if layer.is_monolithic:
+        raise ConfigurationError(
+            f"the expert kernel of layer {layer.routed_experts.layer_name!r} "
+            f"({type(layer.routed_experts.quant_method).__name__}) routes tokens by itself, so nothing "
+            "can be counted.",
+            "choose another kernel with --moe-backend, or serve without --plugin ep_rebalance.",
+        )
+
+
+def _expert_memory(model: Any, device: torch.device) -> ExpertMemory:
     for layer in model.moe_layers:
         _refuse_hidden_tensors(layer.routed_experts)
-        layer.eplb_state.should_record_tensor = torch.zeros((), dtype=torch.bool, device=device)
-        layer.eplb_state.num_unpadded_tokens_tensors = [
-            torch.zeros((), dtype=torch.int32, device=device)
-        ]
-    return ExpertMemory(model.expert_weights)
+        satisfy_validation(layer.router, device)
+    return _memory_of(model.moe_layers)
+
+
+def _memory_of(layers: Iterable[Any]) -> ExpertMemory:
+    """The experts' tensors, as vLLM's own balancer collects them in `MixtureOfExperts.set_eplb_state`."""
+    return ExpertMemory([list(layer.get_expert_weights()) for layer in layers])
 
 
 def _recorder(

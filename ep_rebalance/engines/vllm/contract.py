@@ -1,15 +1,18 @@
 """What we rely on in vLLM, checked at start.
 
-A seam states the functions that it wraps and the parameters that it passes or reads. If one is
-missing, the server does not start: a wrong guess about an engine's insides would show up as wrong
-answers.
+A seam states the functions that it wraps and the parameters that it passes or reads, and what is asked
+of an object of ours in the place of one of vLLM's. If something is missing, the server does not start:
+a wrong guess about an engine's insides would show up as wrong answers.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from ep_rebalance.config import ConfigurationError
 
@@ -28,19 +31,63 @@ class Contract:
 
     def check(self) -> None:
         """Raises ConfigurationError that names what is missing."""
-        module_name, _, path = self.target.partition(":")
-        try:
-            found: object = importlib.import_module(module_name)
-            for name in path.split("."):
-                found = getattr(found, name)
-        except (ImportError, AttributeError) as error:
-            raise _unsupported(f"{self.target} is missing ({error})") from None
+        found = resolve(self.target)
         if self.parameters and not callable(found):
             raise _unsupported(f"{self.target} is no function")
         if callable(found):
             missing = [p for p in self.parameters if p not in inspect.signature(found).parameters]
             if missing:
                 raise _unsupported(f"{self.target} has no parameter {', '.join(missing)}")
+
+
+@dataclass(frozen=True, slots=True)
+class StandInContract:
+    """An object of ours that vLLM holds instead of its own: it must have all that vLLM asks of it.
+
+    holder: `module:Class` of vLLM whose methods use it. attribute: the holder's attribute that it is.
+    stand_in: it, or its class. never: what only methods ask for that are never called.
+    """
+
+    holder: str
+    attribute: str
+    stand_in: object
+    never: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        return f"{self.holder}.{self.attribute}"
+
+    def asked(self) -> set[str]:
+        """Names of attributes that the holder's methods read, call or set on `self.<attribute>`."""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(resolve(self.holder))))
+        found = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Attribute)
+            and node.value.attr == self.attribute
+            and isinstance(node.value.value, ast.Name)
+            and node.value.value.id == "self"
+        }
+        return found - set(self.never)
+
+    def check(self) -> None:
+        """Raises ConfigurationError that names what the stand-in lacks."""
+        missing = sorted(name for name in self.asked() if not hasattr(self.stand_in, name))
+        if missing:
+            raise _unsupported(f"{self.target} is asked for {', '.join(missing)}, which ours lacks")
+
+
+def resolve(target: str) -> Any:
+    """What `module:Qualified.name` names. Raises ConfigurationError if it is missing."""
+    module_name, _, path = target.partition(":")
+    try:
+        found: object = importlib.import_module(module_name)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        raise _unsupported(f"{target} is missing ({error})") from None
+    return found
 
 
 def check_version(version: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.diagnosis.finding import Check, Finding
-from ep_rebalance.engines.vllm.activation import seams
 from ep_rebalance.engines.vllm.contract import check_version
+from ep_rebalance.engines.vllm.refusals import seams
 
 
 def checks() -> list[tuple[str, Check]]:

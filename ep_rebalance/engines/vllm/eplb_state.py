@@ -2,7 +2,7 @@
 
 Target: `EplbState` where the model runners bind it. Why: `enable_eplb` makes the runners build one,
 which would reserve its maps (116 MiB a GPU for DeepSeek-V3) and rearrange experts under us. The
-stand-in keeps the interface that the runners call and does nothing. Can go when vLLM lets a plugin
+stand-in keeps the interface that the runners use and does nothing. Can go when vLLM lets a plugin
 bring its balancer.
 """
 
@@ -11,22 +11,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ep_rebalance.engines.vllm.contract import Contract
+import torch
+
+from ep_rebalance.engines.vllm.contract import Contract, StandInContract
 
 _BOUND_IN = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.eplb_utils")
 
-CONTRACTS = (
-    *(Contract(f"{module}:EplbState") for module in _BOUND_IN),
-    Contract("vllm.distributed.eplb.eplb_state:EplbState.__init__", ("parallel_config", "device")),
-    Contract("vllm.distributed.eplb.eplb_state:EplbState.add_model", ("model", "model_config")),
-    Contract("vllm.distributed.eplb.eplb_state:EplbState.step", ("is_dummy", "is_profile")),
-)
-
 
 class VacantEplbState:
-    """What the runners hold instead of an `EplbState`: answers every call, balances nothing."""
+    """What the runners hold instead of an `EplbState`: answers every call, balances nothing.
+
+    should_record_tensor: vLLM switches its own recording off and on with it around warm-up steps.
+    """
 
     is_async = False
+    should_record_tensor = torch.zeros((), dtype=torch.bool)
 
     def __init__(self, parallel_config: Any, device: Any) -> None:
         self.model_states: dict[str, Any] = {}
@@ -40,6 +39,26 @@ class VacantEplbState:
     def rearrange(self, *args: Any, **kwargs: Any) -> None: ...
 
     def start_async_loop(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+CONTRACTS = (
+    *(Contract(f"{module}:EplbState") for module in _BOUND_IN),
+    Contract("vllm.distributed.eplb.eplb_state:EplbState.__init__", ("parallel_config", "device")),
+    Contract("vllm.distributed.eplb.eplb_state:EplbState.add_model", ("model", "model_config")),
+    Contract("vllm.distributed.eplb.eplb_state:EplbState.step", ("is_dummy", "is_profile")),
+    StandInContract(
+        "vllm.v1.worker.gpu.eplb_utils:EPLBController",
+        "state",
+        VacantEplbState,
+        never=("update_mapping",),  # of elastic expert parallelism, which is refused
+    ),
+    StandInContract(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+        "eplb_state",
+        VacantEplbState,
+        never=("update_mapping",),
+    ),
+)
 
 
 def install() -> None:

@@ -15,8 +15,8 @@ def ep_group() -> Any:
     return get_ep_group()
 
 
-def ranks_on_nodes() -> Topology:
-    """Collective: which node each rank is on."""
+def ranks_on_nodes(ranks_per_source: int = 1) -> Topology:
+    """Collective: which node each rank is on. ranks_per_source: as of `Topology`."""
     from vllm.distributed.parallel_state import in_the_same_node_as
 
     group = ep_group()
@@ -26,7 +26,7 @@ def ranks_on_nodes() -> Topology:
             same = in_the_same_node_as(group.cpu_group, rank)
             number = max(nodes) + 1
             nodes = [number if here else node for here, node in zip(same, nodes, strict=True)]
-    return Topology(node_of_rank=tuple(nodes))
+    return Topology(node_of_rank=tuple(nodes), ranks_per_source=ranks_per_source)
 
 
 def ranks_per_node() -> int:

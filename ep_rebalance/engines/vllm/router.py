@@ -40,6 +40,11 @@ def install() -> None:
     BaseRouter._apply_eplb_mapping = apply_mapping
 
 
+def attach_unbalanced(router: Any) -> None:
+    """Let ids pass: the layer's experts stay where they were loaded, and are not counted."""
+    setattr(router, _ATTRIBUTE, lambda topk_ids_TK: topk_ids_TK)
+
+
 def attach(
     router: Any, counts: DeviceCounts, layer: int, *, tensor_rank: int, moves_experts: bool
 ) -> None:

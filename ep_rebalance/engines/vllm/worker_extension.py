@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from ep_rebalance.control import Action
-from ep_rebalance.engines.vllm import eplb_state, model_runner, router
+from ep_rebalance.engines.vllm import eplb_state, model_runner, router, weights, worker
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
+from ep_rebalance.engines.vllm.worker import attachment_of
 
 
 class WorkerExtension:
@@ -22,34 +23,34 @@ class WorkerExtension:
 
     def ep_rebalance_snapshot(self) -> bytes:
         """The encoded status, equal on all ranks but for timings; rank 0's is the one to show."""
-        attachment = model_runner.attachment_of(self.model_runner)
+        attachment = attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.status()
 
     def ep_rebalance_load(self) -> bytes:
         """The encoded load of every expert since the start, equal on all ranks."""
-        attachment = model_runner.attachment_of(self.model_runner)
+        attachment = attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.load()
 
     def ep_rebalance_overview(self) -> bytes:
         """The encoded overview, as our page shows it."""
-        attachment = model_runner.attachment_of(self.model_runner)
+        attachment = attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.overview()
 
     def ep_rebalance_ask(self, action: Action) -> str | None:
         """Pause, resume or plan at once; "" or why not, None from ranks that are not rank 0."""
-        attachment = model_runner.attachment_of(self.model_runner)
+        attachment = attachment_of(self.model_runner)
         return None if attachment is None else attachment.ask(action)
 
     def ep_rebalance_record(self, on: bool) -> bool:
         """Switch the recording of the trace; False on ranks that do not record."""
-        attachment = model_runner.attachment_of(self.model_runner)
+        attachment = attachment_of(self.model_runner)
         return attachment is not None and attachment.record(on)
 
     def ep_rebalance_step_times(self) -> list[tuple[float, float, bool]]:
         """When each of this rank's steps since the last call began and ended (`time.perf_counter`),
         and whether experts moved in it. For benchmarks.
         """
-        attachment = model_runner.attachment_of(self.model_runner)
+        attachment = attachment_of(self.model_runner)
         if attachment is None:
             return []
         times = attachment.rebalancer.step_times.take_recent()
@@ -62,6 +63,8 @@ def _install() -> None:
     share_vllm_log()
     router.install()
     eplb_state.install()
+    worker.install()
+    weights.install()
     model_runner.install()
     experts.install()
     prepare_finalize.install()

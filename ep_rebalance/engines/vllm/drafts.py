@@ -1,0 +1,59 @@
+"""Experts that are not balanced: those of a drafter, and of layers that the model does not list.
+
+Why: `enable_eplb` gives every MoE layer that is built with it a state that its router insists on
+(vllm/model_executor/layers/fused_moe/router/base_router.py, `_validate_eplb_state`), those of drafters
+and multi-token-prediction layers too. Such experts stay in the slots that they were loaded into, where
+slot `e` holds expert `e`, and are not counted with the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ep_rebalance.engines.vllm import router
+from ep_rebalance.engines.vllm.contract import Contract
+
+CONTRACTS = (
+    Contract("vllm.model_executor.layers.fused_moe.runner.moe_runner_interface:MoERunnerInterface"),
+    Contract(
+        "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._validate_eplb_state"
+    ),
+)
+
+
+def draft_model(runner: Any) -> Any | None:
+    """The drafter's model of a runner: `drafter` of V1, `speculator` of V2."""
+    for name in ("drafter", "speculator"):
+        model = getattr(getattr(runner, name, None), "model", None)
+        if isinstance(model, torch.nn.Module):
+            return model
+    return None
+
+
+def leave_in_place(model: Any, device: torch.device, listed: tuple[Any, ...] = ()) -> int:
+    """Let the MoE layers of `model` but `listed` route as they were loaded; returns how many."""
+    layers = [layer for layer in _moe_layers(model) if layer not in listed]
+    for layer in layers:
+        if layer.router.eplb_state is not None:
+            satisfy_validation(layer.router, device)
+            router.attach_unbalanced(layer.router)
+    return len(layers)
+
+
+def satisfy_validation(moe_router: Any, device: torch.device) -> None:
+    """Give a router the state that vLLM checks for. It is never read: ours map the ids."""
+    state = moe_router.eplb_state
+    state.expert_load_view = torch.zeros(1, dtype=torch.int32, device=device)
+    state.logical_to_physical_map = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    state.logical_replica_count = torch.ones(1, dtype=torch.int32, device=device)
+    state.should_record_tensor = torch.zeros((), dtype=torch.bool, device=device)
+    state.num_unpadded_tokens_tensors = [torch.zeros((), dtype=torch.int32, device=device)]
+
+
+def _moe_layers(model: Any) -> Iterator[Any]:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+
+    return (module for module in model.modules() if isinstance(module, MoERunnerInterface))

@@ -1,0 +1,223 @@
+"""What cannot be served with the plugin: refused before any other process is started.
+
+Each check raises ConfigurationError with the reason and the remedy. What only a loaded model shows is
+refused in `attachment.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConfig
+from ep_rebalance.engines.vllm.access import own_key
+from ep_rebalance.engines.vllm.data_plane import check_data_plane
+from ep_rebalance.engines.vllm.identity import ep_size, model_identity
+from ep_rebalance.state import check_writable, load_state
+
+
+def check(vllm_config: Any, config: RebalanceConfig) -> None:
+    """Raises ConfigurationError for everything that could not be served."""
+    _check_contracts()
+    _check_parallel(vllm_config.parallel_config)
+    _check_adapters(vllm_config.lora_config, config)
+    _check_weight_transfer(vllm_config.weight_transfer_config, config)
+    _check_drafter(vllm_config, config)
+    check_data_plane(vllm_config, config)
+    _check_model(vllm_config, config)
+    _check_metrics(vllm_config, config.metrics)
+    _check_state(vllm_config, config)
+    _check_trace(config)
+    if config.control.api_key_file:
+        own_key(config.control.api_key_file)
+
+
+def seams() -> tuple[Any, ...]:
+    """The modules that have CONTRACTS."""
+    from ep_rebalance.engines.vllm import (
+        activation,
+        compile_cache,
+        drafts,
+        eplb_state,
+        experts,
+        model_runner,
+        policy,
+        prepare_finalize,
+        rank_agreement,
+        router,
+        weights,
+        worker,
+    )
+
+    return (
+        activation,
+        compile_cache,
+        rank_agreement,
+        worker,
+        weights,
+        model_runner,
+        router,
+        eplb_state,
+        drafts,
+        experts,
+        prepare_finalize,
+        policy,
+    )
+
+
+def _check_contracts() -> None:
+    for seam in seams():
+        for contract in seam.CONTRACTS:
+            contract.check()
+
+
+def _check_parallel(parallel: Any) -> None:
+    if not parallel.enable_expert_parallel:
+        raise ConfigurationError(
+            "expert parallelism is off, so there are no ranks to balance.",
+            "set enable_expert_parallel (--enable-expert-parallel).",
+        )
+    if ep_size(parallel) < 2:
+        raise ConfigurationError(
+            "there is one expert-parallel rank, so there is nothing to balance.",
+            "set --tensor-parallel-size or --data-parallel-size to 2 or more.",
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigurationError(
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: each stage has layers of its own.",
+            "use tensor and data parallelism only.",
+        )
+    if parallel.prefill_context_parallel_size > 1:
+        raise ConfigurationError(
+            f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}: the ranks of a "
+            "context-parallel group get parts of a batch that the plugin cannot tell apart yet.",
+            "drop --prefill-context-parallel-size, or serve without --plugin ep_rebalance.",
+        )
+    if parallel.enable_fault_tolerance:
+        raise ConfigurationError(
+            "--enable-fault-tolerance goes on without a rank that died, and the ranks that count and move "
+            "experts together would wait for it.",
+            "drop --enable-fault-tolerance and --fault-tolerance-config.",
+        )
+    if parallel.enable_elastic_ep or parallel.use_ubatching:
+        name = "elastic expert parallelism" if parallel.enable_elastic_ep else "dual-batch overlap"
+        raise ConfigurationError(
+            f"{name} is on and was never tried with moving experts.", f"switch {name} off."
+        )
+
+
+def _check_adapters(lora: Any | None, config: RebalanceConfig) -> None:
+    """vLLM cuts an adapter of the experts by their place in the checkpoint
+    (vllm/lora/model_manager.py): experts that moved would get the adapter of others.
+    """
+    if lora is None or config.mode == "observe":
+        return
+    if lora.target_modules is None or any("expert" in name for name in lora.target_modules):
+        raise ConfigurationError(
+            "LoRA adapters of experts do not move with their experts.",
+            "name the modules without experts, as in --lora-target-modules q_proj k_proj v_proj o_proj, "
+            "or use mode=observe.",
+        )
+
+
+def _check_weight_transfer(transfer: Any | None, config: RebalanceConfig) -> None:
+    if transfer is not None and transfer.backend.startswith("sparse") and config.mode != "observe":
+        raise ConfigurationError(
+            f"weight transfer {transfer.backend!r} changes parts of the weights where they were loaded, "
+            "and experts that moved are elsewhere.",
+            "use a backend that sends whole weights, such as nccl, or mode=observe.",
+        )
+
+
+def _check_drafter(vllm_config: Any, config: RebalanceConfig) -> None:
+    """Its MoE layers get as many redundant slots as the target's, which nothing uses."""
+    speculative = vllm_config.speculative_config
+    draft = None if speculative is None else speculative.draft_model_config
+    experts = 0 if draft is None else draft.get_num_experts()
+    ranks = ep_size(vllm_config.parallel_config)
+    if experts and (experts + config.planner.redundant_experts) % ranks:
+        raise ConfigurationError(
+            f"the drafter's {experts} experts + planner.redundant_experts="
+            f"{config.planner.redundant_experts} do not divide by {ranks} ranks.",
+            "set planner.redundant_experts so that both models' experts divide, or drop the drafter.",
+        )
+
+
+def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
+    model = vllm_config.model_config
+    experts, ranks = model.get_num_experts(), ep_size(vllm_config.parallel_config)
+    if experts < 1:
+        raise no_experts(model.model)
+    if model.quantization is not None and config.mode != "observe":
+        raise ConfigurationError(
+            f"quantisation {model.quantization!r} is not verified: scales of an expert might stay behind.",
+            "use mode=observe, which moves nothing, or the unquantised checkpoint.",
+        )
+    redundant = config.planner.redundant_experts
+    if (experts + redundant) % ranks:
+        fitting = -(-experts // ranks) * ranks - experts
+        choices = f"{fitting}, {fitting + ranks}, {fitting + 2 * ranks}, ..."
+        raise ConfigurationError(
+            f"{experts} experts + planner.redundant_experts={redundant} do not divide by {ranks} ranks.",
+            f"use a number of ranks that divides {experts}."
+            if config.mode == "observe"
+            else f"set planner.redundant_experts to {choices}",
+        )
+    if (experts + redundant) // ranks > experts:
+        raise ConfigurationError(
+            f"planner.redundant_experts={redundant} gives a rank more slots than there are experts.",
+            f"set it to at most {experts * ranks - experts}.",
+        )
+
+
+def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
+    """Dense layers are taken for MoE layers: a check before the model is loaded knows no better."""
+    model = vllm_config.model_config
+    layers, experts = model.get_total_num_hidden_layers(), model.get_num_experts()
+    ranks = ep_size(vllm_config.parallel_config)
+    wide = {
+        "expert_tokens": (metrics.expert_tokens, experts, "experts", "GET /ep_rebalance/load"),
+        "layer_rank_tokens": (
+            metrics.layer_rank_tokens,
+            ranks,
+            "ranks",
+            "the page at /ep_rebalance/",
+        ),
+    }
+    for name, (wanted, number, things, instead) in wide.items():
+        if wanted and layers * number > metrics.max_series:
+            raise ConfigurationError(
+                f"metrics.{name} would make up to {layers * number} time series, for {number} {things} "
+                f"in each of {layers} layers; metrics.max_series={metrics.max_series}.",
+                f"drop metrics.{name} and read {instead}, or raise metrics.max_series.",
+            )
+
+
+def no_experts(model: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"model {model!r} has no Mixture-of-Experts layers.",
+        "serve it without --plugin ep_rebalance.",
+    )
+
+
+def _check_trace(config: RebalanceConfig) -> None:
+    if config.trace.path is not None and not os.access(config.trace.path, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"trace.path={config.trace.path!r} is no folder that the server may write.",
+            "create it, name another one, or drop trace.path.",
+        )
+
+
+def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:
+    if config.state.path is None or config.mode == "observe":
+        return
+    path = Path(config.state.path)
+    if config.mode == "rebalance":
+        check_writable(path)
+    state = load_state(path, model_identity(vllm_config, config))
+    if state is None and config.mode == "static":
+        raise ConfigurationError(
+            f"mode=static serves the placement in {str(path)!r}, and there is no such file.",
+            "serve once in mode rebalance with this state.path, or correct the path.",
+        )

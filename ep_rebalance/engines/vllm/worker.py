@@ -1,0 +1,74 @@
+"""Seam: the start of a worker - device ready, model loaded.
+
+Targets: `init_device` and `load_model`. Why the worker and not its model runner: vLLM loads the model
+inside a memory pool of its own whose contents level-2 sleep throws away
+(vllm/device_allocator/sleep_mode_backend.py); our tables and buffers must outlive it, so they are made
+after `load_model` has left the pool. Can go when vLLM tells plugins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ep_rebalance.engines.vllm.activation import active_config, complete
+from ep_rebalance.engines.vllm.attachment import Attachment
+from ep_rebalance.engines.vllm.contract import Contract, resolve
+from ep_rebalance.engines.vllm.nodes import ep_group
+from ep_rebalance.engines.vllm.rank_agreement import agree, default_store
+from ep_rebalance.engines.vllm.wrapping import wrap
+
+WORKERS = ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker")
+
+CONTRACTS = (
+    *(Contract(f"{worker}.init_device") for worker in WORKERS),
+    Contract(f"{WORKERS[0]}.load_model"),
+    Contract("vllm.utils.mem_utils:DeviceMemoryProfiler"),
+)
+
+_ATTRIBUTE = "ep_rebalance"
+_AGREED = "ep_rebalance_agreed"
+
+
+def attachment_of(holder: Any) -> Attachment | None:
+    """What was attached to a model runner, or to the balancer's controller of a V2 runner."""
+    return getattr(holder, _ATTRIBUTE, None)
+
+
+def install() -> None:
+    """Wrap the workers."""
+    for target in WORKERS:
+        wrap(resolve(target), "init_device", _agree_when_ready)
+    wrap(resolve(WORKERS[0]), "load_model", _attach_after_loading)
+
+
+def _agree_when_ready(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> None:
+    original(worker, *args, **kwargs)
+    _agree(worker)
+
+
+def _agree(worker: Any) -> None:
+    """Take rank 0's settings, once."""
+    if getattr(worker, _AGREED, False):
+        return
+    config = agree(active_config(worker.vllm_config), ep_group().ranks, default_store())
+    complete(worker.vllm_config, config)
+    setattr(worker, _AGREED, True)
+
+
+def _attach_after_loading(
+    original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any
+) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.mem_utils import DeviceMemoryProfiler
+
+    _agree(worker)  # of a kind whose `init_device` is not wrapped
+    original(worker, *args, **kwargs)
+    runner = worker.model_runner
+    with DeviceMemoryProfiler() as used, set_current_vllm_config(worker.vllm_config):
+        attachment = Attachment.create(runner, worker.vllm_config, runner.device)
+    # Counted with the weights, so that vLLM gives the KV cache no memory that is ours.
+    runner.model_memory_usage += used.consumed_memory
+    setattr(runner, _ATTRIBUTE, attachment)
+    if controller := getattr(runner, "eplb", None):
+        setattr(controller, _ATTRIBUTE, attachment)
