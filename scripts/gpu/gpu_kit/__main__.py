@@ -1,0 +1,88 @@
+"""The command scripts/gpu/kit."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gpu_kit.driver import Place, run_steps
+from gpu_kit.places import LOADS
+from gpu_kit.plan import STEPS, Step, UnknownStep, chosen
+from gpu_kit.report import markdown, outcome, read_log, summary
+
+SITE = Path.home() / "ep-site"
+TOTAL_SECONDS = 570.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    status: int = options.command(options)
+    return status
+
+
+def run(options: argparse.Namespace) -> int:
+    """Take the steps; 0 if none of them failed."""
+    try:
+        steps = [_limited(step, options.limit) for step in chosen(options.names)]
+    except UnknownStep as error:
+        print(f"scripts/gpu/kit: {error}; `scripts/gpu/kit list` shows all", file=sys.stderr)
+        return 2
+    place = Place(
+        loads=options.loads, site=options.site, out=options.out.absolute(), device=options.device
+    )
+    results = []
+    for result in run_steps(steps, place, options.seconds):
+        results.append(result)
+        print(f"{result.step}: {outcome(result)} {result.reason}".rstrip(), flush=True)
+    print(f"\n{summary(results)}\n{place.log}, {place.output}")
+    return int(any(result.ok is False for result in results))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Print the log as Markdown."""
+    try:
+        print(markdown(read_log(options.log)), end="")
+    except (OSError, ValueError) as error:
+        print(f"scripts/gpu/kit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(_: argparse.Namespace) -> int:
+    """Print the steps with their groups and limits."""
+    for step in STEPS:
+        print(f"{step.group:8} {step.name:14} {step.seconds:4.0f} s  {' '.join(step.command)}")
+    return 0
+
+
+def _limited(step: Step, seconds: float | None) -> Step:
+    return step if seconds is None else replace(step, seconds=min(step.seconds, seconds))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/gpu/kit", description="Tests on a GPU machine.")
+    commands = parser.add_subparsers(required=True)
+
+    taking = commands.add_parser("run", help="take steps and print what came of them")
+    taking.set_defaults(command=run)
+    add = taking.add_argument
+    add("names", nargs="*", metavar="STEP", help="steps or groups (default: all)")
+    add("--out", type=Path, default=Path("gpu-results"), help="folder for what comes back")
+    add("--site", type=Path, default=SITE, help="folder to unpack into (default: %(default)s)")
+    add("--loads", type=Path, default=LOADS, help="folder with the loads")
+    add("--seconds", type=float, default=TOTAL_SECONDS, help="for all (default: %(default)s)")
+    add("--limit", type=float, help="seconds for each step at most, besides its own limit")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses what it can")
+
+    reporting = commands.add_parser("report", help="print a log as Markdown")
+    reporting.set_defaults(command=report)
+    reporting.add_argument("log", type=Path)
+
+    listing = commands.add_parser("list", help="print the steps")
+    listing.set_defaults(command=show)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The steps, in the order in which they are taken."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Device = Literal["cuda", "cpu"]
+
+ALWAYS = "machine"
+NCCL = {
+    "LD_PRELOAD": "{site}/libnccl.so.2",
+    "VLLM_NCCL_SO_PATH": "{site}/libnccl.so.2",
+    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+    "NCCL_MAX_CTAS": "4",
+}
+"""Load c's library in place of PyTorch's, and two ranks on one GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One program with a time limit.
+
+    group: the name by which several are chosen. command: a module of `gpu_kit.steps` and its arguments.
+    loads: what must be unpacked. environment: added to the driver's; values may name {site}, {out},
+    {root} and {device}, as arguments may.
+    """
+
+    name: str
+    group: str
+    command: tuple[str, ...]
+    seconds: float
+    loads: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs_gpu: bool = False
+
+    def argv(self, values: Mapping[str, str]) -> list[str]:
+        """Without the current folder on the path: its `ep_rebalance` is not the one installed."""
+        module, *arguments = (word.format_map(values) for word in self.command)
+        return [sys.executable, "-P", "-m", f"gpu_kit.steps.{module}", *arguments]
+
+
+def _unpack(load: str) -> Step:
+    return Step(
+        name=f"unpack-{load}",
+        group=load,
+        command=("unpack", load, "--loads", "{loads}", "--site", "{site}"),
+        seconds=90,
+    )
+
+
+def _tests(name: str, group: str, seconds: float, *arguments: str, nccl: bool = False) -> Step:
+    return Step(
+        name=name,
+        group=group,
+        command=("tests", *arguments),
+        seconds=seconds,
+        loads=("b", "c") if nccl else ("b",),
+        environment=NCCL if nccl else {},
+        needs_gpu=nccl,
+    )
+
+
+def _engine(
+    name: str, seconds: float, *arguments: str, nccl: bool = False, **environment: str
+) -> Step:
+    return Step(
+        name=name,
+        group="c" if nccl else "a",
+        command=(
+            *("engine", "--device", "{device}", "--backend", "nccl" if nccl else "gloo"),
+            *("--seconds", str(seconds - 15), *arguments),
+        ),
+        seconds=seconds,
+        loads=("a", "b", "c") if nccl else ("a", "b"),
+        environment=(NCCL if nccl else {}) | environment,
+        needs_gpu=nccl,
+    )
+
+
+STEPS = (
+    Step(name="machine", group=ALWAYS, command=("machine", "--device", "{device}"), seconds=60),
+    _unpack("b"),
+    Step(
+        name="ranks-gloo",
+        group="b",
+        command=("ranks", "--device", "{device}", "--backend", "gloo"),
+        seconds=60,
+        loads=("b",),
+    ),
+    _tests("kernels", "b", 180, "tests/kernels", "tests/gpu/test_device_routing.py"),
+    _tests("step-path", "b", 60, "tests/gpu/test_device_host_memory.py"),
+    _tests("loop-gloo", "b", 150, "tests/gpu/test_device_migration.py", "-k", "gloo"),
+    Step(
+        name="memcheck",
+        group="b",
+        command=("sanitizer", "memcheck"),
+        seconds=120,
+        loads=("b",),
+        needs_gpu=True,
+    ),
+    _unpack("a"),
+    Step(
+        name="hello",
+        group="a",
+        command=("hello", "--device", "{device}"),
+        seconds=90,
+        loads=("a", "b"),
+    ),
+    _engine("engine-v2", 180, "--runner", "v2"),
+    _engine("engine-v1", 150, "--runner", "v1"),
+    _unpack("c"),
+    Step(
+        name="ranks-nccl",
+        group="c",
+        command=("ranks", "--device", "{device}", "--backend", "nccl"),
+        seconds=60,
+        loads=("b", "c"),
+        environment=NCCL,
+        needs_gpu=True,
+    ),
+    _tests("loop-nccl", "c", 120, "tests/gpu/test_device_migration.py", "-k", "nccl", nccl=True),
+    _engine("engine-nccl", 150, nccl=True),
+    _engine("engine-sync", 150, nccl=True, VLLM_GPU_SYNC_CHECK="error"),
+    _engine("engine-graphs", 180, "--graphs", nccl=True),
+    Step(
+        name="benchmarks",
+        group="bench",
+        command=("benchmarks", "--device", "{device}", "--json", "{out}/kernels.json"),
+        seconds=240,
+        loads=("b",),
+    ),
+    Step(
+        name="racecheck",
+        group="bench",
+        command=("sanitizer", "racecheck"),
+        seconds=120,
+        loads=("b",),
+        needs_gpu=True,
+    ),
+)
+
+
+class UnknownStep(ValueError):
+    """Neither a step nor a group is called so."""
+
+
+def chosen(names: Iterable[str], steps: Iterable[Step] = STEPS) -> list[Step]:
+    """Steps by their names or groups, in the order of `steps`; all if there is no name.
+
+    What the machine is stands first in any case. Raises UnknownStep.
+    """
+    steps, wanted = list(steps), set(names)
+    unknown = wanted - {s.name for s in steps} - {s.group for s in steps}
+    if unknown:
+        raise UnknownStep(f"there is no step or group {', '.join(sorted(unknown))}")
+    return [s for s in steps if not wanted or s.group == ALWAYS or {s.name, s.group} & wanted]

@@ -1,0 +1,139 @@
+"""A real vLLM with the plugin: two expert-parallel ranks on one device, answers equal over migrations.
+
+Each rank is an offline vLLM in one process (VLLM_ENABLE_V1_MULTIPROCESSING=0) and one half of a
+data-parallel group. Both ask the same prompts turn after turn, greedily, while experts move.
+Over gloo vLLM's own all-to-all does not work, so that ours carries the tokens there.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from gpu_kit.figures import tell
+from gpu_kit.places import ROOT
+from gpu_kit.steps.two_ranks import PORT, RANKS, ended_badly, run_two_ranks
+
+MODEL = ROOT / "examples" / "tiny_moe"
+PROMPTS = (
+    "def main(args):\n",
+    "import os\n",
+    "class A:\n    def f(self):\n",
+    "La maison est",
+    "The theorem says",
+)
+EAGER_BALANCER = {
+    "window": {"snapshot_steps": 4, "snapshots": 8, "min_snapshots": 2, "min_tokens": 64},
+    "planner": {"interval_snapshots": 2},
+    "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
+}
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    if options.rank is not None:
+        return serve(options)
+    ends = run_two_ranks(
+        "gpu_kit.steps.engine", sys.argv[1:], options.seconds, lambda r: _environment(r, options)
+    )
+    answers = [end.figures.pop("answers", None) for end in ends]
+    tell(**ends[0].figures)
+    reason = ended_badly(ends)
+    if not reason and answers[0] != answers[1]:
+        reason = "the ranks gave different answers"
+    if not reason and options.mode == "rebalance" and not ends[0].figures["generation"]:
+        reason = "no expert was moved"
+    if reason:
+        tell(reason=reason)
+    return int(bool(reason))
+
+
+def serve(options: argparse.Namespace) -> int:
+    """One rank."""
+    os.environ["VLLM_DP_MASTER_PORT"] = os.environ[PORT]
+    if options.device == "cuda" and options.backend == "gloo":
+        from vllm.platforms.cuda import CudaPlatform
+
+        CudaPlatform.dist_backend = "gloo"
+    from vllm import LLM, SamplingParams
+
+    began = time.monotonic()
+    llm = LLM(str(options.model), **_engine_arguments(options))
+    tell(start_seconds=round(time.monotonic() - began, 1))
+    greedy = SamplingParams(temperature=0, max_tokens=40)
+    turns: list[list[str]] = []
+    seconds: list[float] = []
+    for _ in range(options.turns):
+        began = time.monotonic()
+        turns.append([r.outputs[0].text for r in llm.generate(PROMPTS, greedy, use_tqdm=False)])
+        seconds.append(round(time.monotonic() - began, 2))
+        equal = sum(turn == turns[0] for turn in turns)
+        tell(turns=len(turns), equal=equal, turn_seconds=seconds)
+    status = json.loads(llm.collective_rpc("ep_rebalance_snapshot")[0])
+    tell(
+        generation=status["generation"],
+        moved_experts=sum(status["migrated_experts"].values()),
+        answers=turns[0],
+    )
+    if equal != len(turns):
+        tell(reason=f"{len(turns) - equal} of {len(turns)} turns gave other answers than the first")
+    return int(equal != len(turns))
+
+
+def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    settings: dict[str, Any] = {**EAGER_BALANCER, "mode": options.mode}
+    if options.backend == "gloo":
+        settings["data_plane"] = {"all_to_all": "ours"}
+    arguments: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_model_len": 256,
+        "enforce_eager": not options.graphs,
+        "enable_prefix_caching": False,
+        "enable_expert_parallel": True,
+        "additional_config": {"ep_rebalance": settings},
+    }
+    if options.device == "cpu":
+        return arguments | {"dtype": "float32"}
+    # Flash attention is not among the libraries that were packed.
+    attention = {"attention_config": {"backend": "TRITON_ATTN"}}
+    return arguments | attention | {"kv_cache_memory_bytes": 1 << 30}
+
+
+def _environment(rank: int, options: argparse.Namespace) -> Mapping[str, str]:
+    """Of one rank. Local rank 0 for both: they share the device."""
+    shared = {
+        "VLLM_DP_RANK": str(rank),
+        "VLLM_DP_RANK_LOCAL": "0",
+        "VLLM_DP_SIZE": str(RANKS),
+        "VLLM_DP_MASTER_IP": "127.0.0.1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(options.runner == "v2")),
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if options.device == "cpu":
+        return shared | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(rank)}
+    return shared | ({"VLLM_DISABLE_PYNCCL": "1"} if options.backend == "gloo" else {})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--device", choices=["cuda", "cpu"], default="cuda")
+    add("--backend", choices=["gloo", "nccl"], default="gloo")
+    add("--runner", choices=["v1", "v2"], default="v2")
+    add("--graphs", action="store_true", help="torch.compile and CUDA graphs")
+    add("--mode", choices=["observe", "rebalance"], default="rebalance")
+    add("--model", default=MODEL)
+    add("--turns", type=int, default=6)
+    add("--seconds", type=float, default=150)
+    add("--rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
