@@ -132,11 +132,11 @@ def test_quotas_alone_take_no_step_and_no_generation(two_ranks: Ranks):
 def migrate_with_a_damaged_batch(rank):
     rig, votes, vote = Rig(rank), [], RoundExchange.vote
 
-    def damaged_vote(exchange, batch):
+    def damaged_vote(exchange, batch, **told):
         votes.append(batch)
         if rank == 1 and len(votes) == 2:
             exchange.staging[0, 5] ^= 1
-        return vote(exchange, batch)
+        return vote(exchange, batch, **told)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RoundExchange, "vote", damaged_vote)

@@ -488,12 +488,12 @@ def spoil(rank, size, config, spoilt_batch):
     exchange = engine.rebalancer.migrator._exchange
     vote, votes = exchange.vote, []
 
-    def spoiled_vote(batch):
+    def spoiled_vote(batch, **told):
         votes.append(batch)
         mine = [move for move in batch.moves if move.dst_rank == rank]
         if rank == 1 and len(votes) == spoilt_batch:
             exchange.staging[mine[0].staging, 3] ^= 4
-        return vote(batch)
+        return vote(batch, **told)
 
     exchange.vote = spoiled_vote
     engine.run_until(lambda status: status.plans["abandoned"])

@@ -46,12 +46,12 @@ def _fail_plan(module: Any, at: int) -> None:
 def _flip_byte(exchange: Any, at: int) -> None:
     original, calls = exchange.vote, []
 
-    def vote(self: Any, batch: Any) -> Any:
+    def vote(self: Any, batch: Any, **told: Any) -> Any:
         calls.append(1)
-        arrived = [move for move in batch.moves if move.dst_rank == self.rank]
+        arrived = batch.arrivals(self.rank)
         if len(calls) == at and self.rank == 1 and arrived:
             self.staging[arrived[0].staging, 17] ^= 1
-        return original(self, batch)
+        return original(self, batch, **told)
 
     exchange.vote = vote
 
