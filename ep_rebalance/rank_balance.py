@@ -6,6 +6,8 @@ together, each weighing what its tokens weigh; older ones fade.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -65,31 +67,45 @@ class RankBalance:
         self.tokens_ALE = np.zeros((len(PHASES), layers, experts), dtype=np.int64)
         self.rank_tokens_LR = np.zeros((layers, contiguous.num_ranks), dtype=np.int64)
         self.busiest_tokens = {"served": 0, "contiguous": 0}
-        self._loaded = Served.initial(contiguous)
-        self.add(self.tokens_ALE.copy(), self._loaded)  # compiled here, not at a step
+        self._served, self._loaded = (_Slots.of(Served.initial(contiguous)) for _ in range(2))
+        self.add(self.tokens_ALE.copy(), Served.initial(contiguous))  # compiled before any step
 
     def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
         """One snapshot with tokens, that `served` computed."""
-        by_phase_ALR = self._rank_load(counts_ALE, served)
+        if self._served.served is not served:
+            self._served = _Slots.of(served)
+        by_phase_ALR = self._served.rank_load(counts_ALE)
         served_LR = by_phase_ALR.sum(axis=0)
-        contiguous_LR = self._rank_load(counts_ALE, self._loaded).sum(axis=0)
+        load_LE = counts_ALE.sum(axis=0)
         self.busiest_tokens["served"] += self.served.add(served_LR)
-        self.busiest_tokens["contiguous"] += self.contiguous.add(contiguous_LR)
+        self.busiest_tokens["contiguous"] += self.contiguous.add(
+            self._loaded.rank_load(load_LE[None])[0]
+        )
         for phase, rank_load_LR in zip(self.phases.values(), by_phase_ALR, strict=True):
             phase.add(rank_load_LR)
-        _add_tokens(counts_ALE, self.tokens_ALE, self.recent_LE, _FADE)
-        self.recent_LR *= _FADE
-        self.recent_LR += served_LR
+        self.tokens_ALE += counts_ALE
+        for recent, load in ((self.recent_LE, load_LE), (self.recent_LR, served_LR)):
+            recent *= _FADE
+            recent += load
         self.rank_tokens_LR += np.rint(served_LR).astype(np.int64)
 
-    def _rank_load(self, counts_ALE: NDArray[np.int64], served: Served) -> NDArray[np.float64]:
-        """float64 [A, L, R]. Copies, since compiled code depends on who may write an array."""
-        return _rank_load_ALR(
-            counts_ALE,
-            served.placement.slots_LP.astype(np.int64),
-            served.quotas_LP.copy(),
-            served.placement.num_ranks,
-        )
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slots:
+    """What is served, in arrays of its own: machine code depends on who may write to an array."""
+
+    served: Served
+    slots_LP: NDArray[np.int64]
+    quotas_LP: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, served: Served) -> _Slots:
+        return cls(served, served.placement.slots_LP.astype(np.int64), served.quotas_LP.copy())
+
+    def rank_load(self, counts_ALE: NDArray[np.int64]) -> NDArray[np.float64]:
+        """float64 [A, L, R]."""
+        ranks = self.served.placement.num_ranks
+        return _rank_load_ALR(counts_ALE, self.slots_LP, self.quotas_LP, ranks)
 
 
 @compiled
@@ -127,21 +143,3 @@ def _add_recent(
         sums_2L[1, layer] = fade * sums_2L[1, layer] + rank_load_LR[layer].sum() / ranks
         total += busiest
     return total
-
-
-@compiled
-def _add_tokens(
-    counts_ALE: NDArray[np.int64],
-    tokens_ALE: NDArray[np.int64],
-    recent_LE: NDArray[np.float64],
-    fade: float,
-) -> None:
-    phases, layers, experts = counts_ALE.shape
-    for layer in range(layers):
-        for expert in range(experts):
-            load = 0
-            for phase in range(phases):
-                tokens = counts_ALE[phase, layer, expert]
-                tokens_ALE[phase, layer, expert] += tokens
-                load += tokens
-            recent_LE[layer, expert] = fade * recent_LE[layer, expert] + load

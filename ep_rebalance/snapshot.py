@@ -1,14 +1,15 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
-It is the only collective that steady traffic costs: `2 L E + 11` integers every `snapshot_steps`
-steps. All decisions that ranks must take in the same step are taken from what it returns, which is
+It is the only collective that steady traffic costs: `2 L E` integers and a few more every
+`snapshot_steps` steps. All decisions that ranks must take in the same step are taken from what it returns, which is
 equal on every rank.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ class Flags:
     reloads_squared: int = 0
 
 
+_FLAGS = attrgetter(*(field.name for field in fields(Flags)))
+
 HEAD = len(fields(Flags)) + 4
 """Integers before the counts: flags, then steps and their microseconds of both kinds in `StepSum`."""
 
@@ -70,7 +73,7 @@ class SnapshotExchange:
 
     def begin(self, flags: Flags, steps: StepSum) -> None:
         """Sum and clear the counters. steps: those of this rank since the snapshot before."""
-        self._heads.next().numpy()[:] = (*astuple(flags), *_timed(steps))
+        self._heads.next().numpy()[:] = (*_FLAGS(flags), *_timed(steps))
         self._heads.upload(self._head)
         self._sums_ALE.copy_(self._counted_ALE)
         self._counters_LAE.zero_()
