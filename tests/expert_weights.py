@@ -20,14 +20,16 @@ def expert(layer: int, expert: int, dtype: torch.dtype, shapes=SHAPES) -> list[t
     return [torch.randn((layer + 1, *shape), generator=generator).to(dtype) for shape in shapes]
 
 
-def loaded(placement: Placement, rank: int, dtype: torch.dtype, shapes=SHAPES) -> Tensors:
+def loaded(
+    placement: Placement, rank: int, dtype: torch.dtype, shapes=SHAPES, device="cpu"
+) -> Tensors:
     """The tensors of a rank's slots, by layer, as an engine would have loaded them."""
     first = rank * placement.slots_per_rank
     layers = []
     for layer, slots_P in enumerate(placement.slots_LP):
         mine = slots_P[first : first + placement.slots_per_rank].tolist()
         parts = zip(*(expert(layer, e, dtype, shapes) for e in mine), strict=True)
-        layers.append([torch.stack(part) for part in parts])
+        layers.append([torch.stack(part).to(device) for part in parts])
     return layers
 
 
@@ -40,7 +42,7 @@ def wrong_slots(
         (layer, slot)
         for layer, (ours, right) in enumerate(zip(tensors, expected, strict=True))
         for slot in range(placement.slots_per_rank)
-        if not all(torch.equal(a[slot], b[slot]) for a, b in zip(ours, right, strict=True))
+        if not all(torch.equal(a[slot].cpu(), b[slot]) for a, b in zip(ours, right, strict=True))
     ]
 
 

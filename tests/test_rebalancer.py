@@ -92,19 +92,27 @@ class Engine:
     """One rank of a make-believe engine whose router prefers some experts."""
 
     def __init__(
-        self, rank: int, size: int, config: RebalanceConfig, executor=Inline, recorder=None
+        self,
+        rank: int,
+        size: int,
+        config: RebalanceConfig,
+        executor=Inline,
+        recorder=None,
+        device="cpu",
+        group=None,
     ) -> None:
+        self.device = torch.device(device)
         redundant = config.planner.redundant_experts
         self.rank, self.size = rank, size
         self.placement = Placement.contiguous(
             num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size, num_redundant=redundant
         )
-        self.tensors = loaded(self.placement, rank, DTYPE, SHAPES)
+        self.tensors = loaded(self.placement, rank, DTYPE, SHAPES, self.device)
         topology = Topology.single_node(size)
         self.counts = DeviceCounts(
             placement=self.placement,
             max_tokens=TOKENS + 4,
-            device=torch.device("cpu"),
+            device=self.device,
             topology=topology,
             rank=rank,
         )
@@ -113,7 +121,7 @@ class Engine:
             placement=self.placement,
             counts=self.counts,
             memory=None if config.mode == "observe" else memory_of(self.tensors),
-            group=dist.group.WORLD,
+            group=group or dist.group.WORLD,
             planner=PLANNERS[config.planner.policy],
             topology=topology,
             identity=identity(size, redundant),
@@ -152,7 +160,8 @@ class Engine:
             ]
         )
         np.add.at(self.load_LE[layer], ids, 1)
-        slots = self.counts.route(layer, torch.from_numpy(ids.astype(np.int32)), 0)
+        ids_on_device = torch.from_numpy(ids.astype(np.int32)).to(self.device)
+        slots = self.counts.route(layer, ids_on_device, 0).cpu()
         served = self.rebalancer.served.placement.slots_LP[layer]
         assert (served[slots.numpy()] == ids).all()
 

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from expert_weights import loaded, memory_of, wrong_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from migration_rig import Rig
 from ranks import Ranks
 
-from ep_rebalance.commit import Served, commit_batch
-from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.migration import schedule
 from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
 from ep_rebalance.placement import Placement
@@ -21,84 +19,6 @@ from ep_rebalance.transport.round_exchange import Faults, RoundExchange, Staging
 pytestmark = pytest.mark.usefixtures("compiled_schedule")
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def random_placement(rng, layers, experts, redundant, ranks) -> Placement:
-    """Any placement: replicas are drawn at random, no rank holds an expert twice."""
-    slots = (experts + redundant) // ranks
-    rows = []
-    while len(rows) < layers:
-        extra = rng.choice(experts, redundant)
-        row = rng.permutation(np.concatenate([np.arange(experts), extra]))
-        if all(len(set(part)) == slots for part in row.reshape(ranks, slots).tolist()):
-            rows.append(row)
-    return Placement(np.array(rows), experts, ranks)
-
-
-class Rig:
-    """One rank's weights and exchange, and a migration between two random placements."""
-
-    def __init__(self, rank, size, *, seed=0, dtype=torch.float32, max_bytes=256, staging=None):
-        rng = np.random.default_rng(seed)
-        layers, per_rank = int(rng.integers(1, 5)), int(rng.integers(2, 5))
-        redundant = int(rng.integers(0, size)) if per_rank > 2 else 0
-        experts = size * per_rank - redundant
-        self.rank, self.dtype = rank, dtype
-        self.source, self.target = (
-            random_placement(rng, layers, experts, redundant, size) for _ in range(2)
-        )
-        self.tensors = loaded(self.source, rank, dtype)
-        self.memory = memory_of(self.tensors)
-        staging = staging or per_rank + int(rng.integers(0, 2 * per_rank))
-        self.counts = DeviceCounts(
-            placement=self.source,
-            max_tokens=4,
-            device=torch.device("cpu"),
-            topology=Topology.single_node(size),
-            rank=rank,
-        )
-        self.max_bytes = max_bytes
-        self.migration = schedule(
-            self.source,
-            self.target,
-            self.target.even_quotas_LP(),
-            topology=Topology(node_of_rank=tuple(r // 2 for r in range(size))),
-            expert_bytes_L=self.memory.expert_bytes_L,
-            max_bytes_per_round=max_bytes,
-            staging_slots=staging,
-            rank=rank,
-        )
-        self.served = Served.initial(self.source)
-        self.exchange = RoundExchange(
-            group=dist.group.WORLD,
-            memory=self.memory,
-            max_bytes=max_bytes,
-            staging_slots=staging,
-        )
-
-    def migrate(self) -> list[Faults]:
-        """All batches; a batch is committed if no rank saw a fault, and the migration ends at the first."""
-        votes = []
-        for batch in self.migration.batches:
-            self.exchange.begin_batch(batch)
-            for number in range(len(batch.rounds)):
-                self.exchange.exchange(batch, number)
-            votes.append(self.exchange.faults_of(self.exchange.vote(batch)))
-            if votes[-1]:
-                break
-            self.served = commit_batch(
-                batch,
-                self.migration,
-                self.served,
-                staging=self.exchange.staging,
-                memory=self.memory,
-                counts=self.counts,
-                rank=self.rank,
-            )
-        return votes
-
-    def wrong_slots(self, placement):
-        return wrong_slots(self.tensors, placement, self.rank, self.dtype)
 
 
 def migrate_whole(rank, size, seeds, dtype, max_bytes):
