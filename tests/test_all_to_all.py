@@ -25,7 +25,7 @@ WAYS = ["exact splits", *CAPACITIES]
 @dataclass(frozen=True)
 class Step:
     """One forward step of one rank: tokens, their experts and weights, and the slots that were
-    chosen.
+    chosen, -1 for pairs that are padding.
     """
 
     hidden_TH: torch.Tensor
@@ -46,12 +46,13 @@ def reference(step: Step) -> torch.Tensor:
     """The layer's output without any distribution."""
     out_TH = torch.zeros(step.hidden_TH.shape)
     for token, ids in enumerate(step.ids_TK.tolist()):
-        outputs = [compute_expert(expert, step.hidden_TH[token]) for expert in ids]
-        out_TH[token] = weighted_sum_torch(
-            torch.stack(outputs),
-            torch.arange(len(ids)).unsqueeze(0),
-            step.weights_TK[token : token + 1],
-        )[0]
+        real = [k for k, slot in enumerate(step.slots_TK[token].tolist()) if slot >= 0]
+        if real:
+            out_TH[token] = weighted_sum_torch(
+                torch.stack([compute_expert(ids[k], step.hidden_TH[token]) for k in real]),
+                torch.arange(len(real)).unsqueeze(0),
+                step.weights_TK[token : token + 1, real],
+            )[0]
     return out_TH.to(step.hidden_TH.dtype)
 
 
@@ -116,14 +117,18 @@ def make(way: str, combine: str, slots_per_rank: int, payload: str = "full"):
 def forward(
     rank, way, combine, tokens_R, top_k, dtype, experts_of_rank, busy_experts=EXPERTS, seed=0
 ):
-    """(output, reference, rows sent to each rank, rows computed) of one rank. Outputs of pairs that
-    are none are poisoned.
-    """
+    """(output, reference, rows sent to each rank, rows computed) of one rank."""
     step = make_step(rank, tokens_R[rank], top_k, dtype, experts_of_rank, busy_experts, seed)
+    return through_experts(rank, way, combine, step, experts_of_rank)
+
+
+def through_experts(rank, way, combine, step: Step, experts_of_rank):
+    """See `forward`. Outputs of pairs that are none are poisoned."""
     local = experts_of_rank[rank]
     all_to_all = make(way, combine, len(local))
     sent = all_to_all.dispatch(step.hidden_TH, step.slots_TK, step.weights_TK)
-    outputs = torch.full((len(sent.local_slots_N), HIDDEN), torch.nan, dtype=dtype)
+    shape = (len(sent.local_slots_N), HIDDEN)
+    outputs = torch.full(shape, torch.nan, dtype=step.hidden_TH.dtype)
     for n, slot in enumerate(sent.local_slots_N.tolist()):
         if slot >= 0:
             outputs[n] = compute_expert(local[slot], sent.rows_MH[n // sent.pairs_per_row])

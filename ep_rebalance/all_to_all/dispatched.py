@@ -14,7 +14,7 @@ Combine = Literal["exact", "fast"]
 class Rows:
     """Tokens with their experts.
 
-    hidden_MH: [M, H]. slots_MK: int32 [M, K], slot numbers over all ranks; -1 in a row that is none.
+    hidden_MH: [M, H]. slots_MK: integer [M, K], slot numbers over all ranks, below 0 for no slot.
     weights_MK: float32 [M, K], of the router.
     """
 
@@ -51,7 +51,8 @@ class AllToAll(Protocol):
         """Send each token to the ranks of its slots.
 
         hidden_TH: [T, H]; slots_TK: integer [T, K], slot numbers over all ranks; weights_TK:
-        float32 [T, K].
+        float32 [T, K]. Slots below 0 are padding: such a pair is sent nowhere and adds nothing, so a
+        row of nothing else comes back as zeros, whatever it holds.
         """
 
     def combine(
@@ -68,5 +69,6 @@ def weighted_by_row(dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.T
     """float32 [M, P, H], outputs times router weights; zero for pairs of no slot."""
     shape = (len(dispatched.rows_MH), dispatched.pairs_per_row)
     void = (dispatched.local_slots_N < 0).view(*shape, 1)
-    outputs = outputs_NH.view(*shape, outputs_NH.shape[1]).float().masked_fill(void, 0.0)
-    return outputs * dispatched.pair_weights_N.view(*shape, 1)
+    outputs = outputs_NH.view(*shape, outputs_NH.shape[1]).float()
+    weighted = outputs * dispatched.pair_weights_N.view(*shape, 1)
+    return weighted.masked_fill(void, 0.0)

@@ -176,7 +176,8 @@ class _Hop:
         return received, leg
 
     def return_pairs(self, leg: _Leg, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(outputs of all pairs that were sent from here, where each pair's is: int64 [rows, K]).
+        """(outputs of all pairs that were sent from here, where each pair's is: int64 [rows, K], -1 if
+        it was not sent).
 
         outputs: one row for each pair of `leg.here_MK`, in order.
         """
@@ -185,7 +186,7 @@ class _Hop:
         home = self._exchange(outputs.contiguous(), splits, home_splits)
         sent_row, k = leg.mine_NK.nonzero(as_tuple=True)
         top_k = leg.mine_NK.shape[1]
-        position = torch.zeros(leg.rows * top_k, dtype=torch.int64, device=home.device)
+        position = torch.full((leg.rows * top_k,), -1, device=home.device)
         position[leg.row[sent_row] * top_k + k] = torch.arange(len(home), device=home.device)
         return home, position.view(-1, top_k)
 

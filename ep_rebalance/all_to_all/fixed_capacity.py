@@ -48,7 +48,7 @@ class FixedCapacity:
         """See `AllToAll`."""
         rows = Rows(hidden_MH=hidden_TH, slots_MK=slots_TK, weights_MK=weights_TK)
         queue = _queue(slots_TK, self._slots_per_rank, self._size)
-        plan = self._agree(queue, *slots_TK.shape)
+        plan = self._agree(queue)
         place_TK = plan.place(queue, self._size)
         wire = self._fill(rows, place_TK, plan)
         arrived = torch.cat([self._exchange(part) for part in wire.unbind(0)])
@@ -74,18 +74,20 @@ class FixedCapacity:
             home = self._return(outputs_NH.view(len(dispatched.rows_MH), -1), way.plan)
             outputs = home.view(-1, outputs_NH.shape[1])
             position_TK = way.place_TK * pairs + way.pair_TK
+            position_TK = position_TK.masked_fill(way.place_TK < 0, -1)
             out_TH.copy_(weighted_sum(outputs, position_TK, dispatched.weights_TK))
         else:
             sums = weighted_by_row(dispatched, outputs_NH).sum(1).to(outputs_NH.dtype)
-            once_TK = (way.pair_TK == 0).float()
-            out_TH.copy_(weighted_sum(self._return(sums, way.plan), way.place_TK, once_TK))
+            once_TK = way.place_TK.masked_fill(way.pair_TK > 0, -1)
+            ones_TK = torch.ones_like(dispatched.weights_TK)
+            out_TH.copy_(weighted_sum(self._return(sums, way.plan), once_TK, ones_TK))
 
-    def _agree(self, queue: _Queue, tokens: int, top_k: int) -> _Plan:
-        if queue.rank_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+    def _agree(self, queue: _Queue) -> _Plan:
+        tokens, top_k = queue.rank_TK.shape
+        if _is_captured(queue.rank_TK):
             capacity = self._capacity(tokens, top_k)
             return _Plan(capacity=capacity, rounds=-(-tokens // capacity))
-        longest = queue.longest()
-        wanted = torch.stack([longest, torch.full_like(longest, tokens)])
+        wanted = torch.stack([queue.longest(), queue.tokens()])
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group)
         most_rows, most_tokens = wanted.tolist()
         capacity = self._capacity(most_tokens, top_k)
@@ -105,10 +107,10 @@ class FixedCapacity:
         )
         source = torch.cat([pack_rows(part, self._payload) for part in (rows, void)])
         places = plan.rounds * self._size * plan.capacity
-        token_of_place = torch.full((places,), tokens, device=source.device)
+        token_of_place = torch.full((places + 1,), tokens, device=source.device)
         tokens_T1 = torch.arange(tokens, device=source.device).unsqueeze(1)
-        token_of_place[place_TK] = tokens_T1.expand_as(place_TK)
-        return source[token_of_place].view(plan.rounds, -1, source.shape[1])
+        token_of_place[place_TK] = tokens_T1.expand_as(place_TK)  # -1 is the last place, not sent
+        return source[token_of_place[:-1]].view(plan.rounds, -1, source.shape[1])
 
     def _own_pairs(self, received: Rows, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(slots within this rank or -1, weights) of each row's pairs here, the first ones first."""
@@ -130,8 +132,8 @@ class FixedCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Queue:
-    """rank_TK: where a pair goes. turn_TK: its token's place in the queue to that rank. pair_TK: its
-    place among the token's pairs there.
+    """rank_TK: where a pair goes. turn_TK: its token's place in the queue to that rank, -1 if it goes
+    nowhere. pair_TK: its place among the token's pairs there.
     """
 
     rank_TK: torch.Tensor
@@ -143,6 +145,10 @@ class _Queue:
         padded = torch.nn.functional.pad(self.turn_TK.flatten(), (0, 1), value=-1)
         return padded.amax() + 1
 
+    def tokens(self) -> torch.Tensor:
+        """int64 scalar: those that go anywhere."""
+        return (self.turn_TK >= 0).any(1).sum()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
@@ -152,9 +158,10 @@ class _Plan:
     rounds: int
 
     def place(self, queue: _Queue, size: int) -> torch.Tensor:
-        """int64 [T, K], the row of all rounds' buffers that a pair's token is sent in."""
+        """int64 [T, K], the row of all rounds' buffers that a pair's token is sent in, or -1."""
         in_round = queue.rank_TK * self.capacity + queue.turn_TK % self.capacity
-        return queue.turn_TK // self.capacity * (size * self.capacity) + in_round
+        place_TK = queue.turn_TK // self.capacity * (size * self.capacity) + in_round
+        return place_TK.masked_fill(queue.turn_TK < 0, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,11 +171,18 @@ class _Way:
     plan: _Plan
 
 
+def _is_captured(tensor: torch.Tensor) -> bool:
+    """Whether operations on it become part of a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _queue(slots_TK: torch.Tensor, slots_per_rank: int, size: int) -> _Queue:
     rank_TK = torch.div(slots_TK, slots_per_rank, rounding_mode="floor").long()
-    goes_TR = torch.zeros(len(rank_TK), size, dtype=torch.int64, device=slots_TK.device)
+    nowhere_TK = slots_TK < 0
+    rank_TK = rank_TK.masked_fill(nowhere_TK, size)  # a queue of their own
+    goes_TR = torch.zeros(len(rank_TK), size + 1, dtype=torch.int64, device=slots_TK.device)
     goes_TR.scatter_(1, rank_TK, 1)
-    turn_TK = (goes_TR.cumsum(0) - 1).gather(1, rank_TK)
+    turn_TK = (goes_TR.cumsum(0) - 1).gather(1, rank_TK).masked_fill(nowhere_TK, -1)
     same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
     pair_TK = same_TKK.tril(-1).sum(2)
     return _Queue(rank_TK=rank_TK, turn_TK=turn_TK, pair_TK=pair_TK)
