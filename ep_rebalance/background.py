@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance import __version__
-from ep_rebalance.commit import Served, Split
+from ep_rebalance.commit import PreparedMigration, Served, Split
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.load_window import LoadSample, window_load
-from ep_rebalance.migration import Migration, schedule
+from ep_rebalance.migration import schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.plan import Planner
@@ -106,9 +106,11 @@ class Background:
         """
         return self._thread.submit(self._propose, samples, served, unseen, step_seconds)
 
-    def schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Future[Migration]:
-        """Read a plan that was broadcast and work out the rounds that lead to it."""
-        return self._thread.submit(self._schedule, served, wire_2LP.copy())
+    def schedule(
+        self, served: Served, wire_2LP: NDArray[np.int64], counts: DeviceCounts
+    ) -> Future[PreparedMigration]:
+        """Read a plan that was broadcast and work out the rounds that lead to it, and their commits."""
+        return self._thread.submit(self._schedule, served, wire_2LP.copy(), counts)
 
     def fit_split(
         self, samples: Sequence[LoadSample], served: Served, counts: DeviceCounts
@@ -130,10 +132,12 @@ class Background:
         )
         return TimedProposal(proposal=proposal, seconds=time.perf_counter() - began)
 
-    def _schedule(self, served: Served, wire_2LP: NDArray[np.int64]) -> Migration:
+    def _schedule(
+        self, served: Served, wire_2LP: NDArray[np.int64], counts: DeviceCounts
+    ) -> PreparedMigration:
         current = served.placement
         slots_LP, quotas_LP = read_plan(wire_2LP)
-        return schedule(
+        migration = schedule(
             current,
             Placement(slots_LP, current.num_experts, current.num_ranks),
             quotas_LP,
@@ -143,6 +147,7 @@ class Background:
             staging_slots=self._staging_slots,
             rank=self._rank,
         )
+        return PreparedMigration.of(migration, counts)
 
     def _fit_split(
         self, samples: Sequence[LoadSample], placement: Placement, counts: DeviceCounts
@@ -150,9 +155,8 @@ class Background:
         load = planned_load(self._config.planner, samples)
         try:
             quotas_LP = split_quotas(placement, load.load_LE)
-            return Split(
-                quotas_LP=quotas_LP, thresholds_LEC=counts.thresholds(placement, quotas_LP)
-            )
+            tables = counts.dispatch_tables(placement, quotas_LP)
+            return Split(quotas_LP=quotas_LP, tables=tables)
         except Exception:
             logger.exception("ep_rebalance: the quotas could not be fitted; they stay as they are")
             raise

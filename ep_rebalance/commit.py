@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ep_rebalance.counts import DeviceCounts
+from ep_rebalance.counts import DeviceCounts, DispatchTables
 from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.placement import Placement
 from ep_rebalance.transport.expert_memory import ExpertMemory
@@ -38,16 +38,48 @@ class Served:
 class Split:
     """How tokens are to be split over the replicas of a placement.
 
-    quotas_LP: float64 [L, P]. thresholds_LEC: int32 [L, E, C], this rank's, as of `DeviceCounts`.
+    quotas_LP: float64 [L, P]. tables: this rank's, of that placement.
     """
 
     quotas_LP: NDArray[np.float64]
-    thresholds_LEC: NDArray[np.int32]
+    tables: DispatchTables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Commit:
+    """What a batch changes. placement: served from then on. split: the migration's at its end, of which
+    the batch's layers are taken.
+    """
+
+    batch: Batch
+    placement: Placement
+    split: Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreparedMigration:
+    """A migration with all that its commits take. split: of its target; layers whose quotas alone
+    change take it up at the end.
+    """
+
+    migration: Migration
+    commits: tuple[Commit, ...]
+    split: Split
+
+    @classmethod
+    def of(cls, migration: Migration, counts: DeviceCounts) -> PreparedMigration:
+        """Takes milliseconds: not for the step path."""
+        tables = counts.dispatch_tables(migration.target, migration.quotas_LP)
+        split = Split(quotas_LP=migration.quotas_LP, tables=tables)
+        commits, placement = [], migration.source
+        for batch in migration.batches:
+            placement = placement.replaced(batch.layers, migration.target)
+            commits.append(Commit(batch=batch, placement=placement, split=split))
+        return cls(migration=migration, commits=tuple(commits), split=split)
 
 
 def commit_batch(
-    batch: Batch,
-    migration: Migration,
+    commit: Commit,
     served: Served,
     *,
     staging: torch.Tensor,
@@ -55,32 +87,18 @@ def commit_batch(
     counts: DeviceCounts,
     rank: int,
 ) -> Served:
-    """Serve the batch's layers from the migration's target; returns what is served from now on."""
-    for move in batch.arrivals(rank):
+    """Serve the batch's layers anew; returns what is served from now on."""
+    layers = commit.batch.layers
+    for move in commit.batch.arrivals(rank):
         packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
         memory.write(move.layer, move.dst_slot % memory.slots, packed)
-    return commit_tables(batch.layers, migration.target, migration.quotas_LP, served, counts)
-
-
-def commit_tables(
-    layers: tuple[int, ...],
-    target: Placement,
-    quotas_LP: NDArray[np.float64],
-    served: Served,
-    counts: DeviceCounts,
-) -> Served:
-    """Swap the dispatch tables of `layers`; their slots must hold the target's experts already."""
-    quotas = served.quotas_LP.copy()
-    quotas[list(layers)] = quotas_LP[list(layers)]
-    counts.set_dispatch(layers, target, quotas_LP)
-    return Served(
-        placement=served.placement.replaced(layers, target),
-        quotas_LP=quotas,
-        generation=served.generation,
-    )
+    counts.serve(layers, commit.split.tables)
+    quotas_LP = served.quotas_LP.copy()
+    quotas_LP[list(layers)] = commit.split.quotas_LP[list(layers)]
+    return replace(served, placement=commit.placement, quotas_LP=quotas_LP)
 
 
 def commit_split(split: Split, served: Served, counts: DeviceCounts) -> Served:
     """Split tokens anew over the replicas of the placement that is served."""
-    counts.set_thresholds(split.thresholds_LEC)
+    counts.split(split.tables)
     return replace(served, quotas_LP=split.quotas_LP)

@@ -2,15 +2,17 @@
 
 A copy between a device and memory that is not pinned makes the host wait for the stream, however
 `non_blocking` is set; a pinned buffer that is written again before its copy was carried out sends the
-wrong bytes. Everything that crosses on the step path therefore passes one of the two classes here,
-whose memory is reserved once.
+wrong bytes. What crosses on the step path therefore passes `UploadRing` or `Download`, whose memory is
+reserved once, or lies in a `pinned` copy that was made off the step path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def host_buffer(
@@ -18,6 +20,19 @@ def host_buffer(
 ) -> torch.Tensor:
     """Zeros on the host, pinned if `device` is an accelerator. Not for the step path: pinning waits."""
     return torch.zeros(tuple(shape), dtype=dtype, pin_memory=pins(torch.device(device)))
+
+
+def pinned(values: NDArray[np.int32], device: torch.device) -> torch.Tensor:
+    """A copy of `values` to upload from, at most once in a while; not for the step path.
+
+    It may be let go while its upload is under way: Torch keeps the memory until then, and afterwards
+    hands it out again, so that only the first copies of a size reserve any.
+    """
+    if not pins(device):
+        return torch.from_numpy(values)
+    copy = host_buffer(values.shape, torch.from_numpy(values).dtype, device)
+    copy.numpy()[...] = values
+    return copy
 
 
 def pins(device: torch.device) -> bool:

@@ -14,11 +14,18 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ep_rebalance.commit import Served, Split, commit_batch, commit_split, commit_tables
+from ep_rebalance.commit import (
+    Commit,
+    PreparedMigration,
+    Served,
+    Split,
+    commit_batch,
+    commit_split,
+)
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal
-from ep_rebalance.migration import Batch, Migration, schedule
+from ep_rebalance.migration import Batch, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.stall_clock import StallClock
 from ep_rebalance.topology import Topology
@@ -81,22 +88,22 @@ class Migrator:
         """Packed size of one expert of each layer; empty where nothing is moved."""
         return () if self._memory is None else self._memory.expert_bytes_L
 
-    def migrate(self, migration: Migration) -> Generator[None, None, str]:
-        """Carry a migration out, one `yield` per engine step, `migration.num_steps` in all.
+    def migrate(self, prepared: PreparedMigration) -> Generator[None, None, str]:
+        """Carry a migration out, one `yield` per engine step, `num_steps` in all.
 
         Returns the fault that ended it early, or "". Batches committed before the fault stay in
         service, under a generation of their own.
         """
         assert self._exchange is not None, "mode observe moves nothing"
         fault = ""
-        for batch in migration.batches:
-            fault = yield from self._move(batch, self._exchange)
+        for commit in prepared.commits:
+            fault = yield from self._move(commit.batch, self._exchange)
             if fault:
                 break
-            self._commit(batch, migration, self._exchange)
+            self._commit(commit, self._exchange)
         if not fault:
-            self._commit_tables_alone(migration)
-        if self.served.placement != migration.source:
+            self._take_up(prepared.split)
+        if self.served.placement != prepared.migration.source:
             self._number(self.served.generation + 1)
         return fault
 
@@ -124,14 +131,16 @@ class Migrator:
             staging_slots=placement.slots_per_rank,
             rank=self._rank,
         )
-        for batch in migration.batches:
+        prepared = PreparedMigration.of(migration, self._counts)
+        for commit in prepared.commits:
+            batch = commit.batch
             exchange.begin_batch(batch)
             for number in range(len(batch.rounds)):
                 exchange.exchange(batch, number)
             if faults := exchange.faults_of(exchange.vote(batch)):
                 raise RuntimeError(f"the saved placement could not be taken up: {faults}")
-            self._commit(batch, migration, exchange)
-        self._commit_tables_alone(migration)
+            self._commit(commit, exchange)
+        self._take_up(prepared.split)
         self._number(generation)
 
     @property
@@ -163,10 +172,7 @@ class Migrator:
 
     def serve_split(self, split: Split) -> None:
         """Serve the same placement with other quotas."""
-        if self._holds_loaded:
-            self.served = replace(self.served, quotas_LP=split.quotas_LP)
-        else:
-            self.served = commit_split(split, self.served, self._counts)
+        self._take_up(split)
         self._journal.quotas_changed()
 
     def read_stalls(self) -> None:
@@ -192,28 +198,25 @@ class Migrator:
         yield
         return str(faults) if (faults := exchange.faults_of(vote)) else ""
 
-    def _commit(self, batch: Batch, migration: Migration, exchange: RoundExchange) -> None:
+    def _commit(self, commit: Commit, exchange: RoundExchange) -> None:
         assert self._memory is not None
         with self._commit_stalls.stall():
             self.served = commit_batch(
-                batch,
-                migration,
+                commit,
                 self.served,
                 staging=exchange.staging,
                 memory=self._memory,
                 counts=self._counts,
                 rank=self._rank,
             )
-        self._journal.committed(batch)
+        self._journal.committed(commit.batch)
         self.actions += 1
 
-    def _commit_tables_alone(self, migration: Migration) -> None:
-        """Layers that only change their quotas."""
-        moved = {layer for batch in migration.batches for layer in batch.layers}
-        rest = tuple(layer for layer in range(migration.target.num_layers) if layer not in moved)
-        self.served = commit_tables(
-            rest, migration.target, migration.quotas_LP, self.served, self._counts
-        )
+    def _take_up(self, split: Split) -> None:
+        if self._holds_loaded:
+            self.served = replace(self.served, quotas_LP=split.quotas_LP)
+        else:
+            self.served = commit_split(split, self.served, self._counts)
 
     def _number(self, generation: int) -> None:
         self.served = replace(self.served, generation=generation)

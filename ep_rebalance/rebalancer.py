@@ -17,14 +17,13 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from ep_rebalance.background import Background, TimedProposal
-from ep_rebalance.commit import Served
+from ep_rebalance.commit import PreparedMigration, Served
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.control import Action, Control
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal
 from ep_rebalance.load_window import LoadWindow
 from ep_rebalance.metrics import Status
-from ep_rebalance.migration import Migration
 from ep_rebalance.migrator import Migrator
 from ep_rebalance.overview import Overview
 from ep_rebalance.placement import Placement
@@ -176,9 +175,9 @@ class Rebalancer:
         while True:
             yield from self._until_plan_is_due()
             if (yield from self._plan()):
-                migration = yield from self._schedule()
-                if migration is not None:
-                    yield from self._migrate(migration)
+                prepared = yield from self._schedule()
+                if prepared is not None:
+                    yield from self._migrate(prepared)
 
     def _until_plan_is_due(self) -> Steps:
         window, planner = self.config.window, self.config.planner
@@ -268,12 +267,12 @@ class Rebalancer:
             return False
         return bool(snapshot.flags.proposed)
 
-    def _schedule(self) -> Generator[None, None, Migration | None]:
+    def _schedule(self) -> Generator[None, None, PreparedMigration | None]:
         """Every rank works out the same rounds; they begin when all are done."""
         self.journal.activity("scheduling")
         wire = self._plans.begin()
         yield
-        job = self._background.schedule(self.served, wire.result().numpy())
+        job = self._background.schedule(self.served, wire.result().numpy(), self._counts)
         ranks = self.served.placement.num_ranks
         while True:
             if job.done() and self._flags == Flags():
@@ -292,7 +291,8 @@ class Rebalancer:
             reason = f"{snapshot.flags.failed} rank(s) could not work out the rounds"
             self.journal.outcome("failed", reason)
             return None
-        migration, limits = job.result(), self.config.migration
+        prepared, limits = job.result(), self.config.migration
+        migration = prepared.migration
         if migration.num_steps > limits.deadline_steps:
             self.journal.outcome(
                 "over_budget",
@@ -301,13 +301,13 @@ class Rebalancer:
                 f"migration.deadline_steps={limits.deadline_steps}",
             )
             return None
-        return migration
+        return prepared
 
-    def _migrate(self, migration: Migration) -> Steps:
+    def _migrate(self, prepared: PreparedMigration) -> Steps:
         self._quotas.forget()
         began, generation = time.perf_counter(), self.served.generation
-        self.journal.migration_began(migration)
-        fault = yield from self.migrator.migrate(migration)
+        self.journal.migration_began(prepared.migration)
+        fault = yield from self.migrator.migrate(prepared)
         if self._rank == 0 and self.served.generation != generation:
             self._background.save(self.served, self._window.samples())
         self.journal.migration_ended(time.perf_counter() - began, fault)

@@ -93,11 +93,13 @@ def route_and_count_torch(
 def count_torch(topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor) -> None:
     """Reference of `count_experts`."""
     num_tokens, num_experts = topk_ids_TK.shape[0], counts_AE.shape[1]
-    unmarked = num_tokens - phase_T.shape[0]
-    phase_T = torch.nn.functional.pad(phase_T, (0, unmarked), value=IGNORED)
-    counted_TK = (topk_ids_TK >= 0) & (topk_ids_TK < num_experts)
-    index_TK = topk_ids_TK.clamp(0, num_experts - 1) + phase_T.long().unsqueeze(1) * num_experts
-    counts_AE.view(-1).scatter_add_(0, index_TK.reshape(-1), counted_TK.reshape(-1).long())
+    if phase_T.shape[0] != num_tokens:
+        without = num_tokens - phase_T.shape[0]
+        phase_T = torch.nn.functional.pad(phase_T, (0, without), value=IGNORED)
+    known_TK = topk_ids_TK.clamp(0, num_experts - 1)
+    index_TK = known_TK + phase_T.long().unsqueeze(1) * num_experts
+    counted_TK = (known_TK == topk_ids_TK).long()
+    counts_AE.view(-1).scatter_add_(0, index_TK.reshape(-1), counted_TK.reshape(-1))
 
 
 def route_torch(
@@ -105,17 +107,17 @@ def route_torch(
 ) -> torch.Tensor:
     """Only the slots."""
     num_tokens, (num_experts, num_replicas) = topk_ids_TK.shape[0], tables.replica_slots_EC.shape
-    ids_TK = topk_ids_TK.long().clamp(0, num_experts - 1)
+    known_TK = topk_ids_TK.long().clamp(0, num_experts - 1)
     if num_replicas == 1:
-        slots_TK = tables.replica_slots_EC[:, 0][ids_TK]
+        slots_TK = tables.replica_slots_EC[:, 0][known_TK]
     else:
         tokens_T = torch.arange(num_tokens, device=topk_ids_TK.device)
         hash_T = (tokens_T * HASH_STEP + offset) & 0xFFFF
-        passed_TKC = hash_T.view(-1, 1, 1) >= tables.thresholds_EC[ids_TK]
+        passed_TKC = hash_T.view(-1, 1, 1) >= tables.thresholds_EC[known_TK]
         choice_TK1 = passed_TKC.sum(-1, keepdim=True)
-        slots_TK = tables.replica_slots_EC[ids_TK].gather(-1, choice_TK1).squeeze(-1)
-    slots_TK = torch.where(topk_ids_TK < num_experts, slots_TK.to(topk_ids_TK.dtype), -1)
-    return torch.where(topk_ids_TK < 0, topk_ids_TK, slots_TK)
+        slots_TK = tables.replica_slots_EC[known_TK].gather(-1, choice_TK1).squeeze(-1)
+    strays_TK = topk_ids_TK.clamp(max=-1)
+    return torch.where(known_TK == topk_ids_TK, slots_TK.to(topk_ids_TK.dtype), strays_TK)
 
 
 @torch.library.custom_op("ep_rebalance::route_and_count", mutates_args=("counts_AE",))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from expert_weights import loaded, memory_of, wrong_slots
 
-from ep_rebalance.commit import Served, commit_batch, commit_tables
+from ep_rebalance.commit import PreparedMigration, Served, Split, commit_batch, commit_split
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
@@ -35,13 +35,13 @@ class Rig:
             rank=rank,
         )
         self.served = Served.initial(SOURCE)
-        self.served = commit_tables(
-            (0, 1, 2), SOURCE, self.served.quotas_LP, self.served, self.counts
-        )
+        self.counts.set_dispatch((0, 1, 2), SOURCE, self.served.quotas_LP)
         self.migration = migration_of(self.memory.expert_bytes_L)
+        self.prepared = PreparedMigration.of(self.migration, self.counts)
 
     def commit(self, index: int) -> None:
-        batch = self.migration.batches[index]
+        commit = self.prepared.commits[index]
+        batch = commit.batch
         staging = torch.zeros(3, max(self.memory.expert_bytes_L), dtype=torch.uint8)
         for move in batch.moves:
             if move.dst_rank == self.rank:
@@ -50,8 +50,7 @@ class Rig:
                 local = move.src_slot % SOURCE.slots_per_rank
                 sender.read(move.layer, local, 0, staging[move.staging, :size])
         self.served = commit_batch(
-            batch,
-            self.migration,
+            commit,
             self.served,
             staging=staging,
             memory=self.memory,
@@ -100,11 +99,25 @@ def test_each_batch_serves_its_layers_and_leaves_the_others(rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_tables_alone_change_quotas_and_move_nothing(rank):
+def test_the_end_of_a_migration_changes_the_quotas_of_the_layers_that_did_not_move(rank):
     rig = Rig(rank)
-    rig.served = commit_tables((0,), TARGET, QUOTAS_LP, rig.served, rig.counts)
-    rig.check_serves(SOURCE)
-    assert (rig.served.quotas_LP[0] == QUOTAS_LP[0]).all()
+    rig.commit(0)
+    rig.commit(1)
+    assert (rig.served.quotas_LP[0] == SOURCE.even_quotas_LP()[0]).all()
+    rig.served = commit_split(rig.prepared.split, rig.served, rig.counts)
+    rig.check_serves(TARGET)
+    assert (rig.served.quotas_LP == QUOTAS_LP).all()
+
+
+def test_quotas_that_were_refreshed_after_preparing_stay_until_their_layer_moves():
+    rig = Rig(0)
+    refreshed = SOURCE.even_quotas_LP()
+    refreshed[2] = [0.2, 0.5, 1, 1, 0.8, 0.5]
+    tables = rig.counts.dispatch_tables(SOURCE, refreshed)
+    rig.served = commit_split(Split(quotas_LP=refreshed, tables=tables), rig.served, rig.counts)
+    rig.commit(0)
+    assert (rig.served.quotas_LP[2] == refreshed[2]).all()
+    rig.check_serves(SOURCE.replaced([1], TARGET))
 
 
 def test_what_was_served_before_is_not_changed_in_place():

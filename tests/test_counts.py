@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from step_path import DEVICE, recording_waits
 
 from ep_rebalance.counts import HASH_STRIDE, DeviceCounts
 from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
@@ -15,11 +16,11 @@ PHASES = np.array([PREFILL, PREFILL, DECODE])
 IDS = torch.tensor([[0, 1], [0, 2], [3, 1]], dtype=torch.int32)
 
 
-def make_counts(counts_here: bool = True) -> DeviceCounts:
+def make_counts(counts_here: bool = True, device: torch.device | str = "cpu") -> DeviceCounts:
     counts = DeviceCounts(
         placement=PLACEMENT,
         max_tokens=16,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         topology=Topology.single_node(2),
         rank=0,
         counts_here=counts_here,
@@ -84,10 +85,92 @@ def test_first_token_says_which_part_of_the_batch_the_rows_are():
 
 def test_the_hash_moves_on_with_every_step_and_comes_to_every_offset():
     counts = make_counts()
-    counts.end_step()
-    counts.end_step()
-    assert int(counts.offset) == 2 * HASH_STRIDE
+    for step in range(5):
+        counts.mark_tokens(PHASES[:step])
+        assert int(counts.offset) == step * HASH_STRIDE % 65536
+        counts.end_step()
     assert len({step * HASH_STRIDE % 65536 for step in range(65536)}) == 65536
+
+
+def test_ranks_that_share_tokens_have_the_same_hash_in_the_same_step():
+    counting, sharing = make_counts(), make_counts(counts_here=False)
+    for step in range(5):
+        for counts in (counting, sharing):
+            if step % 2:
+                counts.mark_tokens(PHASES)
+            counts.end_step()
+        assert torch.equal(counting.offset, sharing.offset)
+    assert int(counting.offset)
+
+
+def test_a_step_larger_than_reserved_is_counted_as_far_as_it_fits(caplog):
+    """Failing here would be the server's failure."""
+    counts = make_counts()
+    ids = torch.zeros(20, 1, dtype=torch.int32)
+    for _ in range(2):
+        counts.mark_tokens(np.full(20, DECODE))
+        slots = counts.route(0, ids, 0)
+        assert (PLACEMENT.slots_LP[0][slots.numpy()] == 0).all()
+        counts.end_step()
+    assert counts.counts_LAE[0, DECODE].tolist() == [32, 0, 0, 0]
+    assert [record.message for record in caplog.records] == [
+        "ep_rebalance: a step has 20 tokens; only its first 16 are counted"
+    ]
+
+
+@pytest.mark.parametrize("first_token", [8, 16, 40])
+def test_rows_behind_all_phases_are_routed_and_not_counted(first_token):
+    counts = make_counts()
+    counts.mark_tokens(np.full(16, PREFILL))
+    ids = torch.ones(12, 2, dtype=torch.int32)
+    assert (PLACEMENT.slots_LP[0][counts.route(0, ids, first_token).numpy()] == 1).all()
+    counts.count(0, ids, first_token)
+    assert int(counts.counts_LAE[0, PREFILL, 1]) == 2 * 2 * max(0, 16 - first_token)
+
+
+@pytest.mark.parametrize("rows", ["some", "all"])
+def test_padding_is_neither_counted_nor_given_a_slot(rows):
+    """Engines write -1 for rows that no token is in; also where a row that was marked is empty."""
+    counts = make_counts()
+    counts.mark_tokens(PHASES)
+    ids = IDS.clone()
+    ids[1 if rows == "some" else slice(None)] = -1
+    slots = counts.route(0, ids, 0)
+    counts.count(1, ids, 0)
+    assert ((slots == -1) == (ids == -1)).all()
+    assert int(counts.counts_LAE[:, :2].sum()) == 2 * int((ids >= 0).sum())
+    assert counts.counts_LAE[0].tolist() == counts.counts_LAE[1].tolist()
+
+
+def test_warming_up_leaves_counts_and_phases_as_they_were():
+    counts = make_counts()
+    counts.mark_tokens(PHASES)
+    counts.route(0, IDS, 0)
+    before = counts.counts_LAE.clone(), counts.phase_T.clone(), counts.offset.clone()
+    counts.warm_up()
+    for value, now in zip(before, (counts.counts_LAE, counts.phase_T, counts.offset), strict=True):
+        assert torch.equal(value, now)
+
+
+@pytest.mark.parametrize("counts_here", [True, False])
+def test_nothing_in_a_step_waits_for_the_device(counts_here):
+    with recording_waits() as waits:
+        counts = make_counts(counts_here, DEVICE)
+        counts.warm_up()
+        refreshed = counts.dispatch_tables(PLACEMENT, PLACEMENT.even_quotas_LP())
+        ids = torch.zeros(8, 2, dtype=torch.int32, device=DEVICE)
+        waits.clear()
+        for step in range(9):
+            counts.mark_tokens(PHASES)
+            counts.mark_tokens(PHASES[: step % 4])
+            for layer in range(PLACEMENT.num_layers):
+                counts.route(layer, ids, step)
+                counts.count(layer, ids, step)
+            counts.end_step()
+            waits.end_step()
+            counts.serve((step % 2,), refreshed)
+            counts.split(refreshed)
+    assert waits == []
 
 
 def test_dispatch_tables_are_changed_in_place_and_for_one_layer():
@@ -108,7 +191,7 @@ def test_a_new_split_is_what_setting_the_tables_would_have_made():
     load_LE = np.array([[5, 1, 9, 1], [1, 9, 1, 8]])
     quotas_LP = split_quotas(PLACEMENT, load_LE)
     before = counts.layers[0].thresholds_EC.clone()
-    counts.set_thresholds(counts.thresholds(PLACEMENT, quotas_LP))
+    counts.split(counts.dispatch_tables(PLACEMENT, quotas_LP))
     same.set_dispatch((0, 1), PLACEMENT, quotas_LP)
     for ours, expected in zip(counts.layers, same.layers, strict=True):
         assert torch.equal(ours.thresholds_EC, expected.thresholds_EC)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from expert_weights import loaded, memory_of, wrong_slots
 from ranks import Ranks
 
-from ep_rebalance.commit import Served
+from ep_rebalance.commit import PreparedMigration, Served
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal, initial_status
 from ep_rebalance.migration import schedule
@@ -43,24 +43,25 @@ class Rig:
         self.rank = rank
         self.tensors = loaded(SOURCE, rank, DTYPE, SHAPES)
         self.status = initial_status(config=CONFIG, model="m", placement=SOURCE, top_k=2)
+        self.counts = DeviceCounts(
+            placement=SOURCE,
+            max_tokens=4,
+            device=torch.device("cpu"),
+            topology=Topology.single_node(2),
+            rank=rank,
+        )
         self.migrator = Migrator(
             config=CONFIG,
             placement=SOURCE,
-            counts=DeviceCounts(
-                placement=SOURCE,
-                max_tokens=4,
-                device=torch.device("cpu"),
-                topology=Topology.single_node(2),
-                rank=rank,
-            ),
+            counts=self.counts,
             memory=memory_of(self.tensors) if moves else None,
             group=dist.group.WORLD,
             topology=Topology.single_node(2),
             journal=Journal(self.status, contiguous=SOURCE, rank=rank),
         )
 
-    def scheduled(self, target: Placement):
-        return schedule(
+    def prepared(self, target: Placement) -> PreparedMigration:
+        migration = schedule(
             SOURCE,
             target,
             QUOTAS_LP,
@@ -70,15 +71,16 @@ class Rig:
             staging_slots=self.migrator.staging_slots,
             rank=self.rank,
         )
+        return PreparedMigration.of(migration, self.counts)
 
     def migrate(self, target: Placement) -> "Outcome":
-        migration = self.scheduled(target)
-        steps, seen = self.migrator.migrate(migration), []
+        prepared = self.prepared(target)
+        steps, seen = self.migrator.migrate(prepared), []
         while True:
             try:
                 next(steps)
             except StopIteration as end:
-                return self.outcome(seen, str(end.value), migration.num_steps)
+                return self.outcome(seen, str(end.value), prepared.migration.num_steps)
             seen.append(self.migrator.served.placement)
 
     def outcome(self, seen=(), fault: str = "", num_steps: int = 0) -> "Outcome":
