@@ -40,6 +40,7 @@ def check(slots_N: torch.Tensor, num_slots: int, block_rows: int, first_slot: in
         pytest.param([0] * 100, 4, id="all on the first slot"),
         pytest.param([3] * 33, 4, id="all on the last slot"),
         pytest.param([-1, 7, 4, 5], 4, id="none of them here"),
+        pytest.param([-1] * 40, 4, id="all of them padding"),
         pytest.param([0, -1, 3, 9, 3], 4, id="some of them here"),
         pytest.param([0] * 16, 1, id="one slot, a full block"),
         pytest.param([0, 1, 2, 3, 4] * 7, 5, id="an odd number of slots"),

@@ -179,6 +179,19 @@ def test_rows_and_slots_that_are_not_contiguous(device):
     check(rows, slots, weights, Activation(), small_tiles(), tolerance=1e-5)
 
 
+@pytest.mark.parametrize("real", [0, 5], ids=["all rows are padding", "the last rows are padding"])
+def test_padded_rows_are_not_computed_whatever_they_hold(real, device):
+    weights = random_weights(4, 32, 16, torch.float32, device)
+    rows = random_rows(40, 32, torch.float32, device)
+    rows[real:] = torch.nan
+    slots = slots_on(device, [n % 4 for n in range(2 * real)] + [-1] * (80 - 2 * real))
+    pair_weights = torch.full((80,), 0.5, device=device).masked_fill(slots < 0, torch.nan)
+    check(
+        rows, slots, weights, Activation(), small_tiles(),
+        tolerance=1e-5, pairs_per_row=2, pair_weights_N=pair_weights,
+    )  # fmt: skip
+
+
 def test_rows_do_not_depend_on_the_rows_beside_them(device):
     weights = random_weights(2, 32, 16, torch.bfloat16, device)
     rows = random_rows(30, 32, torch.bfloat16, device)
