@@ -110,9 +110,7 @@ def _nearest(
 
 
 @compiled
-def _changes(
-    source_LP: NDArray[np.int32], target_LP: NDArray[np.int32], layers: IntArray
-) -> int:
+def _changes(source_LP: NDArray[np.int32], target_LP: NDArray[np.int32], layers: IntArray) -> int:
     changes = 0
     for layer in layers:
         for slot in range(source_LP.shape[1]):
