@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from expert_weights import loaded, memory_of, wrong_slots
+from step_path import DEVICE, recording_waits
 
 from ep_rebalance.commit import PreparedMigration, Served, Split, commit_batch, commit_split
 from ep_rebalance.counts import DeviceCounts
-from ep_rebalance.migration import Migration, schedule
+from ep_rebalance.migration import Batch, Migration, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.dispatch import dispatch_thresholds
 from ep_rebalance.topology import Topology
@@ -21,16 +22,16 @@ TOPOLOGY = Topology.single_node(2)
 
 
 class Rig:
-    """One rank with loaded weights; its staging memory is filled as if the rounds had been exchanged."""
+    """One rank with loaded weights."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, device: torch.device | str = "cpu") -> None:
         self.rank = rank
-        self.tensors = loaded(SOURCE, rank, DTYPE)
+        self.tensors = loaded(SOURCE, rank, DTYPE, device=device)
         self.memory = memory_of(self.tensors)
         self.counts = DeviceCounts(
             placement=SOURCE,
             max_tokens=4,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             topology=TOPOLOGY,
             rank=rank,
         )
@@ -38,25 +39,34 @@ class Rig:
         self.counts.set_dispatch((0, 1, 2), SOURCE, self.served.quotas_LP)
         self.migration = migration_of(self.memory.expert_bytes_L)
         self.prepared = PreparedMigration.of(self.migration, self.counts)
+        self.staging = torch.zeros(
+            3, max(self.memory.expert_bytes_L), dtype=torch.uint8, device=device
+        )
+
+    def stage(self, batch: Batch) -> None:
+        """Fill the staging memory as if the rounds had been exchanged."""
+        for move in batch.arrivals(self.rank):
+            sender = memory_of(loaded(SOURCE, move.src_rank, DTYPE))
+            size = self.memory.expert_bytes_L[move.layer]
+            local = move.src_slot % SOURCE.slots_per_rank
+            sender.read(move.layer, local, 0, self.staging[move.staging, :size])
 
     def commit(self, index: int) -> None:
-        commit = self.prepared.commits[index]
-        batch = commit.batch
-        staging = torch.zeros(3, max(self.memory.expert_bytes_L), dtype=torch.uint8)
-        for move in batch.moves:
-            if move.dst_rank == self.rank:
-                sender = memory_of(loaded(SOURCE, move.src_rank, DTYPE))
-                size = self.memory.expert_bytes_L[move.layer]
-                local = move.src_slot % SOURCE.slots_per_rank
-                sender.read(move.layer, local, 0, staging[move.staging, :size])
+        self.stage(self.migration.batches[index])
+        self.commit_staged(index)
+
+    def commit_staged(self, index: int) -> None:
         self.served = commit_batch(
-            commit,
+            self.prepared.commits[index],
             self.served,
-            staging=staging,
+            staging=self.staging,
             memory=self.memory,
             counts=self.counts,
             rank=self.rank,
         )
+
+    def commit_quotas(self) -> None:
+        self.served = commit_split(self.prepared.split, self.served, self.counts)
 
     def check_serves(self, placement: Placement) -> None:
         assert self.served.placement == placement
@@ -104,7 +114,7 @@ def test_the_end_of_a_migration_changes_the_quotas_of_the_layers_that_did_not_mo
     rig.commit(0)
     rig.commit(1)
     assert (rig.served.quotas_LP[0] == SOURCE.even_quotas_LP()[0]).all()
-    rig.served = commit_split(rig.prepared.split, rig.served, rig.counts)
+    rig.commit_quotas()
     rig.check_serves(TARGET)
     assert (rig.served.quotas_LP == QUOTAS_LP).all()
 
@@ -132,3 +142,15 @@ def test_a_commit_of_some_layers_leaves_the_generation_to_the_whole_migration():
     rig = Rig(0)
     rig.commit(0)
     assert rig.served.generation == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nothing_of_a_commit_waits_for_the_device(rank):
+    with recording_waits() as waits:
+        rig = Rig(rank, DEVICE)
+        waits.clear()
+        rig.commit_staged(0)
+        rig.commit_staged(1)
+        rig.commit_quotas()
+    assert waits == []
+    assert rig.served.placement == TARGET
