@@ -38,13 +38,15 @@ def dispatch_thresholds(
     and are never reached. Over all sources the slots receive their quotas, to 1/65536 of each
     source's tokens.
     """
-    slots = np.stack([placement.replica_slots(layer) for layer in layers])
-    thresholds = np.full_like(slots, HASH_RANGE)
+    chosen = list(layers)
+    shape = len(chosen), placement.num_experts, placement.max_replicas
+    slots = np.full(shape, -1, dtype=np.int32)
+    thresholds = np.full(shape, HASH_RANGE, dtype=np.int32)
     source_R = np.array(topology.source_of_rank, dtype=np.int64)
-    chosen_LP = np.ascontiguousarray(quotas_LP[list(layers)], dtype=np.float64)
+    _set_slots(placement.slots_LP[chosen], slots)
     _set_thresholds(
         slots,
-        chosen_LP,
+        np.ascontiguousarray(quotas_LP[chosen], dtype=np.float64),
         source_R,
         _vicinity_R(topology),
         placement.slots_per_rank,
@@ -56,12 +58,24 @@ def dispatch_thresholds(
 
 def _vicinity_R(topology: Topology) -> NDArray[np.int64]:
     """The node of each rank, or the first of those that sources join to it."""
-    node_R, source_R = np.array(topology.node_of_rank), np.array(topology.source_of_rank)
+    nodes, size = topology.node_of_rank, topology.ranks_per_source
     vicinity_N = np.arange(topology.num_nodes)
-    for source in range(source_R[-1] + 1):
-        joined = vicinity_N[node_R[source_R == source]]
-        vicinity_N[np.isin(vicinity_N, joined)] = joined.min()
-    return vicinity_N[node_R]
+    for spanned in {tuple(set(nodes[i : i + size])) for i in range(0, len(nodes), size)}:
+        if len(spanned) > 1:
+            joined = vicinity_N[list(spanned)]
+            vicinity_N[np.isin(vicinity_N, joined)] = joined.min()
+    return vicinity_N[list(nodes)]
+
+
+@compiled
+def _set_slots(slots_LP: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+    """`Placement.replica_slots` of every layer."""
+    for layer in range(slots_LP.shape[0]):
+        count_E = np.zeros(slots.shape[1], np.int64)
+        for slot in range(slots_LP.shape[1]):
+            expert = slots_LP[layer, slot]
+            slots[layer, expert, count_E[expert]] = slot
+            count_E[expert] += 1
 
 
 @compiled
