@@ -59,7 +59,8 @@ _TILES = Row(
         ),
         stat(
             "Last plan saved",
-            "Part of the step time that the last measured plan saved, on load that came after it.",
+            "Part of the step time that the last measured plan saved by the token model, on load that came "
+            "after it.",
             f"min({ours('achieved_gain_ratio')})",
             unit="percentunit",
             decimals=1,
@@ -128,13 +129,18 @@ _WORTH = Row(
         ),
         timeseries(
             "Promised and kept",
-            "Part of the step time that the last plan was to save, and what the last measured one saved on "
-            "load that it had not seen.",
+            "Part of the step time that the last plan was to save, what it saved by the token model on load "
+            "that it had not seen, and what the last commit saved by the server's own step times, with the "
+            "ends of its 95 % interval. Where these stay below, balance in tokens is not time here.",
             (
                 Query(
                     expr=f"max({ours('predicted_gain_ratio')})", legend="promised", colour=WITHOUT
                 ),
-                Query(expr=f"max({ours('achieved_gain_ratio')})", legend="kept", colour=GOOD),
+                Query(expr=f"max({ours('achieved_gain_ratio')})", legend="by tokens", colour=GOOD),
+                Query(
+                    expr=f"avg by (bound) ({ours('measured_gain_ratio')})",
+                    legend="by step times, {{bound}}",
+                ),
             ),
             unit="percentunit",
             width=8,

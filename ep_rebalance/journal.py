@@ -17,6 +17,7 @@ from ep_rebalance.metrics import COMMITS_KEPT, OUTCOMES, Activity, Commit, Statu
 from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.overview import Overview, overview
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.measured_gain import MeasuredGain
 from ep_rebalance.rank_balance import RankBalance
 from ep_rebalance.snapshot import Snapshot
 from ep_rebalance.topology import LINKS
@@ -102,10 +103,20 @@ class Journal:
             self.status.achieved_gain = proposal.achieved_gain
             if self.status.commits:
                 self.status.commits[-1].achieved_gain = proposal.achieved_gain
+        if proposal.measured_gain is not None:
+            self._note_measured(proposal.measured_gain)
         self._promised = proposal.plan.imbalance_after_L.tolist()
         self._predicted_gain = proposal.decision.predicted_gain
         if not proposal.decision.accepted:
             self.outcome(proposal.decision.outcome, proposal.decision.reason)
+
+    def _note_measured(self, measured: MeasuredGain) -> None:
+        low, high = measured.bounds
+        self.status.measured_gain = {"low": low, "estimate": measured.gain, "high": high}
+        if self.status.commits:
+            commit = self.status.commits[-1]
+            commit.measured_gain = measured.gain
+            commit.measured_gain_error = measured.standard_error
 
     def migration_began(self, migration: Migration) -> None:
         status = self.status
@@ -161,6 +172,14 @@ class Journal:
 
     def generation(self, generation: int) -> None:
         self.status.generation = generation
+
+    def weights_replaced(self) -> None:
+        self.status.weight_reloads += 1
+        self.status.message = (
+            "the engine replaced its weights; experts are served as it loaded them"
+        )
+        if self._rank == 0:
+            logger.warning("ep_rebalance: %s", self.status.message)
 
     def quotas_changed(self) -> None:
         self.status.quota_changes += 1

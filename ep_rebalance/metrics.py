@@ -116,7 +116,17 @@ METRICS: tuple[Metric, ...] = (
         name="achieved_gain_ratio",
         kind="gauge",
         field="achieved_gain",
-        help="Part that it saved, measured on later load against the placement before it.",
+        help="Part that it saved by the token model: busiest ranks of later load, against the placement"
+        " before it.",
+    ),
+    Metric(
+        name="measured_gain_ratio",
+        kind="gauge",
+        labels=("bound",),
+        field="measured_gain",
+        help="Part that the last commit which can be told saved by the server's own step times, those that"
+        " carried alike before and after it: estimate, and the low and high end of its 95 % interval."
+        " Not shown before the first.",
     ),
     Metric(
         name="placement_generation",
@@ -135,6 +145,12 @@ METRICS: tuple[Metric, ...] = (
         kind="counter",
         field="quota_changes",
         help="Times that tokens were split anew over the replicas of a placement, without moving a byte.",
+    ),
+    Metric(
+        name="weight_reloads",
+        kind="counter",
+        field="weight_reloads",
+        help="Times that the engine replaced its weights: experts were served as they were loaded again.",
     ),
     # What did it cost?
     Metric(
@@ -278,8 +294,10 @@ class Commit(msgspec.Struct, kw_only=True):
     """One generation: when it was served, and what it took and gave.
 
     time: Unix time. seconds: from the first round to the last commit. experts, bytes: moved.
-    predicted_gain: part of the step time that the plan was to save; achieved_gain: that it saved, None
-    until the next plan measures it. imbalance_before: overall, when experts began to move.
+    predicted_gain: part of the step time that the plan was to save; achieved_gain: that it saved by the
+    token model, None until the next plan tells; measured_gain: that it saved by the step times before and
+    after, None while they do not tell, with its standard error. imbalance_before: overall, when experts
+    began to move.
     fault: why not all of the plan was committed, or "".
     """
 
@@ -290,6 +308,8 @@ class Commit(msgspec.Struct, kw_only=True):
     bytes: int
     predicted_gain: float
     achieved_gain: float | None = None
+    measured_gain: float | None = None
+    measured_gain_error: float | None = None
     imbalance_before: float
     fault: str = ""
 
@@ -302,7 +322,9 @@ class Status(msgspec.Struct, kw_only=True):
     imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer, of recent
     snapshots as `rank_balance.py` weighs them; overall_imbalance, busiest_rank_tokens: by placement.
     rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.
-    step_seconds: mean wall time of a step in the last snapshot.
+    step_seconds: mean time of a step in the last snapshot that timed one. achieved_gain: of the last
+    plan, by the token model; measured_gain: of the last commit that can be told, by step times: estimate
+    and, with a probability of 95 %, its low and high end.
     activity: what it is doing now; moves_done of moves_planned experts are committed in the migration
     that runs. commits: the newest generations.
     replicas: slots above one per logical expert, per MoE layer; layer_rank_tokens, expert_tokens: routed
@@ -328,6 +350,7 @@ class Status(msgspec.Struct, kw_only=True):
     phase_imbalance: dict[str, float] = {}
     predicted_gain: float = 0.0
     achieved_gain: float = 0.0
+    measured_gain: dict[str, float] = {}
     rank_tokens: list[int] = []
     busiest_rank_tokens: dict[str, int] = {}
     phase_tokens: dict[str, int] = {}
@@ -341,6 +364,7 @@ class Status(msgspec.Struct, kw_only=True):
     round_stall_seconds: Observations = msgspec.field(default_factory=Observations)
     generation: int = 0
     commits: list[Commit] = []
+    weight_reloads: int = 0
     quota_changes: int = 0
     replicas: list[int] = []
     layer_rank_tokens: list[list[int]] = []

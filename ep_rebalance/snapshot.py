@@ -1,8 +1,8 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
 It is the only collective that steady traffic costs: `2 L E` integers and a few more every
-`snapshot_steps` steps. All decisions that ranks must take in the same step are taken from what it returns, which is
-equal on every rank.
+`snapshot_steps` steps. All decisions that ranks must take in the same step are taken from what it
+returns, which is equal on every rank.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ class SnapshotExchange:
         self._download = Download(self._buffer)
         self._steps = 0
         self._ever_continued = False
+
+    def warm_up(self) -> None:
+        """On all ranks, before anything is counted: connects them, and loads what a snapshot runs."""
+        self.begin(Flags(), StepSum())
+        self._download.result()
 
     def begin(self, flags: Flags, steps: StepSum) -> None:
         """Sum and clear the counters. steps: those of this rank since the snapshot before."""

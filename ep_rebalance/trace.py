@@ -95,6 +95,7 @@ class RecordedSnapshot:
             counts_ALE=self.counts_ALE.astype(np.int64),
             steps=self.steps,
             step_seconds=self.step_seconds,
+            generation=self.generation,
         )
 
 

@@ -64,7 +64,9 @@ function showNow(status, before) {
   show("saved-since", `of its tokens, since the start ${ago(status.started, status)}`);
   const measured = [...status.commits].reverse().find((commit) => commit.achieved_gain !== null);
   show("achieved", measured ? percent(measured.achieved_gain) : "not measured yet");
-  show("predicted", measured ? `of the step time; ${percent(measured.predicted_gain)} were promised` : "of the step time");
+  show("predicted", measured ? `of the step time, by tokens; ${percent(measured.predicted_gain)} were promised` : "of the step time, by tokens");
+  const { low, high } = status.measured_gain;
+  show("measured", low === undefined ? "" : `${percent(low)} to ${percent(high)} by step times`);
   show("generation", String(status.generation));
   show("age", status.last_commit_timestamp ? `served since ${ago(status.last_commit_timestamp, status)}` : "as the engine loaded it");
   show("experts", sum(status.migrated_experts).toLocaleString("en"));
@@ -116,9 +118,10 @@ function showTables({ status, hottest }) {
     c.imbalance_before.toFixed(3),
     percent(c.predicted_gain),
     c.achieved_gain === null ? "not yet" : percent(c.achieved_gain),
+    c.measured_gain === null ? "unknown" : `${percent(c.measured_gain)} ± ${percent(2 * c.measured_gain_error)}`,
     c.fault,
   ]);
-  fill("commits", commits, { count: 9, text: [1, 8] }, "the experts are where the engine loaded them");
+  fill("commits", commits, { count: 10, text: [1, 9] }, "the experts are where the engine loaded them");
   const plans = Object.entries(status.plans).filter(([, count]) => count);
   show("plans", plans.length ? `Plans: ${plans.map(([name, n]) => `${n} ${name.replace("_", " ")}`).join(", ")}.` : "No plan yet.");
   show("word", status.message || status.last_decision);

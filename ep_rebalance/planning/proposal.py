@@ -1,7 +1,7 @@
 """Proposal: from the window to a plan and what the decision says of it.
 
-The same in the server and in replay. It remembers the loads that came before the window, and the
-last plan, so that the next window can tell whether the plan kept its promise.
+The same in the server and in replay. It remembers the loads and the step times that came before the
+window, and the last plan, so that later windows can tell whether the plan kept its promise.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.decision import Decision, decide
+from ep_rebalance.planning.measured_gain import MeasuredGain, StepHistory
 from ep_rebalance.planning.plan import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.policies import make_plan
 from ep_rebalance.planning.track_record import Promise, TrackRecord
@@ -25,14 +26,16 @@ from ep_rebalance.topology import Topology
 class Proposal:
     """A plan and what the decision said of it.
 
-    achieved_gain: part of the step time that the last committed plan saved on load that it had not
-        seen, measured against the placement before it; None if there is nothing to tell.
+    achieved_gain: part of the step time that the last committed plan saved by the cost of load that it
+        had not seen, against the placement before it; None if there is nothing new to tell.
+    measured_gain: part that it saved by the server's own step times; None while they do not tell.
     trust: part of the plan's promise that the decision believed.
     """
 
     plan: Plan
     decision: Decision
     achieved_gain: float | None
+    measured_gain: MeasuredGain | None
     trust: float
 
 
@@ -57,7 +60,9 @@ class Proposer:
         self._expert_bytes_L = expert_bytes_L
         self._memory = LoadMemory()
         self._record = TrackRecord()
+        self._steps = StepHistory()
         self._promise: Promise | None = None
+        self._judged: Promise | None = None
 
     def propose(
         self,
@@ -71,6 +76,8 @@ class Proposer:
         newest = samples[len(samples) - unseen :]
         later = window_load(newest, phases=self._settings.phases) if newest else None
         achieved = self._learn(later, current)
+        self._steps.add(newest)
+        measured = self._measure(current)
         problem = self._problem(samples, current)
         plan = make_plan(self._planner, problem)
         if later is not None:
@@ -87,7 +94,11 @@ class Proposer:
         if decision.accepted:
             self._promise = _promise(problem, plan)
         return Proposal(
-            plan=plan, decision=decision, achieved_gain=achieved, trust=self._record.trust
+            plan=plan,
+            decision=decision,
+            achieved_gain=achieved,
+            measured_gain=measured,
+            trust=self._record.trust,
         )
 
     def _learn(self, load: WindowLoad | None, current: Placement) -> float | None:
@@ -96,9 +107,21 @@ class Proposer:
         if promise is None or promise.after != current or load is None or not load.load_LE.any():
             self._record = self._record.faded()
             return None
+        self._judged = promise
         achieved = promise.achieved(load, self._cost)
         self._record = self._record.with_outcome(promise.predicted, achieved)
         return self._decision.expert_time_fraction * achieved
+
+    def _measure(self, current: Placement) -> MeasuredGain | None:
+        """Hold the plan that is served against the step times before and after its commit."""
+        promise = self._judged
+        if promise is None or promise.after != current:
+            return None
+        measured = self._steps.gain()
+        if measured is not None:
+            promised = self._decision.expert_time_fraction * promise.predicted
+            self._record = self._record.with_measured(measured.part_kept(promised))
+        return measured
 
     def _problem(self, samples: Sequence[LoadSample], current: Placement) -> Problem:
         settings = self._settings

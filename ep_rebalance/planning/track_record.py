@@ -2,12 +2,15 @@
 
 A plan is made from the past, and load that shifts faster than the window makes its promises hollow.
 The decision takes every promise for the part of it that earlier ones kept, so that a planner that is
-being fooled stops moving experts, and begins again when moving would have paid.
+being fooled stops moving experts, and begins again when moving would have paid. A promise has two
+judges: the cost of later load, which tells soon, and the server's step times, which tell whether that
+cost is time at all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,28 +49,53 @@ class Promise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackRecord:
-    """Sums over earlier promises, older ones counted less."""
+    """Sums over earlier promises, older ones counted less.
+
+    predicted, achieved: but for the newest promise, whose own are kept apart, since step times may still
+    tell that it was hollow. newest_part: of it that they say was kept; infinite if they tell nothing.
+    """
 
     predicted: float = 0.0
     achieved: float = 0.0
+    newest_predicted: float = 0.0
+    newest_achieved: float = 0.0
+    newest_part: float = math.inf
 
     @property
     def trust(self) -> float:
         """Part of a promise that is believed, 0.1 to 1."""
-        kept = (self.achieved + _FULL_TRUST) / (self.predicted + _FULL_TRUST)
+        predicted, achieved = self.predicted + self.newest_predicted, self.achieved + self._newest
+        kept = (achieved + _FULL_TRUST) / (predicted + _FULL_TRUST)
         return float(min(max(kept, _LEAST_TRUST), 1.0))
 
     def with_outcome(self, predicted: float, achieved: float) -> TrackRecord:
-        """A loss counts for no more than the gain that was promised, or one bad window would silence
-        the planner for long."""
+        """One more promise, held against the cost of load. A loss counts for no more than the gain that
+        was promised, or one bad window would silence the planner for long."""
         faded = self.faded()
         return TrackRecord(
-            predicted=faded.predicted + predicted,
-            achieved=faded.achieved + max(achieved, -predicted),
+            predicted=faded.predicted + faded.newest_predicted,
+            achieved=faded.achieved + faded._newest,
+            newest_predicted=predicted,
+            newest_achieved=max(achieved, -predicted),
         )
+
+    def with_measured(self, part: float) -> TrackRecord:
+        """Step times say that at most `part` of the newest promise was kept."""
+        return replace(self, newest_part=max(part, -1.0))
 
     def faded(self) -> TrackRecord:
         """After a plan that was not carried out."""
         return TrackRecord(
-            predicted=_REMEMBERED * self.predicted, achieved=_REMEMBERED * self.achieved
+            predicted=_REMEMBERED * self.predicted,
+            achieved=_REMEMBERED * self.achieved,
+            newest_predicted=_REMEMBERED * self.newest_predicted,
+            newest_achieved=_REMEMBERED * self.newest_achieved,
+            newest_part=self.newest_part,
         )
+
+    @property
+    def _newest(self) -> float:
+        """What the newest promise achieved, by the judge who gives less."""
+        if math.isinf(self.newest_part):
+            return self.newest_achieved
+        return min(self.newest_achieved, self.newest_part * self.newest_predicted)

@@ -10,7 +10,7 @@ placements that the server committed.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,7 +186,7 @@ class ReplayedServer:
         snapshot, self._incoming = self._incoming, None
         self._step = snapshot.step
         self.placement, self.quotas_LP = self._balancer.placement, self._balancer.quotas_LP
-        self._balancer.append(snapshot.sample())
+        self._balancer.append(replace(snapshot, generation=self._generation).sample())
         return snapshot
 
     def _schedule(self, proposal: Proposal) -> Migration:

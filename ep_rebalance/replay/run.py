@@ -19,7 +19,7 @@ from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.plan import Planner
 from ep_rebalance.replay.balancing import PlanMade, ReplayedServer
 from ep_rebalance.replay.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
-from ep_rebalance.replay.step_time import NOMINAL_STEP_SECONDS, MeasuredSteps, RankLoad, StepTime
+from ep_rebalance.replay.step_time import MeasuredSteps, RankLoad, StepTime
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 
@@ -139,6 +139,7 @@ def replay(
     clocked = _Clocked(scenario.planner)
     recorded, records = _beginning(records)
     begun_as_recorded = _as_recorded(head, scenario)
+    timed_as_recorded = begun_as_recorded and isinstance(scenario.step_time, MeasuredSteps)
     serving = _serving(head, scenario, clocked, recorded, begun_as_recorded)
     served_before = AsRecorded(recorded.placement)
     served_before.change(recorded)
@@ -150,27 +151,27 @@ def replay(
             if isinstance(serving, AsRecorded):
                 serving.change(record)
             continue
-        record = _timed(record, scenario.step_time, serving)
-        serving.snapshot(record)
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
+        was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
+        as_recorded = timed_as_recorded or not isinstance(serving, ReplayedServer)
+        serving.snapshot(record if as_recorded else _timed(record, scenario, serving, was))
         if counts_LE.any():
             served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
-            was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
             rows.append(_row(record, served, scenario.step_time.seconds(record, served, was)))
             sums_LR += served.tokens_LR
         advance()
     if not rows:
         raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
-    time_N, step_N, steps_N, *measured = (np.array(column) for column in zip(*rows, strict=True))
+    time_N, step_N, steps_N, *columns = (np.array(column) for column in zip(*rows, strict=True))
     return Replayed(
         scenario=scenario,
         time_N=time_N,
         step_N=step_N.astype(np.int64),
         steps_N=steps_N.astype(np.int64),
-        pairs_N=measured[0],
-        imbalance_N=measured[1],
-        balancedness_N=measured[2],
-        seconds_N=measured[3],
+        pairs_N=columns[0],
+        imbalance_N=columns[1],
+        balancedness_N=columns[2],
+        seconds_N=columns[3],
         share_LR=sums_LR / np.maximum(sums_LR.mean(axis=1, keepdims=True), 1e-300),
         replicas_LE=serving.placement.replica_counts_LE(),
         plans=tuple(serving.plans),
@@ -178,14 +179,14 @@ def replay(
     )
 
 
-def _timed(snapshot: RecordedSnapshot, step_time: StepTime, serving: Serving) -> RecordedSnapshot:
-    """With the step time that decisions are to be based on: the recorded one, or that of the hardware
-    which is asked about."""
-    if isinstance(step_time, MeasuredSteps):
-        return replace(snapshot, step_seconds=snapshot.step_seconds or NOMINAL_STEP_SECONDS)
+def _timed(
+    snapshot: RecordedSnapshot, scenario: Scenario, serving: Serving, recorded: RankLoad
+) -> RecordedSnapshot:
+    """With the step time that decisions are to be based on: what the server would have measured on the
+    placement that it serves here, on the hardware that is asked about."""
     counts_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.int64)
     served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
-    return replace(snapshot, step_seconds=step_time.seconds(snapshot, served, served))
+    return replace(snapshot, step_seconds=scenario.step_time.seconds(snapshot, served, recorded))
 
 
 def _row(record: RecordedSnapshot, served: RankLoad, seconds: float) -> tuple[float, ...]:

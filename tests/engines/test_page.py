@@ -37,6 +37,7 @@ def made_up_status() -> Status:
     status.reported_timestamp = time.time()
     status.last_commit_timestamp = status.reported_timestamp - 30
     status.message = f"said {HOSTILE}"
+    status.measured_gain = {"low": 0.03, "estimate": 0.04, "high": 0.05}
     status.commits = [
         Commit(
             generation=number,
@@ -46,6 +47,8 @@ def made_up_status() -> Status:
             bytes=1 << 20,
             predicted_gain=0.05,
             achieved_gain=achieved,
+            measured_gain=achieved,
+            measured_gain_error=None if achieved is None else 0.005,
             imbalance_before=1.4,
         )
         for number, achieved in ((1, 0.04), (2, None))
@@ -118,6 +121,7 @@ def test_it_shows_what_the_engine_reports(tab: Tab) -> None:
             "contiguous": "1.500",
             "saved": "25.0 %",
             "achieved": "4.0 %",
+            "measured": "3.0 % to 5.0 % by step times",
             "generation": "2",
             "experts": "15",
             "bytes": "3.0 MiB intranode",
@@ -127,6 +131,8 @@ def test_it_shows_what_the_engine_reports(tab: Tab) -> None:
             assert tab.text(f"#{tile}") == text
         assert tab.text("#commits tr:first-child td:nth-child(8)") == "not yet"
         assert tab.text("#commits tr:last-child td:nth-child(8)") == "4.0 %"
+        assert tab.text("#commits tr:first-child td:nth-child(9)") == "unknown"
+        assert tab.text("#commits tr:last-child td:nth-child(9)") == "4.0 % ± 1.0 %"
         assert tab.text("#hottest tr:first-child") == "002.5010"
         assert "layer 0, rank 0, 1.50 times" in tab.text("#map-words")
         assert {request.removeprefix(url) for request in tab.requests} <= {"", "overview", "data:,"}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
 from ep_rebalance.planning.incremental import plan_incremental
 from ep_rebalance.planning.proposal import Proposal, Proposer, plan_budget
+from ep_rebalance.planning.track_record import TrackRecord
 from ep_rebalance.settings import load_config
 from ep_rebalance.topology import Topology
 
@@ -133,3 +136,91 @@ def test_load_of_another_phase_says_nothing_of_a_promise() -> None:
     later = samples + snapshots([50_000] * 8, phase="prefill")
     second = propose(asked, later, target)
     assert (second.achieved_gain, second.trust) == (None, 1.0)
+
+
+# --- judged by step times
+
+
+class Server:
+    """Serves load whose first rank is busy, and takes as long for a step as `seconds` says of the mean
+    and the busiest rank's tokens."""
+
+    def __init__(self, seconds, noise: float) -> None:
+        self.asked = proposer()
+        self.placement, self.generation = CURRENT, 0
+        self._seconds, self._noise = seconds, noise
+        self._rng = np.random.default_rng(0)
+        self._window: list[LoadSample] = []
+
+    def serve(self, count: int) -> Proposal:
+        """So many snapshots, and a plan, which is served if it is accepted."""
+        self._window += [self._snapshot() for _ in range(count)]
+        proposal = propose(self.asked, self._window[-24:], self.placement, unseen=count)
+        if proposal.decision.accepted:
+            self.placement, self.generation = proposal.plan.placement, self.generation + 1
+        return proposal
+
+    def _snapshot(self) -> LoadSample:
+        [plain] = snapshots(FIRST_RANK_BUSY, count=1)
+        counts_ALE = (plain.counts_ALE * self._rng.uniform(0.6, 1.0)).astype(np.int64)
+        load_LR = self.placement.rank_load_LR(counts_ALE.sum(axis=0))
+        seconds = self._seconds(load_LR.mean(axis=1).sum(), load_LR.max(axis=1).sum()) / 1e8
+        noise = 1 + self._noise * self._rng.normal()
+        return replace(plain, counts_ALE=counts_ALE, generation=self.generation,
+                       step_seconds=seconds * noise)  # fmt: skip
+
+
+def waits_for_the_busiest(mean: float, busiest: float) -> float:
+    return mean + busiest
+
+
+def reads_its_weights(mean: float, busiest: float) -> float:
+    return 2e5 + mean
+
+
+def test_both_judges_agree_where_tokens_are_time() -> None:
+    """A step of which the busiest rank takes 0.5 to 0.64, as it is taken to."""
+    server = Server(waits_for_the_busiest, noise=0.002)
+    assert server.serve(12).decision.accepted
+    first = server.serve(12)
+    assert first.achieved_gain is not None
+    assert first.measured_gain is not None
+    low, high = first.measured_gain.bounds
+    assert high - low < 0.02
+    assert first.measured_gain.gain > first.achieved_gain > 0.1
+    assert first.trust == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_plan_that_measurably_gains_nothing_lowers_the_trust_as_if_it_had_kept_nothing() -> None:
+    server = Server(reads_its_weights, noise=0.002)
+    promised = server.serve(12)
+    judged = server.serve(12)
+    assert judged.achieved_gain == pytest.approx(promised.decision.predicted_gain, rel=0.05)
+    assert judged.measured_gain is not None
+    assert abs(judged.measured_gain.gain) < 0.01
+    nothing = TrackRecord().with_outcome(promised.plan.promised, 0.0)
+    assert judged.trust == pytest.approx(nothing.trust, abs=0.05)
+    assert judged.trust < 0.2
+
+
+def test_step_times_that_vary_too_much_tell_nothing() -> None:
+    server = Server(reads_its_weights, noise=0.5)
+    server.serve(12)
+    judged = server.serve(12)
+    assert judged.measured_gain is not None
+    low, high = judged.measured_gain.bounds
+    assert low < 0 < high
+    assert judged.trust == pytest.approx(1.0, abs=1e-4)
+
+
+def test_too_few_snapshots_tell_nothing_until_there_are_more() -> None:
+    server = Server(reads_its_weights, noise=0.002)
+    server.serve(12)
+    early = server.serve(3)
+    assert early.achieved_gain is not None
+    assert (early.measured_gain, early.trust) == (None, pytest.approx(1.0, abs=1e-4))
+    late = server.serve(12)
+    assert late.achieved_gain is None
+    assert late.measured_gain is not None
+    assert late.trust < 0.3
+    assert server.generation == 1

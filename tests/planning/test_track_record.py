@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from shapes import window_of
@@ -67,3 +69,30 @@ def test_a_plan_achieves_what_the_busiest_rank_saves() -> None:
 
 def test_load_of_nothing_achieves_nothing() -> None:
     assert achieved([0, 0, 0, 0]) == 0.0
+
+
+def test_a_promise_that_step_times_belie_lowers_the_trust_as_if_it_had_kept_so_little() -> None:
+    record = TrackRecord().with_outcome(0.3, 0.3)
+    assert record.with_measured(0.0).trust == TrackRecord().with_outcome(0.3, 0.0).trust
+    assert record.with_measured(0.5).trust == TrackRecord().with_outcome(0.3, 0.15).trust
+    assert record.with_measured(-9.0).trust == TrackRecord().with_outcome(0.3, -9.0).trust
+    assert record.with_measured(math.inf).trust == record.trust
+
+
+def test_of_two_judges_the_one_who_gives_less_is_believed() -> None:
+    record = TrackRecord().with_outcome(0.3, 0.1)
+    assert record.with_measured(0.9).trust == record.trust
+
+
+def test_step_times_may_tell_later_and_may_change_their_mind() -> None:
+    record = TrackRecord().with_outcome(0.3, 0.3).faded().faded()
+    belied = record.with_measured(0.1)
+    assert belied.trust < record.trust
+    assert belied.with_measured(math.inf) == record
+
+
+def test_what_step_times_said_stays_with_its_promise() -> None:
+    belied = TrackRecord().with_outcome(0.3, 0.3).with_measured(0.0)
+    plain = TrackRecord().with_outcome(0.3, 0.0)
+    assert belied.with_outcome(0.2, 0.2).trust == plain.with_outcome(0.2, 0.2).trust
+    assert belied.faded().trust == plain.faded().trust
