@@ -5,12 +5,16 @@ import itertools
 import pytest
 import torch
 
+from ep_rebalance.kernels import pack_experts
+from ep_rebalance.kernels.language import INTERPRETED, triton
 from ep_rebalance.kernels.pack_experts import (
+    ALIGNMENT,
     Slabs,
     pack_expert,
     pack_expert_torch,
     packed_checksum,
     unpack_expert,
+    warm_up,
 )
 
 SLOTS = 3
@@ -97,3 +101,58 @@ def test_damage_changes_the_checksum(device):
         assert int(checksum_of(slabs, packed)) != intact
         packed[byte] ^= 1
     assert int(checksum_of(slabs, packed)) == intact
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_warming_up_leaves_every_slot_as_it_is(sizes, device):
+    slabs = slabs_of(sizes, device)
+    before = [tensor.clone() for tensor in slabs.tensors]
+    packed = poisoned(slabs.packed_bytes + 32, device)
+    warm_up(slabs, packed)
+    assert all(map(torch.equal, slabs.tensors, before))
+    assert not packed.any()
+
+
+class Launches:
+    """Stands for the kernel: nothing runs, `compiled` are the kernels that Triton would compile for an
+    H100.
+    """
+
+    def __init__(self) -> None:
+        from triton.backends.nvidia.compiler import CUDABackend, GPUTarget
+        from triton.runtime.jit import create_function_from_signature
+
+        kernel = pack_experts._kernel
+        backend = CUDABackend(GPUTarget("cuda", 90, 32))
+        self._bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.compiled = set()
+
+    def __getitem__(self, grid):
+        return self._launch
+
+    def _launch(self, *args, **constants) -> None:
+        _, specialization, options = self._bind(*args, **constants)
+        self.compiled.add(str((specialization, options)))
+
+
+def test_nothing_is_compiled_after_warming_up(monkeypatch):
+    """Whatever slots, ranges and places of checksums a migration has."""
+    if triton is None or INTERPRETED:
+        pytest.skip("nothing is compiled")
+    launches = Launches()
+    monkeypatch.setattr(pack_experts, "_kernel", launches)
+    monkeypatch.setattr(pack_experts, "runs_triton", lambda tensor: True)
+    slabs = slabs_of([64, 16, 4096, 32], "cpu")
+    packed = torch.zeros(slabs.packed_bytes, dtype=torch.uint8)
+    checksums = torch.zeros(8, dtype=torch.int64)
+    warm_up(slabs, packed)
+    warmed = set(launches.compiled)
+    for slot, start in itertools.product(range(SLOTS), range(0, slabs.packed_bytes, 5 * ALIGNMENT)):
+        for checksum in (None, checksums[:1], checksums[slot : slot + 1]):
+            for stop in range(start + ALIGNMENT, slabs.packed_bytes + 1, 7 * ALIGNMENT):
+                pack_expert(slabs, slot, start, packed[start:stop], checksum)
+            pack_expert(slabs, slot, 0, packed, checksum)
+        packed_checksum(slabs, packed, checksums[slot : slot + 1])
+        unpack_expert(slabs, slot, packed)
+    assert launches.compiled == warmed
+    assert len(warmed) == 5
