@@ -55,6 +55,13 @@ class Commit:
     placement: Placement
     split: Split
 
+    def serves(self, served: Served) -> Served:
+        """What is served after it, where `served` was before."""
+        layers = list(self.batch.layers)
+        quotas_LP = served.quotas_LP.copy()
+        quotas_LP[layers] = self.split.quotas_LP[layers]
+        return replace(served, placement=self.placement, quotas_LP=quotas_LP)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PreparedMigration:
@@ -88,14 +95,11 @@ def commit_batch(
     rank: int,
 ) -> Served:
     """Serve the batch's layers anew; returns what is served from now on."""
-    layers = commit.batch.layers
     for move in commit.batch.arrivals(rank):
         packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
         memory.write(move.layer, move.dst_slot % memory.slots, packed)
-    counts.serve(layers, commit.split.tables)
-    quotas_LP = served.quotas_LP.copy()
-    quotas_LP[list(layers)] = commit.split.quotas_LP[list(layers)]
-    return replace(served, placement=commit.placement, quotas_LP=quotas_LP)
+    counts.serve(commit.batch.layers, commit.split.tables)
+    return commit.serves(served)
 
 
 def commit_split(split: Split, served: Served, counts: DeviceCounts) -> Served:

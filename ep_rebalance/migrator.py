@@ -11,6 +11,7 @@ from collections.abc import Generator
 from dataclasses import replace
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
@@ -83,6 +84,11 @@ class Migrator:
             )
         counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
 
+    def warm_up(self) -> None:
+        """Before serving, on all ranks: see `RoundExchange.warm_up`."""
+        if self._exchange is not None:
+            self._exchange.warm_up()
+
     @property
     def expert_bytes_L(self) -> tuple[int, ...]:
         """Packed size of one expert of each layer; empty where nothing is moved."""
@@ -110,17 +116,14 @@ class Migrator:
     def restore(
         self, placement: Placement, quotas_LP: NDArray[np.float64], generation: int
     ) -> None:
-        """Take up a saved placement before serving begins; blocks until all ranks have it.
+        """Take up a saved placement where none is served but what was loaded; blocks until all ranks
+        have it.
 
-        Raises RuntimeError if experts did not arrive whole.
+        Raises RuntimeError, on all ranks or on none, if experts did not arrive whole or memory for them
+        is short.
         """
         assert self._memory is not None, "mode observe moves nothing"
-        exchange = RoundExchange(
-            group=self._group,
-            memory=self._memory,
-            max_bytes=RESTORE_BYTES_PER_ROUND,
-            staging_slots=placement.slots_per_rank,
-        )
+        exchange = self._roomy_exchange(placement.slots_per_rank, self._memory)
         migration = schedule(
             self.served.placement,
             placement,
@@ -142,6 +145,24 @@ class Migrator:
             self._commit(commit, exchange)
         self._take_up(prepared.split)
         self._number(generation)
+
+    def _roomy_exchange(self, staging_slots: int, memory: ExpertMemory) -> RoundExchange:
+        """For as many experts at once as a rank holds."""
+        exchange: RoundExchange | None = None
+        try:
+            exchange = RoundExchange(
+                group=self._group,
+                memory=memory,
+                max_bytes=RESTORE_BYTES_PER_ROUND,
+                staging_slots=staging_slots,
+            )
+        except RuntimeError:  # torch's out of memory is one
+            logger.exception("ep_rebalance: no memory to take up a saved placement with")
+        lacking = torch.tensor([int(exchange is None)], device=memory.device)
+        dist.all_reduce(lacking, group=self._group)
+        if exchange is None or lacking.item():
+            raise RuntimeError(f"{int(lacking.item())} rank(s) lack memory for the saved placement")
+        return exchange
 
     @property
     def _holds_loaded(self) -> bool:
@@ -200,6 +221,9 @@ class Migrator:
 
     def _commit(self, commit: Commit, exchange: RoundExchange) -> None:
         assert self._memory is not None
+        if self._holds_loaded:  # since the vote; staging holds what was loaded before
+            self.served = commit.serves(self.served)
+            return
         with self._commit_stalls.stall():
             self.served = commit_batch(
                 commit,

@@ -24,10 +24,12 @@ from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import Journal
 from ep_rebalance.load_window import LoadWindow
 from ep_rebalance.metrics import Status
+from ep_rebalance.migration import compile_schedule
 from ep_rebalance.migrator import Migrator
 from ep_rebalance.overview import Overview
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.plan import Planner
+from ep_rebalance.planning.policies import compile_planner
 from ep_rebalance.quota_refresh import QuotaRefresh
 from ep_rebalance.recorder import Recorder
 from ep_rebalance.snapshot import Flags, Snapshot, SnapshotExchange
@@ -106,6 +108,19 @@ class Rebalancer:
         self._replaced = False  # by the newest snapshot: any weights, since `served` was agreed on
         self._loop = self._run()
         next(self._loop)
+
+    def warm_up(self) -> None:
+        """Compile every kernel and connect to every rank, before serving; all ranks in the same order.
+
+        What is served and what is counted stay as they are.
+        """
+        compile_schedule()
+        if self._rank == 0 and self.config.mode == "rebalance":
+            compile_planner()
+        self._counts.warm_up()
+        self._snapshots.warm_up()
+        self._plans.warm_up()
+        self.migrator.warm_up()
 
     @property
     def status(self) -> Status:
@@ -231,9 +246,17 @@ class Rebalancer:
         self._quotas.forget()
         self._window.clear()
         self.migrator.serve_loaded(flags.reloads // ranks)
-        if self.config.mode == "static":
-            self.migrator.restore(before.placement, before.quotas_LP, self.served.generation)
         self.journal.unstuck()
+        if self.config.mode == "static":
+            self._return_to(before)
+
+    def _return_to(self, before: Served) -> None:
+        """Serve the saved placement again; all ranks wait here until they do, or none does."""
+        try:
+            self.migrator.restore(before.placement, before.quotas_LP, self.served.generation)
+        except RuntimeError as error:
+            logger.exception("ep_rebalance: the experts stay where they were loaded")
+            self.journal.outcome("abandoned", str(error))
 
     def _plan(self) -> Generator[None, None, bool]:
         """Rank 0 plans; True if its plan is to be carried out."""

@@ -15,6 +15,11 @@ def test_contiguous_is_what_vllm_loads() -> None:
     assert placement.max_replicas == 3
 
 
+def test_round_robin_deals_experts_out_to_the_ranks() -> None:
+    placement = Placement.round_robin(num_layers=1, num_experts=6, num_ranks=2)
+    assert placement.slots_LP.tolist() == [[0, 2, 4, 1, 3, 5]]
+
+
 @pytest.mark.parametrize(
     ("slots", "num_experts", "num_ranks", "message"),
     [

@@ -140,13 +140,21 @@ class Engine:
             for layer in range(LAYERS):
                 self._forward(layer, skew, tokens)
         self.rebalancer.step(started)
+        self.check_slots()
         served = self.rebalancer.served
-        assert wrong_slots(self.tensors, served.placement, self.rank, DTYPE, SHAPES) == []
         self.seen.append(
             StepSeen(
                 served.generation, served.placement.slots_LP.tobytes(), served.quotas_LP.tobytes()
             )
         )
+
+    def placement_here(self) -> Placement:
+        """What this rank's tokens are to be routed by, and its slots to hold."""
+        return self.rebalancer.served.placement
+
+    def check_slots(self) -> None:
+        placement = self.placement_here()
+        assert wrong_slots(self.tensors, placement, self.rank, DTYPE, SHAPES) == []
 
     def _forward(self, layer: int, skew: float, tokens: int) -> None:
         rng = np.random.default_rng([self.rank, layer, len(self.seen)])
@@ -162,8 +170,7 @@ class Engine:
         np.add.at(self.load_LE[layer], ids, 1)
         ids_on_device = torch.from_numpy(ids.astype(np.int32)).to(self.device)
         slots = self.counts.route(layer, ids_on_device, 0).cpu()
-        served = self.rebalancer.served.placement.slots_LP[layer]
-        assert (served[slots.numpy()] == ids).all()
+        assert (self.placement_here().slots_LP[layer][slots.numpy()] == ids).all()
 
     def run_until(self, reached, **traffic) -> None:
         """Steps until `reached(status)`, which is to be true on all ranks in the same step."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,41 @@ def test_a_model_that_was_moved_has_the_same_identity(create, model, tmp_path):
     assert config_hash(other) != config_hash(model)
 
 
+# --- the compile cache
+
+
+def cache_key(create, settings, **arguments):
+    return create(settings, **arguments).compute_hash()
+
+
+def test_settings_that_change_no_code_share_a_compile_cache(create):
+    key = cache_key(create, {})
+    assert key == cache_key(create, {"window": {"snapshots": 7}, "metrics": {"poll_seconds": 3}})
+    assert key == cache_key(create, {"state": {"path": None}, "attach": {"timeout_seconds": 9}})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mode": "observe"}, {"data_plane": {"all_to_all": "ours", "shape": "fixed"}}]
+)
+def test_settings_that_change_the_code_do_not(create, settings):
+    assert cache_key(create, {}) != cache_key(create, settings)
+
+
+def test_what_others_put_beside_our_settings_counts(create):
+    ours = {"ep_rebalance": {}}
+    keys = {
+        cache_key(create, None, additional_config=ours | others)
+        for others in ({}, {"gdn_prefill_backend": "a"}, {"gdn_prefill_backend": "b"})
+    }
+    assert len(keys) == 3
+
+
+def test_the_configuration_reaches_workers_whole(create):
+    config = pickle.loads(pickle.dumps(create({"window": {"snapshots": 7}})))
+    assert config.additional_config["ep_rebalance"]["window"]["snapshots"] == 7
+    assert config.additional_config.compute_hash()
+
+
 # --- refused: parallelism
 
 
@@ -174,6 +210,73 @@ def test_pipeline_parallelism_is_refused(create):
         ["tensor and data parallelism only"],
         pipeline_parallel_size=2,
     )
+
+
+def test_prefill_context_parallelism_is_refused(create, vllm):
+    """Made from a configuration that vLLM takes: its V1 runner, the one on CPU, knows no such ranks."""
+    from ep_rebalance.engines.vllm import refusals
+    from ep_rebalance.engines.vllm.activation import active_config
+
+    config = create({})
+    config.parallel_config.prefill_context_parallel_size = 2
+    with pytest.raises(ConfigurationError, match="prefill_context_parallel_size=2") as raised:
+        refusals.check(config, active_config(config))
+    assert "--prefill-context-parallel-size" in raised.value.remedy
+
+
+def test_going_on_without_dead_ranks_is_refused(create):
+    assert_refused(
+        create,
+        ["--enable-fault-tolerance", "would wait"],
+        ["drop --enable-fault-tolerance"],
+        enable_fault_tolerance=True,
+        tensor_parallel_size=1,
+        data_parallel_size=2,
+        data_parallel_rank=0,
+    )
+
+
+MOONEP = {"all2all_backend": "moonep", "dtype": "bfloat16"}
+
+
+def test_what_vllm_refuses_with_its_balancer_is_refused_with_ours(create):
+    assert_refused(
+        create,
+        ["vLLM refuses", "moonep", "does not support EPLB"],
+        ["mode=observe"],
+        tensor_parallel_size=1,
+        data_parallel_size=2,
+        **MOONEP,
+    )
+
+
+def test_what_vllm_refuses_with_its_balancer_can_be_observed(create):
+    data_parallel = {"tensor_parallel_size": 1, "data_parallel_size": 2}
+    config = create({"mode": "observe"}, **data_parallel, **MOONEP)
+    assert not config.parallel_config.enable_eplb
+
+
+def test_what_vllm_refuses_anyway_is_told_as_vllm_tells_it(create):
+    with pytest.raises(ValueError, match="gpu_memory_utilization") as raised:
+        create({}, gpu_memory_utilization=2.0)
+    assert not isinstance(raised.value, ConfigurationError)
+
+
+def test_arguments_are_left_as_they_were_given(create, model, vllm):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=model,
+        skip_tokenizer_init=True,
+        enable_expert_parallel=True,
+        tensor_parallel_size=2,
+        additional_config={"ep_rebalance": {"planner": {"redundant_experts": 2}}},
+    )
+    for _ in range(2):
+        config = arguments.create_engine_config()
+        assert config.parallel_config.eplb_config.num_redundant_experts == 2
+        assert not arguments.enable_eplb
+        assert arguments.eplb_config.num_redundant_experts == 0
 
 
 def test_the_engines_own_balancer_is_refused(create):
@@ -287,6 +390,27 @@ def test_a_quantised_model_is_refused_where_experts_move(create, tmp_path):
 def test_a_quantised_model_can_be_observed(create, tmp_path):
     config = create({"mode": "observe"}, model=write_model(tmp_path, QUANTISED))
     assert config.model_config.quantization == "fp8"
+
+
+# --- refused: adapters and weights
+
+
+def test_adapters_of_experts_are_refused_where_experts_move(create):
+    words = ["LoRA adapters of experts"], ["--lora-target-modules", "mode=observe"]
+    assert_refused(create, *words, enable_lora=True)
+    assert_refused(create, *words, enable_lora=True, lora_target_modules=["q_proj", "experts"])
+
+
+def test_adapters_of_attention_pass(create):
+    create({}, enable_lora=True, lora_target_modules=["q_proj", "o_proj"])
+    create({"mode": "observe"}, enable_lora=True)
+
+
+def test_weights_that_are_changed_in_place_are_refused_where_experts_move(create):
+    sparse = {"weight_transfer_config": {"backend": "sparse_nccl"}}
+    assert_refused(create, ["'sparse_nccl'", "were loaded"], ["nccl", "mode=observe"], **sparse)
+    create({"mode": "observe"}, **sparse)
+    create({}, weight_transfer_config={"backend": "nccl"})
 
 
 # --- refused: engine and settings

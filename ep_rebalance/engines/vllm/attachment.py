@@ -27,7 +27,7 @@ from ep_rebalance.journal import initial_status
 from ep_rebalance.metrics import encode
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.plan import Planner
-from ep_rebalance.planning.policies import PLANNERS, compile_planner
+from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.recorder import Recorder
 from ep_rebalance.state import SavedState, load_state
@@ -91,10 +91,9 @@ class Attachment:
             ),
             recorder=recorder,
         )
+        rebalancer.warm_up()
         if moves:
             _restore(rebalancer, config, vllm_config)
-        if config.mode == "rebalance" and ep_group().rank_in_group == 0:
-            compile_planner()
         logger.info(
             "ep_rebalance: mode %s, %d MoE layers, %d experts in %d slots on %d ranks",
             config.mode,

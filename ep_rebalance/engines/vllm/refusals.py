@@ -38,6 +38,7 @@ def seams() -> tuple[Any, ...]:
     from ep_rebalance.engines.vllm import (
         activation,
         compile_cache,
+        cpu_experts,
         drafts,
         eplb_state,
         experts,
@@ -61,6 +62,7 @@ def seams() -> tuple[Any, ...]:
         eplb_state,
         drafts,
         experts,
+        cpu_experts,
         prepare_finalize,
         policy,
     )

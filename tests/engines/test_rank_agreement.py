@@ -1,0 +1,85 @@
+"""Ranks agree on rank 0's settings before the model is loaded, and name those that are not there."""
+
+import logging
+import time
+
+import pytest
+import torch.distributed as dist
+from ranks import Ranks
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.engines.vllm import rank_agreement
+from ep_rebalance.engines.vllm.rank_agreement import agree, default_store
+from ep_rebalance.settings import load_config
+
+BOTH = [0, 1]
+
+
+def store_of(name):
+    return dist.PrefixStore(name, default_store())
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def agree_on_steps(rank, name, steps_of_rank):
+    lines = Lines()
+    rank_agreement.logger.addHandler(lines)
+    config = load_config({"window": {"snapshot_steps": steps_of_rank[rank]}})
+    try:
+        agreed = agree(config, BOTH, store_of(name))
+    finally:
+        rank_agreement.logger.removeHandler(lines)
+    return agreed, lines.texts
+
+
+def test_rank_0s_settings_hold_for_all_and_what_differs_is_logged(two_ranks: Ranks):
+    (ours, told), (theirs, nothing) = two_ranks.run(agree_on_steps, "differ", (4, 9))
+    assert ours == theirs == load_config({"window": {"snapshot_steps": 4}})
+    assert told == [
+        "ep_rebalance: EP rank 1 was started with window.snapshot_steps=9; rank 0's 4 holds for all"
+    ]
+    assert nothing == []
+
+
+def test_equal_settings_are_not_worth_a_line(two_ranks: Ranks):
+    (_, told), (_, nothing) = two_ranks.run(agree_on_steps, "equal", (4, 4))
+    assert told == nothing == []
+
+
+def attach_without(rank, missing):
+    """The rank that has no plugin does nothing at all."""
+    if rank == missing:
+        return None
+    began = time.monotonic()
+    config = load_config({"attach": {"timeout_seconds": 0.5}})
+    with pytest.raises(ConfigurationError) as raised:
+        agree(config, BOTH, store_of(f"without {missing}"))
+    return raised.value.reason, raised.value.remedy, time.monotonic() - began
+
+
+@pytest.mark.parametrize("missing", BOTH)
+def test_a_rank_without_the_plugin_is_named_within_the_time_limit(two_ranks: Ranks, missing):
+    reason, remedy, seconds = two_ranks.run(attach_without, missing)[1 - missing]
+    assert f"EP rank {missing} of 2 did not attach within 0.5 s" in reason
+    assert "--plugin ep_rebalance" in remedy
+    assert seconds < 20
+
+
+def attach_with_versions(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_agreement, "__version__", f"0.{rank}.0")
+        with pytest.raises(ConfigurationError) as raised:
+            agree(load_config(), BOTH, store_of("versions"))
+    return raised.value.reason
+
+
+def test_another_version_of_the_plugin_is_refused_on_all_ranks(two_ranks: Ranks):
+    for reason in two_ranks.run(attach_with_versions):
+        assert "rank 0 runs ep-rebalance 0.0.0, but rank 1 runs 0.1.0" in reason

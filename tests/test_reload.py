@@ -1,0 +1,182 @@
+"""The engine replaces its weights while experts are spread out, or on their way: in any step, on ranks
+that are told in different steps.
+
+After every step each rank's tables lead to slots that hold the right expert of the weights that the
+rank has then.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from expert_weights import loaded, memory_of
+from ranks import Ranks
+from test_rebalancer import DTYPE, SHAPES, Engine, assert_in_step, eager, has_generation
+
+from ep_rebalance.placement import Placement
+
+pytestmark = pytest.mark.usefixtures("compiled_planner")
+
+MOMENTS = 26
+"""Steps after the first generation: more than a plan and its migration take."""
+
+
+class ReloadingEngine(Engine):
+    """Its weights have versions, the first 0; a reload writes the next in loaded order."""
+
+    version = 0
+
+    def reload(self) -> None:
+        self.version += 1
+        for ours, new in zip(self.tensors, self._weights(self.placement), strict=True):
+            for tensor, values in zip(ours, new, strict=True):
+                tensor.copy_(values)
+        self.rebalancer.weights_replaced(memory_of(self.tensors))
+        self.check_slots()
+
+    def placement_here(self) -> Placement:
+        told = self.rebalancer.migrator
+        return self.placement if told.reloads > told.agreed_reloads else super().placement_here()
+
+    def check_slots(self) -> None:
+        for ours, right in zip(self.tensors, self._weights(self.placement_here()), strict=True):
+            for tensor, values in zip(ours, right, strict=True):
+                assert torch.equal(tensor, values)
+
+    def _weights(self, placement: Placement):
+        layers = loaded(placement, self.rank, DTYPE, SHAPES)
+        return [[tensor + self.version for tensor in layer] for layer in layers]
+
+
+def moved_between_ranks(engine: Engine) -> bool:
+    return engine.rebalancer.served.placement != engine.placement
+
+
+def reload_at(rank, size, config, moment, lag, times):
+    """Reloads on rank 0 `moment` steps after the first generation, on rank 1 `lag` steps later, `times`
+    times; serves on until experts have moved again."""
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+    assert moved_between_ranks(engine)
+    first = moment + lag * rank
+    activity = ""
+    for step in range(moment + 5 * lag + 12):
+        if step in range(first, first + 2 * times, 2):
+            activity = activity or engine.rebalancer.status.activity
+            engine.reload()
+        engine.step()
+    assert engine.rebalancer.status.weight_reloads == times
+    assert engine.rebalancer.status.stuck == 0
+    after, committed = (
+        engine.rebalancer.served.generation,
+        engine.rebalancer.status.plans["committed"],
+    )
+    engine.run_until(has_generation(after + 1))
+    assert engine.rebalancer.status.plans["committed"] > committed
+    assert engine.rebalancer.status.plans["failed"] == 0
+    return engine.seen, activity, dict(engine.rebalancer.status.plans)
+
+
+def reload_at_every_moment(rank, size, config, lag, times):
+    return [reload_at(rank, size, config, m, lag, times) for m in range(0, MOMENTS, 1 + lag)]
+
+
+@pytest.mark.parametrize(
+    ("lag", "times"),
+    [
+        pytest.param(0, 1, id="all ranks at once"),
+        pytest.param(1, 1, id="a step apart"),
+        pytest.param(7, 1, id="apart by more than a snapshot"),
+        pytest.param(3, 2, id="twice, overlapping"),
+    ],
+)
+def test_after_a_reload_in_any_step_all_ranks_serve_what_was_loaded(
+    two_ranks: Ranks, lag: int, times: int
+):
+    config = eager({"planner": {"redundant_experts": 4}})
+    answers = two_ranks.run(reload_at_every_moment, 2, config, lag, times, timeout=200)
+    activities, abandoned = set(), 0
+    for ours, theirs in zip(*answers, strict=True):
+        assert_in_step([ours[0], theirs[0]])
+        activities.add(ours[1])
+        abandoned += ours[2]["abandoned"]
+    assert abandoned > 0
+    if lag == 0:
+        assert {"watching", "migrating"} <= activities
+
+
+def reload_once(rank, size, config, steps):
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+    before = engine.rebalancer.served
+    engine.reload()
+    for _ in range(steps):
+        engine.step()
+    return engine.seen, before, engine.rebalancer.served, engine.rebalancer.status.message
+
+
+def test_the_generation_goes_on_and_what_was_loaded_is_served(two_ranks: Ranks):
+    config = eager({"planner": {"interval_snapshots": 50}, "window": {"min_snapshots": 3}})
+    for _, before, after, _ in two_ranks.run(reload_once, 2, config, 8):
+        assert after.generation == before.generation + 1
+        assert (after.placement.slots_LP == np.arange(16)).all()
+
+
+def reload_on_one_rank(rank, size, config):
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+    generation = engine.rebalancer.served.generation
+    if rank == 1:
+        engine.reload()
+    for _ in range(40):
+        engine.step()
+    held = engine.rebalancer.status
+    stuck, message, plans = held.stuck, held.message, sum(held.plans.values())
+    for _ in range(40):
+        engine.step()
+    assert sum(held.plans.values()) == plans
+    assert engine.rebalancer.served.generation == generation
+    if rank == 0:
+        engine.reload()
+    engine.run_until(has_generation(generation + 2))
+    return stuck, message, engine.rebalancer.status.stuck
+
+
+def test_while_ranks_have_different_weights_nothing_moves_and_the_status_says_so(two_ranks: Ranks):
+    for stuck, message, after in two_ranks.run(reload_on_one_rank, 2, eager()):
+        assert (stuck, after) == (1, 0)
+        assert "the weights of some ranks were replaced, and of others not yet" in message
+
+
+def reload_observed(rank, size, config):
+    engine = Engine(rank, size, config)
+    engine.step()
+    engine.rebalancer.weights_replaced(None)
+    for _ in range(10):
+        engine.step()
+    return engine.rebalancer.status
+
+
+def test_observing_counts_a_reload(two_ranks: Ranks):
+    for status in two_ranks.run(reload_observed, 2, eager({"mode": "observe"})):
+        assert (status.weight_reloads, status.generation, status.stuck) == (1, 0, 0)
+
+
+def reload_static(rank, size, saved_LP):
+    config = eager({"mode": "static", "state": {"path": "unused.npz"}})
+    engine = ReloadingEngine(rank, size, config)
+    saved = Placement(saved_LP, engine.placement.num_experts, size)
+    engine.rebalancer.migrator.restore(saved, saved.even_quotas_LP(), 5)
+    engine.step()
+    engine.reload()
+    for _ in range(8):
+        engine.step()
+    dist.barrier()
+    return engine.rebalancer.served
+
+
+def test_a_static_placement_is_taken_up_again(two_ranks: Ranks):
+    saved_LP = np.array([np.roll(np.arange(16), layer + 1) for layer in range(3)], dtype=np.int32)
+    for served in two_ranks.run(reload_static, 2, saved_LP):
+        assert (served.placement.slots_LP == saved_LP).all()
+        assert served.generation == 6
