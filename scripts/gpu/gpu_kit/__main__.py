@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Take the steps; 0 if none of them failed."""
     try:
-        steps = [_limited(step, options.limit) for step in chosen(options.names)]
+        steps = [slowed(step, options.slow) for step in chosen(options.names)]
     except UnknownStep as error:
         print(f"scripts/gpu/kit: {error}; `scripts/gpu/kit list` shows all", file=sys.stderr)
         return 2
@@ -56,8 +56,9 @@ def show(_: argparse.Namespace) -> int:
     return 0
 
 
-def _limited(step: Step, seconds: float | None) -> Step:
-    return step if seconds is None else replace(step, seconds=min(step.seconds, seconds))
+def slowed(step: Step, factor: float) -> Step:
+    """For a machine that is slower than the limits were made for."""
+    return replace(step, seconds=factor * step.seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--site", type=Path, default=SITE, help="folder to unpack into (default: %(default)s)")
     add("--loads", type=Path, default=LOADS, help="folder with the loads")
     add("--seconds", type=float, default=TOTAL_SECONDS, help="for all (default: %(default)s)")
-    add("--limit", type=float, help="seconds for each step at most, besides its own limit")
+    add("--slow", type=float, default=1.0, metavar="FACTOR", help="multiply each step's limit")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses what it can")
 
     reporting = commands.add_parser("report", help="print a log as Markdown")

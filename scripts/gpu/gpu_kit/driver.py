@@ -131,6 +131,7 @@ def take(step: Step, place: Place) -> Result:
             status = _end_of(process, step.seconds)
         finally:
             _kill(process.pid)
+            process.wait()
         values = figures.read(told)
     reason = str(values.pop("reason", ""))
     if status is None:

@@ -7,7 +7,11 @@ from typing import Literal
 
 Device = Literal["cuda", "cpu"]
 
+MODULES = "gpu_kit.steps"
 ALWAYS = "machine"
+SECONDS_TO_TELL = 10.0
+"""That a step has left when it ends what it started."""
+
 NCCL = {
     "LD_PRELOAD": "{site}/libnccl.so.2",
     "VLLM_NCCL_SO_PATH": "{site}/libnccl.so.2",
@@ -16,14 +20,17 @@ NCCL = {
 }
 """Load c's library in place of PyTorch's, and two ranks on one GPU."""
 
+STEP_PATH = ("tests/gpu/test_device_routing.py", "tests/gpu/test_device_host_memory.py")
+LOOP = "tests/gpu/test_device_migration.py"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One program with a time limit.
 
-    group: the name by which several are chosen. command: a module of `gpu_kit.steps` and its arguments.
+    group: the name by which several are chosen. command: a module and its arguments.
     loads: what must be unpacked. environment: added to the driver's; values may name {site}, {out},
-    {root} and {device}, as arguments may.
+    {root} and {device}, as arguments may; these also {seconds}, a little less than the limit.
     """
 
     name: str
@@ -36,15 +43,17 @@ class Step:
 
     def argv(self, values: Mapping[str, str]) -> list[str]:
         """Without the current folder on the path: its `ep_rebalance` is not the one installed."""
+        seconds = str(self.seconds - SECONDS_TO_TELL)
+        values = {**values, "seconds": seconds}
         module, *arguments = (word.format_map(values) for word in self.command)
-        return [sys.executable, "-P", "-m", f"gpu_kit.steps.{module}", *arguments]
+        return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def _unpack(load: str) -> Step:
     return Step(
         name=f"unpack-{load}",
         group=load,
-        command=("unpack", load, "--loads", "{loads}", "--site", "{site}"),
+        command=(f"{MODULES}.unpack", load, "--loads", "{loads}", "--site", "{site}"),
         seconds=90,
     )
 
@@ -53,7 +62,7 @@ def _tests(name: str, group: str, seconds: float, *arguments: str, nccl: bool = 
     return Step(
         name=name,
         group=group,
-        command=("tests", *arguments),
+        command=(f"{MODULES}.tests", *arguments),
         seconds=seconds,
         loads=("b", "c") if nccl else ("b",),
         environment=NCCL if nccl else {},
@@ -68,8 +77,8 @@ def _engine(
         name=name,
         group="c" if nccl else "a",
         command=(
-            *("engine", "--device", "{device}", "--backend", "nccl" if nccl else "gloo"),
-            *("--seconds", str(seconds - 15), *arguments),
+            *(f"{MODULES}.engine", "--device", "{device}", "--backend", "nccl" if nccl else "gloo"),
+            *("--seconds", "{seconds}", *arguments),
         ),
         seconds=seconds,
         loads=("a", "b", "c") if nccl else ("a", "b"),
@@ -79,22 +88,35 @@ def _engine(
 
 
 STEPS = (
-    Step(name="machine", group=ALWAYS, command=("machine", "--device", "{device}"), seconds=60),
+    Step(
+        name="machine",
+        group=ALWAYS,
+        command=(f"{MODULES}.machine", "--device", "{device}"),
+        seconds=60,
+    ),
     _unpack("b"),
     Step(
         name="ranks-gloo",
         group="b",
-        command=("ranks", "--device", "{device}", "--backend", "gloo"),
+        command=(
+            f"{MODULES}.ranks",
+            "--device",
+            "{device}",
+            "--backend",
+            "gloo",
+            "--seconds",
+            "{seconds}",
+        ),
         seconds=60,
         loads=("b",),
     ),
-    _tests("kernels", "b", 180, "tests/kernels", "tests/gpu/test_device_routing.py"),
-    _tests("step-path", "b", 60, "tests/gpu/test_device_host_memory.py"),
-    _tests("loop-gloo", "b", 150, "tests/gpu/test_device_migration.py", "-k", "gloo"),
+    _tests("kernels", "b", 180, "tests/kernels"),
+    _tests("step-path", "b", 60, *STEP_PATH, "-k", "{device}"),
+    _tests("loop-gloo", "b", 150, LOOP, "-k", "{device} and gloo"),
     Step(
         name="memcheck",
         group="b",
-        command=("sanitizer", "memcheck"),
+        command=(f"{MODULES}.sanitizer", "memcheck"),
         seconds=120,
         loads=("b",),
         needs_gpu=True,
@@ -103,7 +125,7 @@ STEPS = (
     Step(
         name="hello",
         group="a",
-        command=("hello", "--device", "{device}"),
+        command=(f"{MODULES}.hello", "--device", "{device}"),
         seconds=90,
         loads=("a", "b"),
     ),
@@ -113,27 +135,35 @@ STEPS = (
     Step(
         name="ranks-nccl",
         group="c",
-        command=("ranks", "--device", "{device}", "--backend", "nccl"),
+        command=(
+            f"{MODULES}.ranks",
+            "--device",
+            "{device}",
+            "--backend",
+            "nccl",
+            "--seconds",
+            "{seconds}",
+        ),
         seconds=60,
         loads=("b", "c"),
         environment=NCCL,
         needs_gpu=True,
     ),
-    _tests("loop-nccl", "c", 120, "tests/gpu/test_device_migration.py", "-k", "nccl", nccl=True),
+    _tests("loop-nccl", "c", 120, LOOP, "-k", "{device} and nccl", nccl=True),
     _engine("engine-nccl", 150, nccl=True),
     _engine("engine-sync", 150, nccl=True, VLLM_GPU_SYNC_CHECK="error"),
     _engine("engine-graphs", 180, "--graphs", nccl=True),
     Step(
         name="benchmarks",
         group="bench",
-        command=("benchmarks", "--device", "{device}", "--json", "{out}/kernels.json"),
+        command=(f"{MODULES}.benchmarks", "--device", "{device}", "--json", "{out}/kernels.json"),
         seconds=240,
         loads=("b",),
     ),
     Step(
         name="racecheck",
         group="bench",
-        command=("sanitizer", "racecheck"),
+        command=(f"{MODULES}.sanitizer", "racecheck"),
         seconds=120,
         loads=("b",),
         needs_gpu=True,

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PROJECT_SOURCES = (
@@ -17,6 +18,7 @@ PROJECT_SOURCES = (
     "kernels",
     "dashboards",
 )
+SETUPTOOLS_NEEDED = 77
 WHEEL_NAME = re.compile(
     r"(?P<name>[^-]+)-(?P<version>[^-]+)(-\d[^-]*)?"
     r"-(?P<pythons>[^-]+)-(?P<abis>[^-]+)-(?P<platforms>[^-]+)\.whl"
@@ -103,12 +105,15 @@ def fetch(
 
 
 def build_project(root: Path, into: Path) -> Path:
-    """The wheel of the sources as they are now; built from a copy, which leaves no build folder here."""
+    """The wheel of the sources as they are now; built from a copy, which leaves no build folder here.
+
+    Raises FetchError.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy, built = Path(folder) / "source", Path(folder) / "wheel"
         for name in PROJECT_SOURCES:
             _copy(root / name, copy / name)
-        pip("wheel", "--no-deps", "--wheel-dir", str(built), str(copy))
+        pip("wheel", "--no-deps", *_isolation(), "--wheel-dir", str(built), str(copy))
         (wheel,) = built.glob("*.whl")
         return Path(shutil.copy(wheel, into))
 
@@ -120,6 +125,15 @@ def pip(*arguments: str) -> None:
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
         raise FetchError(re.sub(r"://[^/@\s]+@", "://***@", said))
+
+
+def _isolation() -> list[str]:
+    """None if there is a setuptools that builds this project: then no index is asked for one."""
+    try:
+        release = int(version("setuptools").split(".")[0])
+    except PackageNotFoundError:
+        return []
+    return ["--no-build-isolation"] if release >= SETUPTOOLS_NEEDED else []
 
 
 def _copy(source: Path, target: Path) -> None:
