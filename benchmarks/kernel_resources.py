@@ -141,7 +141,7 @@ def cases() -> Iterator[Case]:
         arguments={
             **typed("*i64", "table_ptr", "checksum_ptr"),
             "packed_ptr": "*i32",
-            **typed("i32", "slot", "start_word", "stop_word"),
+            **typed("i32", "slot", "start_unit", "stop_unit"),
         },
         constants={
             "FROM_SLOT": True,
@@ -150,7 +150,7 @@ def cases() -> Iterator[Case]:
             "BLOCK": pack_experts.BLOCK,
             "num_warps": pack_experts.WARPS,
         },
-        odd=("slot", "start_word", "stop_word"),
+        odd=("slot", "start_unit", "stop_unit", "checksum_ptr"),
     )
 
 

@@ -31,8 +31,8 @@ class Slabs:
 
     tensors: uint8 [S, bytes of a slot]. firsts: where each one's slab begins in a packed expert.
     packed_bytes: of a packed expert. table: int64 [tensors, 3] on the device, of each its address, its
-    words of a slot and the word of a packed expert that its slab begins at; None if slabs do not begin
-    at multiples of ALIGNMENT, which only the torch form can read.
+    size in a slot and where its slab begins in a packed expert, in units of ALIGNMENT; None if slabs
+    do not begin at its multiples, which only the torch form can read.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -68,7 +68,7 @@ def _table(tensors: Sequence[torch.Tensor], firsts: Sequence[int]) -> torch.Tens
     if not aligned:
         return None
     rows = [
-        [tensor.data_ptr(), tensor.shape[1] // 4, first // 4]
+        [bytes_ // ALIGNMENT for bytes_ in (tensor.data_ptr(), tensor.shape[1], first)]
         for tensor, first in zip(tensors, firsts, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
@@ -195,7 +195,7 @@ def _factors(like: torch.Tensor, position: int) -> torch.Tensor:
 
 
 @jit(
-    do_not_specialize=["slot", "start_word", "stop_word"],
+    do_not_specialize=["slot", "start_unit", "stop_unit"],
     do_not_specialize_on_alignment=["checksum_ptr"],
 )
 def _kernel(
@@ -203,26 +203,27 @@ def _kernel(
     packed_ptr,
     checksum_ptr,
     slot,
-    start_word,
-    stop_word,
+    start_unit,
+    stop_unit,
     FROM_SLOT: tl.constexpr,
     COPIES: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (i, t) takes block i of slab t. A word's number in the checksum leaves padding out, and
-    slabs that this kernel takes have none. All words that something begins or ends at are multiples of
-    4, whatever their values: one compiled kernel for all of them.
+    slabs that this kernel takes have none. What begins or ends is counted in units of 16 bytes, so that
+    the compiler knows without any value that a thread may take as much at once.
     """
-    start_word, stop_word = tl.multiple_of(start_word, 4), tl.multiple_of(stop_word, 4)
+    start_word, stop_word = 4 * start_unit, 4 * stop_unit
     entry = table_ptr + 3 * tl.program_id(1)
-    words = tl.multiple_of(tl.load(entry + 1), 4)
-    first = tl.multiple_of(tl.load(entry + 2), 4)
+    units = tl.load(entry + 1)
+    words = 4 * units
+    first = 4 * tl.load(entry + 2)
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     number = first + word
     wanted = (word < words) & (number >= start_word) & (number < stop_word)
-    address = tl.multiple_of(tl.load(entry) + 4 * slot * words, 16)
-    slab_ptr = address.to(tl.pointer_type(tl.int32)) + word
+    address = 16 * (tl.load(entry) + slot * units)
+    slab_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16) + word
     if FROM_SLOT:
         value = tl.load(slab_ptr, mask=wanted, other=0)
         if COPIES:
@@ -258,8 +259,8 @@ def _launch(
         packed,
         checksum,
         slot,
-        start // 4,
-        stop // 4,
+        start // ALIGNMENT,
+        stop // ALIGNMENT,
         FROM_SLOT=from_slot,
         COPIES=copies,
         SUMS=checksum is not None,
