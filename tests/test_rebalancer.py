@@ -17,7 +17,7 @@ from expert_weights import loaded, memory_of, wrong_slots
 from ranks import Ranks
 from traces import head_of
 
-from ep_rebalance import background
+from ep_rebalance import background, rebalancer
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import initial_status
@@ -28,12 +28,12 @@ from ep_rebalance.planning import proposal
 from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.recorder import Recorder
-from ep_rebalance.replay.run import Scenario, replay
+from ep_rebalance.replay.run import Replayed, Scenario, replay
 from ep_rebalance.replay.step_time import MeasuredSteps
 from ep_rebalance.settings import load_config
 from ep_rebalance.state import ModelIdentity, load_state
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import RecordedPlacement, TraceReader
+from ep_rebalance.trace import RecordedPlacement, TraceHead, TraceReader
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 
@@ -132,14 +132,14 @@ class Engine:
         self.seen: list[StepSeen] = []
         self.load_LE = np.zeros((LAYERS, EXPERTS))
 
-    def step(self, skew: float = 2.0, tokens: int = TOKENS) -> None:
+    def step(self, skew: float = 2.0, tokens: int = TOKENS, continues: bool = False) -> None:
         """One forward pass and the balancer's part after it, then the checks."""
         started = time.perf_counter() if tokens else None
         if tokens:
             self.counts.mark_tokens(np.arange(tokens) % 3 // 2)
             for layer in range(LAYERS):
                 self._forward(layer, skew, tokens)
-        self.rebalancer.step(started)
+        self.rebalancer.step(started, continues)
         self.check_slots()
         served = self.rebalancer.served
         self.seen.append(
@@ -280,18 +280,31 @@ def test_status_counts_each_token_once_by_phase_and_by_rank(two_ranks: Ranks):
 # --- a trace replays to what was served
 
 
+def head_for(size: int, config: RebalanceConfig) -> TraceHead:
+    return head_of(
+        layers=LAYERS,
+        experts=EXPERTS,
+        ranks=size,
+        redundant=config.planner.redundant_experts,
+        expert_bytes=list(memory_of(loaded_anywhere(size, config)).expert_bytes_L),
+        config=config.as_dict(),
+    )
+
+
+def replayed_as_recorded(folder: Path) -> Replayed:
+    reader = TraceReader(*folder.glob("*.eptrace"))
+    scenario = Scenario(
+        policy="ours",
+        planner=PLANNERS["incremental"],
+        config=load_config(reader.head.config),
+        topology=Topology.single_node(2),
+        step_time=MeasuredSteps(fraction=0.5),
+    )
+    return replay(reader.head, reader, scenario)
+
+
 def rebalance_recorded(rank, size, config, executor):
-    recorder = None
-    if rank == 0:
-        head = head_of(
-            layers=LAYERS,
-            experts=EXPERTS,
-            ranks=size,
-            redundant=config.planner.redundant_experts,
-            expert_bytes=list(memory_of(loaded_anywhere(size, config)).expert_bytes_L),
-            config=config.as_dict(),
-        )
-        recorder = Recorder(config.trace, head)
+    recorder = Recorder(config.trace, head_for(size, config)) if rank == 0 else None
     engine = Engine(rank, size, config, executor=executor, recorder=recorder)
     for step in range(STEPS_LIMIT):
         engine.step(skew=2.0 if step < STEPS_LIMIT // 2 else -1.0)
@@ -317,15 +330,7 @@ def test_a_trace_replays_to_the_placements_that_were_served(
 ):
     config = eager({"planner": {"redundant_experts": redundant}, "trace": {"path": str(tmp_path)}})
     (served, status), _ = two_ranks.run(rebalance_recorded, 2, config, executor)
-    reader = TraceReader(*tmp_path.glob("*.eptrace"))
-    scenario = Scenario(
-        policy="ours",
-        planner=PLANNERS["incremental"],
-        config=load_config(reader.head.config),
-        topology=Topology.single_node(2),
-        step_time=MeasuredSteps(fraction=0.5),
-    )
-    replayed = replay(reader.head, reader, scenario)
+    replayed, reader = replayed_as_recorded(tmp_path), TraceReader(*tmp_path.glob("*.eptrace"))
     recorded = {r.generation: r for r in reader if isinstance(r, RecordedPlacement)}
     assert served.generation >= 3
     assert [plan.generation for plan in replayed.commits] == list(recorded)[1:]
@@ -335,6 +340,51 @@ def test_a_trace_replays_to_the_placements_that_were_served(
         assert plan.moved == placement.changed_slots(recorded[plan.generation - 1].placement)
     refused = [plan.outcome for plan in replayed.plans].count("no_gain")
     assert status.plans["no_gain"] - refused in (0, 1), "the last one may not be recorded yet"
+
+
+class Clock:
+    """Steps take the same time on every placement, but for a little that comes and goes."""
+
+    def __init__(self, rank: int) -> None:
+        self._now, self._rng = 0.0, np.random.default_rng(rank)
+
+    def perf_counter(self) -> float:
+        return self._now
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def pass_step(self) -> None:
+        self._now += 0.01 * (1 + 0.001 * self._rng.normal())
+
+
+def rebalance_to_no_avail(rank, size, config):
+    clock = Clock(rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rebalancer, "time", clock)
+        recorder = Recorder(config.trace, head_for(size, config)) if rank == 0 else None
+        engine = Engine(rank, size, config, recorder=recorder)
+        for _ in range(STEPS_LIMIT):
+            clock.pass_step()
+            engine.step(continues=True)
+    if recorder is not None:
+        recorder.flush()
+    return engine.rebalancer.status_now()
+
+
+def test_a_replay_judges_by_the_recorded_step_times_as_the_server_did(
+    two_ranks: Ranks, tmp_path: Path
+):
+    config = eager({"decision": {"min_gain": 0.001}, "trace": {"path": str(tmp_path)}})
+    status, _ = two_ranks.run(rebalance_to_no_avail, 2, config)
+    told = [commit for commit in status.commits if commit.measured_gain is not None]
+    assert told
+    assert all(abs(c.measured_gain) < 4 * c.measured_gain_error < 0.01 for c in told)
+    assert any(c.achieved_gain > 4 * c.measured_gain_error for c in told)
+    replayed = replayed_as_recorded(tmp_path)
+    assert [(plan.generation, plan.predicted_gain) for plan in replayed.commits] == [
+        (commit.generation, commit.predicted_gain) for commit in status.commits
+    ]
 
 
 # --- quotas follow the load
