@@ -7,7 +7,7 @@ import pytest
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.engines.vllm.contract import SUPPORTED_VERSIONS, Contract, check_version
 
-SEAMS = ("eplb_state", "model_runner", "prepare_finalize", "router")
+SEAMS = ("cpu_experts", "eplb_state", "experts", "model_runner", "prepare_finalize", "router")
 TARGET = "ep_rebalance.migration:schedule"
 
 

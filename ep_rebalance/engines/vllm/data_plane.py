@@ -24,10 +24,7 @@ def check_data_plane(vllm_config: Any, config: RebalanceConfig) -> None:
 
     plane = config.data_plane
     if current_platform.is_cpu() and plane.all_to_all == "engine":
-        raise ConfigurationError(
-            "data_plane.all_to_all=engine: on CPU vLLM has no all-to-all.",
-            "drop it, or set data_plane.all_to_all=ours.",
-        )
+        _check_engine_on_cpu(vllm_config)
     if carries_tokens(config):
         _check_all_to_all(vllm_config, plane)
     if plane.experts == "triton":
@@ -40,6 +37,32 @@ def choose_kernels(vllm_config: Any, config: RebalanceConfig) -> None:
 
     if config.data_plane.experts == "triton" and not current_platform.is_cpu():
         vllm_config.kernel_config.moe_backend = "triton"
+
+
+def _check_engine_on_cpu(vllm_config: Any) -> None:
+    if vllm_config.parallel_config.data_parallel_size > 1 and not _cpu_gathers():
+        raise ConfigurationError(
+            "data_plane.all_to_all=engine: on CPU vLLM cannot gather the tokens of data-parallel ranks.",
+            "drop it, set data_plane.all_to_all=ours, or use tensor parallelism alone.",
+        )
+    if vllm_config.model_config.quantization is not None:
+        raise ConfigurationError(
+            "data_plane.all_to_all=engine: on CPU vLLM's quantised experts take every slot for their own.",
+            "drop it, or set data_plane.all_to_all=ours.",
+        )
+
+
+def _cpu_gathers() -> bool:
+    """Whether vLLM's communicator on CPU, or a plugin's in its place, has what its all-to-all calls."""
+    from vllm.distributed.device_communicators.base_device_communicator import (
+        DeviceCommunicatorBase,
+    )
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    return all(
+        getattr(CpuCommunicator, name) is not getattr(DeviceCommunicatorBase, name)
+        for name in ("all_gatherv", "reduce_scatterv")
+    )
 
 
 def _check_all_to_all(vllm_config: Any, plane: DataPlaneConfig) -> None:

@@ -79,6 +79,14 @@ def install() -> None:
     setattr(oracle, _NAME, backend_to_kernel_cls)
 
 
+def local_slots(slots_MK: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
+    """[M, K], slots within this rank; -1 for those of other ranks and for padding.
+
+    expert_map: vLLM's, [slots over all ranks], with -1 for those of other ranks.
+    """
+    return expert_map[slots_MK].masked_fill(slots_MK < 0, -1)  # -1 is read as the last slot
+
+
 class GroupedExperts(mk.FusedMoEExpertsModular):
     """Group the pairs of this rank's slots, then the grouped MLP.
 
@@ -177,10 +185,10 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         if self._pairs_stay_apart:
             self._compute(hidden_states, topk_ids, weights, activation, output)
             return
-        slots_MK = topk_ids if expert_map is None else expert_map[topk_ids]
-        workspace2.zero_()  # pairs of other ranks' slots are summed too
+        slots_MK = topk_ids if expert_map is None else local_slots(topk_ids, expert_map)
         self._compute(hidden_states, slots_MK, weights, activation, workspace2)
-        position_MK = torch.arange(slots_MK.numel(), device=output.device).view(slots_MK.shape)
+        pair_MK = torch.arange(slots_MK.numel(), device=output.device).view(slots_MK.shape)
+        position_MK = pair_MK.masked_fill(slots_MK < 0, -1)
         factors = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
         output.copy_(weighted_sum(workspace2.view(-1, output.shape[1]), position_MK, factors))
 

@@ -1,9 +1,8 @@
 """Seam: tokens to the experts and back by our all-to-all (`data_plane.all_to_all`).
 
-Target: `maybe_make_prepare_finalize`, wherever it is bound by name. Why: on CPU vLLM's expert
-kernel ignores `expert_map` and its communicator lacks `all_gatherv`, so tensor- and data-parallel
-experts crash; with rows sent by all-to-all each rank sees only rows of its own slots. GPUs keep the
-all-to-all backend that the operator chose unless ours is asked for.
+Target: `maybe_make_prepare_finalize`, wherever it is bound by name. Why: vLLM's CPU communicator lacks
+`all_gatherv`, so data-parallel experts crash there; and ours gives the same bits wherever experts sit.
+GPUs keep the all-to-all backend that the operator chose unless ours is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from ep_rebalance.all_to_all import AllToAll, Dispatched, NodeGroups, make_all_t
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.engines.vllm.activation import active_config
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.engines.vllm.cpu_experts import take_local_ids
 from ep_rebalance.engines.vllm.data_plane import carries_tokens
 from ep_rebalance.engines.vllm.experts import GroupedExperts
 from ep_rebalance.engines.vllm.nodes import ranks_per_node
@@ -99,6 +99,8 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         if isinstance(fused_experts, GroupedExperts):
             fused_experts.keep_pairs_apart()
             self._pairs_stay_apart = True
+        else:
+            take_local_ids(fused_experts)
 
     @property
     def activation_format(self) -> mk.FusedMoEActivationFormat:

@@ -58,7 +58,7 @@ class WorkerExtension:
 
 
 def _install() -> None:
-    from ep_rebalance.engines.vllm import experts, prepare_finalize
+    from ep_rebalance.engines.vllm import cpu_experts, experts, prepare_finalize
 
     share_vllm_log()
     router.install()
@@ -67,6 +67,7 @@ def _install() -> None:
     weights.install()
     model_runner.install()
     experts.install()
+    cpu_experts.install()
     prepare_finalize.install()
 
 
