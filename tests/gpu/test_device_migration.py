@@ -40,9 +40,9 @@ def steps_without_a_wait(rank, config, device, backend):
     step = engine.rebalancer.step
     held_to_it = torch.device(device if backend == "nccl" else "cpu")
 
-    def checked(started):
+    def checked(*arguments):
         with waits_refused(held_to_it):
-            step(started)
+            step(*arguments)
 
     engine.rebalancer.step = checked
     engine.run_until(has_generation(3))

@@ -8,8 +8,12 @@ import sys
 
 from gpu_kit.figures import tell
 
-NEEDED = ("hypothesis", "numba", "numpy", "prometheus_client", "pytest", "rich", "torch", "triton")
-"""Packages that no load brings; see dependencies.txt for those that load b does."""
+NEEDED = (
+    *("PIL", "aiohttp", "cloudpickle", "cpuinfo", "cv2", "hypothesis", "jinja2", "numba", "numpy"),
+    *("prometheus_client", "psutil", "pytest", "regex", "requests", "rich", "safetensors"),
+    *("sentencepiece", "tiktoken", "torch", "transformers", "triton", "typer", "uvloop", "yaml"),
+)
+"""What vLLM and the tests import and no load brings; dependencies.txt has the rest."""
 
 
 def main() -> int:
@@ -18,7 +22,7 @@ def main() -> int:
     device = parser.parse_args().device
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        tell(reason=f"not installed: {', '.join(missing)}; pack them with prepare --more")
+        tell(reason=f"no module {', '.join(missing)}; pack what has it with prepare --more")
         return 1
     import torch
     import triton
