@@ -37,7 +37,7 @@ def pinned(values: NDArray[np.int32], device: torch.device) -> torch.Tensor:
 
 def pins(device: torch.device) -> bool:
     """Whether copies to and from `device` need pinned memory."""
-    return device.type != "cpu"
+    return bool(device.type != "cpu")
 
 
 class UploadRing:
