@@ -1,7 +1,7 @@
 """Host time that the balancer adds to an engine step, at DeepSeek-V3's size.
 
-One process is rank 0 of 32. The others are a `fake` process group of torch: they say in every sum what
-rank 0 says, and nobody waits for them. 58 layers of 256 experts and 32 redundant ones;
+One process is rank 0 of 32. The others are a `fake` process group of torch: they answer at once, say of
+themselves what rank 0 says, and count nothing. 58 layers of 256 experts and 32 redundant ones;
 experts are a few bytes long, since their bytes cost the device and not the host. Timed are marking the
 tokens of a step and `Rebalancer.step`; the routing kernels are part of the forward pass. Rows:
 
@@ -36,16 +36,18 @@ from rich.progress import track
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ep_rebalance.commit import PreparedMigration
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import initial_status
-from ep_rebalance.migration import Migration, schedule
+from ep_rebalance.migration import schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.recorder import Recorder
 from ep_rebalance.replay.model_shape import SHAPES
 from ep_rebalance.settings import load_config
+from ep_rebalance.snapshot import HEAD
 from ep_rebalance.state import ModelIdentity
 from ep_rebalance.topology import Topology
 from ep_rebalance.trace import TraceHead
@@ -154,7 +156,7 @@ class Rank:
         )
         return Recorder(config.trace, head)
 
-    def swapped(self, layers: tuple[int, ...], turn: int) -> Migration:
+    def swapped(self, layers: tuple[int, ...], turn: int) -> PreparedMigration:
         """From what is served: ranks 4 and 5 swap an expert of each of `layers`."""
         served = self.rebalancer.served
         slots_LP = served.placement.slots_LP.copy()
@@ -162,7 +164,7 @@ class Rank:
         for layer in layers:
             slots_LP[layer, [first, second]] = slots_LP[layer, [second, first]]
         target = Placement(slots_LP, SHAPE.experts, RANKS)
-        return schedule(
+        migration = schedule(
             served.placement,
             target,
             target.even_quotas_LP(),
@@ -172,6 +174,7 @@ class Rank:
             staging_slots=self.rebalancer.migrator.staging_slots,
             rank=0,
         )
+        return PreparedMigration.of(migration, self.counts)
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -258,7 +261,7 @@ def main() -> None:
         }
     )
     torch.set_num_threads(1)
-    dist.all_reduce = lambda tensor, **_: tensor.mul_(RANKS)
+    dist.all_reduce = lambda tensor, **_: tensor[:HEAD].mul_(RANKS)
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     rank = Rank(config, torch.device(options.device))
     time_steps(rank, 3)

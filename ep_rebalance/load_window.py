@@ -27,6 +27,7 @@ class LoadSample:
     steps: engine steps that the snapshot sums up.
     step_seconds: mean time of one of them; 0 where none could be timed.
     generation: of the placement that served it.
+    load_LE: int64 [L, E], phases together.
     routed: tokens that the busiest layer routed, each counted once for each of its experts.
     """
 
@@ -34,6 +35,7 @@ class LoadSample:
     steps: int
     step_seconds: float
     generation: int = 0
+    load_LE: NDArray[np.int64] = field(init=False)
     routed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,7 +43,17 @@ class LoadSample:
             raise ValueError(
                 f"counts must be [{len(PHASES)} phases, layers, experts], got {self.counts_ALE.shape}"
             )
-        object.__setattr__(self, "routed", int(self.counts_ALE.sum(axis=(0, 2)).max()))
+        object.__setattr__(self, "load_LE", self.counts_ALE.sum(axis=0))
+        object.__setattr__(self, "routed", int(self.load_LE.sum(axis=1).max()))
+
+    def load_of(self, phases: Sequence[str]) -> NDArray[np.int64]:
+        """int64 [L, E]."""
+        if set(phases) == set(PHASES):
+            return self.load_LE
+        load_LE: NDArray[np.int64] = self.counts_ALE[[PHASES.index(phase) for phase in phases]].sum(
+            0
+        )
+        return load_LE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,9 +153,8 @@ def window_load(
     """
     if not samples:
         raise ValueError("the load window holds no snapshot with tokens yet")
-    chosen = [PHASES.index(phase) for phase in phases]
     groups = _group(len(samples), max_samples)
-    tokens_GLE = [sum(samples[i].counts_ALE[chosen].sum(axis=0) for i in group) for group in groups]
+    tokens_GLE = [sum(samples[i].load_of(phases) for i in group) for group in groups]
     ages_G = [len(samples) - 1 - np.mean(group) for group in groups]
     return WindowLoad(
         tokens_WLE=np.array(tokens_GLE, dtype=np.float64),

@@ -12,40 +12,72 @@ from ep_rebalance.journal import initial_status
 from ep_rebalance.metrics import encode
 from ep_rebalance.overview import HOTTEST, overview
 from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.rank_balance import HALF_LIFE_SNAPSHOTS, RankBalance, RecentImbalance
+from ep_rebalance.rank_balance import HALF_LIFE_SNAPSHOTS, RankBalance
 
 LOADED = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
 SERVED = Served.initial(Placement(np.array([[0, 2, 1, 3], [0, 1, 2, 3]]), 4, 2))
 COUNTS = arrays(np.int64, (2, 2, 4), elements=st.integers(0, 1000))
 
 
+def decoded(*loads_LE: list[list[int]]) -> RankBalance:
+    """After snapshots in which only decode had tokens."""
+    balance = RankBalance(LOADED)
+    for load_LE in loads_LE:
+        balance.add(np.array([np.zeros((2, 4), dtype=np.int64), load_LE]), SERVED)
+    return balance
+
+
 def test_one_snapshot_is_its_own_imbalance():
-    recent = RecentImbalance(2)
-    assert (recent.of_layers(), recent.overall()) == ([], None)
-    loads_LR = np.array([[30.0, 10.0], [20.0, 20.0]])
-    recent.add(loads_LR)
-    assert recent.of_layers() == imbalance_L(loads_LR).tolist()
-    assert recent.overall() == (30 + 20) / (20 + 20)
+    before = RankBalance(LOADED)
+    assert (before.served.of_layers(), before.served.overall()) == ([], None)
+    load_LE = [[30, 10, 2, 8], [5, 15, 20, 0]]
+    balance = decoded(load_LE)
+    loads_LR = SERVED.placement.rank_load_LR(np.array(load_LE))
+    assert balance.served.of_layers() == imbalance_L(loads_LR).tolist()
+    assert balance.served.overall() == loads_LR.max(1).sum() / loads_LR.mean(1).sum()
+    assert (
+        balance.contiguous.of_layers()
+        == imbalance_L(LOADED.rank_load_LR(np.array(load_LE))).tolist()
+    )
 
 
 def test_a_snapshot_weighs_what_its_tokens_weigh():
-    recent = RecentImbalance(1)
-    recent.add(np.array([[1000.0, 1000.0]]))
-    recent.add(np.array([[2.0, 0.0]]))
-    assert recent.overall() < 1.01
+    balance = decoded([[1000] * 4] * 2, [[2, 0, 0, 0]] * 2)
+    assert balance.served.overall() < 1.01
 
 
-def test_older_snapshots_fade_and_idle_ones_change_nothing():
-    recent = RecentImbalance(1)
-    recent.add(np.array([[20.0, 0.0]]))
+def test_older_snapshots_fade_and_phases_without_tokens_do_not():
+    uneven, even = [[20, 0, 0, 0]] * 2, [[5] * 4] * 2
+    balance = decoded(uneven)
+    prompts = np.array([even, np.zeros((2, 4), dtype=np.int64)])
     for _ in range(HALF_LIFE_SNAPSHOTS):
-        recent.add(np.array([[0.0, 0.0]]))
-    assert recent.overall() == 2.0
-    for _ in range(HALF_LIFE_SNAPSHOTS):
-        recent.add(np.array([[10.0, 10.0]]))
+        balance.add(prompts, SERVED)
+    assert balance.phases["decode"].overall() == 2.0
     fade = 0.5 ** (1 / HALF_LIFE_SNAPSHOTS)
-    even = sum(fade**age for age in range(HALF_LIFE_SNAPSHOTS))
-    assert recent.overall() == pytest.approx((0.5 * 20 + 10 * even) / (0.5 * 10 + 10 * even))
+    later = sum(fade**age for age in range(HALF_LIFE_SNAPSHOTS))
+    assert balance.served.overall() == pytest.approx(
+        (0.5 * 20 + 10 * later) / (0.5 * 10 + 10 * later)
+    )
+    assert balance.recent_LE[0] == pytest.approx([10 + 5 * later, 5 * later, 5 * later, 5 * later])
+
+
+@given(st.lists(COUNTS, min_size=1, max_size=3), st.booleans())
+def test_tokens_of_ranks_are_those_that_the_placement_gives_them(snapshots, replicated):
+    """Whoever may write to the arrays of what is served."""
+    placement = Placement(np.array([[0, 1, 2, 3, 0, 2], [0, 1, 2, 3, 0, 1]]), 4, 2)
+    quotas_LP = np.array([[0.25, 1, 0.5, 1, 0.75, 0.5], [0.5, 0.5, 1, 1, 0.5, 0.5]])
+    quotas_LP.flags.writeable = replicated
+    served = Served(placement=placement, quotas_LP=quotas_LP, generation=1)
+    balance = RankBalance(LOADED)
+    for counts_ALE in snapshots:
+        balance.add(counts_ALE, served)
+    loads = [placement.rank_load_LR(counts.sum(0), quotas_LP) for counts in snapshots]
+    fades = [0.5 ** (age / HALF_LIFE_SNAPSHOTS) for age in reversed(range(len(loads)))]
+    assert balance.recent_LR == pytest.approx(
+        sum(fade * load for fade, load in zip(fades, loads, strict=True))
+    )
+    assert (balance.rank_tokens_LR == sum(np.rint(load) for load in loads)).all()
+    assert (balance.tokens_ALE == sum(snapshots)).all()
 
 
 @given(st.lists(COUNTS, min_size=1, max_size=5))
