@@ -29,7 +29,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"scripts/gpu/kit: {error}; `scripts/gpu/kit list` shows all", file=sys.stderr)
         return 2
     place = Place(
-        loads=options.loads, site=options.site, out=options.out.absolute(), device=options.device
+        loads=options.loads.absolute(),
+        site=options.site.absolute(),
+        out=options.out.absolute(),
+        device=options.device,
     )
     results = []
     for result in run_steps(steps, place, options.seconds):

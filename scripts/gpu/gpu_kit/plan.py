@@ -110,7 +110,7 @@ STEPS = (
         seconds=60,
         loads=("b",),
     ),
-    _tests("kernels", "b", 180, "tests/kernels"),
+    _tests("kernels", "b", 240, "tests/kernels"),
     _tests("step-path", "b", 60, *STEP_PATH, "-k", "{device}"),
     _tests("loop-gloo", "b", 150, LOOP, "-k", "{device} and gloo"),
     Step(

@@ -97,9 +97,13 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     }
     if options.device == "cpu":
         return arguments | {"dtype": "float32"}
-    # Flash attention is not among the libraries that were packed.
-    attention = {"attention_config": {"backend": "TRITON_ATTN"}}
-    return arguments | attention | {"kv_cache_memory_bytes": 1 << 30}
+    return arguments | {
+        # Flash attention is not among the libraries that were packed.
+        "attention_config": {"backend": "TRITON_ATTN"},
+        # In this process, which knows that the platform's collectives are gloo's.
+        "distributed_executor_backend": "uni",
+        "kv_cache_memory_bytes": 1 << 30,
+    }
 
 
 def _environment(rank: int, options: argparse.Namespace) -> Mapping[str, str]:

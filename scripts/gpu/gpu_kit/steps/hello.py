@@ -23,7 +23,7 @@ def main() -> int:
     from vllm import LLM, __file__, __version__
 
     tell(vllm=__version__, offers=LLM.__name__, import_seconds=round(time.monotonic() - began, 1))
-    load_libraries(Path(__file__).parent)
+    tell(operations=load_libraries(Path(__file__).parent))
     problems = broken_contracts()
     if problems:
         tell(reason="; ".join(problems))
@@ -35,14 +35,15 @@ def main() -> int:
     return int(error > TOLERANCE)
 
 
-def load_libraries(vllm: Path) -> None:
-    """Raises OSError for a library that lacks a symbol. Those that vLLM's import has not loaded are
-    loaded here."""
+def load_libraries(vllm: Path) -> int:
+    """How many operations they bring. Raises OSError for a library that lacks a symbol."""
     import torch
 
     for name in LIBRARIES:
         if (vllm / name).exists():
             torch.ops.load_library(str(vllm / name))
+    names: list[str] = torch._C._dispatch_get_all_op_names()
+    return sum(name.startswith(("_C::", "_moe_C::")) for name in names)
 
 
 def broken_contracts() -> list[str]:
