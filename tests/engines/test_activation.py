@@ -291,7 +291,18 @@ def test_the_engines_own_balancer_is_refused(create):
 @pytest.mark.parametrize(
     ("plane", "arguments", "reason", "remedy"),
     [
-        ({"all_to_all": "engine"}, {}, ["on CPU", "all_to_all=engine"], ["all_to_all=ours"]),
+        (
+            {"all_to_all": "engine"},
+            {"data_parallel_size": 2},
+            ["on CPU", "all_to_all=engine", "data-parallel"],
+            ["all_to_all=ours", "tensor parallelism alone"],
+        ),
+        (
+            {"all_to_all": "engine"},
+            {"quantization": "fp8"},
+            ["on CPU", "all_to_all=engine", "quantised"],
+            ["all_to_all=ours"],
+        ),
         ({"payload": "fp8"}, {}, ["payload=fp8", "128 columns", "has 64"], ["drop"]),
         (
             {"experts": "triton"},
@@ -307,10 +318,29 @@ def test_a_data_plane_that_cannot_work_is_refused(create, plane, arguments, reas
 
 @pytest.mark.parametrize(
     "plane",
-    [{"shape": "fixed", "all_to_all": "ours"}, {"experts": "triton"}, {"group_by_node": True}],
+    [
+        {"shape": "fixed", "all_to_all": "ours"},
+        {"experts": "triton"},
+        {"group_by_node": True},
+        {"all_to_all": "engine"},
+    ],
 )
 def test_a_data_plane_that_works_passes(create, plane):
     create({"data_plane": plane})
+
+
+def test_the_engines_all_to_all_passes_where_its_communicator_can_gather(create, monkeypatch):
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def engine_with_data_parallelism():
+        ranks = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        create({"data_plane": {"all_to_all": "engine"}}, **ranks)
+
+    for name in ("all_gatherv", "reduce_scatterv"):
+        with pytest.raises(ConfigurationError, match="cannot gather"):
+            engine_with_data_parallelism()
+        monkeypatch.setattr(CpuCommunicator, name, lambda *_, **__: None, raising=False)
+    engine_with_data_parallelism()
 
 
 def test_a_second_worker_extension_is_refused(create):
