@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,24 +49,31 @@ class TimedProposal:
 
 
 class DaemonThread:
-    """Runs jobs one at a time; unlike an executor's, one that hangs does not keep the process alive."""
+    """Runs jobs one after the other; unlike an executor's, one that hangs does not keep the process
+    alive. The thread stays, since starting one waits until it runs.
+    """
 
     def __init__(self) -> None:
-        self._one_at_a_time = threading.Lock()
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=_run, args=(self._jobs,), name="ep_rebalance", daemon=True).start()
 
     def submit(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Start a job, or queue it behind the one that runs."""
+        """Begin a job once those before it are done."""
         future: Future[Result] = Future()
 
-        def run() -> None:
-            with self._one_at_a_time:
-                try:
-                    future.set_result(job(*arguments))
-                except BaseException as error:
-                    future.set_exception(error)
+        def carry_out() -> None:
+            try:
+                future.set_result(job(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
 
-        threading.Thread(target=run, name="ep_rebalance", daemon=True).start()
+        self._jobs.put(carry_out)
         return future
+
+
+def _run(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
 
 
 class Background:
