@@ -48,6 +48,7 @@ def test_every_container_of_every_section_is_cut():
 
 
 def too_long(fat: bytes) -> bytes:
+    """A container or an entry: the size stands at the same place in both."""
     return fat[:8] + struct.pack("<Q", 1 << 20) + fat[16:]
 
 
@@ -63,7 +64,19 @@ def too_long(fat: bytes) -> bytes:
             library({".nv_fatbin": container(code(CUBIN, 100))}), "sm_90 could run", id="others"
         ),
         pytest.param(
-            library({".nv_fatbin": too_long(container(code(CUBIN, 90)))}), "runs over", id="long"
+            library({".nv_fatbin": too_long(container(code(CUBIN, 90)))}),
+            "runs over its section",
+            id="container too long",
+        ),
+        pytest.param(
+            library({".nv_fatbin": container(too_long(code(CUBIN, 90)))}),
+            "runs over its container",
+            id="entry too long",
+        ),
+        pytest.param(
+            library({".nv_fatbin": container(code(CUBIN, 90), b"rest")}),
+            "is cut off",
+            id="entry cut off",
         ),
     ],
 )

@@ -131,6 +131,7 @@ STEPS = (
     ),
     _engine("engine-v2", 180, "--runner", "v2"),
     _engine("engine-v1", 150, "--runner", "v1"),
+    _engine("engine-sync-gloo", 150, "--shape", "fixed", VLLM_GPU_SYNC_CHECK="error"),
     _unpack("c"),
     Step(
         name="ranks-nccl",
@@ -151,7 +152,7 @@ STEPS = (
     ),
     _tests("loop-nccl", "c", 120, LOOP, "-k", "{device} and nccl", nccl=True),
     _engine("engine-nccl", 150, nccl=True),
-    _engine("engine-sync", 150, nccl=True, VLLM_GPU_SYNC_CHECK="error"),
+    _engine("engine-sync-nccl", 150, nccl=True, VLLM_GPU_SYNC_CHECK="error"),
     _engine("engine-graphs", 180, "--graphs", nccl=True),
     Step(
         name="benchmarks",
