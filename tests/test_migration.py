@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from schedule_reference import plain, schedule_reference, transfers_by_round
 from shapes import placements, random_slots
 
-from ep_rebalance.migration import Batch, Migration, schedule
+from ep_rebalance.migration import Batch, Itinerary, Migration, schedule
+from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
@@ -75,24 +76,64 @@ def test_compiled_gives_what_plain_python_gives_over_many_rounds() -> None:
     assert plain(migration) == schedule_reference(**arguments)
 
 
+def exchanged(
+    itineraries: list[Itinerary], number: int, weights: Weights
+) -> list[NDArray[np.uint8]]:
+    """What each rank receives in a round, if all send what their itineraries say. A checksum is the
+    number of the slot that was read.
+    """
+    by_peer = []
+    for way in itineraries:
+        splits = way.sends.splits(number)
+        wire = np.full(sum(splits), 0xA5, dtype=np.uint8)
+        for leg in way.sends.of_round(number):
+            slot = way.rank * len(weights[leg.layer]) // len(itineraries) + leg.place
+            wire[leg.offset :][: leg.stop - leg.start] = weights[leg.layer][
+                slot, leg.start : leg.stop
+            ]
+            if leg.checksum >= 0:
+                wire[leg.checksum :][:CHECKSUM_BYTES] = slot
+        by_peer.append(np.split(wire, np.cumsum(splits)[:-1]))
+    return [np.concatenate(parts) for parts in zip(*by_peer, strict=True)]
+
+
 @given(settings_of_a_schedule())
-@settings(max_examples=60)
-def test_itineraries_say_the_same_at_both_ends(arguments: dict[str, Any]) -> None:
-    """What each rank is to send to a peer is what that peer is to receive, and the legs fill it."""
-    ranks = range(arguments["source"].num_ranks)
-    parts = [scheduled(arguments, rank).batches for rank in ranks]
-    for of_batch in zip(*parts, strict=True):
+@settings(max_examples=80)
+def test_itineraries_bring_every_byte_and_its_checksum(arguments: dict[str, Any]) -> None:
+    ranks = arguments["source"].num_ranks
+    weights = weights_of(arguments["source"], arguments["expert_bytes_L"])
+    for of_batch in zip(
+        *(scheduled(arguments, rank).batches for rank in range(ranks)), strict=True
+    ):
         itineraries = [batch.itinerary for batch in of_batch]
-        busiest = 0
-        for number, transfers in enumerate(transfers_by_round(of_batch[0])):
-            sent_RR = np.array([way.sends.splits(number) for way in itineraries])
-            received_RR = np.array([way.receives.splits(number) for way in itineraries])
-            assert (sent_RR == received_RR.T).all()
-            busiest = max(busiest, sent_RR.sum(axis=1).max(), received_RR.sum(axis=1).max())
-            sends = [leg for way in itineraries for leg in way.sends.of_round(number)]
-            receives = [leg for way in itineraries for leg in way.receives.of_round(number)]
-            assert len(sends) == len(receives) == len(transfers)
+        staged, slots, busiest = {}, {}, 0
+        for number in range(len(of_batch[0].rounds)):
+            received = exchanged(itineraries, number, weights)
+            busiest = max(busiest, *(sum(way.sends.splits(number)) for way in itineraries))
+            for way, wire in zip(itineraries, received, strict=True):
+                assert sum(way.receives.splits(number)) == len(wire) <= way.busiest_bytes
+                busiest = max(busiest, len(wire))
+                for leg in way.receives.of_round(number):
+                    expert = staged.setdefault((way.rank, leg.place), bytearray())
+                    assert len(expert) == leg.start
+                    expert += wire[leg.offset :][: leg.stop - leg.start].tobytes()
+                    if leg.checksum >= 0:
+                        slots[way.rank, leg.place] = wire[leg.checksum]
         assert {way.busiest_bytes for way in itineraries} == {busiest}
+        for move in of_batch[0].moves:
+            place = move.dst_rank, move.staging
+            assert staged[place] == weights[move.layer][move.src_slot].tobytes()
+            assert slots[place] == move.src_slot
+
+
+def weights_of(placement: Placement, expert_bytes_L: list[int]) -> Weights:
+    """One array [P, bytes] for each layer."""
+    return [
+        expert_weights(layer, placement.num_experts, size)[slots_P]
+        for layer, (size, slots_P) in enumerate(
+            zip(expert_bytes_L, placement.slots_LP, strict=True)
+        )
+    ]
 
 
 def expert_weights(seed: int, experts: int, num_bytes: int) -> NDArray[np.uint8]:
@@ -103,7 +144,9 @@ def sizes_L(migration: Migration) -> list[int]:
     """The size of an expert of each layer, as far as the transfers tell."""
     sizes = [1] * migration.source.num_layers
     for batch in migration.batches:
-        for layer, stop in zip(batch.moves.layer[batch.rounds.move], batch.rounds.stop, strict=True):
+        for layer, stop in zip(
+            batch.moves.layer[batch.rounds.move], batch.rounds.stop, strict=True
+        ):
             sizes[layer] = max(sizes[layer], int(stop))
     return sizes
 
