@@ -1,0 +1,63 @@
+"""Ranks that hold the same tokens share them out, and each of them gets every result."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from test_all_to_all import EXPERTS, compute_expert, make_step, reference
+from test_padded_rows import TOP_K, is_padding, with_padding
+
+from ep_rebalance.config import RebalanceConfig
+
+IMPORT_SECONDS = 300.0
+
+
+def join(rank: int) -> None:
+    """vLLM's tensor- and expert-parallel groups of all ranks, as in a server without data parallelism."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        return
+    os.environ["VLLM_DIST_IDENT"] = str(rank)  # differs, so that vLLM uses gloo throughout
+    size = dist.get_world_size()
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(size, rank, local_rank=rank, backend="gloo")
+        parallel_state.initialize_model_parallel(size, backend="gloo")
+
+
+def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
+    """(output, reference) of a step whose tokens all ranks hold."""
+    from ep_rebalance.engines.vllm.prepare_finalize import AllToAllPrepareAndFinalize
+
+    join(rank)
+    size = dist.get_world_size()
+    per_rank = EXPERTS // size
+    placement = [list(range(r * per_rank, (r + 1) * per_rank)) for r in range(size)]
+    step = make_step(0, tokens, TOP_K, torch.float32, placement, EXPERTS, seed=tokens)
+    if padded is not None:
+        step = with_padding(step, is_padding(padded, 0, tokens))
+    moe = SimpleNamespace(
+        num_experts=EXPERTS, moe_parallel_config=SimpleNamespace(is_sequence_parallel=False)
+    )
+    layer = AllToAllPrepareAndFinalize(moe, RebalanceConfig.model_validate({"data_plane": plane}))
+    rows, _, _, ids, _ = layer.prepare(
+        step.hidden_TH, step.weights_TK, step.slots_TK, EXPERTS, None, False, None
+    )
+    outputs = torch.empty_like(rows)
+    for n, (slot,) in enumerate(ids.tolist()):
+        outputs[n] = compute_expert(placement[rank][slot], rows[n])
+    out_TH = torch.full_like(step.hidden_TH, torch.nan)
+    layer.finalize(out_TH, outputs, step.weights_TK, step.slots_TK, False, None)
+    return out_TH, reference(step)
+
+
+@pytest.mark.parametrize("plane", [{"shape": "exact"}, {"shape": "fixed", "capacity_factor": 0.3}])
+@pytest.mark.parametrize("padded", [None, "last rows", "single pairs", "all ranks idle"])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_every_rank_gets_every_result(two_ranks: Ranks, tokens, padded, plane):
+    for out_TH, expected in two_ranks.run(forward, tokens, padded, plane, timeout=IMPORT_SECONDS):
+        assert torch.equal(out_TH, expected)
