@@ -18,7 +18,7 @@ from gpu_kit.places import KIT, ROOT, STAMP
 from gpu_kit.wheels import PROJECT_SOURCES, FetchError, Target
 
 DEPENDENCIES = KIT / "dependencies.txt"
-PACKING = ("archive.py", "fatbin.py", "loads.py", "wheels.py")
+PACKING = ("archive.py", "fatbin.py", "loads.py")
 """Modules that decide what is in a load."""
 LIMIT_MB = 60.0
 
