@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup demo test check dashboards clean help
+.PHONY: setup demo test test-all check dashboards clean help
 
 setup:  ## make .venv with vLLM for CPU and all development tools
 	@scripts/setup
@@ -9,7 +9,11 @@ demo: setup  ## run the demonstration; options go in ARGS="..."
 
 test: setup check  ## checks, then the test suite; options for pytest go in ARGS="..."
 	@scripts/test $(ARGS)
-	@$(if $(ARGS),,scripts/test -m server)
+	@$(if $(ARGS),,scripts/test servers)
+
+test-all: setup check  ## as test, and what repeats on another engine
+	@scripts/test
+	@scripts/test all-servers
 
 check: setup  ## format, lint, types and import contracts
 	@scripts/check
@@ -22,4 +26,4 @@ clean:  ## remove .venv, caches and build output
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):.*##/make \1 -/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##/make \1 -/p' $(MAKEFILE_LIST)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
+import httpx
 import pytest
-from serving import TOKENS, Server, prompts
+from serving import Server, prompts, prompts_by_domain
 
 ReadCounts = Callable[[Server], Mapping[str, int]]
 
@@ -51,7 +54,7 @@ def assert_counts_are_right(
     after, flushes = _settled_counts(server, read)
     expected = {
         "prefill": flushes * len(FLUSH) + sum(len(text.encode()) for text in texts),
-        "decode": (TOKENS - 1) * (len(texts) + flushes),
+        "decode": (server.tokens - 1) * (len(texts) + flushes),
     }
     counted = {phase: after[phase] - before[phase] for phase in expected}
     assert counted["prefill"] == expected["prefill"]
@@ -72,3 +75,37 @@ def _settled_counts(server: Server, read: ReadCounts) -> tuple[Mapping[str, int]
         if not moved:
             return read(server), flushes
     raise AssertionError(f"migrations touched {MOST_FLUSHES} requests in a row: {after}")
+
+
+def reload_amid_a_migration(server: Server) -> dict[str, Any]:
+    """Load the checkpoint again while experts move; returns the status before.
+
+    The server needs a small `migration.max_bytes_per_step` and VLLM_SERVER_DEV_MODE=1.
+    """
+    with amid_a_migration(server) as before:
+        server.call_workers("reload_weights")
+        after = server.status()
+    assert after["plans"]["abandoned"] > before["plans"]["abandoned"]
+    return before
+
+
+@contextmanager
+def amid_a_migration(server: Server) -> Iterator[dict[str, Any]]:
+    """Entered, with the status, while experts move under traffic; left when the traffic has ended."""
+
+    def ask() -> None:
+        with suppress(httpx.HTTPError):  # the server may be killed
+            for texts in prompts_by_domain() * 4:
+                if ended.is_set():
+                    return
+                server.answers(texts)
+
+    ended, traffic = threading.Event(), threading.Thread(target=ask)
+    traffic.start()
+    try:
+        while not (status := server.status())["migrating"]:
+            assert traffic.is_alive(), status
+        yield status
+    finally:
+        ended.set()
+        traffic.join()

@@ -14,11 +14,29 @@ from serving import (
     OPERATOR,
     PLUGIN,
     SETTINGS,
+    STARTS,
     TENSOR_PARALLEL,
     Server,
     prompts,
     serving,
 )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each server cost, and how many tests it served."""
+    if not STARTS:
+        return
+    terminalreporter.section("servers")
+    for start in STARTS:
+        fixture = start.name.partition("-")[0]
+        served = sum(
+            fixture in item.fixturenames and start.name.partition("-")[2] in item.name
+            for item in terminalreporter._session.items
+        )
+        terminalreporter.write_line(
+            f"{start.seconds:6.0f} s  {start.name}, vLLM {start.engine.name}: {served or 1} tests"
+        )
+    terminalreporter.write_line(f"{sum(start.seconds for start in STARTS):6.0f} s  all starts")
 
 
 @pytest.fixture(scope="session")
@@ -90,5 +108,6 @@ def data_parallel(
 def tensor_parallel(logs: Path, settings_file: str, one_rank: OneRank) -> Iterator[Server]:
     """Starts after `one_rank` has ended: an idle server keeps the cores from another one."""
     arguments = (*TENSOR_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
+    arguments += ("--ep-rebalance-config.planner.redundant_experts", "4")
     with serving(logs / "tensor_parallel.log", *arguments) as server:
         yield server

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from cpu_server import (
     cpu_environment,
     free_port,
 )
+from engines import ROOT, V032, Engine
 
 from ep_rebalance.engines.vllm.engine_reports import FRESH_SECONDS
 
-ROOT = Path(__file__).parents[2]
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 PROMPT_FILES = sorted((TINY_MOE / "prompts").glob("*.jsonl"))
 TOKENS = 64
@@ -62,13 +63,30 @@ def _texts(file: Path) -> list[str]:
     return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-class Server:
-    """A running `vllm serve` of tiny_moe."""
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a server cost. name: of its log, and of the fixture that is it, if there is one."""
 
-    def __init__(self, process: ServerProcess, port: int, log: Path) -> None:
+    name: str
+    engine: Engine
+    seconds: float
+
+
+STARTS: list[Start] = []
+"""Of this run, in their order."""
+
+
+class Server:
+    """A running `vllm serve` of tiny_moe.
+
+    tokens: of each answer.
+    """
+
+    def __init__(self, process: ServerProcess, port: int, log: Path, tokens: int = TOKENS) -> None:
         self.process = process
         self.url = f"http://{HOST}:{port}"
         self.log = log
+        self.tokens = tokens
         self._client = httpx.Client(base_url=self.url, timeout=300)
 
     def answers(self, texts: Sequence[str], concurrency: int = 12) -> list[list[int]]:
@@ -80,15 +98,18 @@ class Server:
         token_ids: list[int] = self._complete(text)["token_ids"]
         return token_ids
 
-    def log_probabilities(self, texts: Sequence[str]) -> list[list[dict[str, float]]]:
+    def log_probabilities(
+        self, texts: Sequence[str], tokens: int | None = None
+    ) -> list[list[dict[str, float]]]:
         """For each prompt and token of its greedy answer, those of the five likeliest tokens."""
-        return [self._complete(text, logprobs=5)["logprobs"]["top_logprobs"] for text in texts]
+        more = {"logprobs": 5, "max_tokens": tokens or self.tokens}
+        return [self._complete(text, **more)["logprobs"]["top_logprobs"] for text in texts]
 
     def _complete(self, text: str, **more: Any) -> dict[str, Any]:
         body = {
             "model": "tiny_moe",
             "prompt": text,
-            "max_tokens": TOKENS,
+            "max_tokens": self.tokens,
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
@@ -119,6 +140,10 @@ class Server:
         response.raise_for_status()
         answer: dict[str, Any] = response.json()
         return answer
+
+    def call_workers(self, method: str) -> None:
+        """By vLLM's route for development, which VLLM_SERVER_DEV_MODE=1 switches on."""
+        self._client.post("/collective_rpc", json={"method": method}).raise_for_status()
 
     def metrics(self) -> str:
         return self._client.get("/metrics").text
@@ -157,13 +182,28 @@ def environment(ranks: int, extra: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def serving(log: Path, *arguments: str, ranks: int = 2, **extra: str) -> Iterator[Server]:
-    """A server that has answered /health; ended with all its processes."""
-    port = free_port()
-    process = ServerProcess(complete(port, *arguments), environment(ranks, extra), log)
-    server = Server(process, port, log)
+def serving(
+    log: Path,
+    *arguments: str,
+    engine: Engine = V032,
+    plugins: Sequence[Path] = (),
+    tokens: int = TOKENS,
+    ranks: int = 2,
+    **extra: str,
+) -> Iterator[Server]:
+    """A server that has answered /health; ended with all its processes.
+
+    extra: environment variables.
+    """
+    for folder in engine.path:
+        assert folder.exists(), f"{folder} is missing; run scripts/setup --engines"
+    port, began = free_port(), time.monotonic()
+    variables = environment(ranks, engine.environment(plugins) | extra)
+    process = ServerProcess(complete(port, *arguments), variables, log)
+    server = Server(process, port, log, tokens)
     try:
         asyncio.run(process.ready(server.url))
+        STARTS.append(Start(log.stem, engine, time.monotonic() - began))
         yield server
     except NotServing as error:
         raise AssertionError(f"the server {error}:\n{server.log_text()[-6000:]}") from None

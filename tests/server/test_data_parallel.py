@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from answers import MIGRATIONS, answers_across_migrations, assert_counts_are_right
+from engines import V032
 from metrics_page import assert_metrics_agree
 from serving import OPERATOR, Server, prompts
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from ep_rebalance.cli import app
 from ep_rebalance.trace import RecordedPlacement, TraceReader
 
-pytestmark = pytest.mark.server
+pytestmark = V032.marks
 
 
 def test_data_parallel_answers_equal_one_rank_without_the_plugin(

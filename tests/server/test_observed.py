@@ -15,6 +15,7 @@ import httpx
 import pytest
 from answers import assert_counts_are_right
 from browser import needs_chromium, open_tab
+from engines import V032
 from metrics_page import assert_metrics_agree, samples
 from prometheus import needs_prometheus, prometheus_of
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,7 +25,7 @@ from test_dashboards import FILES, filled, load
 from ep_rebalance.dashboards.build import expressions
 from ep_rebalance.dashboards.promql import VLLM
 
-pytestmark = pytest.mark.server
+pytestmark = V032.marks
 
 READER = "the server's key"
 OBSERVED = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import DATA_PARALLEL, PLUGIN, TENSOR_PARALLEL, prompts, refused_start, serving
+from engines import V032
+from serving import DATA_PARALLEL, PLUGIN, TENSOR_PARALLEL, refused_start, serving
 
-pytestmark = pytest.mark.server
+pytestmark = V032.marks
 
 
 def test_four_ranks_of_tensor_and_data_parallelism_serve(
@@ -19,16 +20,6 @@ def test_four_ranks_of_tensor_and_data_parallelism_serve(
         server.drive_until(lambda s: s["generation"] >= 1)
         assert server.answers(questions[:8]) == before
         assert server.status()["ep_size"] == 4
-
-
-def test_observe_counts_and_moves_nothing(logs: Path, settings_file: str) -> None:
-    settings = ("--ep-rebalance-config", settings_file, "--ep-rebalance-config.mode", "observe")
-    with serving(logs / "observe.log", *DATA_PARALLEL, *PLUGIN, *settings) as server:
-        server.answers(prompts(per_domain=5))
-        status = server.status()
-    assert status["phase_tokens"]["decode"] > 500
-    assert status["imbalance"] == status["contiguous_imbalance"]
-    assert sum(status["plans"].values()) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
-"""Two tensor-parallel ranks."""
+"""Two tensor-parallel ranks, some experts with replicas."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
 from answers import answers_across_migrations, assert_counts_are_right
 from conftest import OneRank
+from engines import V032
 from serving import Server
 
-pytestmark = pytest.mark.server
+pytestmark = V032.marks
 
 LARGEST_DIFFERENCE = 1e-4
 """Of log-probabilities between two tensor-parallel ranks and one: attention's output projection and
