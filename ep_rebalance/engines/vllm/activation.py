@@ -142,7 +142,7 @@ def _as_if_balanced(engine_args: Any, config: RebalanceConfig) -> Iterator[None]
     if config.mode == "observe":
         yield
         return
-    parallel = importlib.import_module(_PARALLEL)
+    parallel: Any = importlib.import_module(_PARALLEL)
     given, platform = engine_args.eplb_config, parallel.current_platform
     engine_args.enable_eplb = True
     engine_args.eplb_config = replace(

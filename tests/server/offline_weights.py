@@ -1,0 +1,145 @@
+"""A process of its own for test_weights.py: two tensor-parallel ranks that speculate with the same model
+as their drafter, whose weights are replaced while experts are spread out and while they move.
+
+    python offline_weights.py MODEL FOLDER QUESTIONS.json
+
+Prints one JSON line: the answers by what was loaded and when, and statuses.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+TOKENS = 12
+SETTINGS = {
+    "window": {"snapshot_steps": 2, "snapshots": 8, "min_snapshots": 2, "min_tokens": 16},
+    "planner": {"interval_snapshots": 3},
+    "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
+    "migration": {"max_bytes_per_step": 16 << 10},
+}
+NORM = "model.norm.weight"
+EXPERT = re.compile(r"(?<=\.experts\.)\d+")
+ROUNDS = 60
+
+
+def write_variants(model: Path, folder: Path) -> dict[str, str]:
+    """Files of other weights: `experts` with each expert's in the place of its neighbour's, `norm` that
+    and another norm before the head."""
+    original = load_file(model / "model.safetensors")
+    count = 1 + max(int(expert) for name in original for expert in EXPERT.findall(name))
+    experts = {
+        EXPERT.sub(lambda found: str((int(found[0]) + 1) % count), name): tensor
+        for name, tensor in original.items()
+    }
+    variants = {
+        "original": original,
+        "experts": experts,
+        "norm": experts | {NORM: experts[NORM].flip(0).contiguous()},
+    }
+    for name, tensors in variants.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    return {name: str(folder / f"{name}.safetensors") for name in variants}
+
+
+class Server:
+    """The engine, and what it is asked."""
+
+    def __init__(self, model: Path, files: dict[str, str], questions: list[str]) -> None:
+        from vllm import LLM, SamplingParams
+
+        self._files, self._questions = files, questions
+        self._greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        self._llm = LLM(
+            str(model),
+            dtype="float32",
+            max_model_len=1024,
+            tensor_parallel_size=2,
+            enable_expert_parallel=True,
+            enable_prefix_caching=False,
+            speculative_config={
+                "model": str(model),
+                "method": "draft_model",
+                "num_speculative_tokens": 2,
+            },
+            weight_transfer_config={"backend": "ipc"},
+            additional_config={"ep_rebalance": SETTINGS},
+        )
+
+    def answers(self) -> list[list[int]]:
+        outputs = self._llm.generate(self._questions, self._greedy, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(self._llm.collective_rpc("ep_rebalance_snapshot")[0])
+        return status
+
+    def ask(self, action: str) -> None:
+        refusals = self._llm.collective_rpc("ep_rebalance_ask", args=(action,))
+        assert refusals == ["", None], refusals
+
+    def update(self, variant: str, names: tuple[str, ...] = ()) -> None:
+        info = {"path": self._files[variant], "names": names}
+        self._llm.collective_rpc("start_weight_update")
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
+        self._llm.collective_rpc("finish_weight_update")
+
+    def reload(self) -> None:
+        self._llm.collective_rpc("reload_weights")
+
+    def drive_until(self, reached: Any) -> dict[str, Any]:
+        for _ in range(ROUNDS):
+            status = self.status()
+            if reached(status):
+                return status
+            self.answers()
+        raise AssertionError(f"not reached in {ROUNDS} rounds: {status}")
+
+    def spread_out(self) -> dict[str, Any]:
+        """Drive until another generation has moved experts."""
+        generation = self.status()["generation"]
+        return self.drive_until(lambda s: s["generation"] > generation and not s["migrating"])
+
+
+def run(server: Server) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    server.ask("pause")
+    told["original"] = server.answers()
+    for variant in ("experts", "norm", "original"):
+        server.update(variant)
+        told[f"{variant}, unmoved"] = server.answers()
+    server.ask("resume")
+    server.spread_out()
+    told["original, moved"] = server.answers()
+
+    told["before update"] = server.drive_until(lambda s: s["migrating"])
+    server.update("experts")
+    told["experts, updated amid a migration"] = server.answers()
+    told["after update"] = server.status()
+
+    server.spread_out()
+    server.ask("pause")
+    told["before part"] = server.drive_until(lambda s: s["activity"] == "watching")
+    server.update("norm", names=(NORM,))
+    told["norm, the only tensor updated"] = server.answers()
+    told["after part"] = server.status()
+
+    server.reload()
+    told["original, reloaded"] = server.answers()
+    told["after reload"] = server.status()
+    return told
+
+
+def main(model: str, folder: str, questions: str) -> None:
+    files = write_variants(Path(model), Path(folder))
+    told = run(Server(Path(model), files, json.loads(Path(questions).read_text())))
+    sys.stdout.write(f"{json.dumps(told)}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

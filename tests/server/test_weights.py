@@ -1,0 +1,79 @@
+"""The engine's weights are replaced by the ways that vLLM has on CPU, beside a drafter with experts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpu_server import START_SECONDS, cpu_environment
+from engines import FILE_TRANSFER, V032
+from offline_weights import TOKENS
+from serving import TINY_MOE
+
+pytestmark = V032.marks
+
+SCRIPT = Path(__file__).with_name("offline_weights.py")
+
+
+@pytest.fixture(scope="module")
+def told(
+    tmp_path_factory: pytest.TempPathFactory,
+    questions: list[str],
+    one_rank_answers: list[list[int]],
+) -> dict[str, Any]:
+    """Starts after the server of `one_rank_answers` has ended."""
+    folder = tmp_path_factory.mktemp("weights")
+    asked = folder / "questions.json"
+    asked.write_text(json.dumps(questions))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(TINY_MOE), str(folder), str(asked)],
+        env={**os.environ, **cpu_environment(2), **V032.environment([FILE_TRANSFER])},
+        capture_output=True,
+        text=True,
+        timeout=2 * START_SECONDS,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    lines: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return lines
+
+
+def test_with_a_drafter_answers_are_those_without(
+    told: dict[str, Any], one_rank_answers: list[list[int]]
+) -> None:
+    expected = [answer[:TOKENS] for answer in one_rank_answers]
+    assert told["original"] == told["original, moved"] == expected
+
+
+def test_the_weights_of_the_test_give_other_answers(told: dict[str, Any]) -> None:
+    variants = ("original, unmoved", "experts, unmoved", "norm, unmoved")
+    assert len({str(told[variant]) for variant in variants}) == len(variants)
+    assert told["original, unmoved"] == told["original"]
+
+
+def test_an_update_amid_a_migration_gives_the_answers_of_the_new_weights(
+    told: dict[str, Any],
+) -> None:
+    assert told["experts, updated amid a migration"] == told["experts, unmoved"]
+    before, after = told["before update"], told["after update"]
+    assert after["plans"]["abandoned"] == before["plans"]["abandoned"] + 1
+    assert after["generation"] > before["generation"]
+    assert after["weight_reloads"] > before["weight_reloads"]
+
+
+def test_an_update_without_experts_leaves_them_where_they_are(told: dict[str, Any]) -> None:
+    assert told["norm, the only tensor updated"] == told["norm, unmoved"]
+    before, after = told["before part"], told["after part"]
+    assert sum(before["migrated_experts"].values()) > 0
+    assert after["generation"] == before["generation"]
+    assert after["weight_reloads"] == before["weight_reloads"]
+
+
+def test_a_reload_gives_the_answers_of_the_checkpoint(told: dict[str, Any]) -> None:
+    assert told["original, reloaded"] == told["original"]
+    assert told["after reload"]["generation"] > told["after part"]["generation"]
+    assert told["after reload"]["plans"]["failed"] == 0
