@@ -67,8 +67,10 @@ def _attach_after_loading(
     runner = worker.model_runner
     with DeviceMemoryProfiler() as used, set_current_vllm_config(worker.vllm_config):
         attachment = Attachment.create(runner, worker.vllm_config, runner.device)
-    # Counted with the weights, so that vLLM gives the KV cache no memory that is ours.
-    runner.model_memory_usage += used.consumed_memory
+    # Counted with the weights, so that vLLM gives the KV cache no memory that is ours. V1 on CPU does
+    # not count.
+    if hasattr(runner, "model_memory_usage"):
+        runner.model_memory_usage += used.consumed_memory
     setattr(runner, _ATTRIBUTE, attachment)
     if controller := getattr(runner, "eplb", None):
         setattr(controller, _ATTRIBUTE, attachment)
