@@ -96,11 +96,9 @@ class Batch:
     def num_bytes(self, link: Link | None = None) -> int:
         """Bytes over links of that kind; over all of them if None."""
         bytes_X = self.rounds.stop - self.rounds.start
-        return int(bytes_X.sum() if link is None else bytes_X[self._over(link)].sum())
-
-    def _over(self, link: Link) -> NDArray[np.bool_]:
-        over: NDArray[np.bool_] = self.moves.over(link)[self.rounds.move]
-        return over
+        if link is not None:
+            bytes_X = bytes_X[self.moves.over(link)[self.rounds.move]]
+        return int(bytes_X.sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -35,7 +35,8 @@ class Fetches:
 
     def over(self, link: Link) -> NDArray[np.bool_]:
         """bool [F], those over links of that kind."""
-        return self.link == LINKS.index(link)
+        over: NDArray[np.bool_] = self.link == LINKS.index(link)
+        return over
 
 
 def choose_sources(
