@@ -58,7 +58,10 @@ def make_overlay() -> None:
 def _download() -> Path:
     """Raises SetupError if it is not the wheel that was tried."""
     title = f"vLLM {RELEASED} for the server tests (336 MB)"
-    step(title, [*PIP, "download", *FROM_WHEELS, "--dest", OVERLAY, f"vllm=={RELEASED}"])
+    command = [*PIP, "download", *FROM_WHEELS, "--dest", OVERLAY, f"vllm=={RELEASED}"]
+    remedy = "check the network and the sources that `pip config list` names"
+    remedy += f", or name a folder that holds vllm-{RELEASED}-*.whl in PIP_FIND_LINKS."
+    step(title, command, remedy=remedy)
     (wheel,) = OVERLAY.glob("*.whl")
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -47,26 +47,34 @@ def run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> str
     return done.stdout
 
 
-def step(title: str, command: Sequence[str | Path], env: dict[str, str] | None = None) -> str:
-    """Runs one long step: its title at the start, the seconds it took at the end."""
+def step(
+    title: str,
+    command: Sequence[str | Path],
+    env: dict[str, str] | None = None,
+    remedy: str = "see the lines above.",
+) -> str:
+    """Runs one long step: its title at the start, the seconds it took at the end.
+
+    remedy: of a failure whose cause is none of the usual ones. Raises SetupError.
+    """
     print(f"{title} ... ", end="", flush=True)
     start = time.monotonic()
     try:
         output = run(command, env)
     except subprocess.CalledProcessError as failure:
         print("failed", flush=True)
-        raise explain(title, failure.output) from None
+        raise explain(title, failure.output, remedy) from None
     print(f"{time.monotonic() - start:.1f} s", flush=True)
     return output
 
 
-def explain(title: str, output: str) -> SetupError:
+def explain(title: str, output: str, remedy: str = "see the lines above.") -> SetupError:
     tail = "\n".join(f"    {line}" for line in output.strip().splitlines()[-8:])
     if "No space left on device" in output:
         return SetupError(f"the disk is full.\n{tail}", "free some space and run this again.")
     if NETWORK_FAILURE.search(output):
-        remedy = "check the network, HTTPS_PROXY, and the sources that `pip config list` names"
+        advice = "check the network, HTTPS_PROXY, and the sources that `pip config list` names"
         if "download.pytorch.org" in output:
-            remedy += f", or name a folder that holds the wheel of {CPU_TORCH} in PIP_FIND_LINKS"
-        return SetupError(f"a package index cannot be reached.\n{tail}", f"{remedy}.")
-    return SetupError(f"'{title}' failed; all output is in {LOG}.\n{tail}", "see the lines above.")
+            advice += f", or name a folder that holds the wheel of {CPU_TORCH} in PIP_FIND_LINKS"
+        return SetupError(f"a package index cannot be reached.\n{tail}", f"{advice}.")
+    return SetupError(f"'{title}' failed; all output is in {LOG}.\n{tail}", remedy)
