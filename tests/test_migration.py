@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -8,42 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from schedule_reference import plain, schedule_reference, transfers_by_round
-from shapes import placements, random_slots
+from schedules import Weights, scheduled, settings_of_a_schedule, weights_of
+from shapes import random_slots
 
-from ep_rebalance.migration import Batch, Itinerary, Migration, schedule
-from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
+from ep_rebalance.migration import Batch, Migration, compile_schedule, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
-Weights = list[NDArray[np.uint8]]
-"""One array [P, bytes] for each layer."""
-
-
-@st.composite
-def settings_of_a_schedule(draw: st.DrawFn) -> dict[str, Any]:
-    source = draw(placements(max_layers=4))
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    slots_LP = source.slots_LP.copy()
-    for layer in range(source.num_layers):
-        if draw(st.booleans()):
-            slots_LP[layer] = random_slots(
-                generator, source.num_ranks, source.slots_per_rank, source.num_experts
-            )
-    nodes = draw(st.lists(st.integers(0, 1), min_size=source.num_ranks, max_size=source.num_ranks))
-    layers = source.num_layers
-    return {
-        "source": source,
-        "target": Placement(slots_LP, source.num_experts, source.num_ranks),
-        "topology": Topology(node_of_rank=tuple(nodes)),
-        "expert_bytes_L": draw(st.lists(st.integers(1, 900), min_size=layers, max_size=layers)),
-        "max_bytes_per_round": draw(st.integers(21, 2000)),
-        "staging_slots": draw(st.integers(source.slots_per_rank, 3 * source.slots_per_rank)),
-    }
-
-
-def scheduled(arguments: dict[str, Any], rank: int | None = None) -> Migration:
-    quotas_LP = arguments["target"].even_quotas_LP()
-    return schedule(quotas_LP=quotas_LP, rank=rank, **arguments)
+COMPILED = [
+    "ep_rebalance.planning.sources",
+    *(f"ep_rebalance.migration.{name}" for name in ("itinerary", "rounds", "schedule")),
+]
 
 
 def migrations() -> st.SearchStrategy[Migration]:
@@ -74,70 +50,6 @@ def test_compiled_gives_what_plain_python_gives_over_many_rounds() -> None:
     migration = scheduled(arguments)
     assert migration.num_rounds > 300
     assert plain(migration) == schedule_reference(**arguments)
-
-
-def exchanged(
-    itineraries: list[Itinerary], number: int, weights: Weights
-) -> list[NDArray[np.uint8]]:
-    """What each rank receives in a round, if all send what their itineraries say. A checksum is the
-    number of the slot that was read.
-    """
-    by_peer = []
-    for way in itineraries:
-        splits = way.sends.splits(number)
-        wire = np.full(sum(splits), 0xA5, dtype=np.uint8)
-        for leg in way.sends.of_round(number):
-            slot = way.rank * len(weights[leg.layer]) // len(itineraries) + leg.place
-            wire[leg.offset :][: leg.stop - leg.start] = weights[leg.layer][
-                slot, leg.start : leg.stop
-            ]
-            if leg.checksum >= 0:
-                wire[leg.checksum :][:CHECKSUM_BYTES] = slot
-        by_peer.append(np.split(wire, np.cumsum(splits)[:-1]))
-    return [np.concatenate(parts) for parts in zip(*by_peer, strict=True)]
-
-
-@given(settings_of_a_schedule())
-@settings(max_examples=80)
-def test_itineraries_bring_every_byte_and_its_checksum(arguments: dict[str, Any]) -> None:
-    ranks = arguments["source"].num_ranks
-    weights = weights_of(arguments["source"], arguments["expert_bytes_L"])
-    for of_batch in zip(
-        *(scheduled(arguments, rank).batches for rank in range(ranks)), strict=True
-    ):
-        itineraries = [batch.itinerary for batch in of_batch]
-        staged, slots, busiest = {}, {}, 0
-        for number in range(len(of_batch[0].rounds)):
-            received = exchanged(itineraries, number, weights)
-            busiest = max(busiest, *(sum(way.sends.splits(number)) for way in itineraries))
-            for way, wire in zip(itineraries, received, strict=True):
-                assert sum(way.receives.splits(number)) == len(wire) <= way.busiest_bytes
-                busiest = max(busiest, len(wire))
-                for leg in way.receives.of_round(number):
-                    expert = staged.setdefault((way.rank, leg.place), bytearray())
-                    assert len(expert) == leg.start
-                    expert += wire[leg.offset :][: leg.stop - leg.start].tobytes()
-                    if leg.checksum >= 0:
-                        slots[way.rank, leg.place] = wire[leg.checksum]
-        assert {way.busiest_bytes for way in itineraries} == {busiest}
-        for move in of_batch[0].moves:
-            place = move.dst_rank, move.staging
-            assert staged[place] == weights[move.layer][move.src_slot].tobytes()
-            assert slots[place] == move.src_slot
-
-
-def weights_of(placement: Placement, expert_bytes_L: list[int]) -> Weights:
-    """One array [P, bytes] for each layer."""
-    return [
-        expert_weights(layer, placement.num_experts, size)[slots_P]
-        for layer, (size, slots_P) in enumerate(
-            zip(expert_bytes_L, placement.slots_LP, strict=True)
-        )
-    ]
-
-
-def expert_weights(seed: int, experts: int, num_bytes: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (experts, num_bytes), dtype=np.uint8)
 
 
 def sizes_L(migration: Migration) -> list[int]:
@@ -173,17 +85,13 @@ def stage(batch: Batch, weights: Weights) -> dict[tuple[int, int], NDArray[np.ui
 @settings(max_examples=150)
 def test_every_byte_gets_from_source_to_target(migration: Migration) -> None:
     source, target = migration.source, migration.target
-    experts = [
-        expert_weights(layer, source.num_experts, size)
-        for layer, size in enumerate(sizes_L(migration))
-    ]
-    weights = [experts[layer][slots_P] for layer, slots_P in enumerate(source.slots_LP)]
+    sizes = sizes_L(migration)
+    weights = weights_of(source, sizes)
     for batch in migration.batches:
         staged = stage(batch, weights)
         for move in batch.moves:
             weights[move.layer][move.dst_slot] = staged[move.dst_rank, move.staging]
-    for layer, slots_P in enumerate(target.slots_LP):
-        assert (weights[layer] == experts[layer][slots_P]).all()
+    assert all(map(np.array_equal, weights, weights_of(target, sizes)))
     assert migration.num_moves == source.changed_slots(target)
 
 
@@ -333,3 +241,37 @@ def test_placements_of_other_sizes_are_refused() -> None:
             max_bytes_per_round=1,
             staging_slots=4,
         )
+
+
+def signatures() -> dict[str, int]:
+    """How many types of arguments each function of a schedule is compiled for."""
+    return {
+        name: len(function.signatures)
+        for module in COMPILED
+        for name, function in vars(importlib.import_module(module)).items()
+        if hasattr(function, "signatures")
+    }
+
+
+def test_nothing_is_left_to_compile_after_start() -> None:
+    compile_schedule()
+    known = signatures()
+    tiny([0, 1, 2, 3], [1, 0, 2, 3], ranks=2, rank=1)
+    generator = np.random.default_rng(0)
+    source, target = (
+        Placement(np.array([random_slots(generator, 8, 9, 64) for _ in range(3)]), 64, 8)
+        for _ in range(2)
+    )
+    schedule(
+        source,
+        target,
+        target.even_quotas_LP(),
+        topology=Topology(node_of_rank=(0, 0, 0, 0, 1, 1, 1, 1)),
+        expert_bytes_L=(70_000, 90_016, 50_000),
+        max_bytes_per_round=2000,
+        staging_slots=18,
+        rank=5,
+    )
+    assert {"fill_rounds", "_nearest", "_legs", "_places"} <= known.keys()
+    assert all(known.values())
+    assert signatures() == known
