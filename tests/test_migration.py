@@ -272,6 +272,5 @@ def test_nothing_is_left_to_compile_after_start() -> None:
         staging_slots=18,
         rank=5,
     )
-    assert {"fill_rounds", "_nearest", "_legs", "_places"} <= known.keys()
-    assert all(known.values())
+    assert min(known[name] for name in ("fill_rounds", "_nearest", "_legs", "_places")) > 0
     assert signatures() == known
