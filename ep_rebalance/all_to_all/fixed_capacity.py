@@ -173,7 +173,7 @@ class _Way:
 
 def _is_captured(tensor: torch.Tensor) -> bool:
     """Whether operations on it become part of a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return bool(tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _queue(slots_TK: torch.Tensor, slots_per_rank: int, size: int) -> _Queue:
