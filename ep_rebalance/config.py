@@ -160,7 +160,7 @@ class DataPlaneConfig(_Section):
 
     all_to_all: Literal["engine", "ours"] | None = None
     """`engine` leaves it to vLLM's all-to-all backend; `ours` sends over torch.distributed. None is
-    `engine` on GPUs and `ours` on CPU, where vLLM has none.
+    `engine` on GPUs and `ours` on CPU, where vLLM's serves tensor parallelism alone.
     """
     experts: Literal["engine", "triton"] = "engine"
     """`engine` leaves the experts to vLLM's kernels; `triton` computes them with ours, on CPU with their
