@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,30 +23,39 @@ def test_four_ranks_of_tensor_and_data_parallelism_serve(
         assert server.status()["ep_size"] == 4
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (
-            (*PLUGIN, *DATA_PARALLEL, "--ep-rebalance-config.windw", "3"),
-            "unknown configuration key 'windw'",
-        ),
-        (("--plugin", "ep_rebalance"), "there are none"),
-        (PLUGIN, "one expert-parallel rank"),
-        (
-            (*PLUGIN, *DATA_PARALLEL, "--ep-rebalance-config.planner.redundant_experts", "3"),
-            "do not divide by 2 ranks",
-        ),
-        (
-            (*PLUGIN, *DATA_PARALLEL, "--ep-rebalance-config.state.path", "README.md"),
-            "no readable state file",
-        ),
-    ],
-)
+REFUSED = {
+    "an unknown key": (
+        (*PLUGIN, *DATA_PARALLEL, "--ep-rebalance-config.windw", "3"),
+        "unknown configuration key 'windw'",
+    ),
+    "no experts": (("--plugin", "ep_rebalance"), "there are none"),
+    "one rank": (PLUGIN, "one expert-parallel rank"),
+    "uneven slots": (
+        (*PLUGIN, *DATA_PARALLEL, "--ep-rebalance-config.planner.redundant_experts", "3"),
+        "do not divide by 2 ranks",
+    ),
+    "no state file": (
+        (*PLUGIN, *DATA_PARALLEL, "--ep-rebalance-config.state.path", "README.md"),
+        "no readable state file",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and output of each: all are started at once, since a start keeps one core busy."""
+    folder = tmp_path_factory.mktemp("refused")
+    (folder / "README.md").write_text("not a state file")
+    with ThreadPoolExecutor(len(REFUSED)) as pool:
+        started = pool.map(lambda case: refused_start(folder, *case[0]), REFUSED.values())
+        return dict(zip(REFUSED, started, strict=True))
+
+
+@pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_stops_the_server_at_start(
-    tmp_path: Path, arguments: tuple[str, ...], reason: str
+    refusals: dict[str, tuple[int, str]], case: str
 ) -> None:
-    (tmp_path / "README.md").write_text("not a state file")
-    code, output = refused_start(tmp_path, *arguments)
+    code, output = refusals[case]
     assert code != 0
-    assert reason in output
+    assert REFUSED[case][1] in output
     assert "Remedy:" in output
