@@ -1,8 +1,9 @@
-"""The kit's other half without a GPU: the driver and its limits, the steps that need none, the report."""
+"""The kit's other half without a GPU: the driver and its limits, and the steps that need none."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from gpu_kit import __main__ as kit
 from gpu_kit.archive import pack
 from gpu_kit.driver import Place, Result, run_steps, take
 from gpu_kit.plan import STEPS, Step, UnknownStep, chosen
-from gpu_kit.report import machine_name, markdown, read_log, summary
+from gpu_kit.report import read_log
 from gpu_kit.steps.sanitizer import TESTS
 from made_up_files import wheel
 
@@ -40,6 +41,15 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def has_ended(pid: int) -> bool:
+    """Soon: a signal was sent already."""
+    for _ in range(100):
+        if not is_running(pid):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 # --- the driver
@@ -70,12 +80,7 @@ def test_nothing_outlives_its_step(place: Place, action, ok, monkeypatch):
     monkeypatch.setattr("gpu_kit.driver.SECONDS_TO_END", 0.5)
     result = take(made_up(action, seconds=3), place)
     assert result.ok == ok
-    child = result.figures["child"]
-    for _ in range(100):
-        if not is_running(child):
-            break
-        time.sleep(0.1)
-    assert not is_running(child)
+    assert has_ended(result.figures["child"])
     assert result.reason == ("" if ok else "ended at its limit of 3 s")
 
 
@@ -215,7 +220,7 @@ def test_tests_that_fail_or_do_not_run_are_told(place: Place, tmp_path: Path):
     assert tried[1].reason == "no test ran"
 
 
-# --- the command and the report
+# --- the command
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path, capsys):
@@ -223,55 +228,27 @@ def test_an_unknown_step_is_refused(tmp_path: Path, capsys):
     assert "there is no step or group engines" in capsys.readouterr().err
 
 
+UNDER_A_DRIVER = """
+import gpu_kit.__main__ as kit, gpu_kit.plan as plan
+step = plan.Step(name="hang", group="x", command=("made_up_step", "hang"), seconds=100)
+kit.chosen = lambda names: [step]
+kit.main(["run", "--device", "cpu", "--out", {out!r}])
+"""
+
+
+def test_a_command_that_is_told_to_end_takes_its_step_along(tmp_path: Path, place: Place):
+    driver = subprocess.Popen(
+        [sys.executable, "-c", UNDER_A_DRIVER.format(out=str(tmp_path))],
+        env=place.environment(made_up("hang"), tmp_path / "told"),
+    )
+    output = tmp_path / "output.txt"
+    while not (output.exists() and "child" in output.read_text()):
+        time.sleep(0.1)
+    child = json.loads(output.read_text().splitlines()[-1])["child"]
+    driver.terminate()
+    assert driver.wait(60) == 128 + signal.SIGTERM
+    assert has_ended(child)
+
+
 def test_limits_can_be_widened_for_a_slow_machine():
     assert kit.slowed(made_up("tell", 20), 3).seconds == 60
-
-
-RESULTS = [
-    Result(step="machine", ok=True, seconds=3.0, figures={"gpu": "GPU 9000", "cores": 4}),
-    Result(step="engine", ok=None, reason="may take 90 s, 5 s are left"),
-    Result(
-        step="ranks", ok=False, seconds=9.0, reason="a | b\nc", figures={"first_seconds": 0.1234}
-    ),
-    Result(
-        step="engine", ok=True, seconds=61.25, figures={"turn_seconds": [1.5, 1], "all": {"a": 1}}
-    ),
-    Result(step="ranks", ok=None, reason="may take 60 s, 5 s are left"),
-]
-
-
-def write_log(path: Path, results: list[Result]) -> Path:
-    fields = ("step", "ok", "seconds", "figures", "reason")
-    rows = [{name: getattr(result, name) for name in fields} for result in results]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_the_report_names_the_machine_and_shows_each_step_once(tmp_path: Path, capsys):
-    log = write_log(tmp_path / "log.jsonl", RESULTS)
-    assert kit.main(["report", str(log)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "On gpu GPU 9000, cores 4:",
-        "",
-        "| step | result | seconds | figures |",
-        "|---|---|---:|---|",
-        "| engine | ok | 61.2 | turn seconds 1.5 1, all (a 1) |",
-        "| ranks | FAILED | 9.0 | a \\| b c; first seconds 0.123 |",
-    ]
-
-
-def test_a_log_without_a_machine_is_told(tmp_path: Path):
-    assert "a machine that was not described" in markdown(RESULTS[1:])
-    assert machine_name(RESULTS) == "gpu GPU 9000, cores 4"
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"stp": 1}'])
-def test_a_line_that_is_no_result_is_refused(tmp_path: Path, text, capsys):
-    log = tmp_path / "log.jsonl"
-    log.write_text(text + "\n")
-    assert kit.main(["report", str(log)]) == 2
-    assert "line 1" in capsys.readouterr().err
-
-
-def test_the_summary_counts():
-    assert summary(RESULTS).splitlines()[-1] == "2 ok, 1 FAILED, 2 skipped"

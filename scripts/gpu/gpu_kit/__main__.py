@@ -1,6 +1,7 @@
 """The command scripts/gpu/kit."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
         out=options.out.absolute(),
         device=options.device,
     )
+    signal.signal(signal.SIGTERM, _end)
     results = []
     for result in run_steps(steps, place, options.seconds):
         results.append(result)
@@ -57,6 +59,11 @@ def show(_: argparse.Namespace) -> int:
     for step in STEPS:
         print(f"{step.group:8} {step.name:14} {step.seconds:4.0f} s  {' '.join(step.command)}")
     return 0
+
+
+def _end(number: int, _: object) -> None:
+    """As an exception, so that the step that runs is ended, too."""
+    sys.exit(128 + number)
 
 
 def slowed(step: Step, factor: float) -> Step:
