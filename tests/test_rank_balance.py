@@ -52,13 +52,14 @@ def test_older_snapshots_fade_and_phases_without_tokens_do_not():
     prompts = np.array([even, np.zeros((2, 4), dtype=np.int64)])
     for _ in range(HALF_LIFE_SNAPSHOTS):
         balance.add(prompts, SERVED)
-    assert balance.phases["decode"].overall() == 2.0
     fade = 0.5 ** (1 / HALF_LIFE_SNAPSHOTS)
     later = sum(fade**age for age in range(HALF_LIFE_SNAPSHOTS))
     assert balance.served.overall() == pytest.approx(
         (0.5 * 20 + 10 * later) / (0.5 * 10 + 10 * later)
     )
     assert balance.recent_LE[0] == pytest.approx([10 + 5 * later, 5 * later, 5 * later, 5 * later])
+    balance.add(prompts[::-1].copy(), SERVED)
+    assert balance.phases["decode"].overall() == pytest.approx((fade * 20 + 10) / (fade * 10 + 10))
 
 
 @given(st.lists(COUNTS, min_size=1, max_size=3), st.booleans())
