@@ -171,7 +171,8 @@ def _improved(
 def _pull(off_N: NDArray[np.float64]) -> NDArray[np.float64]:
     """1 for an ordinary deviation, less for one that is too large to be believed in full."""
     ordinary = _HUBER * max(1.4826 * float(np.median(np.abs(off_N))), 1e-9)
-    return np.minimum(1.0, ordinary / np.maximum(np.abs(off_N), ordinary))
+    pull_N: NDArray[np.float64] = ordinary / np.maximum(np.abs(off_N), ordinary)
+    return pull_N
 
 
 def _told_by_commit(features_NF: NDArray[np.float64], after_N: NDArray[np.float64]) -> float | None:
