@@ -122,8 +122,9 @@ def ranked(options: Sequence[Advice]) -> list[Advice]:
 
 def mean_snapshot(head: TraceHead, snapshots: Sequence[RecordedSnapshot]) -> RecordedSnapshot:
     """The sum of some snapshots as one."""
+    counts_NALE = np.array([s.counts_ALE for s in snapshots], dtype=np.int64)
     return RecordedSnapshot(
-        counts_ALE=np.sum([s.counts_ALE for s in snapshots], axis=0, dtype=np.int64),
+        counts_ALE=counts_NALE.sum(axis=0),
         step=snapshots[-1].step,
         steps=sum(s.steps for s in snapshots),
         step_seconds=snapshots[-1].step_seconds,
