@@ -31,9 +31,11 @@ def weighted_sum_torch(
     outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     """Reference of `weighted_sum`."""
-    nothing_1H = outputs_NH.new_zeros(1, outputs_NH.shape[1])
-    outputs_TKH = torch.cat([outputs_NH, nothing_1H])[position_TK].float()  # -1 is the last row
-    weights = weights_TK.float().masked_fill(position_TK < 0, 0.0)
+    if not len(outputs_NH):
+        return outputs_NH.new_zeros(len(position_TK), outputs_NH.shape[1], dtype=torch.float32)
+    nothing_TK = position_TK < 0
+    outputs_TKH = outputs_NH[position_TK].masked_fill_(nothing_TK.unsqueeze(2), 0.0).float()
+    weights = weights_TK.float().masked_fill(nothing_TK, 0.0)
     total = outputs_TKH[:, 0] * weights[:, :1]
     for k in range(1, position_TK.shape[1]):
         total = torch.addcmul(total, outputs_TKH[:, k], weights[:, k : k + 1])
