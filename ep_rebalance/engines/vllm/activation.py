@@ -142,18 +142,28 @@ def _as_if_balanced(engine_args: Any, config: RebalanceConfig) -> Iterator[None]
     if config.mode == "observe":
         yield
         return
-    parallel: Any = importlib.import_module(_PARALLEL)
-    given, platform = engine_args.eplb_config, parallel.current_platform
+    given = engine_args.eplb_config
     engine_args.enable_eplb = True
     engine_args.eplb_config = replace(
         given, num_redundant_experts=config.planner.redundant_experts, use_async=False
     )
-    parallel.current_platform = _BalancingPlatform(platform)
+    disallow = allow_balancing()
     try:
         yield
     finally:
-        parallel.current_platform = platform
+        disallow()
         engine_args.enable_eplb, engine_args.eplb_config = False, given
+
+
+def allow_balancing() -> Callable[[], None]:
+    """Let `ParallelConfig` have `enable_eplb` on any platform, until what is returned is called.
+
+    Workers validate it again when they derive a drafter's configuration from the target's.
+    """
+    parallel: Any = importlib.import_module(_PARALLEL)
+    platform = parallel.current_platform
+    parallel.current_platform = _BalancingPlatform(platform)
+    return functools.partial(setattr, parallel, "current_platform", platform)
 
 
 class _BalancingPlatform:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ep_rebalance.control import Action
 from ep_rebalance.engines.vllm import eplb_state, model_runner, router, weights, worker
+from ep_rebalance.engines.vllm.activation import allow_balancing
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 from ep_rebalance.engines.vllm.worker import attachment_of
 
@@ -61,6 +62,7 @@ def _install() -> None:
     from ep_rebalance.engines.vllm import cpu_experts, experts, prepare_finalize
 
     share_vllm_log()
+    allow_balancing()
     router.install()
     eplb_state.install()
     worker.install()
