@@ -42,7 +42,7 @@ from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.journal import initial_status
 from ep_rebalance.migration import schedule
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.policies import PLANNERS, compile_planner
 from ep_rebalance.rebalancer import Rebalancer
 from ep_rebalance.recorder import Recorder
 from ep_rebalance.replay.model_shape import SHAPES
@@ -261,6 +261,7 @@ def main() -> None:
         }
     )
     torch.set_num_threads(1)
+    compile_planner()
     dist.all_reduce = lambda tensor, **_: tensor[:HEAD].mul_(RANKS)
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     rank = Rank(config, torch.device(options.device))
