@@ -115,8 +115,7 @@ class Rebalancer:
         What is served and what is counted stay as they are.
         """
         compile_schedule()
-        if self._rank == 0 and self.config.mode == "rebalance":
-            compile_planner()
+        compile_planner()  # of which every rank fits quotas
         self._counts.warm_up()
         self._snapshots.warm_up()
         self._plans.warm_up()
