@@ -27,7 +27,7 @@ SETTINGS = {
     # Two times the snapshots that all questions take when they are asked at once.
     "planner": {"interval_snapshots": 10, "redundant_experts": 4},
     "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
-    "migration": {"max_bytes_per_step": 32 << 10},  # several steps for each expert
+    "migration": {"max_bytes_per_step": 16 << 10},  # a dozen steps for each expert
     "metrics": {"poll_seconds": 0.5},
 }
 
