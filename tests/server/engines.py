@@ -16,6 +16,7 @@ PLUGINS = Path(__file__).parent / "plugins"
 FORCED_FAULTS = PLUGINS / "forced_faults"
 GPU_TOKEN_PATHS = PLUGINS / "gpu_token_paths"
 FILE_TRANSFER = PLUGINS / "file_transfer"
+PREPACKED_RELOADS = PLUGINS / "prepacked_reloads"
 
 
 @dataclass(frozen=True, slots=True)

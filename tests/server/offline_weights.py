@@ -29,18 +29,19 @@ ROUNDS = 60
 
 
 def write_variants(model: Path, folder: Path) -> dict[str, str]:
-    """Files of other weights: `experts` with each expert's in the place of its neighbour's, `norm` that
-    and another norm before the head."""
+    """Files of weights: the original experts; `experts`, each with those of its neighbour; `norm`, another
+    norm before the head."""
     original = load_file(model / "model.safetensors")
     count = 1 + max(int(expert) for name in original for expert in EXPERT.findall(name))
-    experts = {
-        EXPERT.sub(lambda found: str((int(found[0]) + 1) % count), name): tensor
-        for name, tensor in original.items()
-    }
+    experts = {name: tensor for name, tensor in original.items() if EXPERT.search(name)}
     variants = {
-        "original": original,
-        "experts": experts,
-        "norm": experts | {NORM: experts[NORM].flip(0).contiguous()},
+        "original": experts,
+        "experts": {
+            EXPERT.sub(lambda found: str((int(found[0]) + 1) % count), name): tensor
+            for name, tensor in experts.items()
+        },
+        "norm": {NORM: original[NORM].flip(0).contiguous()},
+        "original norm": {NORM: original[NORM]},
     }
     for name, tensors in variants.items():
         save_file(tensors, folder / f"{name}.safetensors")
@@ -83,8 +84,8 @@ class Server:
         refusals = self._llm.collective_rpc("ep_rebalance_ask", args=(action,))
         assert refusals == ["", None], refusals
 
-    def update(self, variant: str, names: tuple[str, ...] = ()) -> None:
-        info = {"path": self._files[variant], "names": names}
+    def update(self, variant: str) -> None:
+        info = {"path": self._files[variant]}
         self._llm.collective_rpc("start_weight_update")
         self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
         self._llm.collective_rpc("finish_weight_update")
@@ -110,9 +111,12 @@ def run(server: Server) -> dict[str, Any]:
     told: dict[str, Any] = {}
     server.ask("pause")
     told["original"] = server.answers()
-    for variant in ("experts", "norm", "original"):
+    for variant in ("experts", "norm"):
         server.update(variant)
         told[f"{variant}, unmoved"] = server.answers()
+    for variant in ("original norm", "original"):
+        server.update(variant)
+    told["original, unmoved"] = server.answers()
     server.ask("resume")
     server.spread_out()
     told["original, moved"] = server.answers()
@@ -120,18 +124,21 @@ def run(server: Server) -> dict[str, Any]:
     told["before update"] = server.drive_until(lambda s: s["migrating"])
     server.update("experts")
     told["experts, updated amid a migration"] = server.answers()
-    told["after update"] = server.status()
-
-    server.spread_out()
+    told["after update"] = server.spread_out()
     server.ask("pause")
     told["before part"] = server.drive_until(lambda s: s["activity"] == "watching")
-    server.update("norm", names=(NORM,))
+    server.update("norm")
     told["norm, the only tensor updated"] = server.answers()
     told["after part"] = server.status()
+    for variant in ("original norm", "original"):
+        server.update(variant)
+    told["original, updated"] = server.answers()
 
+    server.ask("resume")
+    told["before reload"] = server.drive_until(lambda s: s["migrating"])
     server.reload()
-    told["original, reloaded"] = server.answers()
-    told["after reload"] = server.status()
+    told["original, reloaded amid a migration"] = server.answers()
+    told["after reload"] = server.spread_out()
     return told
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 from answers import amid_a_migration, reload_amid_a_migration
-from engines import FORCED_FAULTS, V032
+from engines import FORCED_FAULTS, PREPACKED_RELOADS, V032
 from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, serving
 
 pytestmark = V032.marks
@@ -42,7 +42,7 @@ def faulty(logs: Path, arguments: tuple[str, ...], one_rank_answers: object) -> 
     with serving(
         logs / "faulty.log",
         *arguments,
-        plugins=[FORCED_FAULTS],
+        plugins=[FORCED_FAULTS, PREPACKED_RELOADS],
         FORCED_FAULTS="planner:1,checksum:2,transport:3",
         VLLM_SERVER_DEV_MODE="1",
     ) as server:

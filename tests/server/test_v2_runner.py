@@ -14,7 +14,7 @@ import pytest
 import yaml
 from answers import answers_across_migrations, assert_counts_are_right, reload_amid_a_migration
 from conftest import OneRank
-from engines import GPU_TOKEN_PATHS, V033_V2
+from engines import GPU_TOKEN_PATHS, PREPACKED_RELOADS, V033_V2
 from metrics_page import assert_metrics_agree, samples
 from serving import DATA_PARALLEL, OPERATOR, PLUGIN, TENSOR_PARALLEL, Server, prompts, serving
 
@@ -64,7 +64,7 @@ def v2_runner(logs: Path, layout: str, operators_key: str, one_rank: OneRank) ->
         logs / f"v2_runner-{layout}.log",
         *(*chosen.arguments, *PLUGIN, "--ep-rebalance-config", str(path)),
         engine=V033_V2,
-        plugins=[GPU_TOKEN_PATHS],
+        plugins=[GPU_TOKEN_PATHS, PREPACKED_RELOADS],
         tokens=TOKENS,
         VLLM_SERVER_DEV_MODE="1",
     ) as server:

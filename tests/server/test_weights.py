@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cpu_server import START_SECONDS, cpu_environment
-from engines import FILE_TRANSFER, V032
+from engines import FILE_TRANSFER, PREPACKED_RELOADS, V032
 from offline_weights import TOKENS
 from serving import TINY_MOE
 
@@ -32,7 +32,11 @@ def told(
     asked.write_text(json.dumps(questions))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(TINY_MOE), str(folder), str(asked)],
-        env={**os.environ, **cpu_environment(2), **V032.environment([FILE_TRANSFER])},
+        env={
+            **os.environ,
+            **cpu_environment(2),
+            **V032.environment([FILE_TRANSFER, PREPACKED_RELOADS]),
+        },
         capture_output=True,
         text=True,
         timeout=2 * START_SECONDS,
@@ -52,7 +56,7 @@ def test_with_a_drafter_answers_are_those_without(
 def test_the_weights_of_the_test_give_other_answers(told: dict[str, Any]) -> None:
     variants = ("original, unmoved", "experts, unmoved", "norm, unmoved")
     assert len({str(told[variant]) for variant in variants}) == len(variants)
-    assert told["original, unmoved"] == told["original"]
+    assert told["original, unmoved"] == told["original"] == told["original, updated"]
 
 
 def test_an_update_amid_a_migration_gives_the_answers_of_the_new_weights(
@@ -73,7 +77,12 @@ def test_an_update_without_experts_leaves_them_where_they_are(told: dict[str, An
     assert after["weight_reloads"] == before["weight_reloads"]
 
 
-def test_a_reload_gives_the_answers_of_the_checkpoint(told: dict[str, Any]) -> None:
-    assert told["original, reloaded"] == told["original"]
-    assert told["after reload"]["generation"] > told["after part"]["generation"]
-    assert told["after reload"]["plans"]["failed"] == 0
+def test_a_reload_amid_a_migration_gives_the_answers_of_the_checkpoint(
+    told: dict[str, Any],
+) -> None:
+    assert told["original, reloaded amid a migration"] == told["original"]
+    before, after = told["before reload"], told["after reload"]
+    assert after["generation"] > before["generation"]
+    assert after["weight_reloads"] == before["weight_reloads"] + 1
+    assert after["plans"]["abandoned"] > before["plans"]["abandoned"]
+    assert after["plans"]["failed"] == 0

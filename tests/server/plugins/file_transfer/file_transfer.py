@@ -17,10 +17,9 @@ def register() -> None:
 
 @dataclass
 class FileUpdate:
-    """names: of the tensors to take from the safetensors file at `path`; all if empty."""
+    """All tensors of the safetensors file at `path`."""
 
     path: str
-    names: tuple[str, ...] = ()
 
 
 def _engine() -> type[Any]:
@@ -34,8 +33,6 @@ def _engine() -> type[Any]:
             self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, update_info: Any) -> None:
-            tensors = load_file(update_info.path)
-            names = update_info.names or tuple(tensors)
-            self.model.load_weights((name, tensors[name]) for name in names)
+            self.model.load_weights(load_file(update_info.path).items())
 
     return FileTransferEngine
