@@ -102,9 +102,11 @@ class Server:
         raise AssertionError(f"not reached in {ROUNDS} rounds: {status}")
 
     def spread_out(self) -> dict[str, Any]:
-        """Drive until another generation has moved experts."""
-        generation = self.status()["generation"]
-        return self.drive_until(lambda s: s["generation"] > generation and not s["migrating"])
+        """Drive until another plan was carried out."""
+        committed = self.status()["plans"]["committed"]
+        return self.drive_until(
+            lambda s: s["plans"]["committed"] > committed and not s["migrating"]
+        )
 
 
 def run(server: Server) -> dict[str, Any]:
