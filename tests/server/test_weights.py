@@ -42,8 +42,9 @@ def told(
         timeout=2 * START_SECONDS,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    lines: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return lines
+    *_, line = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    answers: dict[str, Any] = json.loads(line)
+    return answers
 
 
 def test_with_a_drafter_answers_are_those_without(
