@@ -44,8 +44,8 @@ class Migrator:
     placement: what the engine loaded. memory: this rank's expert weights, or None in mode observe,
     where nothing is ever moved.
     served: what the forward pass runs on. actions: rounds and commits that this rank has done.
-    reloads: times that the engine replaced this rank's weights; agreed_reloads: those that `served`
-    knows of, the same on all ranks.
+    agreed_reloads: of the times that the engine replaced weights, those that `served` knows of, the same
+    on all ranks.
     staging_slots: experts that fit into the staging memory.
     """
 
@@ -61,7 +61,11 @@ class Migrator:
         journal: Journal,
     ) -> None:
         self.served = Served.initial(placement)
-        self.reloads, self.agreed_reloads = 0, 0
+        self.agreed_reloads = 0
+        self._told: list[
+            tuple[int, ...]
+        ] = []  # layers of each reload that `served` does not know of
+        self._may_move = True
         self._loaded = self.served
         self.actions = 0
         self.staging_slots = _staging_slots(config, placement)
@@ -165,30 +169,54 @@ class Migrator:
         return exchange
 
     @property
+    def reloads(self) -> int:
+        """Times that the engine replaced weights of this rank."""
+        return self.agreed_reloads + len(self._told)
+
+    @property
     def _holds_loaded(self) -> bool:
         """Whether this rank's weights were replaced and `served` does not know yet."""
-        return self.reloads > self.agreed_reloads
+        return bool(self._told)
 
-    def weights_replaced(self, memory: ExpertMemory) -> None:
-        """The engine wrote all slots of this rank anew, in the order in which it loads them.
+    @property
+    def has_moved_experts(self) -> bool:
+        """Whether a slot holds another expert than the one that was loaded into it."""
+        return self.served.placement != self._loaded.placement
+
+    def weights_replaced(self, layers: tuple[int, ...]) -> None:
+        """The engine wrote all slots of `layers` on this rank anew, in the order in which it loads them.
 
         Tokens go there from now on. `served` stays what all ranks agree on; until `serve_loaded`
         nothing is committed on this rank, and it votes every batch down.
         """
-        assert self._exchange is not None, "mode observe moves nothing"
-        self.reloads += 1
-        self._memory = memory
-        self._exchange.replace_memory(memory)
-        layers = range(self._loaded.placement.num_layers)
+        self._told.append(layers)
         self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
 
-    def serve_loaded(self, reloads: int) -> None:
-        """What was loaded is served, now that the weights of every rank were replaced `reloads` times.
+    def replace_memory(self, memory: ExpertMemory) -> None:
+        """Other tensors hold the experts. Raises ValueError if they are of other sizes."""
+        assert self._exchange is not None, "mode observe moves nothing"
+        self._exchange.replace_memory(memory)
+        self._memory = memory
 
-        If this rank's were replaced again meanwhile, the next snapshot tells.
+    def refuse_moves(self) -> None:
+        """Vote every batch down from now on."""
+        self._may_move = False
+
+    def serve_loaded(self, reloads: int) -> None:
+        """What was loaded is served in the layers that were, now that every rank was told `reloads` times.
+
+        If this rank was told again meanwhile, the next snapshot tells.
         """
-        self.agreed_reloads = reloads
-        self.served = replace(self._loaded, generation=self.served.generation + 1)
+        count = reloads - self.agreed_reloads
+        layers = sorted({layer for told in self._told[:count] for layer in told})
+        self.agreed_reloads, self._told = reloads, self._told[count:]
+        quotas_LP = self.served.quotas_LP.copy()
+        quotas_LP[layers] = self._loaded.quotas_LP[layers]
+        self.served = Served(
+            placement=self.served.placement.replaced(layers, self._loaded.placement),
+            quotas_LP=quotas_LP,
+            generation=self.served.generation + 1,
+        )
         self._journal.generation(self.served.generation)
 
     def serve_split(self, split: Split) -> None:
@@ -215,7 +243,7 @@ class Migrator:
                 exchange.exchange(batch, number)
             self.actions += 1
             yield
-        vote = exchange.vote(batch, replaced=self._holds_loaded)
+        vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
         yield
         return str(faults) if (faults := exchange.faults_of(vote)) else ""
 

@@ -146,17 +146,16 @@ class Rebalancer:
         """
         return None if self._rank else self._control.ask(action, self.status)
 
-    def weights_replaced(self, memory: ExpertMemory | None) -> None:
-        """The engine wrote the weights of all slots anew, in the order in which it loads them.
+    def weights_replaced(self, layers: tuple[int, ...]) -> None:
+        """The engine wrote all slots of `layers` anew, in the order in which it loads them.
 
-        Ranks may be told in different steps. Each serves what was loaded at once; the loop goes on to
-        take part in what all ranks do, until the snapshot says that all of them were told.
-
-        memory: the experts' tensors as they are now; None in mode observe.
+        Ranks may be told in different steps, but of the same layers in the same order. Each serves what
+        was loaded at once; the loop goes on to take part in what all ranks do, until the snapshot says
+        that all of them were told.
         """
         self.journal.weights_replaced()
-        if memory is not None:
-            self.migrator.weights_replaced(memory)
+        if self.config.mode != "observe":
+            self.migrator.weights_replaced(layers)
 
     def step(self, started: float | None, continues: bool = False) -> None:
         """Advance by one engine step, between two forward passes.

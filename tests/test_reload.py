@@ -11,32 +11,40 @@ import torch
 import torch.distributed as dist
 from expert_weights import loaded, memory_of
 from ranks import Ranks
-from test_rebalancer import DTYPE, SHAPES, Engine, assert_in_step, eager, has_generation
+from test_rebalancer import DTYPE, LAYERS, SHAPES, Engine, assert_in_step, eager, has_generation
 
 from ep_rebalance.placement import Placement
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 
-MOMENTS = 26
+MOMENTS = 22
 """Steps after the first generation: more than a plan and its migration take."""
 
 
 class ReloadingEngine(Engine):
-    """Its weights have versions, the first 0; a reload writes the next in loaded order."""
+    """Each layer's weights have a version, the first 0; a reload writes the next in loaded order."""
 
-    version = 0
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.version_L = [0] * LAYERS
+        self.told: list[tuple[int, ...]] = []
 
-    def reload(self) -> None:
-        self.version += 1
-        for ours, new in zip(self.tensors, self._weights(self.placement), strict=True):
-            for tensor, values in zip(ours, new, strict=True):
+    def reload(self, layers=tuple(range(LAYERS))) -> None:
+        for layer in layers:
+            self.version_L[layer] += 1
+        self.told.append(layers)
+        new = self._weights(self.placement)
+        for layer in layers:
+            for tensor, values in zip(self.tensors[layer], new[layer], strict=True):
                 tensor.copy_(values)
-        self.rebalancer.weights_replaced(memory_of(self.tensors))
+        self.rebalancer.weights_replaced(layers)
+        self.rebalancer.migrator.replace_memory(memory_of(self.tensors))
         self.check_slots()
 
     def placement_here(self) -> Placement:
-        told = self.rebalancer.migrator
-        return self.placement if told.reloads > told.agreed_reloads else super().placement_here()
+        unknown = self.told[self.rebalancer.migrator.agreed_reloads :]
+        layers = sorted({layer for told in unknown for layer in told})
+        return super().placement_here().replaced(layers, self.placement)
 
     def check_slots(self) -> None:
         for ours, right in zip(self.tensors, self._weights(self.placement_here()), strict=True):
@@ -45,7 +53,10 @@ class ReloadingEngine(Engine):
 
     def _weights(self, placement: Placement):
         layers = loaded(placement, self.rank, DTYPE, SHAPES)
-        return [[tensor + self.version for tensor in layer] for layer in layers]
+        return [
+            [tensor + version for tensor in layer]
+            for layer, version in zip(layers, self.version_L, strict=True)
+        ]
 
 
 def moved_between_ranks(engine: Engine) -> bool:
@@ -148,10 +159,45 @@ def test_while_ranks_have_different_weights_nothing_moves_and_the_status_says_so
         assert "the weights of some ranks were replaced, and of others not yet" in message
 
 
+def reload_some_layers(rank, size, config):
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(2))
+    before = engine.rebalancer.served
+    for layers in ((1,), (2,)):
+        engine.reload(layers)
+        for _ in range(rank + 1):
+            engine.step()
+    for _ in range(8 - 2 * rank):
+        engine.step()
+    return before, engine.rebalancer.served, engine.placement
+
+
+def test_layers_that_an_update_leaves_out_keep_their_experts_where_they_are(two_ranks: Ranks):
+    config = eager({"planner": {"interval_snapshots": 6}})
+    for before, after, loaded_placement in two_ranks.run(reload_some_layers, 2, config):
+        assert before.placement != loaded_placement
+        assert after.placement == before.placement.replaced((1, 2), loaded_placement)
+        assert after.generation > before.generation
+
+
+def reload_that_cannot_be_moved(rank, size, config):
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+    engine.reload()
+    if rank == 1:
+        engine.rebalancer.migrator.refuse_moves()
+    engine.run_until(lambda status: status.plans["abandoned"] >= 2)
+    return engine.rebalancer.served.placement == engine.placement
+
+
+def test_a_rank_whose_new_experts_cannot_be_moved_votes_every_migration_down(two_ranks: Ranks):
+    assert two_ranks.run(reload_that_cannot_be_moved, 2, eager()) == [True, True]
+
+
 def reload_observed(rank, size, config):
     engine = Engine(rank, size, config)
     engine.step()
-    engine.rebalancer.weights_replaced(None)
+    engine.rebalancer.weights_replaced(tuple(range(LAYERS)))
     for _ in range(10):
         engine.step()
     return engine.rebalancer.status

@@ -437,9 +437,10 @@ def test_adapters_of_attention_pass(create):
 
 
 def test_weights_that_are_changed_in_place_are_refused_where_experts_move(create):
-    sparse = {"weight_transfer_config": {"backend": "sparse_nccl"}}
-    assert_refused(create, ["'sparse_nccl'", "were loaded"], ["nccl", "mode=observe"], **sparse)
-    create({"mode": "observe"}, **sparse)
+    for backend in ("sparse_nccl", "sharded_rdt"):
+        past_loader = {"weight_transfer_config": {"backend": backend}}
+        assert_refused(create, [f"'{backend}'", "past"], ["nccl", "mode=observe"], **past_loader)
+    create({"mode": "observe"}, **past_loader)
     create({}, weight_transfer_config={"backend": "nccl"})
 
 

@@ -117,7 +117,7 @@ def test_other_additional_settings_are_kept(parser):
     [
         (["--ep-rebalance-config.window.snapshoots", "9"],
          ["'window.snapshoots'", "use one of: min_snapshots, min_tokens, snapshot_steps, snapshots"]),
-        (["--ep-rebalance-config", '{"windows": {}}'], ["'windows'", "use one of: control,"]),
+        (["--ep-rebalance-config", '{"windows": {}}'], ["'windows'", "use one of: attach,"]),
         (["--ep-rebalance-config.mode", "fast"], ["mode='fast'", "ep-rebalance config"]),
         (["--ep-rebalance-config", '{"mode": '], ["not valid JSON", "path of a YAML file"]),
         (["--ep-rebalance-config", "/no/such.yaml"], ["'/no/such.yaml'", "readable YAML"]),

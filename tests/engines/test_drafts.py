@@ -1,5 +1,7 @@
 """MoE layers that are not balanced route as they were loaded, and vLLM's check of their state passes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -33,3 +35,29 @@ def test_left_in_place_ids_pass_and_the_check_is_satisfied(moe_router, monkeypat
     moe_router._validate_eplb_state()
     ids_TK = torch.tensor([[0, 5], [-1, 3]])
     assert torch.equal(getattr(moe_router, router._ATTRIBUTE)(ids_TK), ids_TK)
+
+
+class Wrapper:
+    """As vLLM wraps a model for CUDA graphs: no module, and it has what it wraps."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def unwrap(self):
+        return self._model
+
+
+@pytest.mark.parametrize("name", ["drafter", "speculator"])
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper])
+def test_a_drafter_is_found_in_either_runner_with_or_without_graphs(vllm, name, wrap):
+    from ep_rebalance.engines.vllm.drafts import draft_model
+
+    model = torch.nn.Linear(1, 1)
+    assert draft_model(SimpleNamespace(**{name: SimpleNamespace(model=wrap(model))})) is model
+
+
+def test_no_drafter_is_found_where_there_is_none(vllm):
+    from ep_rebalance.engines.vllm.drafts import draft_model
+
+    assert draft_model(SimpleNamespace(speculator=None)) is None
+    assert draft_model(SimpleNamespace(drafter=object())) is None

@@ -72,6 +72,21 @@ def test_a_rank_without_the_plugin_is_named_within_the_time_limit(two_ranks: Ran
     assert seconds < 20
 
 
+def attach_late(rank):
+    """Rank 1 comes when rank 0 has given up."""
+    store = store_of("late")
+    if rank == 1:
+        store.wait(["ep_rebalance verdicts of 0/0"])
+    with pytest.raises(ConfigurationError) as raised:
+        agree(load_config({"attach": {"timeout_seconds": 0.5}}), BOTH, store)
+    return raised.value.reason
+
+
+def test_a_rank_that_is_late_does_not_go_on_alone(two_ranks: Ranks):
+    for reason in two_ranks.run(attach_late):
+        assert "EP rank 1 of 2 did not attach within 0.5 s" in reason
+
+
 def attach_with_versions(rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_agreement, "__version__", f"0.{rank}.0")

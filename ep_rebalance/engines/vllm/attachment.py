@@ -21,6 +21,7 @@ from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm import router
 from ep_rebalance.engines.vllm.activation import active_config
 from ep_rebalance.engines.vllm.drafts import draft_model, leave_in_place, satisfy_validation
+from ep_rebalance.engines.vllm.expert_loads import ExpertLoads
 from ep_rebalance.engines.vllm.identity import model_identity
 from ep_rebalance.engines.vllm.nodes import ep_group, ranks_on_nodes
 from ep_rebalance.journal import initial_status
@@ -51,7 +52,8 @@ class Attachment:
         self.rebalancer = rebalancer
         self._counts = counts
         self._recorder = recorder
-        self._moe_model = moe_model
+        self._layers = tuple(moe_model.moe_layers)
+        self._loads = ExpertLoads(self._layers)
         self._started: float | None = None
         self._continues = False
 
@@ -62,14 +64,15 @@ class Attachment:
         Raises ConfigurationError if the model turns out not to fit.
         """
         config = active_config(vllm_config)
-        moe_model = _moe_model(runner.model)
+        model = runner.get_model()  # without the wrapper of CUDA graphs
+        moe_model = _moe_model(model)
         moves = config.mode != "observe"
         shares = _tokens_are_shared(moe_model)
         placement = _loaded_placement(moe_model, vllm_config)
         topology = ranks_on_nodes(ranks_per_source=_tensor_group().world_size if shares else 1)
         counts = _device_counts(placement, topology, vllm_config, device)
         _attach_routers(moe_model, counts, splits_tokens=not shares, moves_experts=moves)
-        leave_in_place(runner.model, device, listed=tuple(moe_model.moe_layers))
+        leave_in_place(model, device, listed=tuple(moe_model.moe_layers))
         if (draft := draft_model(runner)) is not None:
             leave_in_place(draft, device)
         memory = _expert_memory(moe_model, device) if moves else None
@@ -116,6 +119,7 @@ class Attachment:
         engine had work all the time since the step before.
         """
         self._started, self._continues = started, continues
+        self._take_up_loads()
         self._counts.mark_tokens(phases_T)
 
     def end_step(self) -> None:
@@ -123,11 +127,39 @@ class Attachment:
         started, self._started = self._started, None
         self.rebalancer.step(started, self._continues)
 
+    @property
+    def has_moved_experts(self) -> bool:
+        """Whether any slot may hold another expert than the one that was loaded into it."""
+        return self.rebalancer.migrator.has_moved_experts
+
+    def weights_loaded(self) -> None:
+        """The engine may have loaded weights, of all layers if they do not tell."""
+        if self._loads.complete:
+            self._take_up_loads()
+        else:
+            self.weights_replaced()
+
     def weights_replaced(self) -> None:
-        """The engine loaded other weights: its slots hold what its loader writes, in its order."""
-        layers = self._moe_model.moe_layers
-        moves = self.rebalancer.config.mode != "observe"
-        self.rebalancer.weights_replaced(_memory_of(layers) if moves else None)
+        """The slots of all layers hold what the engine's loader writes, in its order, or nothing yet."""
+        self._loads.written()
+        self._serve_as_loaded(tuple(range(len(self._layers))))
+
+    def _take_up_loads(self) -> None:
+        """Also where weights were loaded past the engine, by a caller of the model itself."""
+        if written := self._loads.written():
+            self._serve_as_loaded(written)
+
+    def _serve_as_loaded(self, layers: tuple[int, ...]) -> None:
+        self.rebalancer.weights_replaced(layers)
+        if self.rebalancer.config.mode == "observe":
+            return
+        try:
+            self.rebalancer.migrator.replace_memory(_memory_of(self._layers))
+        except Exception:
+            logger.exception(
+                "ep_rebalance: experts of another size or form cannot be moved any more"
+            )
+            self.rebalancer.migrator.refuse_moves()
 
     def status(self) -> bytes:
         """The encoded status."""

@@ -25,9 +25,17 @@ CONTRACTS = (
 
 
 def draft_model(runner: Any) -> Any | None:
-    """The drafter's model of a runner: `drafter` of V1, `speculator` of V2."""
+    """The drafter's model of a runner: `drafter` of V1, `speculator` of V2; without the wrapper of CUDA
+    graphs.
+    """
     for name in ("drafter", "speculator"):
         model = getattr(getattr(runner, name, None), "model", None)
+        if (
+            model is not None
+            and not isinstance(model, torch.nn.Module)
+            and hasattr(model, "unwrap")
+        ):
+            model = model.unwrap()
         if isinstance(model, torch.nn.Module):
             return model
     return None

@@ -35,23 +35,26 @@ def agree(config: RebalanceConfig, ranks: list[int], store: dist.Store) -> Rebal
     them share.
 
     Raises ConfigurationError that names the ranks that did not answer within
-    `attach.timeout_seconds`, or that run another version of the plugin; on all ranks that wait.
+    `attach.timeout_seconds`, or that run another version of the plugin. Raised on one rank, it is raised
+    on all: each waits for the others' verdicts, too.
     """
-    keys = [f"ep_rebalance/attach/{ranks[0]}/{rank}" for rank in range(len(ranks))]
-    own = ranks.index(dist.get_rank())
-    store.set(keys[own], json.dumps({"version": __version__, "config": config.as_dict()}))
-    _wait_for(keys, store, config.attach.timeout_seconds)
-    told = [json.loads(store.get(key)) for key in keys]
-    _check_versions([entry["version"] for entry in told])
-    agreed = load_config(told[0]["config"])
+    own, seconds = ranks.index(dist.get_rank()), config.attach.timeout_seconds
+    said = _Board(f"settings of {ranks[0]}", store, len(ranks))
+    found = _Board(f"verdicts of {ranks[0]}", store, len(ranks))
+    said.post(own, {"version": __version__, "config": config.as_dict()})
+    try:
+        told = said.read(seconds)
+        _check_versions([entry["version"] for entry in told])
+    except ConfigurationError as error:
+        found.post(own, [error.reason, error.remedy])
+        raise
+    found.post(own, None)
+    for fault in found.read(seconds):
+        if fault is not None:
+            raise ConfigurationError(*fault)
     if own == 0:
-        for rank, entry in enumerate(told):
-            for name, theirs, ours in _differences(entry["config"], told[0]["config"]):
-                logger.warning(
-                    "ep_rebalance: EP rank %d was started with %s=%r; rank 0's %r holds for all",
-                    rank, name, theirs, ours,
-                )  # fmt: skip
-    return agreed
+        _log_differences([entry["config"] for entry in told])
+    return load_config(told[0]["config"])
 
 
 def default_store() -> dist.Store:
@@ -60,18 +63,30 @@ def default_store() -> dist.Store:
     return store
 
 
-def _wait_for(keys: list[str], store: dist.Store, seconds: float) -> None:
-    try:
-        store.wait(keys, timedelta(seconds=seconds))
-    except RuntimeError:  # DistStoreError
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        if missing:
-            raise ConfigurationError(
-                f"EP rank {', '.join(missing)} of {len(keys)} did not attach within "
-                f"{seconds:g} s (attach.timeout_seconds).",
-                "start every node and every data-parallel rank with --plugin ep_rebalance, with the "
-                "package installed; raise attach.timeout_seconds if one only needs longer.",
-            ) from None
+class _Board:
+    """Where each rank posts one thing for all to read."""
+
+    def __init__(self, name: str, store: dist.Store, ranks: int) -> None:
+        self._store = dist.PrefixStore(f"ep_rebalance {name}", store)
+        self._keys = [str(rank) for rank in range(ranks)]
+
+    def post(self, rank: int, what: Any) -> None:
+        self._store.set(self._keys[rank], json.dumps(what))
+
+    def read(self, seconds: float) -> list[Any]:
+        """By rank. Raises ConfigurationError that names those that posted nothing in time."""
+        try:
+            self._store.wait(self._keys, timedelta(seconds=seconds))
+        except RuntimeError:  # DistStoreError
+            missing = [key for key in self._keys if not self._store.check([key])]
+            if missing:
+                raise ConfigurationError(
+                    f"EP rank {', '.join(missing)} of {len(self._keys)} did not attach within "
+                    f"{seconds:g} s (attach.timeout_seconds).",
+                    "start every node and every data-parallel rank with --plugin ep_rebalance, with the "
+                    "package installed; raise attach.timeout_seconds if one only needs longer.",
+                ) from None
+        return [json.loads(self._store.get(key)) for key in self._keys]
 
 
 def _check_versions(versions: list[str]) -> None:
@@ -82,6 +97,18 @@ def _check_versions(versions: list[str]) -> None:
             f"EP rank 0 runs ep-rebalance {versions[0]}, but {named}.",
             "install one version on all nodes.",
         )
+
+
+def _log_differences(configs: list[dict[str, Any]]) -> None:
+    for rank, config in enumerate(configs):
+        for name, theirs, ours in _differences(config, configs[0]):
+            logger.warning(
+                "ep_rebalance: EP rank %d was started with %s=%r; rank 0's %r holds for all",
+                rank,
+                name,
+                theirs,
+                ours,
+            )
 
 
 def _differences(

@@ -23,6 +23,7 @@ def check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_parallel(vllm_config.parallel_config)
     _check_adapters(vllm_config.lora_config, config)
     _check_weight_transfer(vllm_config.weight_transfer_config, config)
+    _check_sleep(vllm_config.model_config, config)
     _check_drafter(vllm_config, config)
     check_data_plane(vllm_config, config)
     _check_model(vllm_config, config)
@@ -41,6 +42,7 @@ def seams() -> tuple[Any, ...]:
         cpu_experts,
         drafts,
         eplb_state,
+        expert_loads,
         experts,
         model_runner,
         policy,
@@ -56,6 +58,7 @@ def seams() -> tuple[Any, ...]:
         compile_cache,
         rank_agreement,
         worker,
+        expert_loads,
         weights,
         model_runner,
         router,
@@ -124,17 +127,38 @@ def _check_adapters(lora: Any | None, config: RebalanceConfig) -> None:
 
 
 def _check_weight_transfer(transfer: Any | None, config: RebalanceConfig) -> None:
-    if transfer is not None and transfer.backend.startswith("sparse") and config.mode != "observe":
+    """Backends that hand every tensor to the model's `load_weights` pass: then it is known which experts
+    were loaded.
+    """
+    if (
+        transfer is not None
+        and transfer.backend not in ("nccl", "ipc")
+        and config.mode != "observe"
+    ):
         raise ConfigurationError(
-            f"weight transfer {transfer.backend!r} changes parts of the weights where they were loaded, "
-            "and experts that moved are elsewhere.",
-            "use a backend that sends whole weights, such as nccl, or mode=observe.",
+            f"weight transfer {transfer.backend!r} writes weights where they were loaded, past the model's "
+            "loader, and experts that moved are elsewhere.",
+            "use the backend nccl or ipc, or mode=observe.",
+        )
+
+
+def _check_sleep(model: Any, config: RebalanceConfig) -> None:
+    patterns = getattr(model, "sleep_preserve_parameter_names", None)
+    if patterns and config.mode != "observe":
+        raise ConfigurationError(
+            f"--sleep-preserve-parameter-names {' '.join(patterns)} may bring experts back from where they "
+            "had moved to.",
+            "drop it, or use mode=observe.",
         )
 
 
 def _check_drafter(vllm_config: Any, config: RebalanceConfig) -> None:
-    """Its MoE layers get as many redundant slots as the target's, which nothing uses."""
+    """Its MoE layers get as many redundant slots as the target's, which nothing uses; those of dspark may
+    get none.
+    """
     speculative = vllm_config.speculative_config
+    if getattr(speculative, "method", None) == "dspark":
+        return
     draft = None if speculative is None else speculative.draft_model_config
     experts = 0 if draft is None else draft.get_num_experts()
     ranks = ep_size(vllm_config.parallel_config)

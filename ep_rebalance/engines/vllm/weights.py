@@ -1,15 +1,14 @@
-"""Seam: the weights of a loaded model are replaced.
+"""Seam: the weights of a loaded model are replaced, or written to disk.
 
-Targets: `reload_weights`, `update_weights` and `finish_weight_update`, and what throws weights away:
-`discard`, and `sleep` above level 1, which keeps them. Why: a loader writes slot `e` with expert `e`
-again, whatever the placement says, and every answer would be wrong from then on. An update that leaves
-the experts out must not be taken for one that wrote them: `RoutedExperts.weight_loader` tells, where
-the model loads through it. Can go when vLLM tells plugins.
+Targets: `reload_weights`, `update_weights` and `finish_weight_update`; what throws weights away, `discard`
+and `sleep` above level 1; and what saves them. Why: a loader writes slot `e` with expert `e` again,
+whatever the placement says, and every answer would be wrong from then on; and nobody who reads saved
+slots knows that experts moved. `expert_loads.py` tells which layers were loaded. Can go when vLLM tells
+plugins.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,58 +16,41 @@ from ep_rebalance.engines.vllm.contract import Contract, resolve
 from ep_rebalance.engines.vllm.worker import WORKERS, attachment_of
 from ep_rebalance.engines.vllm.wrapping import wrap
 
-logger = logging.getLogger(__name__)
-
 _RUNNERS = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
 )
-_EXPERTS = "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts"
+_SAVES = ("save_sharded_state", "save_tensorized_model")
+_LEVEL_THAT_KEEPS_WEIGHTS = 1
 
 CONTRACTS = (
-    *(Contract(f"{runner}.reload_weights", ("is_checkpoint_format",)) for runner in _RUNNERS),
+    *(
+        Contract(
+            f"{runner}.reload_weights",
+            ("weights_iterator", "weights_path", "is_checkpoint_format"),
+        )
+        for runner in _RUNNERS
+    ),
     Contract(f"{WORKERS[0]}.update_weights", ("update_info",)),
     Contract(f"{WORKERS[0]}.finish_weight_update"),
+    *(Contract(f"{WORKERS[0]}.{save}") for save in _SAVES),
     *(Contract(f"{worker}.sleep", ("level",)) for worker in WORKERS),
     *(Contract(f"{worker}.discard", ("tags",)) for worker in WORKERS),
-    Contract(f"{_EXPERTS}.weight_loader", ("param", "loaded_weight", "expert_id")),
 )
-
-_LEVEL_THAT_KEEPS_WEIGHTS = 1
-_LAYERWISE = ("nccl", "ipc")
-"""Transfer backends that hand every tensor to the model's `load_weights`; others write slots themselves."""
-
-
-class ExpertLoads:
-    """Counts the experts' tensors that this process's models loaded through vLLM's loader."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def none_since(self, count: int) -> bool:
-        """Whether no expert was loaded since `count`; False if this model may load them elsewhere."""
-        return 0 < count == self.count
-
-
-_loads = ExpertLoads()
 
 
 def install() -> None:
     """Wrap the workers, and the runners where weights reach them without the worker."""
-    wrap(resolve(_EXPERTS), "weight_loader", _count_load)
     for target in WORKERS:
         worker = resolve(target)
         wrap(worker, "sleep", _sleep)
         wrap(worker, "discard", _discard)
         for name in ("update_weights", "finish_weight_update"):
             wrap(worker, name, _update_weights)
+        for name in _SAVES:
+            wrap(worker, name, _save)
     for target in _RUNNERS:
         wrap(resolve(target), "reload_weights", _reload_weights)
-
-
-def _count_load(original: Callable[..., Any], experts: Any, *args: Any, **kwargs: Any) -> Any:
-    _loads.count += 1
-    return original(experts, *args, **kwargs)
 
 
 def _sleep(original: Callable[..., Any], worker: Any, level: int = 1) -> Any:
@@ -88,33 +70,45 @@ def _discard(original: Callable[..., Any], worker: Any, tags: tuple[str, ...]) -
 
 
 def _update_weights(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of the target; a drafter's experts never move. What an update that failed wrote is unknown."""
-    if worker._weight_update_is_draft:
-        return original(worker, *args, **kwargs)
-    loads = _loads.count
+    """Backends that do not load through the model are refused at start. A drafter's experts never move."""
     try:
         return original(worker, *args, **kwargs)
     finally:
-        layerwise = worker.vllm_config.weight_transfer_config.backend in _LAYERWISE
-        if not (layerwise and _loads.none_since(loads)):
-            _replaced(worker.model_runner)
+        _loaded(worker.model_runner)
 
 
-def _reload_weights(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    loads = _loads.count
+def _reload_weights(
+    original: Callable[..., Any],
+    runner: Any,
+    weights_iterator: Any = None,
+    weights_path: str | None = None,
+    is_checkpoint_format: bool = True,
+) -> Any:
+    """Weights in the kernel's format are copied without a loader: they are taken for all of them."""
     try:
-        return original(runner, *args, **kwargs)
+        return original(runner, weights_iterator, weights_path, is_checkpoint_format)
     finally:
-        if not (kwargs.get("is_checkpoint_format", True) and _loads.none_since(loads)):
+        if is_checkpoint_format:
+            _loaded(runner)
+        else:
             _replaced(runner)
 
 
+def _save(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    attachment = attachment_of(worker.model_runner)
+    if attachment is not None and attachment.has_moved_experts:
+        raise RuntimeError(
+            "ep_rebalance: experts have moved, and whoever reads the saved slots would take them for others. "
+            "Remedy: save before serving, or with mode=observe."
+        )
+    return original(worker, *args, **kwargs)
+
+
+def _loaded(runner: Any) -> None:
+    if attachment := attachment_of(runner):
+        attachment.weights_loaded()
+
+
 def _replaced(runner: Any) -> None:
-    attachment = attachment_of(runner)
-    if attachment is None:
-        return
-    try:
+    if attachment := attachment_of(runner):
         attachment.weights_replaced()
-    except Exception:
-        logger.exception("ep_rebalance: the new weights cannot be served with what is attached")
-        raise

@@ -23,6 +23,7 @@ WORKERS = ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWor
 CONTRACTS = (
     *(Contract(f"{worker}.init_device") for worker in WORKERS),
     Contract(f"{WORKERS[0]}.load_model"),
+    *(Contract(f"{worker}.compile_or_warm_up_model") for worker in WORKERS),
     Contract("vllm.utils.mem_utils:DeviceMemoryProfiler"),
 )
 
@@ -39,6 +40,7 @@ def install() -> None:
     """Wrap the workers."""
     for target in WORKERS:
         wrap(resolve(target), "init_device", _agree_when_ready)
+        wrap(resolve(target), "compile_or_warm_up_model", _warm_up)
     wrap(resolve(WORKERS[0]), "load_model", _attach_after_loading)
 
 
@@ -54,6 +56,18 @@ def _agree(worker: Any) -> None:
     config = agree(active_config(worker.vllm_config), ep_group().ranks, default_store())
     complete(worker.vllm_config, config)
     setattr(worker, _AGREED, True)
+
+
+def _warm_up(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    """V2 warms kernels up with requests like those of users; vLLM 0.32 does not yet tell its balancer."""
+    controller = getattr(worker.model_runner, "eplb", None)
+    if controller is None:
+        return original(worker, *args, **kwargs)
+    before, controller.suppressed = controller.suppressed, True
+    try:
+        return original(worker, *args, **kwargs)
+    finally:
+        controller.suppressed = before
 
 
 def _attach_after_loading(

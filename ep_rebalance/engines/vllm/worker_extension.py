@@ -11,7 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 from ep_rebalance.control import Action
-from ep_rebalance.engines.vllm import eplb_state, model_runner, router, weights, worker
+from ep_rebalance.engines.vllm import (
+    eplb_state,
+    expert_loads,
+    model_runner,
+    router,
+    weights,
+    worker,
+)
 from ep_rebalance.engines.vllm.activation import allow_balancing
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 from ep_rebalance.engines.vllm.worker import attachment_of
@@ -66,6 +73,7 @@ def _install() -> None:
     router.install()
     eplb_state.install()
     worker.install()
+    expert_loads.install()
     weights.install()
     model_runner.install()
     experts.install()

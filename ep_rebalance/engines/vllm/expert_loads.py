@@ -1,0 +1,63 @@
+"""Seam: which MoE layers' experts a loader writes.
+
+Target: `RoutedExperts.weight_loader`, through which models load their experts, at start and whenever
+weights are replaced: by `reload_weights`, by a transfer, or by a caller of the model's own
+`load_weights`. Why: a layer whose experts are loaded again holds them in the loader's order; one that
+an update leaves out keeps them where they were moved to. Can go when vLLM tells plugins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ep_rebalance.engines.vllm.contract import Contract, resolve
+from ep_rebalance.engines.vllm.wrapping import wrap
+
+_EXPERTS = "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts"
+
+CONTRACTS = (Contract(f"{_EXPERTS}.weight_loader", ("param", "loaded_weight", "expert_id")),)
+
+_ATTRIBUTE = "ep_rebalance_loads"
+_all_loads = 0
+"""Of all layers of this process: what a step looks at first."""
+
+
+def install() -> None:
+    """Count what is loaded."""
+    wrap(resolve(_EXPERTS), "weight_loader", _count)
+
+
+def _count(original: Callable[..., Any], experts: Any, *args: Any, **kwargs: Any) -> Any:
+    global _all_loads
+    _all_loads += 1
+    setattr(experts, _ATTRIBUTE, getattr(experts, _ATTRIBUTE, 0) + 1)
+    return original(experts, *args, **kwargs)
+
+
+class ExpertLoads:
+    """Of the MoE layers of one model, from now on.
+
+    complete: whether every layer was loaded through vLLM's loader until now, so that none is loaded
+    unseen.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._experts = [layer.routed_experts for layer in layers]
+        self._seen_L = self._now_L()
+        self._seen = _all_loads
+        self.complete = all(self._seen_L)
+
+    def written(self) -> tuple[int, ...]:
+        """Layers that were loaded since the last call."""
+        if self._seen == _all_loads:
+            return ()
+        before_L, self._seen_L, self._seen = self._seen_L, self._now_L(), _all_loads
+        return tuple(
+            layer
+            for layer, (before, now) in enumerate(zip(before_L, self._seen_L, strict=True))
+            if before != now
+        )
+
+    def _now_L(self) -> list[int]:
+        return [getattr(experts, _ATTRIBUTE, 0) for experts in self._experts]
