@@ -104,6 +104,8 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         # In this process, which knows that the platform's collectives are gloo's.
         "distributed_executor_backend": "uni",
         "kv_cache_memory_bytes": 1 << 30,
+        # What must be free at the start: two ranks, and other steps beside them, share the device.
+        "gpu_memory_utilization": 0.2,
     }
 
 
