@@ -54,9 +54,12 @@ def act(gate, up, activation):
 
 
 def by_hand(rows, slots_N, weights, activation, pairs_per_row, pair_weights, eight_bit):
-    """float64 [N, H]; NaN where a pair is of no slot here."""
+    """float64 [N, H], twice: the values, NaN where a pair is of no slot here; and what they may be off
+    by because a value between the layers, in eight bits, was rounded to the other neighbour.
+    """
     slots = len(weights.gate_up)
     result = torch.full((len(slots_N), rows.shape[1]), torch.nan, dtype=torch.float64)
+    off_by = torch.zeros_like(result)
     for pair, slot in enumerate(slots_N.tolist()):
         if not 0 <= slot < slots:
             continue
@@ -68,11 +71,13 @@ def by_hand(rows, slots_N, weights, activation, pairs_per_row, pair_weights, eig
         if eight_bit:
             rounded = quantize_rows_torch(between.float().unsqueeze(0))
             between = dequantize_rows(*rounded, torch.float64)[0]
+            # Neighbours of float8_e4m3fn are at most 2^-3 of a value apart.
+            off_by[pair] = (weights.down[slot].double() * between).abs().amax(1) / 8
         second = weights.down[slot].double() @ between
         if weights.down_bias is not None:
             second += weights.down_bias[slot].double()
         result[pair] = second if pair_weights is None else second * pair_weights[pair].double()
-    return result
+    return result, off_by
 
 
 def check(rows, slots_N, weights, activation, tiles, *, tolerance, **options) -> None:
@@ -90,7 +95,7 @@ def check(rows, slots_N, weights, activation, tiles, *, tolerance, **options) ->
             gate_up=full_weight(weights.gate_up, weights.gate_up_scales),
             down=full_weight(weights.down, weights.down_scales),
         )
-    expected = by_hand(
+    expected, off_by = by_hand(
         exact_rows.cpu(), slots_N.cpu(), on_cpu(exact), activation, pairs_per_row,
         None if pair_weights is None else pair_weights.cpu(), weights.fp8,
     )  # fmt: skip
@@ -98,7 +103,8 @@ def check(rows, slots_N, weights, activation, tiles, *, tolerance, **options) ->
     assert (out.cpu()[~here].float() == torch.tensor(POISON).to(out.dtype).float()).all()
     if here.any():
         error = (out.cpu()[here].double() - expected[here]).abs()
-        assert (error <= tolerance * expected[here].abs().clamp(min=1.0)).all(), error.max()
+        allowed = tolerance * expected[here].abs().clamp(min=1.0) + off_by[here]
+        assert (error <= allowed).all(), error.max()
 
 
 def full_weight(weight, scales):

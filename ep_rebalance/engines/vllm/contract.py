@@ -17,6 +17,7 @@ from typing import Any
 from ep_rebalance.config import ConfigurationError
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
+_ON_CPU_ONLY = "vllm.v1.worker.cpu_worker:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,11 @@ class Contract:
 
     target: str
     parameters: tuple[str, ...] = ()
+
+    @property
+    def applies(self) -> bool:
+        """Whether it is relied on here."""
+        return may_import(self.target)
 
     def check(self) -> None:
         """Raises ConfigurationError that names what is missing."""
@@ -57,6 +63,11 @@ class StandInContract:
     def target(self) -> str:
         return f"{self.holder}.{self.attribute}"
 
+    @property
+    def applies(self) -> bool:
+        """Whether it is relied on here."""
+        return may_import(self.holder)
+
     def asked(self) -> set[str]:
         """Names of attributes that the holder's methods read, call or set on `self.<attribute>`."""
         tree = ast.parse(textwrap.dedent(inspect.getsource(resolve(self.holder))))
@@ -76,6 +87,17 @@ class StandInContract:
         missing = sorted(name for name in self.asked() if not hasattr(self.stand_in, name))
         if missing:
             raise _unsupported(f"{self.target} is asked for {', '.join(missing)}, which ours lacks")
+
+
+def may_import(target: str) -> bool:
+    """Whether what `module:Qualified.name` names may be imported in this process.
+
+    vLLM's worker for CPU turns streams, events and pinned memory of `torch.cuda` into stand-ins that do
+    nothing, for the whole process, as soon as it is imported (vllm/v1/worker/cpu/shm.py).
+    """
+    from vllm.platforms import current_platform
+
+    return not target.startswith(_ON_CPU_ONLY) or bool(current_platform.is_cpu())
 
 
 def resolve(target: str) -> Any:

@@ -74,7 +74,8 @@ def seams() -> tuple[Any, ...]:
 def _check_contracts() -> None:
     for seam in seams():
         for contract in seam.CONTRACTS:
-            contract.check()
+            if contract.applies:
+                contract.check()
 
 
 def _check_parallel(parallel: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ep_rebalance.engines.vllm.contract import Contract, resolve
-from ep_rebalance.engines.vllm.worker import WORKERS, attachment_of
+from ep_rebalance.engines.vllm.worker import WORKERS, attachment_of, worker_classes
 from ep_rebalance.engines.vllm.wrapping import wrap
 
 _RUNNERS = (
@@ -41,8 +41,7 @@ CONTRACTS = (
 
 def install() -> None:
     """Wrap the workers, and the runners where weights reach them without the worker."""
-    for target in WORKERS:
-        worker = resolve(target)
+    for worker in worker_classes():
         wrap(worker, "sleep", _sleep)
         wrap(worker, "discard", _discard)
         for name in ("update_weights", "finish_weight_update"):

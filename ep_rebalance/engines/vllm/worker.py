@@ -13,7 +13,7 @@ from typing import Any
 
 from ep_rebalance.engines.vllm.activation import active_config, complete
 from ep_rebalance.engines.vllm.attachment import Attachment
-from ep_rebalance.engines.vllm.contract import Contract, resolve
+from ep_rebalance.engines.vllm.contract import Contract, may_import, resolve
 from ep_rebalance.engines.vllm.nodes import ep_group
 from ep_rebalance.engines.vllm.rank_agreement import agree, default_store
 from ep_rebalance.engines.vllm.wrapping import wrap
@@ -36,11 +36,16 @@ def attachment_of(holder: Any) -> Attachment | None:
     return getattr(holder, _ATTRIBUTE, None)
 
 
+def worker_classes() -> list[type[Any]]:
+    """vLLM's workers for this platform."""
+    return [resolve(target) for target in WORKERS if may_import(target)]
+
+
 def install() -> None:
     """Wrap the workers."""
-    for target in WORKERS:
-        wrap(resolve(target), "init_device", _agree_when_ready)
-        wrap(resolve(target), "compile_or_warm_up_model", _warm_up)
+    for worker in worker_classes():
+        wrap(worker, "init_device", _agree_when_ready)
+        wrap(worker, "compile_or_warm_up_model", _warm_up)
     wrap(resolve(WORKERS[0]), "load_model", _attach_after_loading)
 
 

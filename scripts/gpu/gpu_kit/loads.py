@@ -1,6 +1,6 @@
 """The three loads, each small enough to travel by itself.
 
-a: vLLM without its compiled parts, but for two libraries cut to one GPU architecture.
+a: vLLM without its compiled parts, but for three libraries cut to one GPU architecture.
 b: what vLLM needs and a machine with PyTorch lacks, and this project.
 c: NCCL that lets two ranks share a GPU (2.30.3 and newer).
 
@@ -20,10 +20,11 @@ VLLM, NCCL = "vllm==0.33.0", "nvidia-nccl-cu13==2.30.7"
 VLLM_LIBRARIES = (
     "vllm/_C_stable_libtorch.abi3.so",
     "vllm/_moe_C_stable_libtorch.abi3.so",
+    "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so",
 )
 NCCL_LIBRARY = "libnccl.so.2"
 VLLM_FILES = (".py", ".json", ".txt", ".jinja", ".yaml", ".html", "METADATA", "WHEEL")
-"""Ends of the names that are kept of vLLM's other files. Flash attention stays behind: 17 MB packed."""
+"""Ends of the names that are kept of vLLM's other files."""
 
 Report = Callable[[str], None]
 

@@ -152,8 +152,10 @@ STEPS = (
     ),
     _tests("loop-nccl", "c", 120, LOOP, "-k", "{device} and nccl", nccl=True),
     _engine("engine-nccl", 150, nccl=True),
+    _engine("engine-nccl-v1", 150, "--runner", "v1", nccl=True),
     _engine("engine-sync-nccl", 150, nccl=True, VLLM_GPU_SYNC_CHECK="error"),
     _engine("engine-graphs", 180, "--graphs", nccl=True),
+    _engine("engine-graphs-v1", 180, "--graphs", "--runner", "v1", nccl=True),
     Step(
         name="benchmarks",
         group="bench",

@@ -99,8 +99,6 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cpu":
         return arguments | {"dtype": "float32"}
     return arguments | {
-        # Flash attention is not among the libraries that were packed.
-        "attention_config": {"backend": "TRITON_ATTN"},
         # In this process, which knows that the platform's collectives are gloo's.
         "distributed_executor_backend": "uni",
         "kv_cache_memory_bytes": 1 << 30,

@@ -10,7 +10,11 @@ from pathlib import Path
 
 from gpu_kit.figures import tell
 
-LIBRARIES = ("_C_stable_libtorch.abi3.so", "_moe_C_stable_libtorch.abi3.so")
+LIBRARIES = (
+    "_C_stable_libtorch.abi3.so",
+    "_moe_C_stable_libtorch.abi3.so",
+    "vllm_flash_attn/_vllm_fa3_C.abi3.so",
+)
 TOLERANCE = 0.02
 """Of bfloat16 values of about 1."""
 
@@ -43,7 +47,7 @@ def load_libraries(vllm: Path) -> int:
         if (vllm / name).exists():
             torch.ops.load_library(str(vllm / name))
     names: list[str] = torch._C._dispatch_get_all_op_names()
-    return sum(name.startswith(("_C::", "_moe_C::")) for name in names)
+    return sum(name.startswith(("_C::", "_moe_C::", "_vllm_fa3_C::")) for name in names)
 
 
 def broken_contracts() -> list[str]:

@@ -1,6 +1,7 @@
 """Unpack a load into the folder that PYTHONPATH names first in the other steps."""
 
 import argparse
+import compileall
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def unpack_load(packed: Path, site: Path) -> dict[str, int]:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         install += ["--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site)]
         subprocess.run([*install, *map(str, wheels)], check=True)
+    # vLLM imports itself in several processes at once: each would compile all that it imports.
+    compileall.compile_dir(site, quiet=2, workers=0)
     return {"archives": len(archives), "wheels": len(wheels)}
 
 
