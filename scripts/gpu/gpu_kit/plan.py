@@ -131,7 +131,6 @@ STEPS = (
     ),
     _engine("engine-v2", 180, "--runner", "v2"),
     _engine("engine-v1", 150, "--runner", "v1"),
-    _engine("engine-sync-gloo", 150, "--shape", "fixed", VLLM_GPU_SYNC_CHECK="error"),
     _unpack("c"),
     Step(
         name="ranks-nccl",

@@ -2,8 +2,8 @@
 
 Each rank is an offline vLLM in one process (VLLM_ENABLE_V1_MULTIPROCESSING=0) and one half of a
 data-parallel group. Both ask the same prompts turn after turn, greedily, while experts move.
-Over gloo vLLM's own all-to-all does not work, so that ours carries the tokens there; its shape fixed
-reads nothing back, as vLLM's check for waits demands.
+Over gloo vLLM's own all-to-all does not work, so that ours carries the tokens there. Outside CUDA graphs
+it reads back how many rows there are, which vLLM's check for waits refuses: that is for NCCL.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def serve(options: argparse.Namespace) -> int:
 def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {**EAGER_BALANCER, "mode": options.mode}
     if options.backend == "gloo":
-        settings["data_plane"] = {"all_to_all": "ours", "shape": options.shape}
+        settings["data_plane"] = {"all_to_all": "ours"}
     arguments: dict[str, Any] = {
         "dtype": "bfloat16",
         "max_model_len": 256,
@@ -132,7 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", choices=["gloo", "nccl"], default="gloo")
     add("--runner", choices=["v1", "v2"], default="v2")
     add("--graphs", action="store_true", help="torch.compile and CUDA graphs")
-    add("--shape", choices=["exact", "fixed"], default="exact", help="of our all-to-all")
     add("--mode", choices=["observe", "rebalance"], default="rebalance")
     add("--model", default=MODEL)
     add("--turns", type=int, default=6)
