@@ -9,6 +9,7 @@ the next snapshot that it is done.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
@@ -114,8 +115,7 @@ class Rebalancer:
 
         What is served and what is counted stay as they are.
         """
-        compile_schedule()
-        compile_planner()  # of which every rank fits quotas
+        _compile()
         self._counts.warm_up()
         self._snapshots.warm_up()
         self._plans.warm_up()
@@ -346,3 +346,16 @@ class Rebalancer:
             return False
         self.journal.proposal(timed)
         return timed.proposal.decision.accepted
+
+
+def compile_in_background() -> None:
+    """Begin with what takes longest of `warm_up`, while an engine loads its weights: half a minute of one
+    core, where planner and scheduler were never compiled before.
+    """
+    threading.Thread(target=_compile, name="ep_rebalance-compile", daemon=True).start()
+
+
+def _compile() -> None:
+    """Numba compiles in one thread at a time: who comes second waits, and finds it done."""
+    compile_schedule()
+    compile_planner()  # of which every rank fits quotas

@@ -17,6 +17,7 @@ from ep_rebalance.engines.vllm.contract import Contract, may_import, resolve
 from ep_rebalance.engines.vllm.nodes import ep_group
 from ep_rebalance.engines.vllm.rank_agreement import agree, default_store
 from ep_rebalance.engines.vllm.wrapping import wrap
+from ep_rebalance.rebalancer import compile_in_background
 
 WORKERS = ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker")
 
@@ -60,6 +61,7 @@ def _agree(worker: Any) -> None:
         return
     config = agree(active_config(worker.vllm_config), ep_group().ranks, default_store())
     complete(worker.vllm_config, config)
+    compile_in_background()
     setattr(worker, _AGREED, True)
 
 
