@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from engines import GPU_TOKEN_PATHS
 from serving import (
     DATA_PARALLEL,
     OPERATOR,
@@ -100,7 +101,7 @@ def data_parallel(
     records = {"trace": {"path": str(traces)}, "control": control}
     arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
     arguments += ("--ep-rebalance-config", json.dumps(records))
-    with serving(logs / "data_parallel.log", *arguments) as server:
+    with serving(logs / "data_parallel.log", *arguments, plugins=[GPU_TOKEN_PATHS]) as server:
         yield server
 
 
@@ -109,5 +110,5 @@ def tensor_parallel(logs: Path, settings_file: str, one_rank: OneRank) -> Iterat
     """Starts after `one_rank` has ended: an idle server keeps the cores from another one."""
     arguments = (*TENSOR_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
     arguments += ("--ep-rebalance-config.planner.redundant_experts", "4")
-    with serving(logs / "tensor_parallel.log", *arguments) as server:
+    with serving(logs / "tensor_parallel.log", *arguments, plugins=[GPU_TOKEN_PATHS]) as server:
         yield server

@@ -1,5 +1,6 @@
-"""What goes wrong while experts move: serving goes on, or ends as vLLM ends. One server lives through
-all of it, in the order of the tests, and a second one takes up what it left.
+"""What goes wrong while experts move, some of which have replicas: serving goes on, or ends as vLLM ends.
+One server lives through all of it, in the order of the tests. A second one takes up what it left, moves
+nothing, and splits tokens over the replicas as the load changes, through our all-to-all's other shape.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, serving
 
 pytestmark = V032.marks
 
+SPLITS = 4
+LITTLE_ROOM = {"all_to_all": "ours", "shape": "fixed", "capacity_factor": 0.4}
+"""Most steps take several rounds."""
+
 
 @pytest.fixture(scope="module")
 def state(logs: Path) -> Path:
@@ -30,6 +35,7 @@ def arguments(logs: Path, state: Path) -> tuple[str, ...]:
     """A byte budget of 4 kB a step makes a migration long enough to be hit in the middle."""
     settings = {
         **SETTINGS,
+        "planner": {**SETTINGS["planner"], "redundant_experts": 4},
         "migration": {"max_bytes_per_step": 4096},
         "state": {"path": str(state)},
     }
@@ -48,6 +54,15 @@ def faulty(logs: Path, arguments: tuple[str, ...], one_rank_answers: object) -> 
         FORCED_FAULTS="planner:1,checksum:2,transport:3",
         VLLM_SERVER_DEV_MODE="1",
     ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def restarted(logs: Path, arguments: tuple[str, ...]) -> Iterator[Server]:
+    """Starts after `faulty` was killed."""
+    settings = {"planner": {"policy": "none"}, "data_plane": LITTLE_ROOM}
+    more = ("--ep-rebalance-config", json.dumps(settings))
+    with serving(logs / "restarted.log", *arguments, *more) as server:
         yield server
 
 
@@ -75,9 +90,7 @@ def test_answers_after_a_reload_amid_a_migration_are_those_of_a_fresh_server(
     assert faulty.answers(questions) == one_rank_answers
 
 
-def test_killed_worker_ends_the_server_and_a_restart_warm_starts(
-    faulty: Server, logs: Path, arguments: tuple[str, ...], state: Path
-) -> None:
+def test_a_killed_worker_ends_the_server(faulty: Server, state: Path) -> None:
     faulty.drive_until(lambda status: not status["migrating"])
     _wait_for_file(state)
     with amid_a_migration(faulty):
@@ -87,10 +100,30 @@ def test_killed_worker_ends_the_server_and_a_restart_warm_starts(
         _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, f"left behind: {alive}"
     assert "died unexpectedly" in faulty.log_text()
-    with serving(logs / "restarted.log", *arguments) as server:
-        assert server.status()["generation"] == saved_generation(state) > 0
-        assert "took up the saved placement" in server.log_text()
-        assert len(server.answer("import os\n")) == 64
+
+
+def test_a_restart_warm_starts(restarted: Server, state: Path) -> None:
+    assert restarted.status()["generation"] == saved_generation(state) > 0
+    assert "took up the saved placement" in restarted.log_text()
+
+
+def test_answers_are_equal_however_tokens_are_split_and_in_fixed_capacity(
+    restarted: Server, questions: list[str], one_rank_answers: list[list[int]]
+) -> None:
+    before, seen = restarted.status(), {quotas(restarted)}
+
+    def another_split(_: object) -> bool:
+        seen.add(quotas(restarted))
+        return len(seen) > SPLITS
+
+    assert restarted.answers(questions) == one_rank_answers
+    restarted.drive_until(another_split)
+    assert restarted.answers(questions) == one_rank_answers
+    assert restarted.status()["generation"] == before["generation"]
+
+
+def quotas(server: Server) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(layer["quotas"]) for layer in server.load()["layers"])
 
 
 def saved_generation(state: Path) -> int:

@@ -1,12 +1,11 @@
-"""vLLM 0.33 with its V2 model runner, as users have it: batches are padded as for CUDA graphs, some
-experts have replicas, and two tensor-parallel ranks take the token path of one-node GPU servers, where
-every rank holds every token. Two data-parallel ranks send tokens by our all-to-all.
+"""vLLM 0.33 with its V2 model runner, as users have it: batches are padded as for CUDA graphs, tokens
+reach the experts on vLLM's own paths, and some experts have replicas. Two tensor-parallel ranks hold
+every token each and add up what they computed; two data-parallel ranks gather and scatter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -27,21 +26,13 @@ SETTINGS = {
     # Two times the snapshots that all questions take when they are asked at once.
     "planner": {"interval_snapshots": 10, "redundant_experts": 4},
     "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
-    "migration": {"max_bytes_per_step": 16 << 10},  # a dozen steps for each expert
+    "migration": {"max_bytes_per_step": 32 << 10},  # several steps for each expert
+    "data_plane": {"all_to_all": "engine"},
     "metrics": {"poll_seconds": 0.5},
 }
 
 
-@dataclass(frozen=True)
-class Layout:
-    arguments: tuple[str, ...]
-    all_to_all: str
-
-
-LAYOUTS = {
-    "tensor_parallel": Layout(TENSOR_PARALLEL, "engine"),
-    "data_parallel": Layout(DATA_PARALLEL, "ours"),
-}
+LAYOUTS = {"tensor_parallel": TENSOR_PARALLEL, "data_parallel": DATA_PARALLEL}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -52,17 +43,15 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def v2_runner(logs: Path, layout: str, operators_key: str, one_rank: OneRank) -> Iterator[Server]:
-    chosen = LAYOUTS[layout]
     path = logs / f"v2_{layout}.yaml"
     settings = {
         **SETTINGS,
-        "data_plane": {"all_to_all": chosen.all_to_all},
         "control": {"enabled": True, "api_key_file": operators_key},
     }
     path.write_text(yaml.safe_dump(settings))
     with serving(
         logs / f"v2_runner-{layout}.log",
-        *(*chosen.arguments, *PLUGIN, "--ep-rebalance-config", str(path)),
+        *(*LAYOUTS[layout], *PLUGIN, "--ep-rebalance-config", str(path)),
         engine=V033_V2,
         plugins=[GPU_TOKEN_PATHS, PREPACKED_RELOADS],
         tokens=TOKENS,
