@@ -51,6 +51,7 @@ def make_overlay() -> None:
         "what it needs beyond 0.32",
         [*PIP, "install", *FROM_WHEELS, "--target", OVERLAY, *NEW_REQUIREMENTS],
     )
+    step("compiling it", [PYTHON, "-m", "compileall", "-q", "-j", "0", OVERLAY])
     _verify()
     OVERLAY_STAMP.write_text(overlay_fingerprint())
 

@@ -158,6 +158,9 @@ def install_packages() -> None:
     install += torch_arguments(install, env)
     step("PyTorch for CPU", [*install, CPU_TORCH], env)
     packages: list[str | Path] = ["--editable", ".[cpu,dev]", ALIAS]
+    # A server is five processes, one started by the other: each would compile vLLM where
+    # PYTHONDONTWRITEBYTECODE is set, as in many containers.
+    packages.append("--compile-bytecode")
     step("vLLM for CPU, ep-rebalance and its tools", [*install, CPU_TORCH, *packages], env)
 
 
