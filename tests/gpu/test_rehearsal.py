@@ -114,6 +114,32 @@ def test_a_step_gets_its_environment_with_places_filled_in(place: Place):
     assert path[-1] == str(HERE)
 
 
+def test_runs_side_by_side_go_on_when_the_command_that_started_them_has_ended(tmp_path: Path):
+    kit_of = [sys.executable, "-m", "gpu_kit"]
+    there = {**os.environ, "PYTHONPATH": str(ROOT / "scripts" / "gpu")}
+    out = tmp_path / "out"
+    place = ["--out", str(out), "--device", "cpu", "--slow", "4"]
+    place += ["--site", str(tmp_path / "site"), "--loads", str(tmp_path / "no-loads")]
+    subprocess.run(
+        [*kit_of, "start", "machine", "racecheck,unpack-c", *place], env=there, check=True
+    )
+    waited = [*kit_of, "wait", "--out", str(out), "--seconds"]
+    early = subprocess.run([*waited, "0"], env=there, capture_output=True, text=True, check=False)
+    assert (early.returncode, early.stdout.count("still running: ")) == (1, 2)
+    done = subprocess.run([*waited, "240"], env=there, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + (out / "machine" / "summary.txt").read_text()
+    results = read_log(out / "log.jsonl")
+    assert {r.step: r.ok for r in results} == {"machine": True, "racecheck": None, "unpack-c": None}
+    assert json.loads((out / "racecheck,unpack-c" / "log.jsonl").read_text().splitlines()[0])["ok"]
+
+
+def test_an_unknown_step_is_refused_before_anything_is_started(tmp_path: Path, capsys):
+    arguments = ["start", "machine", "kernels,no-such", "--out", str(tmp_path / "out")]
+    assert kit.main(arguments) == 2
+    assert "there is no step or group no-such" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # --- the plan
 
 

@@ -105,9 +105,14 @@ def run_steps(steps: Iterable[Step], place: Place, total_seconds: float) -> Iter
             result = Result(step=step.name, ok=None, reason=reason)
         else:
             result = take(step, place)
-        with place.log.open("a") as log:
-            log.write(json.dumps(asdict(result)) + "\n")
+        append(result, place.log)
         yield result
+
+
+def append(result: Result, log: Path) -> None:
+    """Add a line to a log."""
+    with log.open("a") as stream:
+        stream.write(json.dumps(asdict(result)) + "\n")
 
 
 def take(step: Step, place: Place) -> Result:
