@@ -52,8 +52,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ep_rebalance.config import WindowConfig
-from ep_rebalance.counts import DeviceCounts
-from ep_rebalance.load_window import LoadSample, window_load
+from ep_rebalance.config_sources import load_config, nest
+from ep_rebalance.load.window import LoadSample, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.policies import compile_planner
@@ -68,7 +68,7 @@ from ep_rebalance.replay.scoring import (
     even_balancedness,
     moves_between,
 )
-from ep_rebalance.settings import load_config, nest
+from ep_rebalance.routing.device_tables import DeviceCounts
 from ep_rebalance.topology import Topology
 
 WINDOW_STEPS, SNAPSHOT_STEPS = 48, 6

@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.progress import track
 
 from ep_rebalance import __version__
-from ep_rebalance.placement import Placement
-from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
-from ep_rebalance.replay.model_shape import SHAPES
-from ep_rebalance.settings import load_config
-from ep_rebalance.trace import (
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.trace import (
     RecordedPlacement,
     RecordedSnapshot,
     TraceHead,
     TraceReader,
     TraceWriter,
 )
+from ep_rebalance.placement import Placement
+from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.replay.model_shape import SHAPES
 
 SHAPE = SHAPES["deepseek-v3"]
 RANKS, REDUNDANT = 32, 32

@@ -8,7 +8,7 @@ from typing import Any
 
 from ep_rebalance.commands.scenarios import open_traces, scenario
 from ep_rebalance.commands.side_by_side import replay_all
-from ep_rebalance.settings import load_config
+from ep_rebalance.config_sources import load_config
 
 POLICIES = ("none", "ours", "hindsight")
 

@@ -37,22 +37,22 @@ from rich.progress import track
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ep_rebalance.commit import PreparedMigration
+from ep_rebalance.balancer.rebalancer import Rebalancer
+from ep_rebalance.balancer.recorder import Recorder
+from ep_rebalance.collectives.snapshot import HEAD
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.counts import DeviceCounts
-from ep_rebalance.journal import initial_status
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.state import ModelIdentity
+from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.migration import schedule
+from ep_rebalance.migration.commit import PreparedMigration
+from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
-from ep_rebalance.rebalancer import Rebalancer
-from ep_rebalance.recorder import Recorder
 from ep_rebalance.replay.model_shape import SHAPES
-from ep_rebalance.settings import load_config
-from ep_rebalance.snapshot import HEAD
-from ep_rebalance.state import ModelIdentity
+from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import TraceHead
-from ep_rebalance.transport.expert_memory import ExpertMemory
 
 SHAPE = SHAPES["deepseek-v3"]
 RANKS, REDUNDANT, TOP_K, TOKENS = 32, 32, 8, 128

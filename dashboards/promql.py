@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from ep_rebalance.metrics import METRICS, PREFIX
+from ep_rebalance.telemetry.metrics import METRICS, PREFIX
 
 SCOPE = 'job=~"$job", model_name=~"$model_name", instance=~"$instance"'
 BY = "job, instance, model_name"

@@ -19,8 +19,8 @@ from ep_rebalance.commands.plan import plan
 from ep_rebalance.commands.replay import run_replay
 from ep_rebalance.commands.status import status
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.metrics import METRICS
 from ep_rebalance.replay.step_time import hardware_table
+from ep_rebalance.telemetry.metrics import METRICS
 
 app = typer.Typer(
     help="Expert-parallel load balancing for Mixture-of-Experts serving. The balancer itself runs inside the "

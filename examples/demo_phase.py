@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from ep_rebalance.metrics import Status
+from ep_rebalance.telemetry.metrics import Status
 
 SETTLING_SECONDS = 2.0  # requests of the phase before are still being answered
 READINGS_NOW = 5

@@ -17,7 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ep_rebalance.metrics import OUTCOMES
+from ep_rebalance.telemetry.metrics import OUTCOMES
 
 SECONDS_BETWEEN_LINES = 5.0
 BAR_WIDTH = 40

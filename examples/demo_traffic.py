@@ -14,7 +14,7 @@ from types import TracebackType
 import httpx
 from demo_server import MODEL_NAME, ServerError
 
-from ep_rebalance.metrics import Status, decode
+from ep_rebalance.telemetry.metrics import Status, decode
 
 PROMPT_BYTES = 320
 REQUEST_SECONDS = 120.0

@@ -4,8 +4,8 @@ from functools import cache
 
 import torch
 
+from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.placement import Placement
-from ep_rebalance.transport.expert_memory import ExpertMemory
 
 SHAPES = ((6, 5), (3,), (7,))
 """Tensors of one expert: sizes that leave padding in the packed form."""

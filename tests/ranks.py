@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 60.0
-PRELOADED = ["torch.distributed", "ep_rebalance.rebalancer", "pytest"]
+PRELOADED = ["torch.distributed", "ep_rebalance.balancer.rebalancer", "pytest"]
 
 
 class RankFailure(AssertionError):

@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import RooflineCost, TokenCost
-from ep_rebalance.planning.plan import Budget, Problem
+from ep_rebalance.planning.problem import Budget, Problem
 from ep_rebalance.topology import Topology
 
 Samples = NDArray[np.float64]

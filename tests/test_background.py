@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ep_rebalance.background import DaemonThread
+from ep_rebalance.balancer.planner_thread import DaemonThread
 
 TIMEOUT_SECONDS = 30
 

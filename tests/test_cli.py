@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from ep_rebalance import __version__
 from ep_rebalance.cli import app, metric_table
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.metrics import METRICS
-from ep_rebalance.settings import load_config
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.telemetry.metrics import METRICS
 
 
 def run(*args: str, **environment: str):

@@ -16,10 +16,10 @@ from test_state import STATE
 from traces import contiguous, head_of, snapshots, write_trace
 
 from ep_rebalance.commands import inspection
-from ep_rebalance.metrics import encode
+from ep_rebalance.load.state import save_state
+from ep_rebalance.load.trace import TraceWriter
 from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.state import save_state
-from ep_rebalance.trace import TraceWriter
+from ep_rebalance.telemetry.metrics import encode
 
 HEAD = head_of()
 ANSWER = encode(make_status())

@@ -17,11 +17,11 @@ from test_exporter import make_status
 from test_state import STATE
 from traces import head_of, snapshots, write_trace
 
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.formats import vllm_ascend
+from ep_rebalance.load.state import save_state
+from ep_rebalance.load.trace import TraceReader
 from ep_rebalance.placement import imbalance_L
-from ep_rebalance.settings import load_config
-from ep_rebalance.state import save_state
-from ep_rebalance.trace import TraceReader
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 

@@ -6,11 +6,17 @@ import torch
 from expert_weights import loaded, memory_of, wrong_slots
 from step_path import DEVICE, recording_waits
 
-from ep_rebalance.commit import PreparedMigration, Served, Split, commit_batch, commit_split
-from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.migration import Batch, Migration, schedule
+from ep_rebalance.migration.commit import (
+    PreparedMigration,
+    Served,
+    Split,
+    commit_batch,
+    commit_split,
+)
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.dispatch import dispatch_thresholds
+from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.thresholds import dispatch_thresholds
 from ep_rebalance.topology import Topology
 
 DTYPE = torch.float32

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
-from ep_rebalance.settings import (
+from ep_rebalance.config_sources import (
     load_config,
     nest,
     parse_config_argument,

@@ -2,12 +2,12 @@
 
 import pytest
 
+from ep_rebalance.balancer.control import ACTIONS, Control
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.control import ACTIONS, Control
-from ep_rebalance.journal import initial_status
-from ep_rebalance.metrics import Status
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.placement import Placement
-from ep_rebalance.settings import load_config
+from ep_rebalance.telemetry.journal import initial_status
+from ep_rebalance.telemetry.metrics import Status
 
 PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
 

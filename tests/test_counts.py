@@ -5,10 +5,10 @@ import pytest
 import torch
 from step_path import DEVICE, recording_waits
 
-from ep_rebalance.counts import HASH_STRIDE, DeviceCounts
 from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.routing.device_tables import HASH_STRIDE, DeviceCounts
 from ep_rebalance.topology import Topology
 
 PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)

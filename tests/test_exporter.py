@@ -9,10 +9,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
-from ep_rebalance.exporter import COMMON_LABELS, Exporter
-from ep_rebalance.journal import initial_status
-from ep_rebalance.metrics import METRICS, OBSERVATIONS_KEPT, Observations, Status
 from ep_rebalance.placement import Placement
+from ep_rebalance.telemetry.journal import initial_status
+from ep_rebalance.telemetry.metrics import METRICS, OBSERVATIONS_KEPT, Observations, Status
+from ep_rebalance.telemetry.prometheus import COMMON_LABELS, Exporter
 
 PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
 COMMON = {"model_name": "m", "engine": "0"}
@@ -214,7 +214,7 @@ def test_info_says_what_runs(scrape: Scrape):
 SEVERAL_SERVERS = """
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from test_exporter import make_status
-from ep_rebalance.exporter import Exporter
+from ep_rebalance.telemetry.prometheus import Exporter
 exporter, status = Exporter(model_name="m"), make_status()
 status.plan_seconds.add(0.02)
 exporter.update(status)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from ep_rebalance.commit import Served
+from ep_rebalance.collectives.snapshot import Flags, Snapshot
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
-from ep_rebalance.journal import Journal, initial_status
-from ep_rebalance.load_window import LoadSample
-from ep_rebalance.metrics import encode
+from ep_rebalance.load.window import LoadSample
+from ep_rebalance.migration.commit import Served
 from ep_rebalance.placement import Placement
-from ep_rebalance.snapshot import Flags, Snapshot
+from ep_rebalance.telemetry.journal import Journal, initial_status
+from ep_rebalance.telemetry.metrics import encode
 
 TOP_K = 2
 LOADED = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ep_rebalance.load_memory import HALF_LIFE_SAMPLES, LOADS, LoadMemory
-from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.load.history import HALF_LIFE_SAMPLES, LOADS, LoadMemory
+from ep_rebalance.load.window import WindowLoad
 
 KINDS_KE = np.array([[8.0, 1, 1, 1, 1], [1.0, 8, 1, 1, 1], [1.0, 1, 1, 1, 8]]) / 12.0
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_rebalance.load_window import PHASES, LoadSample, LoadWindow, window_load
+from ep_rebalance.load.window import PHASES, LoadSample, LoadWindow, window_load
 
 
 def sample(tokens: int, *, steps: int = 1, step_seconds: float = 0.1) -> LoadSample:

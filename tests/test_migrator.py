@@ -9,15 +9,15 @@ import torch.distributed as dist
 from expert_weights import loaded, memory_of, wrong_slots
 from ranks import Ranks
 
-from ep_rebalance.commit import PreparedMigration, Served
-from ep_rebalance.counts import DeviceCounts
-from ep_rebalance.journal import Journal, initial_status
+from ep_rebalance.balancer.migrator import Migrator
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.migration import schedule
-from ep_rebalance.migrator import Migrator
+from ep_rebalance.migration.commit import PreparedMigration, Served
+from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.placement import Placement
-from ep_rebalance.settings import load_config
+from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.topology import Topology
-from ep_rebalance.transport.round_exchange import RoundExchange
 
 DTYPE = torch.float32
 SHAPES = ((30, 20), (20, 11), (7,))

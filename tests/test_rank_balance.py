@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ep_rebalance.commit import Served
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.journal import initial_status
-from ep_rebalance.metrics import encode
-from ep_rebalance.overview import HOTTEST, overview
+from ep_rebalance.migration.commit import Served
 from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.rank_balance import HALF_LIFE_SNAPSHOTS, RankBalance
+from ep_rebalance.telemetry.imbalance import HALF_LIFE_SNAPSHOTS, RankBalance
+from ep_rebalance.telemetry.journal import initial_status
+from ep_rebalance.telemetry.metrics import encode
+from ep_rebalance.telemetry.overview_report import HOTTEST, overview
 
 LOADED = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
 SERVED = Served.initial(Placement(np.array([[0, 2, 1, 3], [0, 1, 2, 3]]), 4, 2))

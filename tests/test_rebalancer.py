@@ -17,23 +17,23 @@ from expert_weights import loaded, memory_of, wrong_slots
 from ranks import Ranks
 from traces import head_of
 
-from ep_rebalance import background, rebalancer
+from ep_rebalance.balancer import planner_thread, rebalancer
+from ep_rebalance.balancer.rebalancer import Rebalancer
+from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.counts import DeviceCounts
-from ep_rebalance.journal import initial_status
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
-from ep_rebalance.metrics import Status, decode, encode
+from ep_rebalance.load.state import ModelIdentity, load_state
+from ep_rebalance.load.trace import RecordedPlacement, TraceHead, TraceReader
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning import proposal
 from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.rebalancer import Rebalancer
-from ep_rebalance.recorder import Recorder
 from ep_rebalance.replay.run import Replayed, Scenario, replay
 from ep_rebalance.replay.step_time import MeasuredSteps
-from ep_rebalance.settings import load_config
-from ep_rebalance.state import ModelIdentity, load_state
+from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.telemetry.journal import initial_status
+from ep_rebalance.telemetry.metrics import Status, decode, encode
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import RecordedPlacement, TraceHead, TraceReader
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 
@@ -416,7 +416,7 @@ def fail_to_split_on_one_rank(rank, size, config):
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(background, "split_quotas", raising)
+            patch.setattr(planner_thread, "split_quotas", raising)
         engine = Engine(rank, size, config)
         for _ in range(12):
             engine.step()
@@ -526,7 +526,7 @@ def test_a_planner_that_raises_is_counted_and_the_next_plan_is_made(two_ranks: R
 
 
 def schedule_raises_once(rank, size, config):
-    schedule, calls = background.schedule, []
+    schedule, calls = planner_thread.schedule, []
 
     def raising(*args, **kwargs):
         calls.append(args)
@@ -535,7 +535,7 @@ def schedule_raises_once(rank, size, config):
         return schedule(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "schedule", raising)
+        patch.setattr(planner_thread, "schedule", raising)
         engine = Engine(rank, size, config)
         engine.run_until(has_generation(1))
     return engine.seen, engine.rebalancer.status.plans

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from traces import contiguous, head_of, records_of, snapshots
 
-from ep_rebalance.commit import Served
+from ep_rebalance.balancer.recorder import Recorder
+from ep_rebalance.collectives.snapshot import Flags, Snapshot
 from ep_rebalance.config import TraceConfig
-from ep_rebalance.recorder import Recorder
-from ep_rebalance.snapshot import Flags, Snapshot
-from ep_rebalance.trace import RecordedPlacement, RecordedSnapshot, TraceHead
+from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceHead
+from ep_rebalance.migration.commit import Served
 
 HEAD = head_of()
 SERVED = Served.initial(contiguous(HEAD).placement)

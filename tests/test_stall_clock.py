@@ -6,7 +6,7 @@ import pytest
 import torch
 from step_path import DEVICE, recording_waits
 
-from ep_rebalance.stall_clock import StallClock
+from ep_rebalance.telemetry.stall_clock import StallClock
 
 
 class Stream:

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from mutations import MUTATIONS, mutated
 
-from ep_rebalance import state
 from ep_rebalance.config import ConfigurationError
-from ep_rebalance.placement import Placement
-from ep_rebalance.state import (
+from ep_rebalance.load import state
+from ep_rebalance.load.state import (
     FORMAT,
     FORMAT_VERSION,
     Header,
@@ -27,6 +26,7 @@ from ep_rebalance.state import (
     read_state,
     save_state,
 )
+from ep_rebalance.placement import Placement
 
 IDENTITY = ModelIdentity(
     model="org/model", config_hash="abc", experts=4, ep_size=2, redundant_experts=2

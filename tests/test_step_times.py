@@ -2,7 +2,7 @@
 
 import pytest
 
-from ep_rebalance.step_times import STEPS_KEPT, StepSum, StepTime, StepTimes
+from ep_rebalance.load.step_times import STEPS_KEPT, StepSum, StepTime, StepTimes
 
 
 def run(times: StepTimes, started, ended, *, continues=True, migrated=False) -> None:

@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 from mutations import MUTATIONS, mutated
 from traces import contiguous, head_of, records_of, same, snapshots, write_trace
 
-from ep_rebalance import trace
-from ep_rebalance.trace import (
+from ep_rebalance.load import trace
+from ep_rebalance.load.trace import (
     RecordedSnapshot,
     TraceError,
     TraceReader,

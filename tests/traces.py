@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ep_rebalance.placement import Placement
-from ep_rebalance.replay.generated_load import Timing, generate_steps, synthetic_domains
-from ep_rebalance.settings import load_config
-from ep_rebalance.trace import (
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.trace import (
     Record,
     RecordedPlacement,
     RecordedSnapshot,
@@ -19,6 +17,8 @@ from ep_rebalance.trace import (
     TraceReader,
     TraceWriter,
 )
+from ep_rebalance.placement import Placement
+from ep_rebalance.replay.generated_load import Timing, generate_steps, synthetic_domains
 
 
 def head_of(

@@ -92,8 +92,8 @@ def _count_in_turns() -> None:
     import itertools
     import time
 
-    from ep_rebalance.counts import DeviceCounts
-    from ep_rebalance.rebalancer import Rebalancer
+    from ep_rebalance.balancer.rebalancer import Rebalancer
+    from ep_rebalance.routing.device_tables import DeviceCounts
 
     count, mark_tokens, step = DeviceCounts.count, DeviceCounts.mark_tokens, Rebalancer.step
     turns = itertools.cycle((True, False, False, True))

@@ -20,6 +20,7 @@ from ep_rebalance.commands.replay_result import SCHEMA_VERSION
 from ep_rebalance.commands.scenarios import explained, open_traces, scenario, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.load.trace import RecordedSnapshot, TraceHead, TraceReader, read_records
 from ep_rebalance.replay.advice import (
     Advice,
     advise_cut_experts,
@@ -30,7 +31,6 @@ from ep_rebalance.replay.advice import (
 from ep_rebalance.replay.model_shape import completed
 from ep_rebalance.replay.run import NothingRecorded, Scenario
 from ep_rebalance.replay.step_time import ModelledSteps, load_hardware
-from ep_rebalance.trace import RecordedSnapshot, TraceHead, TraceReader, read_records
 
 _GROUP = 256
 """Snapshots that are held at once to be summed up."""

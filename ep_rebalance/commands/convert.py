@@ -16,11 +16,11 @@ from rich.progress import track
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
 from ep_rebalance.formats.load import ForeignLoad, FormatError, read_text, sampled, write_trace
-from ep_rebalance.load_window import PHASES
+from ep_rebalance.load.state import SavedState, read_state, save_state
+from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
+from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import Placement
 from ep_rebalance.replay.model_shape import SHAPES
-from ep_rebalance.state import SavedState, read_state, save_state
-from ep_rebalance.trace import SUFFIX, RecordedPlacement, TraceReader
 
 
 class Target(StrEnum):

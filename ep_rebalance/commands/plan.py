@@ -10,13 +10,13 @@ import typer
 
 from ep_rebalance.commands.convert import Target, write_placement
 from ep_rebalance.commands.scenarios import explained, open_traces, scenario, settings_for
-from ep_rebalance.load_memory import LoadMemory
-from ep_rebalance.load_window import WindowLoad, window_load
+from ep_rebalance.load.history import LoadMemory
+from ep_rebalance.load.trace import Record, RecordedSnapshot, read_records
+from ep_rebalance.load.window import WindowLoad, window_load
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.replay.model_shape import completed
 from ep_rebalance.replay.peers import place_anew
 from ep_rebalance.replay.run import NothingRecorded, contiguous_placement
-from ep_rebalance.trace import Record, RecordedSnapshot, read_records
 
 
 def plan(

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from ep_rebalance import __version__
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.load.trace import TraceReader
 from ep_rebalance.replay.run import Replayed
-from ep_rebalance.trace import TraceReader
 
 SCHEMA_VERSION = 1
 

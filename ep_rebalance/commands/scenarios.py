@@ -13,8 +13,10 @@ import typer
 import yaml
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
-from ep_rebalance.planning.plan import Planner
+from ep_rebalance.config_sources import load_config, nest, read_config_file
+from ep_rebalance.load.trace import SUFFIX, TraceError, TraceHead, TraceReader
 from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.problem import Planner
 from ep_rebalance.replay.model_shape import shape_of
 from ep_rebalance.replay.run import (
     SERVER_POLICIES,
@@ -24,9 +26,7 @@ from ep_rebalance.replay.run import (
     with_planner,
 )
 from ep_rebalance.replay.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
-from ep_rebalance.settings import load_config, nest, read_config_file
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import SUFFIX, TraceError, TraceHead, TraceReader
 
 
 @contextmanager

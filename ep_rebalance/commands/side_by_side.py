@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from ep_rebalance.load.trace import TraceReader, read_records
 from ep_rebalance.planning.policies import compile_planner
 from ep_rebalance.replay.model_shape import completed
 from ep_rebalance.replay.run import Replayed, Scenario, replay
-from ep_rebalance.trace import TraceReader, read_records
 
 
 def replay_all(

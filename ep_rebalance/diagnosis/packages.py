@@ -10,7 +10,7 @@ from typing import Any
 
 from ep_rebalance import __version__
 from ep_rebalance.diagnosis.finding import Check, Finding
-from ep_rebalance.planning.descent import improve_layer
+from ep_rebalance.planning.incremental.descent import improve_layer
 from ep_rebalance.planning.policies import compile_planner
 
 _ENTRY_POINTS = ("vllm.general_plugins", "vllm.endpoint_plugins")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.config_sources import load_config, read_config_file
 from ep_rebalance.diagnosis.finding import Check, Finding
-from ep_rebalance.settings import load_config, read_config_file
-from ep_rebalance.state import check_writable
+from ep_rebalance.load.state import check_writable
 
 
 def checks(file: Path | None) -> list[tuple[str, Check]]:

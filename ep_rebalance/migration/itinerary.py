@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ep_rebalance.planning.compiled import compiled
+from ep_rebalance.compiled import compiled
 from ep_rebalance.planning.sources import Fetches, IntArray
 
 CHECKSUM_BYTES = 16

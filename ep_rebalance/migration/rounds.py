@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ep_rebalance.planning.compiled import compiled
+from ep_rebalance.compiled import compiled
 from ep_rebalance.planning.sources import IntArray
 
 CHUNK_BYTES = 256

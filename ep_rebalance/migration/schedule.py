@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.compiled import compiled
 from ep_rebalance.migration.batches import Batch, Migration, Moves, Rounds
 from ep_rebalance.migration.itinerary import itinerary
 from ep_rebalance.migration.rounds import fill_rounds
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.compiled import compiled
 from ep_rebalance.planning.sources import IntArray, choose_sources
 from ep_rebalance.topology import Topology
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance.planning.compiled import compiled
+from ep_rebalance.compiled import compiled
 
 
 def align(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement, imbalance_L
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ep_rebalance.config import DecisionConfig
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.plan import Plan
+from ep_rebalance.planning.problem import Plan
 from ep_rebalance.planning.sources import choose_sources
 from ep_rebalance.topology import Topology
 

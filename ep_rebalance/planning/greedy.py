@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.compiled import compiled
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.alignment import align
-from ep_rebalance.planning.compiled import compiled
-from ep_rebalance.planning.plan import Problem
+from ep_rebalance.planning.problem import Problem
 
 
 def plan_greedy(problem: Problem) -> Placement:

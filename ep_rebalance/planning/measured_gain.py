@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance.load_window import LoadSample
+from ep_rebalance.load.window import LoadSample
 
 SNAPSHOTS_KEPT = 64
 """On each side of a commit, nearest to it."""

@@ -8,12 +8,12 @@ from types import MappingProxyType
 import numpy as np
 
 from ep_rebalance.config import Policy
-from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import mean_imbalance_L
 from ep_rebalance.planning.greedy import plan_greedy
-from ep_rebalance.planning.incremental import plan_incremental
-from ep_rebalance.planning.plan import Budget, Plan, Planner, Problem
+from ep_rebalance.planning.incremental.planner import plan_incremental
+from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.topology import Topology
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_rebalance.config import DecisionConfig, PlannerConfig
-from ep_rebalance.load_memory import LoadMemory
-from ep_rebalance.load_window import LoadSample, WindowLoad, window_load
+from ep_rebalance.load.history import LoadMemory
+from ep_rebalance.load.window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.decision import Decision, decide
 from ep_rebalance.planning.measured_gain import MeasuredGain, StepHistory
-from ep_rebalance.planning.plan import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.policies import make_plan
+from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.track_record import Promise, TrackRecord
 from ep_rebalance.topology import Topology
 
@@ -37,6 +37,14 @@ class Proposal:
     achieved_gain: float | None
     measured_gain: MeasuredGain | None
     trust: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedProposal:
+    """A proposal and the seconds that it took."""
+
+    proposal: Proposal
+    seconds: float
 
 
 class Proposer:

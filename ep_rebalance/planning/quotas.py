@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.compiled import compiled
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.compiled import compiled
 
 _MAX_SWEEPS = 200
 _TOLERANCE = 1e-4

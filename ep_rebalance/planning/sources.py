@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.compiled import compiled
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.compiled import compiled
 from ep_rebalance.topology import LINKS, Link, Topology
 
 IntArray = NDArray[np.int64]

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load_window import LoadSample, LoadWindow
+from ep_rebalance.load.trace import RecordedSnapshot
+from ep_rebalance.load.window import LoadSample, LoadWindow
 from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
-from ep_rebalance.planning.plan import Planner
+from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.topology import LINKS, Link, Topology
-from ep_rebalance.trace import RecordedSnapshot
 
 Steps = Generator[None, None, None]
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from ep_rebalance.trace import TraceHead
+from ep_rebalance.load.trace import TraceHead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

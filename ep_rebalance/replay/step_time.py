@@ -19,11 +19,11 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.load.trace import RecordedSnapshot
+from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import RooflineCost
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import RecordedSnapshot
 
 NOMINAL_STEP_SECONDS = 0.05
 """Of a step in a trace that was converted and tells no times."""

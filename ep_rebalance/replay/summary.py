@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ep_rebalance.load_window import PHASES
+from ep_rebalance.load.trace import Record, RecordedPlacement, TraceHead
+from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import imbalance_L
-from ep_rebalance.trace import Record, RecordedPlacement, TraceHead
 
 _HOTTEST, _WORST = 5, 3
 

@@ -10,8 +10,8 @@ import pytest
 
 from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.load.state import FORMAT, FORMAT_VERSION, Header, SavedState, save_state
 from ep_rebalance.placement import Placement
-from ep_rebalance.state import FORMAT, FORMAT_VERSION, Header, SavedState, save_state
 
 EXPERTS, LAYERS = 6, 2
 WORKER_EXTENSION = "ep_rebalance.engines.vllm.worker_extension.WorkerExtension"

@@ -14,9 +14,9 @@ import pytest
 from fastapi import FastAPI
 from test_exporter import make_status
 
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
-from ep_rebalance.metrics import encode
-from ep_rebalance.settings import load_config
+from ep_rebalance.telemetry.metrics import encode
 
 STATUS, LOAD, OVERVIEW = encode(make_status()), b'{"layers":[]}', b'{"hottest":[]}'
 ROUTES = {

@@ -19,9 +19,9 @@ from test_endpoint import EngineClient
 from test_exporter import make_status
 
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
-from ep_rebalance.metrics import Commit, Status, encode
-from ep_rebalance.overview import overview
 from ep_rebalance.placement import Placement
+from ep_rebalance.telemetry.metrics import Commit, Status, encode
+from ep_rebalance.telemetry.overview_report import overview
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 

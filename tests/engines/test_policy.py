@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from shapes import problem_of, problems, random_samples
 
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.policies import make_plan
-from ep_rebalance.settings import load_config
 from ep_rebalance.topology import Topology
 
 

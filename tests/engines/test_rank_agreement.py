@@ -8,9 +8,9 @@ import torch.distributed as dist
 from ranks import Ranks
 
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm import rank_agreement
 from ep_rebalance.engines.vllm.rank_agreement import agree, default_store
-from ep_rebalance.settings import load_config
 
 BOTH = [0, 1]
 

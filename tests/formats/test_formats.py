@@ -21,9 +21,9 @@ from traces import head_of, records_of, write_trace
 
 from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
 from ep_rebalance.formats.load import FormatError
+from ep_rebalance.load.state import read_state, save_state
+from ep_rebalance.load.trace import RecordedSnapshot, TraceReader
 from ep_rebalance.placement import Placement
-from ep_rebalance.state import read_state, save_state
-from ep_rebalance.trace import RecordedSnapshot, TraceReader
 
 COUNTS = np.arange(2 * 4 * 3).reshape(2, 4, 3) + 1
 """[snapshots, layers, experts]"""

@@ -5,10 +5,10 @@ import pytest
 import torch
 from devices import Graph, keep_busy, waits_refused
 
-from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.routing.device_tables import DeviceCounts
 from ep_rebalance.topology import Topology
 
 LAYERS, EXPERTS, REDUNDANT, RANKS, RANK = 2, 16, 8, 4, 1

@@ -19,8 +19,8 @@ from ep_rebalance.kernels.route_and_count import (
     route_torch,
 )
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.dispatch import dispatch_thresholds
 from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.routing.thresholds import dispatch_thresholds
 from ep_rebalance.topology import Topology
 
 # (tokens, top_k, experts, redundant, ranks)

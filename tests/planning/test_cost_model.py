@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from shapes import STEPS, problems, small_roofline, window_of
 
-from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import RooflineCost, TokenCost, cost_model
-from ep_rebalance.planning.plan import Problem
-from ep_rebalance.settings import load_config
+from ep_rebalance.planning.problem import Problem
 
 ROOFLINE = small_roofline(1)
 """Seconds of a step: 1 to read an expert, 0.1 to compute a token."""

@@ -6,7 +6,7 @@ import pytest
 from ep_rebalance.config import DecisionConfig
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.decision import Decision, decide, migration_seconds
-from ep_rebalance.planning.plan import Plan
+from ep_rebalance.planning.problem import Plan
 from ep_rebalance.topology import Topology
 
 CURRENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)

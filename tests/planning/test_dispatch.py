@@ -12,7 +12,7 @@ from shapes import SEEDS, clusters
 
 from ep_rebalance.kernels.route_and_count import LayerTables, route_torch
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.dispatch import HASH_RANGE, dispatch_thresholds
+from ep_rebalance.routing.thresholds import HASH_RANGE, dispatch_thresholds
 from ep_rebalance.topology import Topology
 
 ROUNDING = 1.5 / HASH_RANGE

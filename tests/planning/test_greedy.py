@@ -6,7 +6,7 @@ from shapes import problem_of, problems
 
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.greedy import plan_greedy
-from ep_rebalance.planning.plan import Problem
+from ep_rebalance.planning.problem import Problem
 
 
 @given(problems())

@@ -11,11 +11,11 @@ from shapes import budget_of, problem_of, problems, random_samples, small_roofli
 
 from ep_rebalance import planning
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.descent import improve_layer
-from ep_rebalance.planning.incremental import _apply, plan_incremental
-from ep_rebalance.planning.layer import Experts, describe_experts
-from ep_rebalance.planning.plan import Budget, Plan, Problem
+from ep_rebalance.planning.incremental.descent import improve_layer
+from ep_rebalance.planning.incremental.layer import Experts, describe_experts
+from ep_rebalance.planning.incremental.planner import _apply, plan_incremental
 from ep_rebalance.planning.policies import PLANNERS, compile_planner, make_plan
+from ep_rebalance.planning.problem import Budget, Plan, Problem
 from ep_rebalance.topology import Topology
 
 TOKENS = 1e6
@@ -217,5 +217,5 @@ def test_nothing_is_left_to_compile_after_start() -> None:
     for planner in PLANNERS.values():
         make_plan(planner, problem_of(samples_WLE, current))
         make_plan(planner, problem_of(samples_WLE, current, cost=small_roofline(2), threads=2))
-    assert known["ep_rebalance.planning.descent.improve_layer"]
+    assert known["ep_rebalance.planning.incremental.descent.improve_layer"]
     assert signatures() == known

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from shapes import Samples
 
-from ep_rebalance.planning.load_vectors import load_vectors
+from ep_rebalance.planning.incremental.load_vectors import load_vectors
 
 RANKS, EXPERTS = 4, 24
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_rebalance.load_window import PHASES, LoadSample
+from ep_rebalance.load.window import PHASES, LoadSample
 from ep_rebalance.planning.measured_gain import (
     SNAPSHOTS_KEPT,
     MeanStep,

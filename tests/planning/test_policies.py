@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from shapes import problem_of, problems, window_of
 
 from ep_rebalance.config import Policy
-from ep_rebalance.load_window import WindowLoad
+from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import mean_imbalance_L
-from ep_rebalance.planning.plan import Problem
 from ep_rebalance.planning.policies import PLANNERS, make_plan
+from ep_rebalance.planning.problem import Problem
 
 TWO_RANKS = Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2)
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ep_rebalance.load_window import PHASES, LoadSample
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.window import PHASES, LoadSample
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
-from ep_rebalance.planning.incremental import plan_incremental
+from ep_rebalance.planning.incremental.planner import plan_incremental
 from ep_rebalance.planning.proposal import Proposal, Proposer, plan_budget
 from ep_rebalance.planning.track_record import TrackRecord
-from ep_rebalance.settings import load_config
 from ep_rebalance.topology import Topology
 
 CURRENT = Placement.contiguous(num_layers=2, num_experts=8, num_ranks=2)

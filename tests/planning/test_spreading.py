@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from shapes import SEEDS, placements
 
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.spreading import spread_replicas
+from ep_rebalance.planning.incremental.spreading import spread_replicas
 
 
 def spread(slots: list[int], load: list[float], num_ranks: int) -> list[list[int]]:

@@ -22,7 +22,9 @@ pytest.importorskip("plotly")
 from browser import CHROMIUM, needs_chromium
 from plotly.offline import get_plotlyjs
 
-from ep_rebalance.load_window import PHASES
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
+from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.replay.balancing import PlanMade
@@ -32,9 +34,7 @@ from ep_rebalance.replay.report.figures import MAX_POINTS
 from ep_rebalance.replay.report.markup import MAX_COMMITS
 from ep_rebalance.replay.run import Replayed, Scenario, replay
 from ep_rebalance.replay.step_time import MeasuredSteps
-from ep_rebalance.settings import load_config
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 
 LAYERS, EXPERTS, SNAPSHOTS = 3, 16, 64
 HOSTILE = "</script><script>alert('$model')</script>\"&"

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from traces import contiguous, head_of, records_of, snapshots, write_trace
 
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.trace import RecordedPlacement, TraceReader, read_records
 from ep_rebalance.placement import imbalance_L
 from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.replay.run import (
@@ -19,9 +21,7 @@ from ep_rebalance.replay.run import (
     replay,
 )
 from ep_rebalance.replay.step_time import MeasuredSteps
-from ep_rebalance.settings import load_config
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import RecordedPlacement, TraceReader, read_records
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from shapes import SEEDS, clusters, random_samples
 
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.dispatch import dispatch_thresholds
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.replay.scoring import (
     Moves,
@@ -16,6 +15,7 @@ from ep_rebalance.replay.scoring import (
     even_balancedness,
     moves_between,
 )
+from ep_rebalance.routing.thresholds import dispatch_thresholds
 from ep_rebalance.topology import Topology
 
 REPLICATED = Placement(np.array([[0, 1, 0, 2]], dtype=np.int32), 3, 2)

@@ -27,7 +27,7 @@ from cpu_server import (
 )
 from engines import ROOT, V032, Engine
 
-from ep_rebalance.engines.vllm.engine_reports import FRESH_SECONDS
+from ep_rebalance.api.engine_client import FRESH_SECONDS
 
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 PROMPT_FILES = sorted((TINY_MOE / "prompts").glob("*.jsonl"))

@@ -17,7 +17,7 @@ from serving import OPERATOR, Server, prompts
 from typer.testing import CliRunner
 
 from ep_rebalance.cli import app
-from ep_rebalance.trace import RecordedPlacement, TraceReader
+from ep_rebalance.load.trace import RecordedPlacement, TraceReader
 
 pytestmark = V032.marks
 

@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 from expert_weights import loaded, memory_of, wrong_slots
 
-from ep_rebalance.commit import PreparedMigration, Served, commit_batch
-from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.migration import schedule
+from ep_rebalance.migration.commit import PreparedMigration, Served, commit_batch
+from ep_rebalance.migration.round_exchange import Faults, RoundExchange
 from ep_rebalance.placement import Placement
+from ep_rebalance.routing.device_tables import DeviceCounts
 from ep_rebalance.topology import Topology
-from ep_rebalance.transport.round_exchange import Faults, RoundExchange
 
 
 def random_placement(rng, layers, experts, redundant, ranks) -> Placement:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_rebalance.kernels.pack_experts import ALIGNMENT
-from ep_rebalance.transport.expert_memory import ExpertMemory
+from ep_rebalance.migration.expert_memory import ExpertMemory
 
 SLOTS = 3
 SHAPES = [

@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
+from ep_rebalance.collectives.plan_broadcast import QUOTA_UNIT, PlanBroadcast, read_plan
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.plan import Plan
-from ep_rebalance.transport.plan_broadcast import QUOTA_UNIT, PlanBroadcast, read_plan
+from ep_rebalance.planning.problem import Plan
 
 PLACEMENT = Placement(np.array([[0, 1, 2, 1], [2, 0, 1, 0]]), 3, 2)
 QUOTAS_LP = np.array([[1, 1 / 3, 1, 2 / 3], [1, 0.1, 1, 0.9]])

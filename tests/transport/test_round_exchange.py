@@ -10,11 +10,11 @@ from migration_rig import Rig
 from ranks import Ranks
 
 from ep_rebalance.migration import schedule
+from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
+from ep_rebalance.migration.round_exchange import Faults, RoundExchange, StagingFull
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
-from ep_rebalance.transport.expert_memory import ExpertMemory
-from ep_rebalance.transport.round_exchange import Faults, RoundExchange, StagingFull
 
 pytestmark = pytest.mark.usefixtures("compiled_schedule")
 

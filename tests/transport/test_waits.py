@@ -10,9 +10,9 @@ from step_path import DEVICE, recording_waits
 from test_plan_broadcast import PLACEMENT, plan_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ep_rebalance.transport.expert_memory import ExpertMemory
-from ep_rebalance.transport.plan_broadcast import PlanBroadcast
-from ep_rebalance.transport.round_exchange import RoundExchange
+from ep_rebalance.collectives.plan_broadcast import PlanBroadcast
+from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.round_exchange import RoundExchange
 
 
 @pytest.fixture(params=[0, 1])

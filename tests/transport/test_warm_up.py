@@ -7,7 +7,7 @@ from migration_rig import Rig
 from ranks import Ranks
 from test_plan_broadcast import PLACEMENT, QUOTAS_LP, plan_of
 
-from ep_rebalance.transport.plan_broadcast import PlanBroadcast, read_plan
+from ep_rebalance.collectives.plan_broadcast import PlanBroadcast, read_plan
 
 pytestmark = pytest.mark.usefixtures("compiled_schedule")
 

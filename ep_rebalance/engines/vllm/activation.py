@@ -19,13 +19,13 @@ from typing import Any
 
 from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.config_sources import load_config, settings_from_environment
 from ep_rebalance.engines.vllm import refusals
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
 from ep_rebalance.engines.vllm.compile_cache import HashedSettings
 from ep_rebalance.engines.vllm.contract import Contract, check_version
 from ep_rebalance.engines.vllm.data_plane import choose_kernels
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
-from ep_rebalance.settings import load_config, settings_from_environment
 
 logger = logging.getLogger(__name__)
 

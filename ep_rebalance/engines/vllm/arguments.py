@@ -16,7 +16,11 @@ from typing import Any
 
 from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError
-from ep_rebalance.settings import load_config, parse_config_argument, settings_from_environment
+from ep_rebalance.config_sources import (
+    load_config,
+    parse_config_argument,
+    settings_from_environment,
+)
 
 NAME = "ep_rebalance"
 CONFIG_KEY = "ep_rebalance"

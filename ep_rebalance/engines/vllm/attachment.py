@@ -15,26 +15,26 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ep_rebalance import __version__
+from ep_rebalance.balancer.control import Action
+from ep_rebalance.balancer.rebalancer import Rebalancer
+from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
-from ep_rebalance.control import Action
-from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm import router
 from ep_rebalance.engines.vllm.activation import active_config
 from ep_rebalance.engines.vllm.drafts import draft_model, leave_in_place, satisfy_validation
 from ep_rebalance.engines.vllm.expert_loads import ExpertLoads
 from ep_rebalance.engines.vllm.identity import model_identity
 from ep_rebalance.engines.vllm.nodes import ep_group, ranks_on_nodes
-from ep_rebalance.journal import initial_status
-from ep_rebalance.metrics import encode
+from ep_rebalance.load.state import SavedState, load_state
+from ep_rebalance.load.trace import TraceHead
+from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.plan import Planner
 from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.rebalancer import Rebalancer
-from ep_rebalance.recorder import Recorder
-from ep_rebalance.state import SavedState, load_state
+from ep_rebalance.planning.problem import Planner
+from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.telemetry.journal import initial_status
+from ep_rebalance.telemetry.metrics import encode
 from ep_rebalance.topology import Topology
-from ep_rebalance.trace import TraceHead
-from ep_rebalance.transport.expert_memory import ExpertMemory
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from collections import UserDict
 from typing import Any
 
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
 from ep_rebalance.engines.vllm.contract import Contract
-from ep_rebalance.settings import load_config
 
 CONTRACTS = (Contract("vllm.config.utils:SupportsHash.compute_hash"),)
 

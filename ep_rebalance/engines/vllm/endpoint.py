@@ -14,12 +14,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ep_rebalance.engines.vllm import routes
-from ep_rebalance.engines.vllm.access import Access, server_keys
+from ep_rebalance.api import routes
+from ep_rebalance.api.auth import Access, server_keys
+from ep_rebalance.api.engine_client import EngineReports
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.arguments import CONFIG_KEY
-from ep_rebalance.engines.vllm.engine_reports import EngineReports
-from ep_rebalance.exporter import Exporter
-from ep_rebalance.settings import load_config
+from ep_rebalance.telemetry.prometheus import Exporter
 
 
 def create_endpoint_plugin() -> EndpointPlugin:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.state import ModelIdentity
+from ep_rebalance.load.state import ModelIdentity
 
 
 def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:

@@ -13,8 +13,8 @@ import torch
 from ep_rebalance.engines.vllm.contract import Contract
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.alignment import align
-from ep_rebalance.planning.plan import Planner, Problem
-from ep_rebalance.planning.spreading import spread_replicas
+from ep_rebalance.planning.incremental.spreading import spread_replicas
+from ep_rebalance.planning.problem import Planner, Problem
 
 _POLICY = "vllm.distributed.eplb.policy:DefaultEplbPolicy"
 

@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ep_rebalance.api.auth import own_key
 from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConfig
-from ep_rebalance.engines.vllm.access import own_key
 from ep_rebalance.engines.vllm.data_plane import check_data_plane
 from ep_rebalance.engines.vllm.identity import ep_size, model_identity
-from ep_rebalance.state import check_writable, load_state
+from ep_rebalance.load.state import check_writable, load_state
 
 
 def check(vllm_config: Any, config: RebalanceConfig) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ep_rebalance.counts import DeviceCounts
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.routing.device_tables import DeviceCounts
 
 CONTRACTS = (
     Contract(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ep_rebalance.control import Action
+from ep_rebalance.balancer.control import Action
 from ep_rebalance.engines.vllm import (
     eplb_state,
     expert_loads,

@@ -17,6 +17,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.replay.report.figures import figures_of
 from ep_rebalance.replay.report.markup import (
     control_bar,
@@ -29,7 +30,6 @@ from ep_rebalance.replay.report.markup import (
 from ep_rebalance.replay.report.sentences import reading_hints, verdicts
 from ep_rebalance.replay.report.sizes import by_size
 from ep_rebalance.replay.run import Replayed
-from ep_rebalance.trace import TraceHead
 
 
 def check_report(path: Path) -> None:

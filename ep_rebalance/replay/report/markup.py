@@ -13,6 +13,7 @@ from types import MappingProxyType
 from rich.filesize import decimal
 
 from ep_rebalance import __version__
+from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.replay.balancing import PlanMade
 from ep_rebalance.replay.report.figures import DASHES, share_limit
 from ep_rebalance.replay.report.sentences import (
@@ -25,7 +26,6 @@ from ep_rebalance.replay.report.sizes import Size
 from ep_rebalance.replay.report.words import LINK_TITLES, counted, milliseconds, percent, ranges_of
 from ep_rebalance.replay.run import Replayed
 from ep_rebalance.topology import LINKS, Link
-from ep_rebalance.trace import TraceHead
 
 MAX_COMMITS = 200
 """Rows in the table of commits."""

@@ -8,11 +8,11 @@ from types import MappingProxyType
 import numpy as np
 from rich.filesize import decimal
 
+from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.replay.report.sizes import Size, by_size
 from ep_rebalance.replay.report.words import counted, migrations_of, milliseconds, percent
 from ep_rebalance.replay.run import SERVER_POLICIES, Replayed
 from ep_rebalance.replay.step_time import MeasuredSteps, ModelledSteps, StepTime
-from ep_rebalance.trace import TraceHead
 
 _SUBJECTS: Mapping[str, str] = MappingProxyType(
     {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.replay.report.words import counted
 from ep_rebalance.replay.run import SERVER_POLICIES, Replayed
-from ep_rebalance.trace import TraceHead
 
 
 @dataclass(frozen=True, slots=True)

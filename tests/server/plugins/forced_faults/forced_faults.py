@@ -23,8 +23,8 @@ def register() -> None:
 
 
 def _break(faults: dict[str, str]) -> None:
+    from ep_rebalance.migration.round_exchange import RoundExchange
     from ep_rebalance.planning import proposal
-    from ep_rebalance.transport.round_exchange import RoundExchange
 
     _fail_plan(proposal, int(faults["planner"]))
     _flip_byte(RoundExchange, int(faults["checksum"]))

@@ -1,0 +1,102 @@
+"""What the API server asks the engine, in bounded time and at a bounded rate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from typing import Any
+
+from ep_rebalance.balancer.control import Action
+from ep_rebalance.config import MetricsConfig
+from ep_rebalance.telemetry.metrics import decode
+from ep_rebalance.telemetry.prometheus import Exporter
+
+logger = logging.getLogger(__name__)
+
+FRESH_SECONDS = 0.2
+"""An answer of this age is given again: however many ask, the engine is asked five times a second."""
+
+_STATUS = "ep_rebalance_snapshot"
+
+
+class EngineReports:
+    """Asks the workers, over vLLM's own channel to them."""
+
+    def __init__(self, engine_client: Any, config: MetricsConfig) -> None:
+        self._engine = engine_client
+        self._config = config
+        self._answers: dict[str, tuple[float, bytes | None]] = {}
+        self._asking: dict[str, asyncio.Task[bytes | None]] = {}
+        self._status: bytes | None = None
+
+    async def status(self) -> bytes | None:
+        """The encoded status; the one before if the engine does not answer in time; None before the
+        first.
+        """
+        self._status = await self._report(_STATUS) or self._status
+        return self._status
+
+    async def load(self) -> bytes | None:
+        """The encoded load of every expert; None if the engine does not answer in time."""
+        return await self._report("ep_rebalance_load")
+
+    async def overview(self) -> bytes | None:
+        """The encoded overview; None if the engine does not answer in time."""
+        return await self._report("ep_rebalance_overview")
+
+    async def record(self, on: bool) -> None:
+        """Switch the recording of the trace. Raises what the engine raises, TimeoutError included."""
+        await self._change("ep_rebalance_record", on)
+
+    async def ask(self, action: Action) -> str:
+        """Hand over an operator's request; "" or why it cannot be followed. Raises as `record` does."""
+        answers = [a for a in await self._change("ep_rebalance_ask", action) if a is not None]
+        if not answers:
+            return "EP rank 0 is not here; ask the server of data-parallel rank 0"
+        return str(answers[0])
+
+    async def export(self, exporter: Exporter) -> None:
+        """Fill the metrics for ever. Never raises: the server must not notice."""
+        while True:
+            payload = await self._report(_STATUS)
+            if payload is not None:
+                try:
+                    exporter.update(decode(payload))
+                except Exception:
+                    logger.exception("ep_rebalance: metrics were not updated")
+            await asyncio.sleep(self._config.poll_seconds)
+
+    async def _report(self, method: str) -> bytes | None:
+        """One question at a time: all who ask meanwhile, or a moment later, share its answer, or that
+        there was none.
+        """
+        answered, answer = self._answers.get(method, (-math.inf, None))
+        if time.monotonic() - answered < FRESH_SECONDS:
+            return answer
+        if method not in self._asking:
+            self._asking[method] = asyncio.create_task(self._fetch(method))
+        return await asyncio.shield(self._asking[method])
+
+    async def _fetch(self, method: str) -> bytes | None:
+        try:
+            answers = await self._ask(method)
+            answer = next((answer for answer in answers if answer), None)
+        except Exception as error:
+            logger.debug("ep_rebalance: %s was not answered: %r", method, error)
+            answer = None
+        self._answers[method] = time.monotonic(), answer
+        del self._asking[method]
+        return answer
+
+    async def _change(self, method: str, argument: object) -> list[Any]:
+        """Ask for a change; who asks this API server afterwards sees it."""
+        answers = await self._ask(method, argument)
+        self._answers.clear()
+        return answers
+
+    async def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        async with asyncio.timeout(self._config.poll_timeout_seconds):
+            answers: list[Any] = await self._engine.collective_rpc(method, args=arguments)
+            return answers

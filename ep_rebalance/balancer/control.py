@@ -1,0 +1,49 @@
+"""Control: what an operator asked for while the server runs.
+
+A request reaches ranks at different moments, so only rank 0's counts; the others learn of it in the
+next snapshot, and all of them act on that in the same step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.telemetry.metrics import Status
+
+Action = Literal["pause", "resume", "rebalance"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+
+
+class Control:
+    """Rank 0's. paused: no plan begins. plan_asked: one is to begin with the next snapshot."""
+
+    def __init__(self, config: RebalanceConfig) -> None:
+        self.paused = False
+        self.plan_asked = False
+        self._config = config
+
+    def ask(self, action: Action, status: Status) -> str:
+        """Take a request; returns why it cannot be followed in the state that `status` shows, or ""."""
+        if refusal := self._refusal(action, status):
+            return refusal
+        if action == "rebalance":
+            self.plan_asked = True
+        else:
+            self.paused = action == "pause"
+        return ""
+
+    def _refusal(self, action: Action, status: Status) -> str:
+        if self._config.mode != "rebalance":
+            return f"mode {self._config.mode} never moves experts"
+        if self._config.planner.policy == "none":
+            return "planner.policy none never plans"
+        if action == "pause" and self.paused:
+            return "it is paused already"
+        if action == "resume" and not self.paused:
+            return "it is not paused"
+        if action == "rebalance" and self.paused:
+            return "it is paused; resume it first"
+        if action == "rebalance" and (self.plan_asked or status.activity != "watching"):
+            return "it does so already"
+        return ""

@@ -1,0 +1,283 @@
+"""Migrator: carries migrations out on one rank, and holds what is served.
+
+A batch goes through its rounds, the vote of all ranks on what arrived, and the commit; then the
+next one begins. What is served changes nowhere else, and on every rank in the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.migration import Batch, schedule
+from ep_rebalance.migration.commit import (
+    Commit,
+    PreparedMigration,
+    Served,
+    Split,
+    commit_batch,
+    commit_split,
+)
+from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.round_exchange import RoundExchange, StagingFull
+from ep_rebalance.placement import Placement
+from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.telemetry.journal import Journal
+from ep_rebalance.telemetry.stall_clock import StallClock
+from ep_rebalance.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+RESTORE_BYTES_PER_ROUND = 32 << 20
+
+
+class Migrator:
+    """One rank's part in every migration.
+
+    placement: what the engine loaded. memory: this rank's expert weights, or None in mode observe,
+    where nothing is ever moved.
+    served: what the forward pass runs on. actions: rounds and commits that this rank has done.
+    agreed_reloads: of the times that the engine replaced weights, those that `served` knows of, the same
+    on all ranks.
+    staging_slots: experts that fit into the staging memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RebalanceConfig,
+        placement: Placement,
+        counts: DeviceCounts,
+        memory: ExpertMemory | None,
+        group: dist.ProcessGroup,
+        topology: Topology,
+        journal: Journal,
+    ) -> None:
+        self.served = Served.initial(placement)
+        self.agreed_reloads = 0
+        self._told: list[
+            tuple[int, ...]
+        ] = []  # layers of each reload that `served` does not know of
+        self._may_move = True
+        self._loaded = self.served
+        self.actions = 0
+        self.staging_slots = _staging_slots(config, placement)
+        self._counts = counts
+        self._memory = memory
+        self._group = group
+        self._rank = dist.get_rank(group)
+        self._topology = topology
+        self._journal = journal
+        device = counts.counts_LAE.device
+        self._round_stalls = StallClock(device, journal.round_stalled)
+        self._commit_stalls = StallClock(device, journal.commit_stalled)
+        self._exchange: RoundExchange | None = None
+        if memory is not None:
+            self._exchange = RoundExchange(
+                group=group,
+                memory=memory,
+                max_bytes=config.migration.max_bytes_per_step,
+                staging_slots=self.staging_slots,
+            )
+        counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
+
+    def warm_up(self) -> None:
+        """Before serving, on all ranks: see `RoundExchange.warm_up`."""
+        if self._exchange is not None:
+            self._exchange.warm_up()
+
+    @property
+    def expert_bytes_L(self) -> tuple[int, ...]:
+        """Packed size of one expert of each layer; empty where nothing is moved."""
+        return () if self._memory is None else self._memory.expert_bytes_L
+
+    def migrate(self, prepared: PreparedMigration) -> Generator[None, None, str]:
+        """Carry a migration out, one `yield` per engine step, `num_steps` in all.
+
+        Returns the fault that ended it early, or "". Batches committed before the fault stay in
+        service, under a generation of their own.
+        """
+        assert self._exchange is not None, "mode observe moves nothing"
+        fault = ""
+        for commit in prepared.commits:
+            fault = yield from self._move(commit.batch, self._exchange)
+            if fault:
+                break
+            self._commit(commit, self._exchange)
+        if not fault:
+            self._take_up(prepared.split)
+        if self.served.placement != prepared.migration.source:
+            self._number(self.served.generation + 1)
+        return fault
+
+    def restore(
+        self, placement: Placement, quotas_LP: NDArray[np.float64], generation: int
+    ) -> None:
+        """Take up a saved placement where none is served but what was loaded; blocks until all ranks
+        have it.
+
+        Raises RuntimeError, on all ranks or on none, if experts did not arrive whole or memory for them
+        is short.
+        """
+        assert self._memory is not None, "mode observe moves nothing"
+        exchange = self._roomy_exchange(placement.slots_per_rank, self._memory)
+        migration = schedule(
+            self.served.placement,
+            placement,
+            quotas_LP,
+            topology=self._topology,
+            expert_bytes_L=self._memory.expert_bytes_L,
+            max_bytes_per_round=RESTORE_BYTES_PER_ROUND,
+            staging_slots=placement.slots_per_rank,
+            rank=self._rank,
+        )
+        prepared = PreparedMigration.of(migration, self._counts)
+        for commit in prepared.commits:
+            batch = commit.batch
+            exchange.begin_batch(batch)
+            for number in range(len(batch.rounds)):
+                exchange.exchange(batch, number)
+            if faults := exchange.faults_of(exchange.vote(batch)):
+                raise RuntimeError(f"the saved placement could not be taken up: {faults}")
+            self._commit(commit, exchange)
+        self._take_up(prepared.split)
+        self._number(generation)
+
+    def _roomy_exchange(self, staging_slots: int, memory: ExpertMemory) -> RoundExchange:
+        """For as many experts at once as a rank holds."""
+        exchange: RoundExchange | None = None
+        try:
+            exchange = RoundExchange(
+                group=self._group,
+                memory=memory,
+                max_bytes=RESTORE_BYTES_PER_ROUND,
+                staging_slots=staging_slots,
+            )
+        except RuntimeError:  # torch's out of memory is one
+            logger.exception("ep_rebalance: no memory to take up a saved placement with")
+        lacking = torch.tensor([int(exchange is None)], device=memory.device)
+        dist.all_reduce(lacking, group=self._group)
+        if exchange is None or lacking.item():
+            raise RuntimeError(f"{int(lacking.item())} rank(s) lack memory for the saved placement")
+        return exchange
+
+    @property
+    def reloads(self) -> int:
+        """Times that the engine replaced weights of this rank."""
+        return self.agreed_reloads + len(self._told)
+
+    @property
+    def _holds_loaded(self) -> bool:
+        """Whether this rank's weights were replaced and `served` does not know yet."""
+        return bool(self._told)
+
+    @property
+    def has_moved_experts(self) -> bool:
+        """Whether a slot holds another expert than the one that was loaded into it."""
+        return self.served.placement != self._loaded.placement
+
+    def weights_replaced(self, layers: tuple[int, ...]) -> None:
+        """The engine wrote all slots of `layers` on this rank anew, in the order in which it loads them.
+
+        Tokens go there from now on. `served` stays what all ranks agree on; until `serve_loaded`
+        nothing is committed on this rank, and it votes every batch down.
+        """
+        self._told.append(layers)
+        self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
+
+    def replace_memory(self, memory: ExpertMemory) -> None:
+        """Other tensors hold the experts. Raises ValueError if they are of other sizes."""
+        assert self._exchange is not None, "mode observe moves nothing"
+        self._exchange.replace_memory(memory)
+        self._memory = memory
+
+    def refuse_moves(self) -> None:
+        """Vote every batch down from now on."""
+        self._may_move = False
+
+    def serve_loaded(self, reloads: int) -> None:
+        """What was loaded is served in the layers that were, now that every rank was told `reloads` times.
+
+        If this rank was told again meanwhile, the next snapshot tells.
+        """
+        count = reloads - self.agreed_reloads
+        layers = sorted({layer for told in self._told[:count] for layer in told})
+        self.agreed_reloads, self._told = reloads, self._told[count:]
+        quotas_LP = self.served.quotas_LP.copy()
+        quotas_LP[layers] = self._loaded.quotas_LP[layers]
+        self.served = Served(
+            placement=self.served.placement.replaced(layers, self._loaded.placement),
+            quotas_LP=quotas_LP,
+            generation=self.served.generation + 1,
+        )
+        self._journal.generation(self.served.generation)
+
+    def serve_split(self, split: Split) -> None:
+        """Serve the same placement with other quotas."""
+        self._take_up(split)
+        self._journal.quotas_changed()
+
+    def read_stalls(self) -> None:
+        """Tell the journal of the rounds and commits that the device is done with."""
+        self._round_stalls.read()
+        self._commit_stalls.read()
+
+    def _move(self, batch: Batch, exchange: RoundExchange) -> Generator[None, None, str]:
+        """All rounds of a batch and the vote on them; the fault, or "" if the batch can be
+        committed.
+        """
+        try:
+            exchange.begin_batch(batch)
+        except StagingFull as error:  # on all ranks alike; any other error ends this one
+            logger.exception("ep_rebalance: the migration cannot go on")
+            return str(error)
+        for number in range(len(batch.rounds)):
+            with self._round_stalls.stall():
+                exchange.exchange(batch, number)
+            self.actions += 1
+            yield
+        vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
+        yield
+        return str(faults) if (faults := exchange.faults_of(vote)) else ""
+
+    def _commit(self, commit: Commit, exchange: RoundExchange) -> None:
+        assert self._memory is not None
+        if self._holds_loaded:  # since the vote; staging holds what was loaded before
+            self.served = commit.serves(self.served)
+            return
+        with self._commit_stalls.stall():
+            self.served = commit_batch(
+                commit,
+                self.served,
+                staging=exchange.staging,
+                memory=self._memory,
+                counts=self._counts,
+                rank=self._rank,
+            )
+        self._journal.committed(commit.batch)
+        self.actions += 1
+
+    def _take_up(self, split: Split) -> None:
+        if self._holds_loaded:
+            self.served = replace(self.served, quotas_LP=split.quotas_LP)
+        else:
+            self.served = commit_split(split, self.served, self._counts)
+
+    def _number(self, generation: int) -> None:
+        self.served = replace(self.served, generation=generation)
+        self._journal.generation(generation)
+
+
+def _staging_slots(config: RebalanceConfig, placement: Placement) -> int:
+    """Experts that staging holds: two layers' arrivals, or for a planner without a bound a whole
+    rank's.
+    """
+    bounded = 2 * config.planner.max_arrivals_per_rank_and_layer
+    return bounded if config.planner.policy == "incremental" else placement.slots_per_rank

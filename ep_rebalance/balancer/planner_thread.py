@@ -1,0 +1,188 @@
+"""What takes long: planning, working out rounds, writing the state file. One thread, off the step
+path.
+
+Nothing here talks to other ranks. A job's result, or its exception, is picked up by the loop of
+`rebalancer.py`, which tells the other ranks in the next snapshot.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance import __version__
+from ep_rebalance.collectives.plan_broadcast import read_plan
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.load.state import (
+    FORMAT,
+    FORMAT_VERSION,
+    Header,
+    ModelIdentity,
+    SavedState,
+    save_state,
+)
+from ep_rebalance.load.window import LoadSample, window_load
+from ep_rebalance.migration import schedule
+from ep_rebalance.migration.commit import PreparedMigration, Served, Split
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import cost_model
+from ep_rebalance.planning.problem import Planner
+from ep_rebalance.planning.proposal import Proposer, TimedProposal, planned_load
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class DaemonThread:
+    """Runs jobs one after the other; unlike an executor's, one that hangs does not keep the process
+    alive. The thread stays, since starting one waits until it runs.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=_run, args=(self._jobs,), name="ep_rebalance", daemon=True).start()
+
+    def submit(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Begin a job once those before it are done."""
+        future: Future[Result] = Future()
+
+        def carry_out() -> None:
+            try:
+                future.set_result(job(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._jobs.put(carry_out)
+        return future
+
+
+def _run(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
+
+
+class Background:
+    """The jobs of `rank`. expert_bytes_L: packed size of one expert of each layer."""
+
+    def __init__(
+        self,
+        *,
+        config: RebalanceConfig,
+        planner: Planner,
+        topology: Topology,
+        identity: ModelIdentity,
+        expert_bytes_L: Sequence[int],
+        staging_slots: int,
+        rank: int,
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._topology = topology
+        self._identity = identity
+        self._expert_bytes_L = expert_bytes_L
+        self._staging_slots = staging_slots
+        self._thread = DaemonThread()
+        self._proposer = Proposer(
+            planner=planner,
+            settings=config.planner,
+            decision=config.decision,
+            cost=cost_model(config, expert_bytes_L),
+            topology=topology,
+            expert_bytes_L=expert_bytes_L,
+        )
+
+    def propose(
+        self, samples: Sequence[LoadSample], served: Served, unseen: int, step_seconds: float
+    ) -> Future[TimedProposal]:
+        """Plan from `served` and decide whether the plan is worth its migration; arguments as of
+        `Proposer.propose`.
+        """
+        return self._thread.submit(self._propose, samples, served, unseen, step_seconds)
+
+    def schedule(
+        self, served: Served, wire_2LP: NDArray[np.int64], counts: DeviceCounts
+    ) -> Future[PreparedMigration]:
+        """Read a plan that was broadcast and work out the rounds that lead to it, and their commits."""
+        return self._thread.submit(self._schedule, served, wire_2LP.copy(), counts)
+
+    def fit_split(
+        self, samples: Sequence[LoadSample], served: Served, counts: DeviceCounts
+    ) -> Future[Split]:
+        """Fit the quotas of what is served to the window."""
+        return self._thread.submit(self._fit_split, samples, served.placement, counts)
+
+    def save(self, served: Served, samples: Sequence[LoadSample]) -> None:
+        """Write the state file, if one is configured."""
+        if self._config.state.path:
+            self._thread.submit(self._save, Path(self._config.state.path), served, samples)
+
+    def _propose(
+        self, samples: Sequence[LoadSample], served: Served, unseen: int, step_seconds: float
+    ) -> TimedProposal:
+        began = time.perf_counter()
+        proposal = self._proposer.propose(
+            samples, served.placement, unseen=unseen, step_seconds=step_seconds
+        )
+        return TimedProposal(proposal=proposal, seconds=time.perf_counter() - began)
+
+    def _schedule(
+        self, served: Served, wire_2LP: NDArray[np.int64], counts: DeviceCounts
+    ) -> PreparedMigration:
+        current = served.placement
+        slots_LP, quotas_LP = read_plan(wire_2LP)
+        migration = schedule(
+            current,
+            Placement(slots_LP, current.num_experts, current.num_ranks),
+            quotas_LP,
+            topology=self._topology,
+            expert_bytes_L=self._expert_bytes_L,
+            max_bytes_per_round=self._config.migration.max_bytes_per_step,
+            staging_slots=self._staging_slots,
+            rank=self._rank,
+        )
+        return PreparedMigration.of(migration, counts)
+
+    def _fit_split(
+        self, samples: Sequence[LoadSample], placement: Placement, counts: DeviceCounts
+    ) -> Split:
+        load = planned_load(self._config.planner, samples)
+        try:
+            quotas_LP = split_quotas(placement, load.load_LE)
+            tables = counts.dispatch_tables(placement, quotas_LP)
+            return Split(quotas_LP=quotas_LP, tables=tables)
+        except Exception:
+            logger.exception("ep_rebalance: the quotas could not be fitted; they stay as they are")
+            raise
+
+    def _save(self, path: Path, served: Served, samples: Sequence[LoadSample]) -> None:
+        header = Header(
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            identity=self._identity,
+            generation=served.generation,
+            saved_at=time.time(),
+            plugin_version=__version__,
+        )
+        state = SavedState(
+            header=header,
+            placement=served.placement,
+            quotas_LP=served.quotas_LP,
+            load_LE=window_load(samples).load_LE,
+        )
+        try:
+            save_state(path, state)
+        except OSError as error:
+            logger.warning("ep_rebalance: the state was not saved in %s: %s", path, error)

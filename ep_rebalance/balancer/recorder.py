@@ -1,0 +1,122 @@
+"""Recorder: writes the trace of a server, in a thread of its own.
+
+The step path only hands over what a snapshot brought anyway. A disk that is slow or full costs
+records, which are counted, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from pathlib import Path
+
+from ep_rebalance.collectives.snapshot import Snapshot
+from ep_rebalance.config import TraceConfig
+from ep_rebalance.load.trace import (
+    Record,
+    RecordedPlacement,
+    RecordedSnapshot,
+    TraceHead,
+    TraceWriter,
+)
+from ep_rebalance.migration.commit import Served
+from ep_rebalance.placement import Placement
+
+logger = logging.getLogger(__name__)
+
+_WAITING = 64
+"""Records that may wait for the disk; of DeepSeek-V3's, 15 MB."""
+
+
+class Recorder:
+    """Rank 0 has one. config: with a path.
+
+    recording: whether snapshots are taken. lost: records that the disk was too slow for, or refused.
+    """
+
+    def __init__(self, config: TraceConfig, head: TraceHead) -> None:
+        assert config.path is not None
+        self.recording = config.record
+        self.lost = 0
+        self._writer = TraceWriter(
+            Path(config.path),
+            "load",
+            head,
+            max_file_bytes=config.max_file_bytes,
+            max_bytes=config.max_bytes,
+        )
+        self._placement: Placement | None = None
+        self._waiting: queue.Queue[Record | None] = queue.Queue(_WAITING)
+        self._thread = threading.Thread(target=self._write, name="ep_rebalance trace", daemon=True)
+        self._thread.start()
+
+    def switch(self, on: bool) -> None:
+        """Begin a file of its own, or end the one that is being written."""
+        if on != self.recording:
+            self.recording = on
+            self._placement = None
+            if not on:
+                self._put(None)
+
+    def snapshot(self, snapshot: Snapshot, served: Served, step: int) -> None:
+        """Record what a snapshot brought; `served` from the engine's step `step` on."""
+        if not self.recording:
+            return
+        now = time.time()
+        if served.placement is not self._placement:
+            change = RecordedPlacement(
+                placement=served.placement,
+                quotas_LP=served.quotas_LP,
+                generation=served.generation,
+                step=step,
+                time=now,
+            )
+            if not self._put(change):
+                return
+            self._placement = served.placement
+        self._put(
+            RecordedSnapshot(
+                counts_ALE=snapshot.sample.counts_ALE,
+                step=step,
+                steps=snapshot.sample.steps,
+                step_seconds=snapshot.sample.step_seconds,
+                time=now,
+                generation=served.generation,
+                planned=bool(snapshot.flags.planned),
+                scheduled=snapshot.flags.scheduled == served.placement.num_ranks,
+            )
+        )
+
+    def flush(self) -> None:
+        """Wait until all that was handed over is written."""
+        self._waiting.join()
+
+    def _put(self, record: Record | None) -> bool:
+        """False if it is lost. None ends the file."""
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+            return False
+        return True
+
+    def _write(self) -> None:
+        while True:
+            record = self._waiting.get()
+            try:
+                if record is None:
+                    self._writer.close()
+                else:
+                    self._writer.write(record)
+            except OSError as error:
+                self._refused(error)
+            finally:
+                self._waiting.task_done()
+
+    def _refused(self, error: OSError) -> None:
+        self.lost += 1
+        if self.recording:
+            self.recording = False
+            logger.warning("ep_rebalance: the trace is not written any more: %s", error)

@@ -1,0 +1,121 @@
+"""Snapshot: the counts and flags of all ranks, summed in one all-reduce.
+
+It is the only collective that steady traffic costs: `2 L E` integers and a few more every
+`snapshot_steps` steps. All decisions that ranks must take in the same step are taken from what it
+returns, which is equal on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from operator import attrgetter
+
+import torch
+import torch.distributed as dist
+
+from ep_rebalance.host_memory import Download, UploadRing
+from ep_rebalance.load.step_times import StepSum
+from ep_rebalance.load.window import PHASES, LoadSample
+from ep_rebalance.routing.device_tables import DeviceCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What a rank tells the others; in a `Snapshot`, how many ranks said so.
+
+    planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has
+    worked out its migration. failed: it could not. fitted: it has quotas that follow the load.
+    paused, plan_asked: what an operator asked rank 0 for. reloads, reloads_squared: times that the engine
+    replaced the rank's weights, and that number's square: the sums tell whether all ranks have the same.
+    """
+
+    planned: int = 0
+    proposed: int = 0
+    scheduled: int = 0
+    failed: int = 0
+    fitted: int = 0
+    paused: int = 0
+    plan_asked: int = 0
+    reloads: int = 0
+    reloads_squared: int = 0
+
+
+_FLAGS = attrgetter(*(field.name for field in fields(Flags)))
+
+HEAD = len(fields(Flags)) + 4
+"""Integers before the counts: flags, then steps and their microseconds of both kinds in `StepSum`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Equal on every rank."""
+
+    sample: LoadSample
+    flags: Flags
+
+
+class SnapshotExchange:
+    """Sums counts and flags over `group` in one step and hands them out in a later one."""
+
+    def __init__(self, *, group: dist.ProcessGroup, counts: DeviceCounts) -> None:
+        self._group = group
+        self._counters_LAE = counts.counts_LAE
+        layers, _, experts = self._counters_LAE.shape
+        shape_ALE, device = (len(PHASES), layers, experts), self._counters_LAE.device
+        self._buffer = torch.zeros(HEAD + math.prod(shape_ALE), dtype=torch.int64, device=device)
+        self._head, self._sums_ALE = self._buffer[:HEAD], self._buffer[HEAD:].view(shape_ALE)
+        self._counted_ALE = self._counters_LAE[:, : len(PHASES)].transpose(0, 1)
+        self._heads = UploadRing((HEAD,), torch.int64, device)
+        self._download = Download(self._buffer)
+        self._steps = 0
+        self._ever_continued = False
+
+    def warm_up(self) -> None:
+        """On all ranks, before anything is counted: connects them, and loads what a snapshot runs."""
+        self.begin(Flags(), StepSum())
+        self._download.result()
+
+    def begin(self, flags: Flags, steps: StepSum) -> None:
+        """Sum and clear the counters. steps: those of this rank since the snapshot before."""
+        self._heads.next().numpy()[:] = (*_FLAGS(flags), *_timed(steps))
+        self._heads.upload(self._head)
+        self._sums_ALE.copy_(self._counted_ALE)
+        self._counters_LAE.zero_()
+        self._steps = steps.steps
+        dist.all_reduce(self._buffer, group=self._group)
+        self._download.start(self._buffer)
+
+    def finish(self, generation: int) -> Snapshot:
+        """The sums that `begin` started. generation: of the placement that served the counts."""
+        values = self._download.result().numpy()
+        flags, times = values[: HEAD - 4].tolist(), values[HEAD - 4 : HEAD].tolist()
+        return Snapshot(
+            sample=LoadSample(
+                counts_ALE=values[HEAD:].reshape(self._sums_ALE.shape).copy(),
+                steps=self._steps,
+                step_seconds=self._step_seconds(*times),
+                generation=generation,
+            ),
+            flags=Flags(*flags),
+        )
+
+    def _step_seconds(
+        self, continued: int, continued_microseconds: int, alone: int, alone_microseconds: int
+    ) -> float:
+        """Mean of the steps that continued the one before. The others are timed on the host, which is
+        too short on an accelerator: they tell only where no step ever continues, as where prompts are
+        all that is computed."""
+        self._ever_continued = self._ever_continued or continued > 0
+        if self._ever_continued:
+            return continued_microseconds / 1e6 / max(continued, 1)
+        return alone_microseconds / 1e6 / max(alone, 1)
+
+
+def _timed(steps: StepSum) -> tuple[int, int, int, int]:
+    return (
+        steps.continued,
+        round(steps.continued_seconds * 1e6),
+        steps.alone,
+        round(steps.alone_seconds * 1e6),
+    )

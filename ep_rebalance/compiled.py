@@ -1,0 +1,38 @@
+"""Compilation to machine code: the one place that knows numba."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """Compile at the first call with new argument types; runs without the interpreter lock.
+
+    The machine code is cached on disk, or only in memory where no folder can be written.
+    """
+    try:
+        return cast("Function", numba.njit(nogil=True, cache=True)(function))
+    except RuntimeError:
+        return cast("Function", numba.njit(nogil=True)(function))
+
+
+def _drop_stale_code() -> None:
+    """Numba compiles callees from other files into a function, but asks only the function's own
+    file whether its cached code is still good."""
+    folder = Path(__file__).parent
+    sources = (path for path in folder.rglob("*.py") if "@compiled" in path.read_text())
+    newest = max(source.stat().st_mtime for source in sources)
+    with suppress(OSError):
+        for index in folder.rglob("__pycache__/*.nbi"):
+            if index.stat().st_mtime < newest:
+                index.unlink()
+
+
+_drop_stale_code()

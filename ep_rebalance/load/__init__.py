@@ -1,0 +1,1 @@
+"""What ranks counted: by snapshot, in a window, over days, on disk."""

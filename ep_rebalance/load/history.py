@@ -1,0 +1,75 @@
+"""Load memory: what was seen before the window, summed up by likeness.
+
+Kinds of traffic come back, and experts that were busy together then will be again. A handful of sums
+stands for them: when there is one too many, the two that are most alike become one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.load.window import WindowLoad
+
+LOADS = 8
+"""Sums that are kept. Planning takes as long as there are samples."""
+
+HALF_LIFE_SAMPLES = 400.0
+"""Samples after which a load counts half, so that traffic that ended is forgotten."""
+
+
+class LoadMemory:
+    """Grows by `add`; `joined` puts it beside the window."""
+
+    def __init__(self) -> None:
+        self._loads: list[NDArray[np.float64]] = []
+        self._steps: list[float] = []
+        self._added = 0
+
+    def add(self, load: WindowLoad) -> None:
+        """Remember every sample of `load`, however old it is.
+
+        Likeness is Ward's (1963): the least growth of the squared distances of expert shares from
+        the mean of their sum, tokens counted.
+        """
+        for tokens_LE, steps in zip(load.tokens_WLE, load.steps_W, strict=True):
+            self._remember(tokens_LE, float(steps))
+
+    def _remember(self, tokens_LE: NDArray[np.float64], steps: float) -> None:
+        for older_LE in self._loads:
+            older_LE *= 0.5 ** (1.0 / HALF_LIFE_SAMPLES)
+        self._loads.append(tokens_LE.copy())
+        self._steps.append(steps)
+        self._added += 1
+        if len(self._loads) > LOADS:
+            first, second = _most_alike(np.stack(self._loads))
+            self._loads[first] += self._loads.pop(second)
+            self._steps[first] += self._steps.pop(second)
+
+    def joined(self, recent: WindowLoad, share: float) -> WindowLoad:
+        """`recent` with the memory before it, which makes up `share` of the weighted tokens; less
+        while there were fewer samples in it than in `recent`."""
+        if not self._loads or share <= 0.0:
+            return recent
+        memory_WLE = np.stack(self._loads)
+        weighted = float(recent.weight_W @ recent.tokens_WLE.sum(axis=(1, 2)))
+        filled = min(1.0, self._added / len(recent.weight_W))
+        weight = filled * share / (1.0 - share) * weighted / memory_WLE.sum()
+        return WindowLoad(
+            tokens_WLE=np.concatenate([memory_WLE, recent.tokens_WLE]),
+            weight_W=np.append(np.full(len(memory_WLE), weight), recent.weight_W),
+            steps_W=np.append(self._steps, recent.steps_W),
+        )
+
+
+def _most_alike(tokens_WLE: NDArray[np.float64]) -> tuple[int, int]:
+    """Two indices, the smaller first."""
+    total_W = tokens_WLE.sum(axis=(1, 2))
+    shares_WX = tokens_WLE.reshape(len(total_W), -1) / total_W[:, None]
+    products_WW = shares_WX @ shares_WX.T
+    squares_W = np.diagonal(products_WW)
+    distance_WW = squares_W[:, None] + squares_W - 2.0 * products_WW
+    growth_WW = distance_WW / (1.0 / total_W[:, None] + 1.0 / total_W)
+    growth_WW[np.tril_indices(len(total_W))] = np.inf
+    first, second = np.unravel_index(np.argmin(growth_WW), growth_WW.shape)
+    return int(first), int(second)

@@ -1,0 +1,211 @@
+"""One round of a migration: a single `all_to_all_single` of bytes between two engine steps.
+
+Every rank has the splits of every round before the first one begins, so nothing is negotiated and
+nothing can pair wrongly. A rank that fails at anything of its own still takes part in every
+collective, with what is in its buffer; it reports the fault in the vote that ends the batch, and the
+checksums would show it too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_rebalance.host_memory import Download
+from ep_rebalance.migration import Batch, Itinerary
+from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
+
+logger = logging.getLogger(__name__)
+
+
+class StagingFull(RuntimeError):
+    """A batch does not fit into the buffers that were reserved at start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What ranks voted at the end of a batch: how many saw which fault."""
+
+    transport: int
+    checksum: int
+    replaced: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.transport or self.checksum or self.replaced)
+
+    def __str__(self) -> str:
+        if self.replaced:
+            return f"the engine replaced the weights of {self.replaced} rank(s)"
+        return f"{self.transport} rank(s) with a transport error, {self.checksum} with a checksum error"
+
+
+class RoundExchange:
+    """Moves packed experts into this rank's staging memory, round by round.
+
+    max_bytes: most expert bytes that a rank sends, and receives, in one round.
+    staging_slots: experts that the staging memory holds.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup,
+        memory: ExpertMemory,
+        max_bytes: int,
+        staging_slots: int,
+    ) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._memory = memory
+        largest, smallest = max(memory.expert_bytes_L), min(memory.expert_bytes_L)
+        transfers = max_bytes // smallest + 2 * self.size + 8
+        capacity = max_bytes + transfers * 2 * CHECKSUM_BYTES
+        self._send = torch.zeros(capacity, dtype=torch.uint8, device=memory.device)
+        self._receive = torch.zeros_like(self._send)
+        self.staging = torch.zeros(staging_slots, largest, dtype=torch.uint8, device=memory.device)
+        self._expected = torch.zeros(staging_slots, dtype=torch.int64, device=memory.device)
+        self._arrived = torch.zeros_like(self._expected)
+        self._differs = torch.zeros(staging_slots, dtype=torch.bool, device=memory.device)
+        self._damaged = torch.zeros(1, dtype=torch.bool, device=memory.device)
+        self._faults = torch.zeros(3, dtype=torch.int64, device=memory.device)
+        self._votes = Download(self._faults)
+        self._transport_failed = False
+
+    def warm_up(self) -> None:
+        """On all ranks in the same order, before serving: connect to every peer, compile and load
+        every kernel of a migration. Weights and staging stay as they are.
+        """
+        self._memory.warm_up(self.staging[0])
+        self._send.zero_()
+        peers = [CHECKSUM_BYTES] * self.size
+        everything = CHECKSUM_BYTES * self.size
+        self._all_to_all(everything, everything, peers, peers)
+        self._expected.zero_()
+        self._expected[:1].copy_(self._receive[:8].view(torch.int64))
+        self._arrived.zero_()
+        self._compare()
+        self._add_up_faults(replaced=False)
+        self._votes.start(self._faults)
+        self._votes.result()
+
+    def begin_batch(self, batch: Batch) -> None:
+        """Forget the faults of the batch before. Raises StagingFull, on all ranks or on none."""
+        busiest = _itinerary(batch).busiest_bytes
+        if busiest > self._send.numel():
+            raise StagingFull(
+                f"a round of {busiest} bytes on one rank does not fit into {self._send.numel()}"
+            )
+        self._transport_failed = False
+
+    def replace_memory(self, memory: ExpertMemory) -> None:
+        """Other tensors hold this rank's experts. Raises ValueError if an expert's size is another."""
+        if memory.expert_bytes_L != self._memory.expert_bytes_L:
+            raise ValueError(
+                f"experts of {memory.expert_bytes_L} bytes do not fit in the place of "
+                f"{self._memory.expert_bytes_L}"
+            )
+        self._memory = memory
+
+    def exchange(self, batch: Batch, number: int) -> None:
+        """Send and receive the byte ranges of one round; they are in `staging` when the stream gets
+        there.
+
+        Raises what the all-to-all raised if it did so twice: this rank is out of step then.
+        """
+        part = _itinerary(batch)
+        self._attempt("experts were not packed", self._pack, part, number)
+        send_R, receive_R = part.sends.splits(number), part.receives.splits(number)
+        self._take_part(self._all_to_all, sum(receive_R), sum(send_R), receive_R, send_R)
+        self._attempt("experts were not unpacked", self._unpack, part, number)
+
+    def vote(self, batch: Batch, *, replaced: bool = False) -> Download:
+        """Check every expert that arrived and add up all ranks' faults; read them with `faults_of`.
+
+        replaced: whether the engine replaced this rank's weights, so that what it sent is void.
+        Raises what the all-reduce raised if it did so twice: this rank is out of step then.
+        """
+        self._attempt("arrived experts were not checked", self._check, batch)
+        self._take_part(self._add_up_faults, replaced)
+        self._votes.start(self._faults)
+        return self._votes
+
+    @staticmethod
+    def faults_of(vote: Download) -> Faults:
+        """The same on every rank."""
+        return Faults(*vote.result().tolist())
+
+    def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> None:
+        """What this rank can fail at alone: the vote will tell the others."""
+        try:
+            work(*arguments)
+        except Exception:
+            logger.exception("ep_rebalance rank %d: %s", self.rank, failure)
+            self._transport_failed = True
+
+    def _take_part(self, collective: Callable[..., None], *arguments: Any) -> None:
+        """Issue a collective that the others wait in. One that raises was not issued, and this rank's
+        next one would pair with it: so it is issued again.
+        """
+        try:
+            collective(*arguments)
+        except Exception:
+            logger.exception("ep_rebalance rank %d: a collective was not issued", self.rank)
+            self._transport_failed = True
+            collective(*arguments)
+
+    def _all_to_all(
+        self, received: int, sent: int, receive_R: list[int], send_R: list[int]
+    ) -> None:
+        dist.all_to_all_single(
+            self._receive[:received], self._send[:sent], receive_R, send_R, group=self._group
+        )
+
+    def _add_up_faults(self, replaced: bool) -> None:
+        self._faults[:1].fill_(int(self._transport_failed))
+        self._faults[1:2].copy_(self._damaged)
+        self._faults[2:].fill_(int(replaced))
+        dist.all_reduce(self._faults, group=self._group)
+
+    def _pack(self, part: Itinerary, number: int) -> None:
+        for leg in part.sends.of_round(number):
+            out = self._send[leg.offset : leg.offset + leg.stop - leg.start]
+            checksum = None if leg.checksum < 0 else _checksum(self._send, leg.checksum)
+            self._memory.read(leg.layer, leg.place, leg.start, out, checksum)
+
+    def _unpack(self, part: Itinerary, number: int) -> None:
+        for leg in part.receives.of_round(number):
+            arrived = self._receive[leg.offset : leg.offset + leg.stop - leg.start]
+            self.staging[leg.place, leg.start : leg.stop].copy_(arrived)
+            if leg.checksum >= 0:
+                expected = _checksum(self._receive, leg.checksum)
+                self._expected[leg.place : leg.place + 1].copy_(expected)
+
+    def _check(self, batch: Batch) -> None:
+        """Whether a checksum of an expert that arrived is another than its sender's."""
+        self._damaged.zero_()
+        self._arrived.copy_(self._expected)
+        for move in batch.arrivals(self.rank):
+            checksum = self._arrived[move.staging : move.staging + 1]
+            self._memory.checksum_packed(move.layer, self.staging[move.staging], checksum)
+        self._compare()
+
+    def _compare(self) -> None:
+        torch.ne(self._arrived, self._expected, out=self._differs)
+        torch.any(self._differs, dim=0, keepdim=True, out=self._damaged)
+
+
+def _itinerary(batch: Batch) -> Itinerary:
+    assert batch.itinerary is not None, "the migration was worked out for no rank"
+    return batch.itinerary
+
+
+def _checksum(wire: torch.Tensor, position: int) -> torch.Tensor:
+    """int64 [1], a view."""
+    return wire[position : position + 8].view(torch.int64)

@@ -1,0 +1,1 @@
+"""The planner that improves the placement that is served."""

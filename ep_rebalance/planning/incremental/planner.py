@@ -1,0 +1,126 @@
+"""Incremental planner: improve the current placement by the few moves that pay best.
+
+The objective is the mean over the window's samples of the squared rank loads, so that experts which
+are busy at the same time part ways. Swaps between ranks, and redundant slots given to another
+expert, are taken in the order of their gain for each slot that they move, as long as that gain is
+worth a move and the budget lasts.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.alignment import align
+from ep_rebalance.planning.incremental.descent import improve_layer
+from ep_rebalance.planning.incremental.layer import describe_experts
+from ep_rebalance.planning.problem import Problem
+
+MIN_GAIN_PER_RANK = 1.6e-5
+"""Least gain that is worth a moved slot, for each rank, in units of the mean square load of an even
+one. The more ranks there are, the less often a step waits for the one that is relieved. On 32 ranks,
+two that swap experts must each come about 2 % of the mean rank load closer to it."""
+
+_LEAST_RANKS = 8
+"""Below this many, a move must gain as much as on so many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Descent:
+    """Changes of one layer in the order in which they must be made, as `improve_layer` returns
+    them."""
+
+    changes_N4: NDArray[np.int64]
+    gains_N2: NDArray[np.float64]
+
+    def moved(self, index: int) -> int:
+        return int(self.changes_N4[index, 0])
+
+    def price(self, index: int) -> float:
+        return float(self.gains_N2[index, 1])
+
+
+def plan_incremental(problem: Problem) -> Placement:
+    """The current placement with the best changes that the budget allows, over all layers.
+
+    Ties go to the lowest ids whatever the seed. A layer without load stays.
+    """
+    current, cost_WLE = problem.current, problem.cost.expert_cost_WLE(problem.load)
+
+    def descend(layer: int) -> _Descent:
+        return _descend(problem, np.ascontiguousarray(cost_WLE[:, layer]), layer)
+
+    layers = range(current.num_layers)
+    if problem.threads > 1:
+        with ThreadPoolExecutor(problem.threads) as pool:
+            descents = list(pool.map(descend, layers))
+    else:
+        descents = [descend(layer) for layer in layers]
+    slots_LP = current.slots_LP.copy()
+    for layer, count in enumerate(_spend(descents, problem.budget.max_moved_slots)):
+        _apply(slots_LP[layer], descents[layer].changes_N4[:count])
+    aligned_LP = align(slots_LP, current.slots_LP, current.num_ranks)
+    return Placement(aligned_LP, current.num_experts, current.num_ranks)
+
+
+def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Descent:
+    current, topology, budget = problem.current, problem.topology, problem.budget
+    slots_P = np.array(current.slots_LP[layer])
+    experts = describe_experts(
+        _in_tokens(cost_WE, problem.load.tokens_WLE[:, layer]),
+        problem.load.weight_W,
+        problem.cost.replica_part_EC(problem.load, layer, current.max_replicas),
+        slots_P,
+        np.array(topology.node_of_rank, dtype=np.int64),
+        max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
+        problem.internode_token_price,
+    )
+    even_share = -(-budget.max_moved_slots // current.num_layers)
+    changes_N4, gains_N2 = improve_layer(
+        experts,
+        slots_P,
+        min(budget.max_moved_slots, max(2, even_share)),
+        budget.max_arrivals,
+        MIN_GAIN_PER_RANK * max(current.num_ranks, _LEAST_RANKS),
+    )
+    return _Descent(changes_N4=changes_N4, gains_N2=gains_N2)
+
+
+def _in_tokens(cost_WE: NDArray[np.float64], tokens_WE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The costs in a unit in which they sum to the tokens, since their noise is taken for that of a
+    count."""
+    total = cost_WE.sum()
+    return cost_WE * (tokens_WE.sum() / total) if total > 0.0 else cost_WE
+
+
+def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
+    """How many changes of each layer to make: always the best next one, until one does not fit the
+    budget."""
+    taken = [0] * len(descents)
+    left = max_moved
+    waiting = [(-d.price(0), layer) for layer, d in enumerate(descents) if len(d.changes_N4)]
+    heapq.heapify(waiting)
+    while waiting:
+        _, layer = heapq.heappop(waiting)
+        descent = descents[layer]
+        moved = descent.moved(taken[layer])
+        if moved > left:
+            continue
+        left -= moved
+        taken[layer] += 1
+        if taken[layer] < len(descent.changes_N4):
+            heapq.heappush(waiting, (-descent.price(taken[layer]), layer))
+    return taken
+
+
+def _apply(slots_P: NDArray[np.int32], changes_N4: NDArray[np.int64]) -> None:
+    for _, slot, other, expert in changes_N4.tolist():
+        if other >= 0:
+            slots_P[other] = slots_P[slot]
+        slots_P[slot] = expert

@@ -1,0 +1,121 @@
+"""Swaps: two experts on different ranks change places."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.compiled import compiled
+from ep_rebalance.planning.incremental.layer import Change, Experts, Layer, inner_product, moved_by
+from ep_rebalance.planning.incremental.relief import Relief
+
+
+@compiled
+def best_swap(
+    experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
+) -> Change:
+    """`best`, or a swap of one of the rank's experts with one of a rank below the average, if it has a
+    higher price.
+
+    left: slots that may still change. Most candidates are ruled out by the triangle inequality: two
+    load vectors are no nearer to each other than their means and the lengths of the rest.
+    """
+    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
+    here, node_R, held_RE, slots_P = relief.rank, experts.node_R, layer.held_RE, layer.slots_P
+    square_R, fetch_RE, traffic_E = layer.square_R, experts.fetch_RE, experts.traffic_E
+    leaves_P, mean_P, rest_P = _elsewhere(experts, layer, relief)
+    average = square_R.mean()
+    for index in range(slots_per_rank):
+        slot = here * slots_per_rank + index
+        a, product_R = slots_P[slot], relief.product_SR[index]
+        part_a = experts.part_EC[a, layer.replicas_E[a]]
+        mean_a, rest_a = part_a * experts.vectors_VE[0, a], part_a * experts.rest_E[a]
+        for there in range(product_R.size):
+            if held_RE[there, a] or square_R[there] > average:
+                continue
+            leaves_a = part_a * (relief.product_E[a] - product_R[there])
+            nearer = _nodes_gained(layer.nodes_NE, a, node_R[here], node_R[there])
+            leaves_a += 0.5 * nearer * traffic_E[a]
+            fetch_a = fetch_RE[there, a] - fetch_RE[here, a]
+            for other in range(there * slots_per_rank, (there + 1) * slots_per_rank):
+                gain = 2.0 * (leaves_a + leaves_P[other])
+                means, rests = mean_a - mean_P[other], rest_a - rest_P[other]
+                most = gain - 2.0 * (means**2 + rests**2)
+                if most <= best.price:
+                    continue
+                b = slots_P[other]
+                fetched = max(fetch_a + fetch_RE[here, b] - fetch_RE[there, b], 1.0)
+                if most > best.price * fetched and not held_RE[here, b]:
+                    part_b = experts.part_EC[b, layer.replicas_E[b]]
+                    gain -= 2.0 * _square_distance(experts, a, part_a, b, part_b)
+                    if gain > best.price * fetched:
+                        price = gain / fetched
+                        best = _allowed(
+                            experts, layer, slot, other, price, gain, left, max_arrivals, best
+                        )
+    return best
+
+
+@compiled
+def _elsewhere(
+    experts: Experts, layer: Layer, relief: Relief
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """For each slot: what is gained by its load going from its rank to the relieved one, before its
+    square, and the mean and the length of the rest of that load."""
+    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
+    node_R, near = experts.node_R, experts.node_R[relief.rank]
+    leaves_P, mean_P = np.empty(layer.slots_P.size), np.empty(layer.slots_P.size)
+    rest_P = np.empty(layer.slots_P.size)
+    for slot in range(layer.slots_P.size):
+        b = layer.slots_P[slot]
+        part = experts.part_EC[b, layer.replicas_E[b]]
+        nearer = _nodes_gained(layer.nodes_NE, b, node_R[slot // slots_per_rank], near)
+        leaves_P[slot] = part * (layer.product_P[slot] - relief.product_E[b])
+        leaves_P[slot] += 0.5 * nearer * experts.traffic_E[b]
+        mean_P[slot], rest_P[slot] = part * experts.vectors_VE[0, b], part * experts.rest_E[b]
+    return leaves_P, mean_P, rest_P
+
+
+@compiled
+def _nodes_gained(nodes_NE: NDArray[np.int64], expert: int, source: int, target: int) -> int:
+    """By how many nodes more have the expert at hand if a rank of node `source` gives it to one of
+    node `target`."""
+    if source == target:
+        return 0
+    return int(nodes_NE[target, expert] == 0) - int(nodes_NE[source, expert] == 1)
+
+
+@compiled
+def _allowed(
+    experts: Experts,
+    layer: Layer,
+    slot: int,
+    other: int,
+    price: float,
+    gain: float,
+    left: int,
+    max_arrivals: int,
+    best: Change,
+) -> Change:
+    """The swap of the two slots, or `best` if it would move or bring too many experts."""
+    slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
+    here, there = slot // slots_per_rank, other // slots_per_rank
+    a, b = int(layer.slots_P[slot]), int(layer.slots_P[other])
+    moved_here, moved_there = moved_by(experts, here, b, a), moved_by(experts, there, a, b)
+    if (
+        moved_here + moved_there <= left
+        and layer.arrivals_R[here] + moved_here <= max_arrivals
+        and layer.arrivals_R[there] + moved_there <= max_arrivals
+    ):
+        return Change(price, gain, moved_here + moved_there, slot, other, b)
+    return best
+
+
+@compiled
+def _square_distance(experts: Experts, a: int, part_a: float, b: int, part_b: float) -> float:
+    distance: float = (
+        part_a**2 * experts.square_E[a]
+        + part_b**2 * experts.square_E[b]
+        - 2.0 * part_a * part_b * inner_product(experts, a, b)
+    )
+    return distance

@@ -1,0 +1,1 @@
+"""Which slot a token goes to."""

@@ -1,0 +1,184 @@
+"""Counts and dispatch tables on the device: what the forward pass reads and writes.
+
+All memory is reserved here once; afterwards it is only written in place. Nothing on the step path waits
+for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ep_rebalance.host_memory import UploadRing, pinned
+from ep_rebalance.kernels.route_and_count import (
+    HISTOGRAM_PAIRS,
+    IGNORED,
+    LayerTables,
+    count_experts,
+    route_and_count,
+)
+from ep_rebalance.placement import Placement
+from ep_rebalance.routing.thresholds import HASH_RANGE, dispatch_thresholds
+from ep_rebalance.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+HASH_STRIDE = 20_011
+"""Added to the hash offset each step: coprime to 65536, so that every offset comes up."""
+
+_OFFSET_BYTES = 8
+_TABLES_AT_A_TIME = 3
+"""A migration's, a split's, and a split's that is being worked out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DispatchTables:
+    """How one rank dispatches all layers of a placement; on the host, ready to be uploaded.
+
+    slots_LEC, thresholds_LEC: int32 [L, E, C], as of `dispatch_thresholds`.
+    """
+
+    slots_LEC: torch.Tensor
+    thresholds_LEC: torch.Tensor
+
+
+class DeviceCounts:
+    """Counters and dispatch tables of all layers, and the phase of each token of the step that runs.
+
+    topology, rank: where the tokens are that it routes.
+    counts_LAE: int64 [L, 3, E]; phase_T: int8 [max_tokens], IGNORED but for the tokens that a real
+    step marks; offset: int64 [1], that of the hash.
+    """
+
+    def __init__(
+        self,
+        *,
+        placement: Placement,
+        max_tokens: int,
+        device: torch.device,
+        topology: Topology,
+        rank: int,
+        counts_here: bool = True,
+    ) -> None:
+        layers, experts = placement.num_layers, placement.num_experts
+        self.counts_LAE = torch.zeros(layers, 3, experts, dtype=torch.int64, device=device)
+        self._slots_LEC = torch.empty(
+            layers, experts, placement.max_replicas, dtype=torch.int32, device=device
+        )
+        self._thresholds_LEC = torch.empty_like(self._slots_LEC)
+        self.layers = tuple(
+            LayerTables(
+                counts_AE=self.counts_LAE[layer],
+                replica_slots_EC=self._slots_LEC[layer],
+                thresholds_EC=self._thresholds_LEC[layer],
+            )
+            for layer in range(layers)
+        )
+        # One upload a step: the offset and the phases behind it.
+        size = _OFFSET_BYTES + max_tokens
+        self._step = torch.full((size,), IGNORED, dtype=torch.int8, device=device)
+        self._uploads = UploadRing((size,), torch.int8, device)
+        self.offset = self._step[:_OFFSET_BYTES].view(torch.int64)
+        self.offset.zero_()
+        self.phase_T = self._step[_OFFSET_BYTES:]
+        self._max_tokens = max_tokens
+        self._steps, self._marked = 0, 0
+        self._counts_here = counts_here
+        self._told_of_overflow = False
+        self._topology, self._rank = topology, rank
+
+    def mark_tokens(self, phases_T: NDArray[np.integer]) -> None:
+        """Set the phase of the coming step's tokens; all others stay IGNORED.
+
+        Every token must be counted on exactly one rank: where ranks share their tokens (tensor
+        parallelism without sequence parallelism) only one of them is built with `counts_here`. Tokens
+        behind the first max_tokens are routed, not counted, and logged once.
+        """
+        counted_T = self._countable(phases_T)
+        before, self._marked = self._marked, len(counted_T)
+        length = _OFFSET_BYTES + max(before, self._marked)
+        step = self._uploads.next().numpy()
+        step[:_OFFSET_BYTES].view(np.int64)[0] = self._steps * HASH_STRIDE % HASH_RANGE
+        step[_OFFSET_BYTES : _OFFSET_BYTES + self._marked] = counted_T
+        step[_OFFSET_BYTES + self._marked : length] = IGNORED
+        self._uploads.upload(self._step[:length], length)
+
+    def end_step(self) -> None:
+        """Forget the step's tokens, so that dummy and warm-up steps count nothing."""
+        if self._marked:
+            self.phase_T[: self._marked].fill_(IGNORED)
+        self._marked = 0
+        self._steps += 1
+
+    def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> torch.Tensor:
+        """Count one layer's top-k ids and turn them into slots.
+
+        first_token: where this rank's rows start in the batch that `mark_tokens` described.
+        """
+        phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
+        return route_and_count(topk_ids_TK, phase_T, self.layers[layer], self.offset)
+
+    def count(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> None:
+        """Count only."""
+        phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
+        count_experts(topk_ids_TK, phase_T, self.layers[layer].counts_AE)
+
+    def warm_up(self) -> None:
+        """Compile all that a step may run and reserve what is uploaded from, which takes seconds.
+
+        Before serving, on a stream that counts nothing else; counts and phases stay as they are.
+        """
+        for dtype in (torch.int32, torch.int64):
+            for pairs in (1, HISTOGRAM_PAIRS):
+                padding = torch.full((pairs, 1), -1, dtype=dtype, device=self.phase_T.device)
+                self.route(0, padding, 0)
+                self.count(0, padding, 0)
+        values = np.zeros(self._slots_LEC.shape, dtype=np.int32)
+        _ = [pinned(values, self._slots_LEC.device) for _ in range(2 * _TABLES_AT_A_TIME)]
+
+    def dispatch_tables(
+        self, placement: Placement, quotas_LP: NDArray[np.float64]
+    ) -> DispatchTables:
+        """What `serve` and `split` take; takes milliseconds, in any thread."""
+        tables = dispatch_thresholds(
+            placement,
+            range(placement.num_layers),
+            quotas_LP,
+            topology=self._topology,
+            rank=self._rank,
+        )
+        slots_LEC, thresholds_LEC = (pinned(table, self._slots_LEC.device) for table in tables)
+        return DispatchTables(slots_LEC=slots_LEC, thresholds_LEC=thresholds_LEC)
+
+    def serve(self, layers: Sequence[int], tables: DispatchTables) -> None:
+        """Swap the tables of `layers`, in place and in stream order."""
+        for layer in layers:
+            self._slots_LEC[layer].copy_(tables.slots_LEC[layer], non_blocking=True)
+            self._thresholds_LEC[layer].copy_(tables.thresholds_LEC[layer], non_blocking=True)
+
+    def split(self, tables: DispatchTables) -> None:
+        """Split tokens anew over the replicas that are there, in place and in stream order."""
+        self._thresholds_LEC.copy_(tables.thresholds_LEC, non_blocking=True)
+
+    def set_dispatch(
+        self, layers: Sequence[int], placement: Placement, quotas_LP: NDArray[np.float64]
+    ) -> None:
+        """Work tables out and serve them; not for the step path."""
+        self.serve(layers, self.dispatch_tables(placement, quotas_LP))
+
+    def _countable(self, phases_T: NDArray[np.integer]) -> NDArray[np.integer]:
+        if not self._counts_here:
+            return phases_T[:0]
+        if len(phases_T) > self._max_tokens and not self._told_of_overflow:
+            self._told_of_overflow = True
+            logger.warning(
+                "ep_rebalance: a step has %d tokens; only its first %d are counted",
+                len(phases_T),
+                self._max_tokens,
+            )
+        return phases_T[: self._max_tokens]

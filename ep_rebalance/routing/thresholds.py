@@ -1,0 +1,181 @@
+"""Dispatch: which replica a token goes to, so that the replicas receive their quotas.
+
+Tokens come from a *source*: a rank, or the ranks that route the same tokens and must split them alike.
+A token stays in its source if a rank there holds the expert, as far as the quotas allow; else it goes
+to a replica nearby, as far as theirs allow; else to any. Nearby is the source's node. Where sources
+span nodes, these nodes count as one, with all that are joined to them in this way. Each source is
+taken to bring the same part of every expert's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.compiled import compiled
+from ep_rebalance.placement import Placement
+from ep_rebalance.topology import Topology
+
+HASH_RANGE = 1 << 16
+"""Tokens carry a hash in 0..HASH_RANGE-1; thresholds divide that range."""
+
+
+def dispatch_thresholds(
+    placement: Placement,
+    layers: Sequence[int],
+    quotas_LP: NDArray[np.float64],
+    *,
+    topology: Topology,
+    rank: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """How `rank` picks replicas in `layers`: (slots, thresholds), both int32
+    [len(layers), E, max_replicas]; the same for all ranks of a source.
+
+    quotas_LP: float64 [L, P], of all layers. A token of expert `e` with hash `u` in 0..65535 goes to
+    the first replica `j` with `u < thresholds[e, j]`. Unused entries have slot -1 and threshold 65536
+    and are never reached. Over all sources the slots receive their quotas, to 1/65536 of each
+    source's tokens.
+    """
+    chosen = list(layers)
+    shape = len(chosen), placement.num_experts, placement.max_replicas
+    slots = np.full(shape, -1, dtype=np.int32)
+    thresholds = np.full(shape, HASH_RANGE, dtype=np.int32)
+    source_R = np.array(topology.source_of_rank, dtype=np.int64)
+    _set_slots(placement.slots_LP[chosen], slots)
+    _set_thresholds(
+        slots,
+        np.ascontiguousarray(quotas_LP[chosen], dtype=np.float64),
+        source_R,
+        _vicinity_R(topology),
+        placement.slots_per_rank,
+        source_R[rank],
+        thresholds,
+    )
+    return slots, thresholds
+
+
+def _vicinity_R(topology: Topology) -> NDArray[np.int64]:
+    """The node of each rank, or the first of those that sources join to it."""
+    nodes, size = topology.node_of_rank, topology.ranks_per_source
+    vicinity_N = np.arange(topology.num_nodes)
+    for spanned in {tuple(set(nodes[i : i + size])) for i in range(0, len(nodes), size)}:
+        if len(spanned) > 1:
+            joined = vicinity_N[list(spanned)]
+            vicinity_N[np.isin(vicinity_N, joined)] = joined.min()
+    return vicinity_N[list(nodes)]
+
+
+@compiled
+def _set_slots(slots_LP: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
+    """`Placement.replica_slots` of every layer."""
+    for layer in range(slots_LP.shape[0]):
+        count_E = np.zeros(slots.shape[1], np.int64)
+        for slot in range(slots_LP.shape[1]):
+            expert = slots_LP[layer, slot]
+            slots[layer, expert, count_E[expert]] = slot
+            count_E[expert] += 1
+
+
+@compiled
+def _set_thresholds(
+    slots: NDArray[np.int32],
+    quotas_LP: NDArray[np.float64],
+    source_R: NDArray[np.int64],
+    vicinity_R: NDArray[np.int64],
+    slots_per_rank: int,
+    source: int,
+    thresholds: NDArray[np.int32],
+) -> None:
+    for layer in range(slots.shape[0]):
+        for expert in range(slots.shape[1]):
+            count = 0
+            while count < slots.shape[2] and slots[layer, expert, count] >= 0:
+                count += 1
+            if count < 2:
+                continue
+            own_slots = slots[layer, expert, :count]
+            quota = np.empty(count)
+            for j in range(count):
+                quota[j] = quotas_LP[layer, own_slots[j]]
+            ranks = own_slots // slots_per_rank
+            total = np.cumsum(_shares(ranks, quota, source_R, vicinity_R, source))
+            for j in range(count - 1):
+                thresholds[layer, expert, j] = np.rint(total[j] * HASH_RANGE)
+
+
+@compiled
+def _shares(
+    ranks: NDArray[np.int32],
+    quota: NDArray[np.float64],
+    source_R: NDArray[np.int64],
+    vicinity_R: NDArray[np.int64],
+    source: int,
+) -> NDArray[np.float64]:
+    """Part of the tokens of one expert at `source` that each of its replicas receives.
+
+    A source keeps what its own replicas' quotas allow. What sources of a vicinity have left is spread
+    over the capacity left there, and what is left of that over the capacity left anywhere; both add up
+    to the same over all sources, so every quota is met.
+    """
+    num_sources = source_R[-1] + 1
+    kept = _kept(quota, source_R[ranks], num_sources)
+    free = quota - kept
+    shares = np.zeros(ranks.size)
+    for j in range(ranks.size):
+        if source_R[ranks[j]] == source:
+            shares[j] = kept[j] * num_sources
+    left = 1.0 - shares.sum()
+    vicinity = vicinity_R[np.searchsorted(source_R, source)]
+    still_free = np.empty(ranks.size)
+    near = 0.0
+    for j in range(ranks.size):
+        part = _near_part(ranks, kept, free, vicinity_R, vicinity_R[ranks[j]])
+        still_free[j] = free[j] * (1.0 - part[0])
+        if vicinity_R[ranks[j]] == vicinity:
+            shares[j] += left * part[1] * free[j]
+            near += left * part[1] * free[j]
+    anywhere = still_free.sum()
+    if anywhere > 1e-12:
+        shares += (left - near) * still_free / anywhere
+    elif near < left:
+        shares += (left - near) * quota
+    return shares
+
+
+@compiled
+def _kept(
+    quota: NDArray[np.float64], sources: NDArray[np.int64], num_sources: int
+) -> NDArray[np.float64]:
+    """What each replica receives from its own source, whose replicas share it by their quotas."""
+    kept = np.zeros(quota.size)
+    for j in range(quota.size):
+        room = 0.0
+        for other in range(quota.size):
+            if sources[other] == sources[j]:
+                room += quota[other]
+        if room > 0.0:
+            kept[j] = min(room, 1.0 / num_sources) * (quota[j] / room)
+    return kept
+
+
+@compiled
+def _near_part(
+    ranks: NDArray[np.int32],
+    kept: NDArray[np.float64],
+    free: NDArray[np.float64],
+    vicinity_R: NDArray[np.int64],
+    vicinity: int,
+) -> tuple[float, float]:
+    """Part of a vicinity's free capacity that it takes itself, and part of its sources' tokens that
+    finds room there, for each unit of free capacity."""
+    demand, capacity = np.sum(vicinity_R == vicinity) / vicinity_R.size, 0.0
+    for j in range(ranks.size):
+        if vicinity_R[ranks[j]] == vicinity:
+            demand -= kept[j]
+            capacity += free[j]
+    flow = min(demand, capacity)
+    if flow <= 1e-12:
+        return 0.0, 0.0
+    return flow / capacity, flow / demand / capacity

@@ -1,0 +1,239 @@
+"""Writes what happened into the `Status` and the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from statistics import fmean
+
+from ep_rebalance import __version__
+from ep_rebalance.collectives.snapshot import Snapshot
+from ep_rebalance.config import MetricsConfig, RebalanceConfig
+from ep_rebalance.load.window import PHASES
+from ep_rebalance.migration import Batch, Migration
+from ep_rebalance.migration.commit import Served
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.measured_gain import MeasuredGain
+from ep_rebalance.planning.proposal import TimedProposal
+from ep_rebalance.telemetry.imbalance import RankBalance
+from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
+from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Activity, Commit, Status
+from ep_rebalance.telemetry.overview_report import Overview, overview
+from ep_rebalance.topology import LINKS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """What held when a migration began. imbalance: overall. bytes: all that had been moved."""
+
+    generation: int = 0
+    imbalance: float = 1.0
+    bytes: int = 0
+
+
+class Journal:
+    """Every rank keeps one; only rank 0's is shown and logged."""
+
+    def __init__(self, status: Status, *, contiguous: Placement, rank: int) -> None:
+        self.status = status
+        self._balance = RankBalance(contiguous)
+        self._rank = rank
+        self._promised: list[float] = []
+        self._predicted_gain = 0.0
+        self._before = Before()
+
+    def report(self, served: Served, metrics: MetricsConfig) -> Status:
+        """The status as of now, with what only optional metrics show if they are on."""
+        status, balance = self.status, self._balance
+        status.reported_timestamp = time.time()
+        status.imbalance = balance.served.of_layers()
+        status.contiguous_imbalance = balance.contiguous.of_layers()
+        status.overall_imbalance |= _known(
+            {"served": balance.served.overall(), "contiguous": balance.contiguous.overall()}
+        )
+        status.phase_imbalance = _known(
+            {phase: seen.overall() for phase, seen in balance.phases.items()}
+        )
+        status.rank_tokens = balance.rank_tokens_LR.sum(axis=0).tolist()
+        status.busiest_rank_tokens = dict(balance.busiest_tokens)
+        pairs_A = balance.tokens_ALE.sum(axis=(1, 2)).tolist()
+        pairs_per_token = int(status.info["top_k"]) * status.layers
+        status.phase_tokens = {
+            phase: pairs // pairs_per_token for phase, pairs in zip(PHASES, pairs_A, strict=True)
+        }
+        if metrics.replicas:
+            status.replicas = (served.placement.replica_counts_LE() - 1).sum(axis=1).tolist()
+        if metrics.layer_rank_tokens:
+            status.layer_rank_tokens = balance.rank_tokens_LR.tolist()
+        if metrics.expert_tokens:
+            status.expert_tokens = balance.tokens_ALE.sum(axis=0).tolist()
+        return status
+
+    def load(self, served: Served) -> ExpertLoad:
+        """What every expert got since the start, and where it is served now."""
+        return expert_load(self.status, self._balance.tokens_ALE, served)
+
+    def overview(self, status: Status, served: Served) -> Overview:
+        """`status`, and what recent snapshots say of ranks and of the hottest experts."""
+        balance = self._balance
+        return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
+
+    def snapshot(self, snapshot: Snapshot, served: Served) -> None:
+        """Measure the load that the served placement got, and what the loaded one would have got."""
+        sample, status = snapshot.sample, self.status
+        status.snapshots += 1
+        if sample.step_seconds:
+            status.step_seconds = sample.step_seconds
+        if sample.routed:
+            self._balance.add(sample.counts_ALE, served)
+
+    def activity(self, activity: Activity) -> None:
+        """What goes on from now on."""
+        self.status.activity = activity
+
+    def proposal(self, timed: TimedProposal) -> None:
+        """A plan was made; unless it was accepted, that is the end of it."""
+        proposal = timed.proposal
+        self.status.plan_seconds.add(timed.seconds)
+        self.status.last_decision = proposal.decision.reason
+        if proposal.achieved_gain is not None:
+            self.status.achieved_gain = proposal.achieved_gain
+            if self.status.commits:
+                self.status.commits[-1].achieved_gain = proposal.achieved_gain
+        if proposal.measured_gain is not None:
+            self._note_measured(proposal.measured_gain)
+        self._promised = proposal.plan.imbalance_after_L.tolist()
+        self._predicted_gain = proposal.decision.predicted_gain
+        if not proposal.decision.accepted:
+            self.outcome(proposal.decision.outcome, proposal.decision.reason)
+
+    def _note_measured(self, measured: MeasuredGain) -> None:
+        low, high = measured.bounds
+        self.status.measured_gain = {"low": low, "estimate": measured.gain, "high": high}
+        if self.status.commits:
+            commit = self.status.commits[-1]
+            commit.measured_gain = measured.gain
+            commit.measured_gain_error = measured.standard_error
+
+    def migration_began(self, migration: Migration) -> None:
+        status = self.status
+        status.migrating, status.moves_planned, status.moves_done = 1, migration.num_moves, 0
+        self.activity("migrating")
+        self._before = Before(
+            generation=status.generation,
+            imbalance=self._balance.served.overall() or 1.0,
+            bytes=sum(status.migrated_bytes.values()),
+        )
+
+    def round_stalled(self, seconds: float) -> None:
+        self.status.round_stall_seconds.add(seconds)
+
+    def commit_stalled(self, seconds: float) -> None:
+        self.status.commit_stall_seconds.add(seconds)
+
+    def committed(self, batch: Batch) -> None:
+        """A batch is served."""
+        for link in LINKS:
+            self.status.migrated_experts[link] += batch.num_moves(link)
+            self.status.migrated_bytes[link] += batch.num_bytes(link)
+        self.status.moves_done += len(batch.moves)
+
+    def migration_ended(self, seconds: float, fault: str) -> None:
+        """All batches are served, or the rest was given up because of `fault`."""
+        status = self.status
+        status.migrating = 0
+        status.migration_seconds.add(seconds)
+        if not fault:
+            status.predicted_imbalance = self._promised
+            if self._promised:  # only rank 0 knows
+                status.overall_imbalance["predicted"] = fmean(self._promised)
+            status.predicted_gain = self._predicted_gain
+            status.last_commit_timestamp = time.time()
+        if status.generation != self._before.generation:
+            self._note_commit(seconds, fault)
+        self.outcome("abandoned" if fault else "committed", fault or status.last_decision)
+
+    def _note_commit(self, seconds: float, fault: str) -> None:
+        status, before = self.status, self._before
+        commit = Commit(
+            generation=status.generation,
+            time=time.time(),
+            seconds=seconds,
+            experts=status.moves_done,
+            bytes=sum(status.migrated_bytes.values()) - before.bytes,
+            predicted_gain=self._predicted_gain,
+            imbalance_before=before.imbalance,
+            fault=fault,
+        )
+        status.commits = [*status.commits[1 - COMMITS_KEPT :], commit]
+
+    def generation(self, generation: int) -> None:
+        self.status.generation = generation
+
+    def weights_replaced(self) -> None:
+        self.status.weight_reloads += 1
+        self.status.message = (
+            "the engine replaced its weights; experts are served as it loaded them"
+        )
+        if self._rank == 0:
+            logger.warning("ep_rebalance: %s", self.status.message)
+
+    def quotas_changed(self) -> None:
+        self.status.quota_changes += 1
+
+    def outcome(self, outcome: str, reason: str) -> None:
+        """Count what became of a plan."""
+        self.status.plans[outcome] += 1
+        self.status.message = reason
+        if self._rank == 0:
+            level = logging.WARNING if outcome in ("abandoned", "failed") else logging.INFO
+            generation = self.status.generation
+            logger.log(
+                level, "ep_rebalance: plan %s, generation %d: %s", outcome, generation, reason
+            )
+
+    def stuck(self, reason: str) -> None:
+        """Something takes too long; serving goes on with the placement as it is."""
+        if not self.status.stuck:
+            logger.error("ep_rebalance: stuck: %s", reason)
+        self.status.stuck = 1
+        self.status.message = reason
+
+    def unstuck(self) -> None:
+        self.status.stuck = 0
+
+
+def _known(numbers: dict[str, float | None]) -> dict[str, float]:
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def initial_status(
+    *, config: RebalanceConfig, model: str, placement: Placement, top_k: int
+) -> Status:
+    """A status in which every label that will be counted exists already, at zero."""
+    return Status(
+        started=time.time(),
+        info={
+            "version": __version__,
+            "mode": config.mode,
+            "policy": config.planner.policy,
+            "ep_size": str(placement.num_ranks),
+            "slots": str(placement.num_slots),
+            "top_k": str(top_k),
+        },
+        model=model,
+        layers=placement.num_layers,
+        experts=placement.num_experts,
+        ep_size=placement.num_ranks,
+        slots=placement.num_slots,
+        config=config.as_dict(),
+        rank_tokens=[0] * placement.num_ranks,
+        busiest_rank_tokens={"served": 0, "contiguous": 0},
+        phase_tokens=dict.fromkeys(PHASES, 0),
+        plans=dict.fromkeys(OUTCOMES, 0),
+        migrated_experts=dict.fromkeys(LINKS, 0),
+        migrated_bytes=dict.fromkeys(LINKS, 0),
+    )

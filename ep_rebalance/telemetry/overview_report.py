@@ -1,0 +1,79 @@
+"""Overview: what the page at `GET /ep_rebalance/` shows, small enough to be asked for every few seconds.
+
+The load of every expert (`expert_load.py`) is hundreds of kilobytes for a large model; this holds
+its hottest experts only.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.placement import Placement
+from ep_rebalance.telemetry.metrics import Status
+
+HOTTEST = 24
+
+
+class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
+    """One logical expert. load: its recent tokens over the mean of its layer's experts. ranks: EP ranks
+    that hold a replica.
+    """
+
+    layer: int
+    expert: int
+    load: float
+    ranks: list[int]
+
+
+class Overview(msgspec.Struct, frozen=True, kw_only=True):
+    """rank_load: [L][R], recent tokens of a rank over the mean of its layer; [] before any tokens.
+    hottest: hottest first.
+    """
+
+    status: Status
+    rank_load: list[list[float]]
+    hottest: list[HotExpert]
+
+
+def overview(
+    status: Status,
+    recent_LR: NDArray[np.float64],
+    recent_LE: NDArray[np.float64],
+    placement: Placement,
+) -> Overview:
+    """recent_LR, recent_LE: tokens of recent snapshots per rank and per logical expert."""
+    seen = bool(recent_LE.any())
+    return Overview(
+        status=status,
+        rank_load=_over_mean(recent_LR).round(3).tolist() if seen else [],
+        hottest=_hottest(_over_mean(recent_LE), placement) if seen else [],
+    )
+
+
+def _over_mean(load_LX: NDArray[np.float64]) -> NDArray[np.float64]:
+    mean_L1 = load_LX.mean(axis=1, keepdims=True)
+    ratio: NDArray[np.float64] = load_LX / np.where(mean_L1 > 0, mean_L1, 1.0)
+    return ratio
+
+
+def _hottest(load_LE: NDArray[np.float64], placement: Placement) -> list[HotExpert]:
+    count = min(HOTTEST, load_LE.size)
+    cells = np.argpartition(-load_LE.ravel(), count - 1)[:count]
+    layers, experts = np.unravel_index(cells, load_LE.shape)
+    found = [
+        HotExpert(
+            layer=int(layer),
+            expert=int(expert),
+            load=round(float(load_LE[layer, expert]), 2),
+            ranks=_ranks_of(placement, layer, expert),
+        )
+        for layer, expert in zip(layers, experts, strict=True)
+    ]
+    return sorted(found, key=lambda hot: (-hot.load, hot.layer, hot.expert))
+
+
+def _ranks_of(placement: Placement, layer: np.intp, expert: np.intp) -> list[int]:
+    slots = np.flatnonzero(placement.slots_LP[layer] == expert)
+    return sorted(set((slots // placement.slots_per_rank).tolist()))

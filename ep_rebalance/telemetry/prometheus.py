@@ -1,0 +1,128 @@
+"""Status into Prometheus: real `prometheus_client` objects, made from the table of `metrics.py`.
+
+They live in the process that serves `/metrics`, in its default registry, so that both of vLLM's
+regimes work: one API server, and several with `PROMETHEUS_MULTIPROC_DIR`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Metric as Family
+
+from ep_rebalance.config import MetricsConfig
+from ep_rebalance.telemetry.metrics import METRICS, Metric, Observations, Status
+
+COMMON_LABELS = ("model_name", "engine")
+_DEFAULTS = MetricsConfig()
+
+
+class Exporter:
+    """Fills the metrics from one status after the other.
+
+    The status counts from the start of the engine; counters are advanced by the difference to the
+    status before. After a restart of the engine its whole count is new.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        engine: str = "0",
+        config: MetricsConfig = _DEFAULTS,
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self._common = {"model_name": model_name, "engine": engine}
+        self._metrics = {metric: _create(metric, registry) for metric in shown(config)}
+        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._observed: dict[str, int] = {}
+        self._started = 0.0
+
+    def update(self, status: Status) -> None:
+        """Show `status`."""
+        if status.started != self._started:
+            self._started = status.started
+            self._counted.clear()
+            self._observed.clear()
+        for metric, instrument in self._metrics.items():
+            value = getattr(status, metric.field)
+            if metric.kind == "histogram":
+                self._observe(metric, instrument, value)
+                continue
+            for labels, number in _series(metric, value):
+                child = instrument.labels(**self._common, **labels)
+                if metric.kind == "gauge":
+                    child.set(number)
+                else:
+                    child.inc(self._advance(metric, tuple(labels.values()), number))
+
+    def _observe(self, metric: Metric, histogram: Histogram, seen: Observations) -> None:
+        total = seen.first + len(seen.values)
+        known = self._observed.get(metric.name, 0)
+        child = histogram.labels(**self._common)
+        for value in seen.values[max(0, known - seen.first) :]:
+            child.observe(value)
+        self._observed[metric.name] = total
+
+    def _advance(self, metric: Metric, labels: tuple[str, ...], number: float) -> float:
+        before = self._counted.get((metric.name, labels), 0.0)
+        self._counted[metric.name, labels] = number
+        return number - before
+
+
+def shown(config: MetricsConfig) -> list[Metric]:
+    """The metrics that the configuration asks for."""
+    return [metric for metric in METRICS if not metric.optional or getattr(config, metric.name)]
+
+
+class _NoBirthday:
+    """Without the `_created` series that Python's client adds to each counter and histogram: it would
+    make a third more of them, and Prometheus uses it for nothing.
+    """
+
+    def collect(self) -> Iterable[Family]:
+        for family in super().collect():  # type: ignore[misc]
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family
+
+
+class _Counter(_NoBirthday, Counter):
+    pass
+
+
+class _Histogram(_NoBirthday, Histogram):
+    pass
+
+
+def _create(metric: Metric, registry: CollectorRegistry) -> Any:
+    labels = (*COMMON_LABELS, *metric.labels)
+    if metric.kind == "gauge":
+        return Gauge(
+            metric.full_name, metric.help, labels, registry=registry, multiprocess_mode="mostrecent"
+        )
+    if metric.kind == "counter":
+        return _Counter(metric.full_name, metric.help, labels, registry=registry)
+    return _Histogram(
+        metric.full_name, metric.help, labels, registry=registry, buckets=metric.buckets
+    )
+
+
+def _series(metric: Metric, value: Any) -> Iterator[tuple[dict[str, str], float]]:
+    """(own labels, number) of each series."""
+    if metric.field == "info":
+        yield {label: value[label] for label in metric.labels}, 1.0
+        return
+    for keys, number in _numbers(value):
+        yield dict(zip(metric.labels, keys, strict=True)), number
+
+
+def _numbers(value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    """A number, or all numbers in lists and mappings with the indices and keys that lead to them."""
+    if not isinstance(value, list | dict):
+        yield (), float(value)
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        for keys, number in _numbers(inner):
+            yield (str(key), *keys), number

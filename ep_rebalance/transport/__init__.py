@@ -1,1 +1,0 @@
-"""Expert weights from rank to rank, into staging memory, in bounded rounds."""
