@@ -3,27 +3,16 @@
 import asyncio
 import logging
 import os
-import tempfile
 from argparse import Namespace
 from contextlib import asynccontextmanager
-from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
+from engine_clients import ROUTES, STATUS, EngineClient
 from fastapi import FastAPI
-from test_exporter import make_status
 
-from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
-from ep_rebalance.telemetry.metrics import encode
 
-STATUS, LOAD, OVERVIEW = encode(make_status()), b'{"layers":[]}', b'{"hottest":[]}'
-ROUTES = {
-    "status": ("ep_rebalance_snapshot", STATUS),
-    "load": ("ep_rebalance_load", LOAD),
-    "overview": ("ep_rebalance_overview", OVERVIEW),
-}
 CHANGES = {
     "pause": ("ep_rebalance_ask", "pause"),
     "resume": ("ep_rebalance_ask", "resume"),
@@ -31,42 +20,6 @@ CHANGES = {
     "record?on=true": ("ep_rebalance_record", True),
 }
 ENABLED = {"control": {"enabled": True, "api_key_file": "operator"}, "trace": {"path": "traces"}}
-
-
-def key_file(key: str) -> str:
-    """A file that holds `key`."""
-    path = Path(tempfile.mkdtemp()) / "key"
-    path.write_text(f"{key}\n")
-    return str(path)
-
-
-class EngineClient:
-    """Answers like the workers of one engine, or not in time if it is `silent`.
-
-    asked: methods; told: methods with their arguments. says: what rank 0 answers to a request.
-    """
-
-    def __init__(self, *, active: bool = True, silent: bool = False, **settings) -> None:
-        config = load_config({"metrics": {"poll_timeout_seconds": 0.05}}, settings).as_dict()
-        if config["control"]["api_key_file"] is not None:
-            config["control"]["api_key_file"] = key_file(config["control"]["api_key_file"])
-        self.vllm_config = SimpleNamespace(
-            additional_config={"ep_rebalance": config} if active else {},
-            parallel_config=SimpleNamespace(_api_process_rank=1, data_parallel_rank=0),
-            model_config=SimpleNamespace(model="m"),
-        )
-        self.silent = silent
-        self.says: str | None = ""
-        self.asked: list[str] = []
-        self.told: list[tuple] = []
-
-    async def collective_rpc(self, method: str, args: tuple = ()) -> list:
-        self.asked.append(method)
-        self.told.append((method, *args))
-        await asyncio.sleep(60 if self.silent else 0)
-        if method in ("ep_rebalance_ask", "ep_rebalance_record"):
-            return [None, self.says]
-        return [b"", dict(ROUTES.values())[method]]
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from padded_steps import TOP_K, is_padding, with_padding
 from ranks import Ranks
-from test_all_to_all import EXPERTS, compute_expert, make_step, reference
-from test_padded_rows import TOP_K, is_padding, with_padding
+from routed_steps import EXPERTS, compute_expert, make_step, reference
 
 from ep_rebalance.config import RebalanceConfig
 

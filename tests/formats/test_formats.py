@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from saved_states import PLACEMENT, STATE
 from shapes import placements
-from test_cli import run
-from test_state import PLACEMENT, STATE
 from traces import head_of, records_of, write_trace
 
 from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import run
+from command_line import run
 
 from ep_rebalance.formats import sglang
 

@@ -9,7 +9,7 @@ import torch
 from devices import no_cuda
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE.parents[1] / "scripts" / "gpu"), str(HERE.parent / "transport")]
+sys.path += [str(HERE.parents[1] / "scripts" / "gpu"), str(HERE.parent / "support")]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

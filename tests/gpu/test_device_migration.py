@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from balanced_engine import Engine, assert_in_step, eager, has_generation
 from devices import group_of, waits_refused
+from migration_rig import Rig
 from ranks import Ranks
-from test_rebalancer import Engine, assert_in_step, eager, has_generation
-from test_round_exchange import Rig
 
 from ep_rebalance.all_to_all import ExactSplits, FixedCapacity
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_cli import run, server
-from test_exporter import make_status
-from test_state import STATE
+from command_line import run, server
+from saved_states import STATE
+from statuses import make_status
 from traces import contiguous, head_of, snapshots, write_trace
 
 from ep_rebalance.commands import inspection

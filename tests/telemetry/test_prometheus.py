@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from statuses import make_status
 
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.placement import Placement
@@ -14,19 +15,7 @@ from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.telemetry.metrics import METRICS, OBSERVATIONS_KEPT, Observations, Status
 from ep_rebalance.telemetry.prometheus import COMMON_LABELS, Exporter
 
-PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
 COMMON = {"model_name": "m", "engine": "0"}
-
-
-def make_status() -> Status:
-    status = initial_status(config=RebalanceConfig(), model="m", placement=PLACEMENT, top_k=2)
-    status.imbalance = [1.5, 1.25]
-    status.overall_imbalance = {"served": 1.375, "contiguous": 1.5}
-    status.rank_tokens = [10, 20]
-    status.phase_tokens = {"prefill": 5, "decode": 3}
-    status.plans["committed"] = 2
-    status.generation = 2
-    return status
 
 
 class Scrape:
@@ -196,7 +185,7 @@ def test_series_of_the_largest_model_are_as_many_as_the_readme_says(scrape: Scra
     scrape.exporter.update(deepseek_v3_on_64_ranks())
     series = [sample for family in scrape.registry.collect() for sample in family.samples]
     assert len(series) < 300
-    assert f"{len(series)} series" in (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"{len(series)} series" in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_no_series_says_when_a_counter_was_made(scrape: Scrape):
@@ -213,7 +202,7 @@ def test_info_says_what_runs(scrape: Scrape):
 
 SEVERAL_SERVERS = """
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
-from test_exporter import make_status
+from statuses import make_status
 from ep_rebalance.telemetry.prometheus import Exporter
 exporter, status = Exporter(model_name="m"), make_status()
 status.plan_seconds.add(0.02)
@@ -228,7 +217,7 @@ print(generate_latest(registry).decode())
 def test_metrics_are_shown_with_several_api_servers(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL_SERVERS],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1] / "support",
         env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

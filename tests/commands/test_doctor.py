@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import run
+from command_line import run
 
 from ep_rebalance.commands import doctor as command
 from ep_rebalance.diagnosis import machine, model, packages
 from ep_rebalance.engines.vllm import contract, router
 from ep_rebalance.engines.vllm.contract import Contract
 
-TINY_MOE = Path(__file__).parents[1] / "examples" / "tiny_moe"
+TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
 
 def findings(*options: str) -> tuple[int, dict[str, dict[str, str]]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from migration_rig import Rig
+from plans import PLACEMENT, plan_of
 from step_path import DEVICE, recording_waits
-from test_plan_broadcast import PLACEMENT, plan_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast

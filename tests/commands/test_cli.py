@@ -1,27 +1,19 @@
 """The `ep-rebalance` command."""
 
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import msgspec
 import pytest
 import yaml
-from test_exporter import make_status
-from typer.testing import CliRunner
+from command_line import run, server
+from statuses import make_status
 
 from ep_rebalance import __version__
-from ep_rebalance.cli import app, metric_table
+from ep_rebalance.cli import metric_table
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.telemetry.metrics import METRICS
-
-
-def run(*args: str, **environment: str):
-    environment = {"COLUMNS": "120", "VLLM_API_KEY": "", **environment}
-    return CliRunner().invoke(app, list(args), env=environment)
 
 
 def settings_of(model: type, prefix: str = "") -> Iterator[str]:
@@ -68,32 +60,6 @@ def test_metrics_prints_a_row_for_each_metric():
 
 def test_version_is_that_of_the_package():
     assert run("version").output.strip() == __version__
-
-
-@contextmanager
-def server(code: int, body: bytes | None) -> Iterator[tuple[str, list]]:
-    """A server that answers everything alike; None hangs up. Yields its address and the requests."""
-    requests = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append((self.path, self.headers.get("Authorization")))
-            if body is not None:
-                self.send_response(code)
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, *args) -> None: ...
-
-    httpd = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}", requests
-    finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.server_close()
 
 
 STATUS = msgspec.json.encode(make_status())

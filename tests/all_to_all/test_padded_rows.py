@@ -4,25 +4,23 @@ vLLM marks graph padding and the rows of idle data-parallel ranks by ids of -1.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from padded_steps import TOP_K, is_padding, with_padding
 from ranks import Ranks
-from step_path import DEVICE, recording_waits
-from test_all_to_all import (
+from routed_steps import (
     HIDDEN,
-    Step,
     make_step,
     placements,
     through_experts,
 )
+from step_path import DEVICE, recording_waits
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ep_rebalance.all_to_all import FixedCapacity, fixed_capacity
 
-TOP_K = 3
 TOKENS_R = [9, 5, 1, 17]
 PADDED = ["last rows", "single pairs", "an idle rank", "all ranks idle"]
 WAYS = [
@@ -33,26 +31,6 @@ WAYS = [
     ),
     ("nodes of 2", 4),
 ]
-
-
-def is_padding(padded: str, rank: int, tokens: int) -> torch.Tensor:
-    """bool [T, K]."""
-    if padded == "last rows":
-        return (torch.arange(tokens) >= (tokens + 1) // 2).unsqueeze(1).expand(-1, TOP_K)
-    if padded == "single pairs":
-        return torch.arange(tokens * TOP_K).view(-1, TOP_K) % 4 < 2
-    idle = padded == "all ranks idle" or rank == 0
-    return torch.full((tokens, TOP_K), idle)
-
-
-def with_padding(step: Step, padding_TK: torch.Tensor) -> Step:
-    """Its padding holds NaN wherever it can."""
-    return replace(
-        step,
-        hidden_TH=step.hidden_TH.masked_fill(padding_TK.all(1, keepdim=True), torch.nan),
-        weights_TK=step.weights_TK.masked_fill(padding_TK, torch.nan),
-        slots_TK=step.slots_TK.masked_fill(padding_TK, -1),
-    )
 
 
 def forward_with_padding(rank, size, way, combine, padded):

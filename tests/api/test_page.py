@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import uvicorn
 from browser import Tab, needs_chromium, open_tab
+from engine_clients import EngineClient
 from fastapi import FastAPI
-from test_endpoint import EngineClient
-from test_exporter import make_status
+from statuses import make_status
 
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
 from ep_rebalance.placement import Placement

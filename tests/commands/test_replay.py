@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from test_cli import run, server
-from test_exporter import make_status
-from test_state import STATE
+from command_line import run, server
+from saved_states import STATE
+from statuses import make_status
 from traces import head_of, snapshots, write_trace
 
 from ep_rebalance.config_sources import load_config

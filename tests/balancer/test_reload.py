@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from balanced_engine import DTYPE, LAYERS, SHAPES, Engine, assert_in_step, eager, has_generation
 from expert_weights import loaded, memory_of
 from ranks import Ranks
-from test_rebalancer import DTYPE, LAYERS, SHAPES, Engine, assert_in_step, eager, has_generation
 
 from ep_rebalance.placement import Placement
 

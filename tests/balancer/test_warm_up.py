@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from migration_rig import Rig
+from plans import PLACEMENT, QUOTAS_LP, plan_of
 from ranks import Ranks
-from test_plan_broadcast import PLACEMENT, QUOTAS_LP, plan_of
 
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast, read_plan
 
