@@ -140,7 +140,7 @@ def vllm_policies(start: Placement, topology: Topology, *, grouped: bool) -> lis
     """The installed vLLM's, and if the model's router is `grouped` its branch for such models,
     where the groups divide by the nodes."""
     try:
-        from ep_rebalance.engines.vllm.policy import hierarchical_planner, plan_vllm
+        from ep_rebalance.engines.vllm.seams.eplb_policy import hierarchical_planner, plan_vllm
     except ImportError:
         return []
     policies: list[Policy] = [Anew("vLLM", plan_vllm, start, topology)]

@@ -18,7 +18,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.engines.vllm.prepare_finalize import AllToAllPrepareAndFinalize, rebind
+from ep_rebalance.engines.vllm.seams.prepare_finalize import AllToAllPrepareAndFinalize, rebind
 
 KNUTH_MULTIPLIER = 2654435769
 """Of vLLM's kernel, which spreads a token's copies over replicas by a hash of its position."""

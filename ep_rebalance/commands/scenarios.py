@@ -103,7 +103,9 @@ def planner_of(policy: str) -> Planner:
         return PLANNERS[policy]  # type: ignore[index]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        planner: Planner = importlib.import_module("ep_rebalance.engines.vllm.policy").plan_vllm
+        planner: Planner = importlib.import_module(
+            "ep_rebalance.engines.vllm.seams.eplb_policy"
+        ).plan_vllm
     except ImportError as error:
         raise ValueError(f"policy vllm needs vLLM in this environment ({error})") from None
     return planner

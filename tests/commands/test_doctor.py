@@ -11,8 +11,9 @@ from command_line import run
 
 from ep_rebalance.commands import doctor as command
 from ep_rebalance.diagnosis import machine, model, packages
-from ep_rebalance.engines.vllm import contract, router
+from ep_rebalance.engines.vllm import contract
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.engines.vllm.seams import router
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe"
 

@@ -119,7 +119,7 @@ def test_observing_changes_no_more_than_the_worker(create):
 
 
 def test_data_parallel_ranks_are_expert_parallel_ranks(create):
-    from ep_rebalance.engines.vllm.identity import ep_size
+    from ep_rebalance.engines.vllm.engine_config import ep_size
 
     config = create({}, tensor_parallel_size=1, data_parallel_size=3)
     assert ep_size(config.parallel_config) == 3
@@ -133,8 +133,8 @@ def test_environment_is_read_where_no_command_line_was(create, monkeypatch):
 
 
 def test_a_model_that_was_moved_has_the_same_identity(create, model, tmp_path):
-    from ep_rebalance.engines.vllm.activation import active_config
-    from ep_rebalance.engines.vllm.identity import model_identity
+    from ep_rebalance.engines.vllm.engine_config import model_identity
+    from ep_rebalance.engines.vllm.seams.activation import active_config
 
     elsewhere = write_model(tmp_path, {**MODEL, "transformers_version": "4.0"})
     other = write_model(tmp_path / "other", {**MODEL, "num_experts_per_tok": 1})
@@ -214,13 +214,13 @@ def test_pipeline_parallelism_is_refused(create):
 
 def test_prefill_context_parallelism_is_refused(create, vllm):
     """Made from a configuration that vLLM takes: its V1 runner, the one on CPU, knows no such ranks."""
-    from ep_rebalance.engines.vllm import refusals
-    from ep_rebalance.engines.vllm.activation import active_config
+    from ep_rebalance.engines.vllm import checks
+    from ep_rebalance.engines.vllm.seams.activation import active_config
 
     config = create({})
     config.parallel_config.prefill_context_parallel_size = 2
     with pytest.raises(ConfigurationError, match="prefill_context_parallel_size=2") as raised:
-        refusals.check(config, active_config(config))
+        checks.check(config, active_config(config))
     assert "--prefill-context-parallel-size" in raised.value.remedy
 
 
@@ -504,8 +504,8 @@ def write_state(create, path: Path, **changes) -> None:
     """A state file as this model would have saved it, but for `changes` to its identity."""
     import msgspec
 
-    from ep_rebalance.engines.vllm.activation import active_config
-    from ep_rebalance.engines.vllm.identity import model_identity
+    from ep_rebalance.engines.vllm.engine_config import model_identity
+    from ep_rebalance.engines.vllm.seams.activation import active_config
 
     config = create({})
     identity = msgspec.structs.replace(model_identity(config, active_config(config)), **changes)

@@ -24,7 +24,7 @@ def model(*layers):
 
 @pytest.fixture
 def attachment(vllm, monkeypatch):
-    from ep_rebalance.engines.vllm import attachment
+    from ep_rebalance.engines.vllm.seams import attachment
 
     group = SimpleNamespace(world_size=2, rank_in_group=1)
     monkeypatch.setattr(attachment, "_tensor_group", lambda: group)

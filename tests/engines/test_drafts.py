@@ -27,7 +27,7 @@ def test_a_router_without_state_does_not_route(moe_router):
 
 
 def test_left_in_place_ids_pass_and_the_check_is_satisfied(moe_router, monkeypatch):
-    from ep_rebalance.engines.vllm import drafts, router
+    from ep_rebalance.engines.vllm.seams import drafts, router
 
     listed = Layer(None)
     monkeypatch.setattr(drafts, "_moe_layers", lambda model: [listed, Layer(moe_router)])
@@ -50,14 +50,14 @@ class Wrapper:
 @pytest.mark.parametrize("name", ["drafter", "speculator"])
 @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper])
 def test_a_drafter_is_found_in_either_runner_with_or_without_graphs(vllm, name, wrap):
-    from ep_rebalance.engines.vllm.drafts import draft_model
+    from ep_rebalance.engines.vllm.seams.drafts import draft_model
 
     model = torch.nn.Linear(1, 1)
     assert draft_model(SimpleNamespace(**{name: SimpleNamespace(model=wrap(model))})) is model
 
 
 def test_no_drafter_is_found_where_there_is_none(vllm):
-    from ep_rebalance.engines.vllm.drafts import draft_model
+    from ep_rebalance.engines.vllm.seams.drafts import draft_model
 
     assert draft_model(SimpleNamespace(speculator=None)) is None
     assert draft_model(SimpleNamespace(drafter=object())) is None

@@ -16,7 +16,7 @@ def controller(vllm, monkeypatch):
     """A V2 runner's controller, as it is after `load_model`."""
     from vllm.v1.worker.gpu import eplb_utils
 
-    from ep_rebalance.engines.vllm.eplb_state import VacantEplbState
+    from ep_rebalance.engines.vllm.seams.eplb_state import VacantEplbState
 
     monkeypatch.setattr(eplb_utils, "EplbState", VacantEplbState)
     settings = SimpleNamespace(log_balancedness=False)

@@ -8,7 +8,7 @@ def loads(vllm):
     """Two layers that were loaded once, and vLLM's loader with the seam around it."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from ep_rebalance.engines.vllm import expert_loads
+    from ep_rebalance.engines.vllm.seams import expert_loads
 
     experts = [object.__new__(RoutedExperts) for _ in range(2)]
     layers = [type("Layer", (), {"routed_experts": one})() for one in experts]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_rebalance.engines.vllm import cpu_experts
+from ep_rebalance.engines.vllm.seams import cpu_experts
 
 SLOTS, HIDDEN, INTERMEDIATE = 6, 64, 32
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -26,7 +26,7 @@ def experts(vllm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     )
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-    from ep_rebalance.engines.vllm.experts import GroupedExperts
+    from ep_rebalance.engines.vllm.seams.experts import GroupedExperts
 
     # Undoes what `install` does, and what another test's import of the worker extension did.
     monkeypatch.setattr(CPUUnquantizedExperts, "apply", inspect.unwrap(CPUUnquantizedExperts.apply))

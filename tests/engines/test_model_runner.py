@@ -31,7 +31,7 @@ def scheduled(*cached):
 
 @pytest.fixture
 def seam(vllm):
-    from ep_rebalance.engines.vllm import model_runner
+    from ep_rebalance.engines.vllm.seams import model_runner
 
     return model_runner
 

@@ -14,7 +14,7 @@ from ep_rebalance.topology import Topology
 
 @pytest.fixture(scope="module")
 def policy(vllm):
-    from ep_rebalance.engines.vllm import policy
+    from ep_rebalance.engines.vllm.seams import eplb_policy as policy
 
     return policy
 
@@ -25,7 +25,7 @@ def test_the_installed_vllm_keeps_the_contract_of_the_policy(policy):
 
 
 def test_the_engine_gives_the_policy_its_planner(policy):
-    from ep_rebalance.engines.vllm.attachment import _planner
+    from ep_rebalance.engines.vllm.seams.attachment import _planner
 
     assert _planner(load_config({"planner": {"policy": "vllm"}})) is policy.plan_vllm
 

@@ -31,7 +31,7 @@ def join(rank: int) -> None:
 
 def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
     """(output, reference) of a step whose tokens all ranks hold."""
-    from ep_rebalance.engines.vllm.prepare_finalize import AllToAllPrepareAndFinalize
+    from ep_rebalance.engines.vllm.seams.prepare_finalize import AllToAllPrepareAndFinalize
 
     join(rank)
     size = dist.get_world_size()

@@ -9,8 +9,8 @@ from ranks import Ranks
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import load_config
-from ep_rebalance.engines.vllm import rank_agreement
-from ep_rebalance.engines.vllm.rank_agreement import agree, default_store
+from ep_rebalance.engines.vllm.seams import rank_agreement
+from ep_rebalance.engines.vllm.seams.rank_agreement import agree, default_store
 
 BOTH = [0, 1]
 

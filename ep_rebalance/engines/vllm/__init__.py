@@ -1,21 +1,23 @@
-"""vLLM 0.32 and 0.33: one module per seam.
+"""vLLM 0.32 and 0.33. `seams/` has one module for each place where vLLM is changed.
 
-| module | what it changes in vLLM | in which process |
+| module | what it does | in which process |
 |---|---|---|
-| arguments | adds `--plugin` and `--ep-rebalance-config` | front end |
-| activation | checks and completes the engine's configuration | front end |
-| refusals | what cannot be served | front end |
-| compile_cache | keeps our settings out of the compile cache's key | front end |
+| seams/arguments | adds `--plugin` and `--ep-rebalance-config` | front end |
+| seams/activation | checks and completes the engine's configuration | front end |
+| seams/compile_cache | keeps our settings out of the compile cache's key | front end |
+| checks, contract | what cannot be served; what is relied on in vLLM | front end |
 | worker_extension | puts the seams below into a worker, and answers its RPCs | worker |
-| worker, rank_agreement, attachment | settings agreed on, model and drafter attached | worker |
-| weights | tells us that the engine replaced its weights | worker |
-| model_runner | calls us when a step's inputs are ready, and after each step | worker |
-| router | counts logical expert ids and turns them into slots | worker |
-| eplb_state | keeps vLLM's own balancer out | worker |
-| prepare_finalize | tokens to the experts and back by our all-to-all | worker |
-| experts | the experts by our grouped MLP | worker |
-| policy | vLLM's own placement policy as a planner, to compare with | worker, rank 0 |
-| endpoint | `/ep_rebalance/status`, `/ep_rebalance/load` and `/metrics` | API server |
+| seams/worker, rank_agreement, attachment | settings agreed on; model and drafter attached | worker |
+| seams/expert_loads, weights | tell us which weights were loaded or replaced | worker |
+| seams/model_runner | calls us when a step's inputs are ready, and after each step | worker |
+| seams/router, drafts | count logical expert ids and turn them into slots; drafters' stay | worker |
+| seams/eplb_state | keeps vLLM's own balancer out | worker |
+| seams/prepare_finalize, data_plane | tokens to the experts and back by our all-to-all | worker |
+| seams/experts, cpu_experts | the experts by our grouped MLP; vLLM's on CPU by ids of their rank | worker |
+| seams/eplb_policy | vLLM's own placement policy as a planner, to compare with | worker, rank 0 |
+| endpoint | the routes of `ep_rebalance.api`, and `/metrics` | API server |
+| engine_config, parallel | what vLLM's configuration and groups say | all |
+| diagnosis | what `ep-rebalance doctor` asks of vLLM | none |
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ def register() -> None:
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     if arg_utils is None or hasattr(arg_utils.EngineArgs, _REGISTERED):
         return
-    from ep_rebalance.engines.vllm import activation, arguments
+    from ep_rebalance.engines.vllm import checks
+    from ep_rebalance.engines.vllm.seams import activation, arguments
 
     arguments.install(arg_utils.EngineArgs)
-    activation.install(arg_utils.EngineArgs)
+    activation.install(arg_utils.EngineArgs, checks.check)
     setattr(arg_utils.EngineArgs, _REGISTERED, True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.diagnosis.finding import Check, Finding
+from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.contract import check_version
-from ep_rebalance.engines.vllm.refusals import seams
 
 
 def checks() -> list[tuple[str, Check]]:
@@ -30,7 +30,7 @@ def engine() -> Finding:
 def contracts() -> Iterator[Finding]:
     """One line for all that hold, one for each that does not."""
     held = stated = 0
-    for seam in seams():
+    for seam in seams.every():
         for contract in filter(lambda contract: contract.applies, seam.CONTRACTS):
             stated += 1
             try:
@@ -44,7 +44,7 @@ def contracts() -> Iterator[Finding]:
     yield Finding(
         check="seams",
         verdict="ok" if held == stated else "problem",
-        found=f"{held} of {stated} contracts hold in {len(seams())} seams",
+        found=f"{held} of {stated} contracts hold in {len(seams.every())} seams",
         remedy="" if held == stated else "see each seam that is named",
     )
 

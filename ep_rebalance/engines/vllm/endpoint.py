@@ -18,7 +18,7 @@ from ep_rebalance.api import routes
 from ep_rebalance.api.auth import Access, server_keys
 from ep_rebalance.api.engine_client import EngineReports
 from ep_rebalance.config_sources import load_config
-from ep_rebalance.engines.vllm.arguments import CONFIG_KEY
+from ep_rebalance.engines.vllm.engine_config import CONFIG_KEY
 from ep_rebalance.telemetry.prometheus import Exporter
 
 

@@ -11,17 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from ep_rebalance.balancer.control import Action
-from ep_rebalance.engines.vllm import (
-    eplb_state,
-    expert_loads,
-    model_runner,
-    router,
-    weights,
-    worker,
-)
-from ep_rebalance.engines.vllm.activation import allow_balancing
+from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
-from ep_rebalance.engines.vllm.worker import attachment_of
+from ep_rebalance.engines.vllm.seams.activation import allow_balancing
+from ep_rebalance.engines.vllm.seams.worker import attachment_of
 
 
 class WorkerExtension:
@@ -66,19 +59,10 @@ class WorkerExtension:
 
 
 def _install() -> None:
-    from ep_rebalance.engines.vllm import cpu_experts, experts, prepare_finalize
-
     share_vllm_log()
     allow_balancing()
-    router.install()
-    eplb_state.install()
-    worker.install()
-    expert_loads.install()
-    weights.install()
-    model_runner.install()
-    experts.install()
-    cpu_experts.install()
-    prepare_finalize.install()
+    for seam in seams.of_workers():
+        seam.install()
 
 
 _install()

@@ -20,14 +20,15 @@ from typing import Any
 from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, settings_from_environment
-from ep_rebalance.engines.vllm import refusals
-from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
-from ep_rebalance.engines.vllm.compile_cache import HashedSettings
 from ep_rebalance.engines.vllm.contract import Contract, check_version
 from ep_rebalance.engines.vllm.data_plane import choose_kernels
+from ep_rebalance.engines.vllm.engine_config import CONFIG_KEY, VERSION_KEY, no_experts
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
+from ep_rebalance.engines.vllm.seams.compile_cache import HashedSettings
 
 logger = logging.getLogger(__name__)
+
+Check = Callable[[Any, RebalanceConfig], None]
 
 WORKER_EXTENSION = "ep_rebalance.engines.vllm.worker_extension.WorkerExtension"
 
@@ -39,9 +40,9 @@ CONTRACTS = (
 )
 
 
-def install(engine_args: type[Any]) -> None:
+def install(engine_args: type[Any], check: Check) -> None:
     """Make `engine_args.create_engine_config` activate the plugin where `additional_config` asks
-    for it.
+    for it. check: raises ConfigurationError for what could not be served.
     """
     original = engine_args.create_engine_config
 
@@ -56,17 +57,12 @@ def install(engine_args: type[Any]) -> None:
         else:
             config = load_config(settings_from_environment(), additional[CONFIG_KEY])
         _prepare_arguments(self, config)
-        vllm_config = _create(self, config, lambda: original(self, *args, **kwargs))
-        refusals.check(vllm_config, config)
+        vllm_config = _create(self, config, lambda: original(self, *args, **kwargs), check)
+        check(vllm_config, config)
         complete(vllm_config, config)
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config
-
-
-def active_config(vllm_config: Any) -> RebalanceConfig:
-    """Our part of an engine configuration that activation completed."""
-    return load_config(vllm_config.additional_config[CONFIG_KEY])
 
 
 def complete(vllm_config: Any, config: RebalanceConfig) -> None:
@@ -116,7 +112,9 @@ def _prepare_arguments(engine_args: Any, config: RebalanceConfig) -> None:
     }
 
 
-def _create(engine_args: Any, config: RebalanceConfig, original: Callable[[], Any]) -> Any:
+def _create(
+    engine_args: Any, config: RebalanceConfig, original: Callable[[], Any], check: Check
+) -> Any:
     """The engine's configuration, validated by vLLM with `enable_eplb` where experts are to move.
 
     What vLLM refuses then is told as ours, unless it is wrong without the plugin too.
@@ -126,10 +124,10 @@ def _create(engine_args: Any, config: RebalanceConfig, original: Callable[[], An
             return original()
     except ValueError as error:
         if "Number of experts" in str(error):
-            raise refusals.no_experts(engine_args.model) from error
+            raise no_experts(engine_args.model) from error
         if config.mode == "observe":
             raise
-        refusals.check(original(), config)
+        check(original(), config)
         raise ConfigurationError(
             f"vLLM refuses this configuration if experts are to move: {error}",
             "change what it names, or use mode=observe, which moves nothing.",

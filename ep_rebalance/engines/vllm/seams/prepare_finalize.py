@@ -18,12 +18,12 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 
 from ep_rebalance.all_to_all import AllToAll, Dispatched, NodeGroups, make_all_to_all
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.engines.vllm.activation import active_config
 from ep_rebalance.engines.vllm.contract import Contract
-from ep_rebalance.engines.vllm.cpu_experts import take_local_ids
 from ep_rebalance.engines.vllm.data_plane import carries_tokens
-from ep_rebalance.engines.vllm.experts import GroupedExperts
-from ep_rebalance.engines.vllm.nodes import ranks_per_node
+from ep_rebalance.engines.vllm.engine_config import active_config
+from ep_rebalance.engines.vllm.parallel import ranks_per_node
+from ep_rebalance.engines.vllm.seams.cpu_experts import take_local_ids
+from ep_rebalance.engines.vllm.seams.experts import GroupedExperts
 
 _NAME = "maybe_make_prepare_finalize"
 _HOME = "vllm.model_executor.layers.fused_moe.all2all_utils"

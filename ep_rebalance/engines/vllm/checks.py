@@ -1,7 +1,7 @@
 """What cannot be served with the plugin: refused before any other process is started.
 
 Each check raises ConfigurationError with the reason and the remedy. What only a loaded model shows is
-refused in `attachment.py`.
+refused in `seams/attachment.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 from ep_rebalance.api.auth import own_key
 from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConfig
+from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.data_plane import check_data_plane
-from ep_rebalance.engines.vllm.identity import ep_size, model_identity
+from ep_rebalance.engines.vllm.engine_config import ep_size, model_identity, no_experts
 from ep_rebalance.load.state import check_writable, load_state
 
 
@@ -34,45 +35,8 @@ def check(vllm_config: Any, config: RebalanceConfig) -> None:
         own_key(config.control.api_key_file)
 
 
-def seams() -> tuple[Any, ...]:
-    """The modules that have CONTRACTS."""
-    from ep_rebalance.engines.vllm import (
-        activation,
-        compile_cache,
-        cpu_experts,
-        drafts,
-        eplb_state,
-        expert_loads,
-        experts,
-        model_runner,
-        policy,
-        prepare_finalize,
-        rank_agreement,
-        router,
-        weights,
-        worker,
-    )
-
-    return (
-        activation,
-        compile_cache,
-        rank_agreement,
-        worker,
-        expert_loads,
-        weights,
-        model_runner,
-        router,
-        eplb_state,
-        drafts,
-        experts,
-        cpu_experts,
-        prepare_finalize,
-        policy,
-    )
-
-
 def _check_contracts() -> None:
-    for seam in seams():
+    for seam in seams.every():
         for contract in seam.CONTRACTS:
             if contract.applies:
                 contract.check()
@@ -219,13 +183,6 @@ def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
                 f"in each of {layers} layers; metrics.max_series={metrics.max_series}.",
                 f"drop metrics.{name} and read {instead}, or raise metrics.max_series.",
             )
-
-
-def no_experts(model: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"model {model!r} has no Mixture-of-Experts layers.",
-        "serve it without --plugin ep_rebalance.",
-    )
 
 
 def _check_trace(config: RebalanceConfig) -> None:

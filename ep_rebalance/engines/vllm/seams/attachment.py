@@ -19,12 +19,11 @@ from ep_rebalance.balancer.control import Action
 from ep_rebalance.balancer.rebalancer import Rebalancer
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
-from ep_rebalance.engines.vllm import router
-from ep_rebalance.engines.vllm.activation import active_config
-from ep_rebalance.engines.vllm.drafts import draft_model, leave_in_place, satisfy_validation
-from ep_rebalance.engines.vllm.expert_loads import ExpertLoads
-from ep_rebalance.engines.vllm.identity import model_identity
-from ep_rebalance.engines.vllm.nodes import ep_group, ranks_on_nodes
+from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
+from ep_rebalance.engines.vllm.parallel import ep_group, ranks_on_nodes
+from ep_rebalance.engines.vllm.seams import router
+from ep_rebalance.engines.vllm.seams.drafts import draft_model, leave_in_place, satisfy_validation
+from ep_rebalance.engines.vllm.seams.expert_loads import ExpertLoads
 from ep_rebalance.load.state import SavedState, load_state
 from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.migration.expert_memory import ExpertMemory
@@ -217,7 +216,7 @@ def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
 
 def _planner(config: RebalanceConfig) -> Planner:
     if config.planner.policy == "vllm":
-        from ep_rebalance.engines.vllm.policy import plan_vllm
+        from ep_rebalance.engines.vllm.seams.eplb_policy import plan_vllm
 
         return plan_vllm
     return PLANNERS[config.planner.policy]

@@ -15,8 +15,8 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from ep_rebalance.engines.vllm.activation import active_config
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.engines.vllm.engine_config import active_config
 from ep_rebalance.kernels.activation import Activation, ActivationName
 from ep_rebalance.kernels.group_tokens import group_tokens
 from ep_rebalance.kernels.grouped_mlp import ExpertWeights, grouped_mlp

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ep_rebalance.engines.vllm.contract import Contract
-from ep_rebalance.engines.vllm.experts import local_slots
+from ep_rebalance.engines.vllm.seams.experts import local_slots
 
 _MODULE = "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
 _CLASS = "CPUUnquantizedExperts"

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ep_rebalance.balancer.rebalancer import compile_in_background
-from ep_rebalance.engines.vllm.activation import active_config, complete
-from ep_rebalance.engines.vllm.attachment import Attachment
 from ep_rebalance.engines.vllm.contract import Contract, may_import, resolve
-from ep_rebalance.engines.vllm.nodes import ep_group
-from ep_rebalance.engines.vllm.rank_agreement import agree, default_store
+from ep_rebalance.engines.vllm.engine_config import active_config
+from ep_rebalance.engines.vllm.parallel import ep_group
+from ep_rebalance.engines.vllm.seams.activation import complete
+from ep_rebalance.engines.vllm.seams.attachment import Attachment
+from ep_rebalance.engines.vllm.seams.rank_agreement import agree, default_store
 from ep_rebalance.engines.vllm.wrapping import wrap
 
 WORKERS = ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ep_rebalance.engines.vllm.contract import Contract, resolve
-from ep_rebalance.engines.vllm.worker import WORKERS, attachment_of, worker_classes
+from ep_rebalance.engines.vllm.seams.worker import WORKERS, attachment_of, worker_classes
 from ep_rebalance.engines.vllm.wrapping import wrap
 
 _RUNNERS = (

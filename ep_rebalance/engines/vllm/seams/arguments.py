@@ -21,10 +21,9 @@ from ep_rebalance.config_sources import (
     parse_config_argument,
     settings_from_environment,
 )
+from ep_rebalance.engines.vllm.engine_config import CONFIG_KEY, VERSION_KEY
 
 NAME = "ep_rebalance"
-CONFIG_KEY = "ep_rebalance"
-VERSION_KEY = "ep_rebalance_version"
 _GROUPS_LOADED_BY_DEFAULT = (
     "vllm.general_plugins",
     "vllm.platform_plugins",

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ep_rebalance.engines.vllm import router
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.engines.vllm.seams import router
 
 CONTRACTS = (
     Contract("vllm.model_executor.layers.fused_moe.runner.moe_runner_interface:MoERunnerInterface"),

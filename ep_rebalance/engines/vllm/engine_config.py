@@ -1,4 +1,4 @@
-"""What is served: the model, as a saved placement must match it, and the size of the EP group."""
+"""What an engine's configuration says: our settings in it, the model, and the size of the EP group."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import hashlib
 import json
 from typing import Any
 
-from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.state import ModelIdentity
+
+CONFIG_KEY = "ep_rebalance"
+VERSION_KEY = "ep_rebalance_version"
+"""Of `additional_config`, which reaches every process."""
+
+
+def active_config(vllm_config: Any) -> RebalanceConfig:
+    """Our part of an engine configuration that activation completed."""
+    return load_config(vllm_config.additional_config[CONFIG_KEY])
 
 
 def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:
@@ -33,4 +43,11 @@ def ep_size(parallel: Any) -> int:
         parallel.tensor_parallel_size
         * parallel.prefill_context_parallel_size
         * parallel.data_parallel_size
+    )
+
+
+def no_experts(model: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"model {model!r} has no Mixture-of-Experts layers.",
+        "serve it without --plugin ep_rebalance.",
     )

@@ -14,8 +14,8 @@ from typing import Any
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
-from ep_rebalance.engines.vllm.arguments import CONFIG_KEY, VERSION_KEY
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.engines.vllm.engine_config import CONFIG_KEY, VERSION_KEY
 
 CONTRACTS = (Contract("vllm.config.utils:SupportsHash.compute_hash"),)
 

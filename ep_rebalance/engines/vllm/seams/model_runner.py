@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.engines.vllm.contract import Contract, resolve
-from ep_rebalance.engines.vllm.worker import attachment_of
+from ep_rebalance.engines.vllm.seams.worker import attachment_of
 from ep_rebalance.engines.vllm.wrapping import wrap
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 

@@ -1,0 +1,48 @@
+"""One module for each place where vLLM is changed: the target, why, and what is relied on.
+
+This package imports none of them before it is asked: not every process of vLLM needs every one.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+def of_workers() -> tuple[ModuleType, ...]:
+    """Those that are installed in a worker, in this order."""
+    from ep_rebalance.engines.vllm.seams import (
+        cpu_experts,
+        eplb_state,
+        expert_loads,
+        experts,
+        model_runner,
+        prepare_finalize,
+        router,
+        weights,
+        worker,
+    )
+
+    return (
+        router,
+        eplb_state,
+        worker,
+        expert_loads,
+        weights,
+        model_runner,
+        experts,
+        cpu_experts,
+        prepare_finalize,
+    )
+
+
+def every() -> tuple[ModuleType, ...]:
+    """Those that have CONTRACTS."""
+    from ep_rebalance.engines.vllm.seams import (
+        activation,
+        compile_cache,
+        drafts,
+        eplb_policy,
+        rank_agreement,
+    )
+
+    return (activation, compile_cache, rank_agreement, *of_workers(), drafts, eplb_policy)
