@@ -54,13 +54,9 @@ from rich.table import Table
 from ep_rebalance.config import WindowConfig
 from ep_rebalance.config_sources import load_config, nest
 from ep_rebalance.load.window import LoadSample, window_load
-from ep_rebalance.placement import Placement
-from ep_rebalance.planning.greedy import plan_greedy
-from ep_rebalance.planning.policies import compile_planner
-from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
-from ep_rebalance.replay.model_shape import SHAPES, ModelShape
-from ep_rebalance.replay.scoring import (
+from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.offline.model_shape import SHAPES, ModelShape
+from ep_rebalance.offline.scoring import (
     Moves,
     balancedness,
     best_split_balancedness,
@@ -68,6 +64,10 @@ from ep_rebalance.replay.scoring import (
     even_balancedness,
     moves_between,
 )
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.greedy import plan_greedy
+from ep_rebalance.planning.policies import compile_planner
+from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.device_tables import DeviceCounts
 from ep_rebalance.topology import Topology
 

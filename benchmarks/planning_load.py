@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance.replay.model_shape import ModelShape
+from ep_rebalance.offline.model_shape import ModelShape
 
 _FINISHED = "True_False"
 """End of the keys of sequences that ended and do not repeat themselves."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config import PlannerConfig, RebalanceConfig, WindowConfig
 from ep_rebalance.load.window import LoadSample, WindowLoad, window_load
+from ep_rebalance.offline.balancing import ReplayedBalancer
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
 from ep_rebalance.planning.greedy import plan_greedy
@@ -17,7 +18,6 @@ from ep_rebalance.planning.incremental.planner import plan_incremental
 from ep_rebalance.planning.problem import Budget, Planner, Problem
 from ep_rebalance.planning.proposal import planned_load
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.replay.balancing import ReplayedBalancer
 from ep_rebalance.topology import Topology
 
 EXPERT_GROUPS = 8

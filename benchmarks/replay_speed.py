@@ -33,9 +33,9 @@ from ep_rebalance.load.trace import (
     TraceReader,
     TraceWriter,
 )
+from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
-from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
-from ep_rebalance.replay.model_shape import SHAPES
 
 SHAPE = SHAPES["deepseek-v3"]
 RANKS, REDUNDANT = 32, 32
@@ -124,8 +124,9 @@ def read_by_trace_reader(path: Path) -> float:
 
 def replay_here(folder: Path, policy: str) -> None:
     """In the child process: replay, and print what it took."""
-    from ep_rebalance.commands.scenarios import open_traces, scenario, settings_for
+    from ep_rebalance.commands.scenarios import settings_for
     from ep_rebalance.commands.side_by_side import replay_all
+    from ep_rebalance.offline.scenarios import open_traces, scenario
 
     readers = open_traces([folder])
     head = readers[0].head

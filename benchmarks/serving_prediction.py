@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ep_rebalance.commands.scenarios import open_traces, scenario
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.config_sources import load_config
+from ep_rebalance.offline.scenarios import open_traces, scenario
 
 POLICIES = ("none", "ours", "hindsight")
 

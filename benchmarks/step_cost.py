@@ -47,9 +47,9 @@ from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.migration import schedule
 from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
-from ep_rebalance.replay.model_shape import SHAPES
 from ep_rebalance.routing.device_tables import DeviceCounts
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology

@@ -1,3 +1,22 @@
-"""Expert-parallel load balancer for vLLM."""
+"""Expert-parallel load balancer for vLLM.
 
-__version__ = "0.1.0"
+`Placement`, `plan` and `replay` are for notebooks; a server needs none of them, so that they are loaded
+when they are asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ep_rebalance.version import __version__
+
+if TYPE_CHECKING:
+    from ep_rebalance.offline.notebook import Placement, plan, replay
+
+__all__ = ["Placement", "__version__", "plan", "replay"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ep_rebalance' has no attribute {name!r}")
+    from ep_rebalance.offline import notebook
+
+    return getattr(notebook, name)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from ep_rebalance import __version__
 from ep_rebalance.commands.advise import advise
 from ep_rebalance.commands.convert import convert
 from ep_rebalance.commands.dashboards import dashboards
@@ -19,8 +18,9 @@ from ep_rebalance.commands.plan import plan
 from ep_rebalance.commands.replay import run_replay
 from ep_rebalance.commands.status import status
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.replay.step_time import hardware_table
+from ep_rebalance.offline.step_time import hardware_table
 from ep_rebalance.telemetry.metrics import METRICS
+from ep_rebalance.version import __version__
 
 app = typer.Typer(
     help="Expert-parallel load balancing for Mixture-of-Experts serving. The balancer itself runs inside the "

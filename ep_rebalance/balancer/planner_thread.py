@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance import __version__
 from ep_rebalance.collectives.plan_broadcast import read_plan
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.state import (
@@ -40,6 +39,7 @@ from ep_rebalance.planning.proposal import Proposer, TimedProposal, planned_load
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.device_tables import DeviceCounts
 from ep_rebalance.topology import Topology
+from ep_rebalance.version import __version__
 
 logger = logging.getLogger(__name__)
 

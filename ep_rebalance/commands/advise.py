@@ -15,22 +15,23 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ep_rebalance import __version__
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
-from ep_rebalance.commands.scenarios import explained, open_traces, scenario, settings_for
+from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead, TraceReader, read_records
-from ep_rebalance.replay.advice import (
+from ep_rebalance.offline.advice import (
     Advice,
     advise_cut_experts,
     advise_expert_parallel,
     mean_snapshot,
     ranked,
 )
-from ep_rebalance.replay.model_shape import completed
-from ep_rebalance.replay.run import NothingRecorded, Scenario
-from ep_rebalance.replay.step_time import ModelledSteps, load_hardware
+from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.run import NothingRecorded, Scenario
+from ep_rebalance.offline.scenarios import open_traces, scenario
+from ep_rebalance.offline.step_time import ModelledSteps, load_hardware
+from ep_rebalance.version import __version__
 
 _GROUP = 256
 """Snapshots that are held at once to be summed up."""

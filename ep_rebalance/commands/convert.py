@@ -19,8 +19,8 @@ from ep_rebalance.formats.load import ForeignLoad, FormatError, read_text, sampl
 from ep_rebalance.load.state import SavedState, read_state, save_state
 from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
 from ep_rebalance.load.window import PHASES
+from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
-from ep_rebalance.replay.model_shape import SHAPES
 
 
 class Target(StrEnum):

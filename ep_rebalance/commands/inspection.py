@@ -18,12 +18,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ep_rebalance.commands.scenarios import explained, open_traces
+from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.commands.status import ApiKey, NoStatus, fetch_status, status_table
 from ep_rebalance.load.state import SavedState, read_state
 from ep_rebalance.load.trace import SUFFIX, TraceReader, read_records
+from ep_rebalance.offline.scenarios import open_traces
+from ep_rebalance.offline.summary import Summary, summarise
 from ep_rebalance.placement import imbalance_L
-from ep_rebalance.replay.summary import Summary, summarise
 
 _WATCH_SECONDS = 2.0
 

@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 
 from ep_rebalance.commands.convert import Target, write_placement
-from ep_rebalance.commands.scenarios import explained, open_traces, scenario, settings_for
+from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.load.history import LoadMemory
 from ep_rebalance.load.trace import Record, RecordedSnapshot, read_records
 from ep_rebalance.load.window import WindowLoad, window_load
+from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.peers import place_anew
+from ep_rebalance.offline.run import NothingRecorded, contiguous_placement
+from ep_rebalance.offline.scenarios import open_traces, scenario
 from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.replay.model_shape import completed
-from ep_rebalance.replay.peers import place_anew
-from ep_rebalance.replay.run import NothingRecorded, contiguous_placement
 
 
 def plan(

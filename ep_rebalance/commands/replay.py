@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 
 from ep_rebalance.commands.replay_result import Format, as_json, check_gain, write
-from ep_rebalance.commands.scenarios import explained, open_traces, scenario, settings_for
+from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
-from ep_rebalance.replay.model_shape import completed
-from ep_rebalance.replay.report import check_report, write_report
-from ep_rebalance.replay.run import PolicyName
+from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.report import check_report, write_report
+from ep_rebalance.offline.run import PolicyName
+from ep_rebalance.offline.scenarios import open_traces, scenario
 
 
 def run_replay(

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ep_rebalance import __version__
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import TraceReader
-from ep_rebalance.replay.run import Replayed
+from ep_rebalance.offline.run import Replayed
+from ep_rebalance.version import __version__
 
 SCHEMA_VERSION = 1
 

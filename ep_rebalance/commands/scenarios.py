@@ -1,9 +1,7 @@
-"""What commands that read traces have in common: opening them, and the scenario that options describe."""
+"""What commands that read traces have in common: errors that the user can mend, and settings."""
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +12,10 @@ import yaml
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, nest, read_config_file
-from ep_rebalance.load.trace import SUFFIX, TraceError, TraceHead, TraceReader
-from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.planning.problem import Planner
-from ep_rebalance.replay.model_shape import shape_of
-from ep_rebalance.replay.run import (
-    SERVER_POLICIES,
+from ep_rebalance.load.trace import TraceError, TraceHead
+from ep_rebalance.offline.run import (
     NothingRecorded,
-    Scenario,
-    contiguous_placement,
-    with_planner,
 )
-from ep_rebalance.replay.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
-from ep_rebalance.topology import Topology
 
 
 @contextmanager
@@ -37,18 +26,6 @@ def explained() -> Iterator[None]:
     except (TraceError, NothingRecorded, ConfigurationError, ValueError, OSError) as error:
         typer.echo(f"ep-rebalance: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def open_traces(paths: Sequence[Path]) -> list[TraceReader]:
-    """Readers of all files, folders searched. Raises ValueError if there is none."""
-    files = [
-        file
-        for path in paths
-        for file in (sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path])
-    ]
-    if not files:
-        raise ValueError(f"no *{SUFFIX} in {', '.join(map(str, paths))}")
-    return [TraceReader(file) for file in files]
 
 
 def settings_for(head: TraceHead, file: Path | None, assignments: Sequence[str]) -> RebalanceConfig:
@@ -64,80 +41,3 @@ def _setting(text: str) -> dict[str, Any]:
             f"--set {text!r}: write KEY=VALUE, e.g. --set planner.half_life_snapshots=6"
         )
     return nest(key.split("."), yaml.safe_load(value))
-
-
-def scenario(
-    head: TraceHead,
-    settings: RebalanceConfig,
-    policy: str,
-    ranks: int,
-    redundant: int,
-    ranks_per_node: int | None = None,
-    hardware: str | None = None,
-    fraction: float | None = None,
-) -> Scenario:
-    """Raises ValueError if it cannot be."""
-    planner: Planner | None = None
-    if policy in SERVER_POLICIES:
-        planner = planner_of(SERVER_POLICIES[policy])
-    if redundant != settings.planner.redundant_experts:
-        settings = with_planner(settings, redundant_experts=redundant)
-    topology = _topology(head, ranks, ranks_per_node)
-    made = Scenario(
-        policy=policy,
-        planner=planner,
-        config=settings,
-        topology=topology,
-        step_time=_step_time(head, settings, topology, hardware, fraction),
-    )
-    if policy != "recorded":
-        contiguous_placement(head, made)
-    elif ranks != head.ep_size or redundant != head.slots - head.experts:
-        raise ValueError("policy recorded is of the recorded ranks and redundant experts only")
-    return made
-
-
-def planner_of(policy: str) -> Planner:
-    """A planner by its name in the settings. Raises ValueError if vLLM is needed and not installed."""
-    if policy != "vllm":
-        return PLANNERS[policy]  # type: ignore[index]
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        planner: Planner = importlib.import_module(
-            "ep_rebalance.engines.vllm.seams.eplb_policy"
-        ).plan_vllm
-    except ImportError as error:
-        raise ValueError(f"policy vllm needs vLLM in this environment ({error})") from None
-    return planner
-
-
-def _topology(head: TraceHead, ranks: int, ranks_per_node: int | None) -> Topology:
-    if ranks_per_node is None and ranks == head.ep_size:
-        return Topology(node_of_rank=tuple(head.node_of_rank))
-    return Topology(node_of_rank=tuple(rank // (ranks_per_node or 8) for rank in range(ranks)))
-
-
-def _step_time(
-    head: TraceHead,
-    settings: RebalanceConfig,
-    topology: Topology,
-    hardware: str | None,
-    fraction: float | None,
-) -> StepTime:
-    part = fraction or settings.decision.expert_time_fraction
-    if hardware is None:
-        return MeasuredSteps(fraction=part)
-    if not all(head.expert_bytes) or not head.hidden_size:
-        raise ValueError(
-            "the trace does not say how large an expert is (it was converted), and its sizes are those "
-            "of no model that is known, so --hardware has nothing to compute with; leave it out"
-        )
-    return ModelledSteps(
-        hardware=load_hardware(hardware)[1],
-        topology=topology,
-        expert_bytes_L=tuple(head.expert_bytes),
-        bytes_per_parameter=(shape_of(head) or settings.hardware).bytes_per_parameter,
-        hidden_size=head.hidden_size,
-        top_k=head.top_k,
-        fraction=part,
-    )

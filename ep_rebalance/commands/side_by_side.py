@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ep_rebalance.load.trace import TraceReader, read_records
+from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.planning.policies import compile_planner
-from ep_rebalance.replay.model_shape import completed
-from ep_rebalance.replay.run import Replayed, Scenario, replay
 
 
 def replay_all(

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
-from ep_rebalance import __version__
 from ep_rebalance.diagnosis.finding import Check, Finding
 from ep_rebalance.planning.incremental.descent import improve_layer
 from ep_rebalance.planning.policies import compile_planner
+from ep_rebalance.version import __version__
 
 _ENTRY_POINTS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 _NEEDED = ("torch", "numba", "numpy", "pydantic", "msgspec", "prometheus_client")

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance import __version__
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceHead, TraceWriter
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import Placement
+from ep_rebalance.version import __version__
 
 MAX_TEXT_BYTES = 256 << 20
 MAX_ARRAY_BYTES = 4 << 30

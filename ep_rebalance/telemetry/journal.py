@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from statistics import fmean
 
-from ep_rebalance import __version__
 from ep_rebalance.collectives.snapshot import Snapshot
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.load.window import PHASES
@@ -21,6 +20,7 @@ from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
 from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Activity, Commit, Status
 from ep_rebalance.telemetry.overview_report import Overview, overview
 from ep_rebalance.topology import LINKS
+from ep_rebalance.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -38,11 +38,11 @@ from ep_rebalance.config_sources import load_config
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.load.state import load_state
 from ep_rebalance.load.trace import RecordedPlacement, TraceHead, TraceReader
+from ep_rebalance.offline.run import Replayed, Scenario, replay
+from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning import proposal
 from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.replay.run import Replayed, Scenario, replay
-from ep_rebalance.replay.step_time import MeasuredSteps
 from ep_rebalance.telemetry.metrics import Status, decode, encode
 from ep_rebalance.topology import Topology
 

@@ -17,8 +17,8 @@ from ep_rebalance.load.trace import (
     TraceReader,
     TraceWriter,
 )
+from ep_rebalance.offline.generated_load import Timing, generate_steps, synthetic_domains
 from ep_rebalance.placement import Placement
-from ep_rebalance.replay.generated_load import Timing, generate_steps, synthetic_domains
 
 
 def head_of(

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, settings_from_environment
 from ep_rebalance.engines.vllm.contract import Contract, check_version
@@ -25,6 +24,7 @@ from ep_rebalance.engines.vllm.data_plane import choose_kernels
 from ep_rebalance.engines.vllm.engine_config import CONFIG_KEY, VERSION_KEY, no_experts
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 from ep_rebalance.engines.vllm.seams.compile_cache import HashedSettings
+from ep_rebalance.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ import os
 from importlib.metadata import entry_points
 from typing import Any
 
-from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import (
     load_config,
@@ -22,6 +21,7 @@ from ep_rebalance.config_sources import (
     settings_from_environment,
 )
 from ep_rebalance.engines.vllm.engine_config import CONFIG_KEY, VERSION_KEY
+from ep_rebalance.version import __version__
 
 NAME = "ep_rebalance"
 _GROUPS_LOADED_BY_DEFAULT = (

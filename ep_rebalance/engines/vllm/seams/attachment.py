@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ep_rebalance import __version__
 from ep_rebalance.balancer.control import Action
 from ep_rebalance.balancer.rebalancer import Rebalancer
 from ep_rebalance.balancer.recorder import Recorder
@@ -34,6 +33,7 @@ from ep_rebalance.routing.device_tables import DeviceCounts
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.telemetry.metrics import encode
 from ep_rebalance.topology import Topology
+from ep_rebalance.version import __version__
 
 logger = logging.getLogger(__name__)
 

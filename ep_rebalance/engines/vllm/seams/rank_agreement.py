@@ -16,10 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.contract import Contract
+from ep_rebalance.version import __version__
 
 logger = logging.getLogger(__name__)
 

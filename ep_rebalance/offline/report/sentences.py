@@ -9,10 +9,10 @@ import numpy as np
 from rich.filesize import decimal
 
 from ep_rebalance.load.trace import TraceHead
-from ep_rebalance.replay.report.sizes import Size, by_size
-from ep_rebalance.replay.report.words import counted, migrations_of, milliseconds, percent
-from ep_rebalance.replay.run import SERVER_POLICIES, Replayed
-from ep_rebalance.replay.step_time import MeasuredSteps, ModelledSteps, StepTime
+from ep_rebalance.offline.report.sizes import Size, by_size
+from ep_rebalance.offline.report.words import counted, migrations_of, milliseconds, percent
+from ep_rebalance.offline.run import SERVER_POLICIES, Replayed
+from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime
 
 _SUBJECTS: Mapping[str, str] = MappingProxyType(
     {

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.window import PHASES, LoadSample
+from ep_rebalance.offline.balancing import ReplayedBalancer
+from ep_rebalance.offline.generated_load import Timing, generate_steps, synthetic_domains
+from ep_rebalance.offline.scoring import balancedness
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
 from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.replay.balancing import ReplayedBalancer
-from ep_rebalance.replay.generated_load import Timing, generate_steps, synthetic_domains
-from ep_rebalance.replay.scoring import balancedness
 from ep_rebalance.topology import Topology
 
 START = Placement.contiguous(num_layers=4, num_experts=32, num_ranks=4, num_redundant=4)

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from ep_rebalance.config import PlannerConfig, RebalanceConfig
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot
 from ep_rebalance.load.window import LoadWindow, WindowLoad
+from ep_rebalance.offline.balancing import PlanMade
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.incremental.planner import plan_incremental
 from ep_rebalance.planning.problem import Budget, Problem
 from ep_rebalance.planning.proposal import planned_load
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.replay.balancing import PlanMade
 from ep_rebalance.topology import Topology
 
 

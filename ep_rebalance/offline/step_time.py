@@ -46,7 +46,7 @@ class Hardware(BaseModel):
 
 def hardware_table() -> str:
     """The table that ships, as YAML with its sources."""
-    return resources.files("ep_rebalance.replay").joinpath("hardware.yaml").read_text("utf-8")
+    return resources.files("ep_rebalance.offline").joinpath("hardware.yaml").read_text("utf-8")
 
 
 def load_hardware(source: str) -> tuple[str, Hardware]:

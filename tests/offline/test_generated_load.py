@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from ep_rebalance.replay.generated_load import TIMINGS, Timing, generate_steps, synthetic_domains
+from ep_rebalance.offline.generated_load import TIMINGS, Timing, generate_steps, synthetic_domains
 
 STILL = Timing(drift=0.0, wavering=0.0)
 DOMAINS = synthetic_domains(domains=3, layers=2, experts=16, seed=7)

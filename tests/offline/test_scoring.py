@@ -5,9 +5,7 @@ import pytest
 from hypothesis import given, settings
 from shapes import SEEDS, clusters, random_samples
 
-from ep_rebalance.placement import Placement
-from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.replay.scoring import (
+from ep_rebalance.offline.scoring import (
     Moves,
     balancedness,
     best_split_balancedness,
@@ -15,6 +13,8 @@ from ep_rebalance.replay.scoring import (
     even_balancedness,
     moves_between,
 )
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.thresholds import dispatch_thresholds
 from ep_rebalance.topology import Topology
 

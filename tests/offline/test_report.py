@@ -25,15 +25,15 @@ from plotly.offline import get_plotlyjs
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 from ep_rebalance.load.window import PHASES
+from ep_rebalance.offline.balancing import PlanMade
+from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.offline.report import verdicts, write_report
+from ep_rebalance.offline.report.figures import MAX_POINTS
+from ep_rebalance.offline.report.markup import MAX_COMMITS
+from ep_rebalance.offline.run import Replayed, Scenario, replay
+from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.replay.balancing import PlanMade
-from ep_rebalance.replay.generated_load import TIMINGS, generate_steps, synthetic_domains
-from ep_rebalance.replay.report import verdicts, write_report
-from ep_rebalance.replay.report.figures import MAX_POINTS
-from ep_rebalance.replay.report.markup import MAX_COMMITS
-from ep_rebalance.replay.run import Replayed, Scenario, replay
-from ep_rebalance.replay.step_time import MeasuredSteps
 from ep_rebalance.topology import Topology
 
 LAYERS, EXPERTS, SNAPSHOTS = 3, 16, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from ep_rebalance.replay.run import Replayed
+from ep_rebalance.offline.run import Replayed
 
 LINK_TITLES: Mapping[str, str] = MappingProxyType(
     {"local": "within a rank", "intranode": "within a node", "internode": "between nodes"}

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config import Policy, RebalanceConfig
 from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
+from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
+from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
+from ep_rebalance.offline.step_time import MeasuredSteps, RankLoad, StepTime
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.problem import Planner
-from ep_rebalance.replay.balancing import PlanMade, ReplayedServer
-from ep_rebalance.replay.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
-from ep_rebalance.replay.step_time import MeasuredSteps, RankLoad, StepTime
 from ep_rebalance.topology import Topology
 
 

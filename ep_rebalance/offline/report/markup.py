@@ -12,20 +12,20 @@ from types import MappingProxyType
 
 from rich.filesize import decimal
 
-from ep_rebalance import __version__
 from ep_rebalance.load.trace import TraceHead
-from ep_rebalance.replay.balancing import PlanMade
-from ep_rebalance.replay.report.figures import DASHES, share_limit
-from ep_rebalance.replay.report.sentences import (
+from ep_rebalance.offline.balancing import PlanMade
+from ep_rebalance.offline.report.figures import DASHES, share_limit
+from ep_rebalance.offline.report.sentences import (
     imbalance_sentence,
     moved_sentence,
     share_sentence,
     step_sentence,
 )
-from ep_rebalance.replay.report.sizes import Size
-from ep_rebalance.replay.report.words import LINK_TITLES, counted, milliseconds, percent, ranges_of
-from ep_rebalance.replay.run import Replayed
+from ep_rebalance.offline.report.sizes import Size
+from ep_rebalance.offline.report.words import LINK_TITLES, counted, milliseconds, percent, ranges_of
+from ep_rebalance.offline.run import Replayed
 from ep_rebalance.topology import LINKS, Link
+from ep_rebalance.version import __version__
 
 MAX_COMMITS = 200
 """Rows in the table of commits."""

@@ -18,8 +18,8 @@ from string import Template
 from typing import Any
 
 from ep_rebalance.load.trace import TraceHead
-from ep_rebalance.replay.report.figures import figures_of
-from ep_rebalance.replay.report.markup import (
+from ep_rebalance.offline.report.figures import figures_of
+from ep_rebalance.offline.report.markup import (
     control_bar,
     fact_list,
     origin_notice,
@@ -27,9 +27,9 @@ from ep_rebalance.replay.report.markup import (
     size_section,
     summary_table,
 )
-from ep_rebalance.replay.report.sentences import reading_hints, verdicts
-from ep_rebalance.replay.report.sizes import by_size
-from ep_rebalance.replay.run import Replayed
+from ep_rebalance.offline.report.sentences import reading_hints, verdicts
+from ep_rebalance.offline.report.sizes import by_size
+from ep_rebalance.offline.run import Replayed
 
 
 def check_report(path: Path) -> None:
@@ -77,7 +77,7 @@ def _plotly_js() -> str:
 
 def _templates() -> tuple[Template, Template]:
     """The page, and the section that is repeated for each size."""
-    text = resources.files("ep_rebalance.replay.report").joinpath("page.html").read_text("utf-8")
+    text = resources.files("ep_rebalance.offline.report").joinpath("page.html").read_text("utf-8")
     page, _, section = text.partition("<!-- What follows is repeated for each size. -->\n")
     return Template(page), Template(section)
 

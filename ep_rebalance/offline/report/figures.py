@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.filesize import decimal
 
-from ep_rebalance.replay.balancing import PlanMade
-from ep_rebalance.replay.report.sizes import Size
-from ep_rebalance.replay.report.words import counted, percent
-from ep_rebalance.replay.run import Replayed
+from ep_rebalance.offline.balancing import PlanMade
+from ep_rebalance.offline.report.sizes import Size
+from ep_rebalance.offline.report.words import counted, percent
+from ep_rebalance.offline.run import Replayed
 
 MAX_POINTS = 300
 """Of a line; neighbouring snapshots are averaged to come down to it."""

@@ -9,9 +9,7 @@ from traces import contiguous, head_of, records_of, snapshots, write_trace
 
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.trace import RecordedPlacement, TraceReader, read_records
-from ep_rebalance.placement import imbalance_L
-from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.replay.run import (
+from ep_rebalance.offline.run import (
     SERVER_POLICIES,
     NothingRecorded,
     PolicyName,
@@ -20,7 +18,9 @@ from ep_rebalance.replay.run import (
     contiguous_placement,
     replay,
 )
-from ep_rebalance.replay.step_time import MeasuredSteps
+from ep_rebalance.offline.step_time import MeasuredSteps
+from ep_rebalance.placement import imbalance_L
+from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
+from ep_rebalance.offline.run import Replayed, Scenario
+from ep_rebalance.offline.step_time import ModelledSteps, RankLoad, StepParts
 from ep_rebalance.placement import Placement
-from ep_rebalance.replay.run import Replayed, Scenario
-from ep_rebalance.replay.step_time import ModelledSteps, RankLoad, StepParts
 
 _SHARE = 0.4
 """Part of a layer's time from which something is named as what it waits for."""

@@ -1,0 +1,119 @@
+"""Placements and replays from a notebook: `from ep_rebalance import Placement, plan, replay`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.load.trace import read_records
+from ep_rebalance.load.window import WindowLoad
+from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.peers import place_anew
+from ep_rebalance.offline.run import Replayed
+from ep_rebalance.offline.run import replay as replay_records
+from ep_rebalance.offline.scenarios import open_traces, scenario
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.problem import Budget, Problem
+from ep_rebalance.topology import Topology
+
+__all__ = ["Placement", "plan", "replay"]
+
+
+def plan(
+    tokens: ArrayLike,
+    *,
+    ranks: int | None = None,
+    redundant: int = 0,
+    ranks_per_node: int = 8,
+    current: Placement | None = None,
+    max_moved: int | None = None,
+) -> Placement:
+    """Place experts so that ranks get equally many tokens.
+
+    tokens: [L, E] or [W, L, E], the tokens of each expert in each layer; with W windows, experts that
+        are busy together part ways.
+    ranks: EP ranks; those of `current` if it is given.
+    redundant: slots beyond one for each expert.
+    ranks_per_node: a move between nodes counts as much more as their link is slower.
+    current: the placement to improve with few moves; without it all is placed anew.
+    max_moved: slots of a layer that may change, with `current`. Default: an eighth of them.
+
+    Raises ValueError for sizes that do not fit each other.
+
+    >>> import numpy as np
+    >>> from ep_rebalance import plan
+    >>> tokens_LE = np.array([[90, 80, 10, 10]])
+    >>> plan(tokens_LE, ranks=2).slots_LP.reshape(2, 2).tolist()
+    [[0, 3], [2, 1]]
+    """
+    load = _load(tokens)
+    layers, experts = load.load_LE.shape
+    if current is None:
+        if ranks is None:
+            raise ValueError("say how many EP ranks there are: ranks=8")
+        current = Placement.contiguous(
+            num_layers=layers, num_experts=experts, num_ranks=ranks, num_redundant=redundant
+        )
+        return place_anew(load, current, _topology(current, ranks_per_node))
+    if (current.num_layers, current.num_experts) != (layers, experts):
+        raise ValueError(
+            f"tokens are of {layers} layers with {experts} experts, the current placement of "
+            f"{current.num_layers} with {current.num_experts}"
+        )
+    if ranks not in (None, current.num_ranks):
+        raise ValueError(f"the current placement is of {current.num_ranks} ranks, not of {ranks}")
+    slots = current.slots_LP.shape[1]
+    moved = max(2, slots // 8) if max_moved is None else max_moved
+    budget = Budget(max_moved_slots=moved * layers, max_arrivals=current.slots_per_rank)
+    topology = _topology(current, ranks_per_node)
+    return PLANNERS["incremental"](
+        Problem(load=load, current=current, topology=topology, budget=budget)
+    )
+
+
+def replay(
+    traces: str | Path | Sequence[str | Path],
+    policy: str = "ours",
+    *,
+    ranks: int | None = None,
+    redundant: int | None = None,
+    ranks_per_node: int | None = None,
+) -> Replayed:
+    """Serve recorded load again, with a policy and sizes of choice.
+
+    traces: files of one server (*.eptrace), or folders of them.
+    policy: of `ep-rebalance replay --help`.
+    ranks, redundant, ranks_per_node: as recorded by default.
+
+    Raises TraceError for a file that is not a trace, ValueError for sizes that cannot be.
+    """
+    paths = [traces] if isinstance(traces, str | Path) else list(traces)
+    readers = open_traces([Path(path) for path in paths])
+    head = completed(readers[0].head)
+    copies = head.slots - head.experts if redundant is None else redundant
+    settings = load_config(head.config)
+    chosen = scenario(head, settings, policy, ranks or head.ep_size, copies, ranks_per_node)
+    return replay_records(head, read_records(readers), chosen)
+
+
+def _load(tokens: ArrayLike) -> WindowLoad:
+    tokens_WLE = np.asarray(tokens, dtype=np.float64)
+    if tokens_WLE.ndim == 2:
+        tokens_WLE = tokens_WLE[None]
+    if tokens_WLE.ndim != 3 or not tokens_WLE.size:
+        shape = list(tokens_WLE.shape)
+        raise ValueError(f"tokens must be [layers, experts] or [windows, ...], not {shape}")
+    if not np.isfinite(tokens_WLE).all() or tokens_WLE.min() < 0:
+        raise ValueError("tokens must be finite and not negative")
+    windows = len(tokens_WLE)
+    return WindowLoad(tokens_WLE=tokens_WLE, weight_W=np.ones(windows), steps_W=np.ones(windows))
+
+
+def _topology(placement: Placement, ranks_per_node: int) -> Topology:
+    nodes = (rank // ranks_per_node for rank in range(placement.num_ranks))
+    return Topology(node_of_rank=tuple(nodes))
