@@ -68,7 +68,7 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.policies import compile_planner
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 
 WINDOW_STEPS, SNAPSHOT_STEPS = 48, 6
@@ -347,7 +347,7 @@ def memory_line(case: Case) -> str:
         num_ranks=case.ranks,
         num_redundant=case.redundant,
     )
-    counts = DeviceCounts(
+    counts = RoutingTables(
         placement=placement, max_tokens=0, device=torch.device("cpu"), topology=topology, rank=0
     )
     tables = sum(

@@ -50,7 +50,7 @@ from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS, compile_planner
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology
 
@@ -88,7 +88,7 @@ class Rank:
             num_redundant=REDUNDANT,
         )
         self.topology = Topology(node_of_rank=tuple(rank // 8 for rank in range(RANKS)))
-        self.counts = DeviceCounts(
+        self.counts = RoutingTables(
             placement=self.placement,
             max_tokens=TOKENS,
             device=device,

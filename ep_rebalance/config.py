@@ -166,12 +166,12 @@ class DataPlaneConfig(_Section):
     """`engine` leaves the experts to vLLM's kernels; `triton` computes them with ours, on CPU with their
     slow references.
     """
-    shape: Literal["exact", "fixed"] = "exact"
+    buffers: Literal["exact", "fixed"] = "exact"
     """Of our all-to-all: `exact` sends the rows there are and reads their number on the host; `fixed`
     sends buffers of one size, for CUDA graphs, and further rounds for what does not fit.
     """
     capacity_factor: float = Field(default=1.25, gt=0.0)
-    """Size of the buffers of shape `fixed`: 1 holds what each rank gets if all get equally much."""
+    """Size of `fixed` buffers: 1 holds what each rank gets if all get equally much."""
     payload: Literal["full", "fp8"] = "full"
     """Hidden states on the wire: as they are, or rounded to 8-bit floats, which changes results."""
     group_by_node: bool = False
@@ -179,8 +179,8 @@ class DataPlaneConfig(_Section):
 
     @model_validator(mode="after")
     def _only_one_shape_goes_by_node(self) -> DataPlaneConfig:
-        if self.group_by_node and self.shape == "fixed":
-            raise ValueError("group_by_node works with shape=exact only; choose one of them")
+        if self.group_by_node and self.buffers == "fixed":
+            raise ValueError("group_by_node works with buffers=exact only; choose one of them")
         return self
 
 

@@ -52,8 +52,8 @@ def test_config_is_frozen() -> None:
         ),
         ({"window": {"snapshots": 0}}, "window.snapshots=0", "ep-rebalance config"),
         (
-            {"data_plane": {"shape": "fixed", "group_by_node": True}},
-            "group_by_node works with shape=exact only",
+            {"data_plane": {"buffers": "fixed", "group_by_node": True}},
+            "group_by_node works with buffers=exact only",
             "ep-rebalance config",
         ),
         ({"data_plane": {"capacity_factor": 0}}, "capacity_factor=0", "ep-rebalance config"),

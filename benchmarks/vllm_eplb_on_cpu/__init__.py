@@ -93,9 +93,9 @@ def _count_in_turns() -> None:
     import time
 
     from ep_rebalance.balancer.rebalancer import Rebalancer
-    from ep_rebalance.routing.device_tables import DeviceCounts
+    from ep_rebalance.routing.device_tables import RoutingTables
 
-    count, mark_tokens, step = DeviceCounts.count, DeviceCounts.mark_tokens, Rebalancer.step
+    count, mark_tokens, step = RoutingTables.count, RoutingTables.mark_tokens, Rebalancer.step
     turns = itertools.cycle((True, False, False, True))
     counts_now = [next(turns)]
 
@@ -115,6 +115,6 @@ def _count_in_turns() -> None:
             self.step_times.end(started, now, continues=continues, migrated=True)
         counts_now[0] = next(turns)
 
-    DeviceCounts.count = count_in_turn
-    DeviceCounts.mark_tokens = mark_in_turn
+    RoutingTables.count = count_in_turn
+    RoutingTables.mark_tokens = mark_in_turn
     Rebalancer.step = step_in_turn

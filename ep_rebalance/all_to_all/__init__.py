@@ -39,7 +39,7 @@ def make_all_to_all(
 ) -> AllToAll:
     """What `data_plane` and `dispatch` name. nodes: for `data_plane.group_by_node`."""
     plane, combine = config.data_plane, config.dispatch.combine
-    if plane.shape == "fixed":
+    if plane.buffers == "fixed":
         return FixedCapacity(
             group=group,
             slots_per_rank=slots_per_rank,

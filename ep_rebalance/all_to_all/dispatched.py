@@ -30,7 +30,7 @@ class Dispatched:
     rows_MH: [M, H], the rows that arrived. local_slots_N: int32 [M * pairs_per_row], pair n is of row
     `n // pairs_per_row` and of this slot within the rank, or of none if it is -1. pair_weights_N:
     float32, of the router. may_be_void: whether any pair may be of none. weights_TK: of this rank's own
-    tokens. way: how the rows came.
+    tokens. handle: for `combine`, how the rows came.
     """
 
     rows_MH: torch.Tensor
@@ -39,7 +39,7 @@ class Dispatched:
     pairs_per_row: int
     may_be_void: bool
     weights_TK: torch.Tensor
-    way: Any
+    handle: Any
 
 
 class AllToAll(Protocol):

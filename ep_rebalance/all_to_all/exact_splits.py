@@ -70,11 +70,11 @@ class ExactSplits:
     ) -> Dispatched:
         """See `AllToAll`."""
         rows = Rows(hidden_MH=hidden_TH, slots_MK=slots_TK, weights_MK=weights_TK)
-        way = []
+        legs = []
         for hop in self._hops:
             rows, leg = hop.send(rows)
-            way.append(leg)
-        row, k = way[-1].here_MK.nonzero(as_tuple=True)
+            legs.append(leg)
+        row, k = legs[-1].here_MK.nonzero(as_tuple=True)
         return Dispatched(
             rows_MH=rows.hidden_MH[row],
             local_slots_N=rows.slots_MK[row, k] - self._first_slot,
@@ -82,7 +82,7 @@ class ExactSplits:
             pairs_per_row=1,
             may_be_void=False,
             weights_TK=weights_TK,
-            way=way,
+            handle=legs,
         )
 
     def combine(
@@ -96,7 +96,7 @@ class ExactSplits:
 
     def _sum_at_home(self, dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.Tensor:
         """Each hop brings the outputs of all pairs of a row back to where the row came from."""
-        legs = dispatched.way
+        legs = dispatched.handle
         for i in reversed(range(1, len(legs))):
             home, position_MK = self._hops[i].return_pairs(legs[i], outputs_NH)
             outputs_NH = home[position_MK[legs[i - 1].here_MK]]
@@ -105,7 +105,7 @@ class ExactSplits:
 
     def _sum_on_the_way(self, dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.Tensor:
         """Each hop adds up what the ranks that it went to made of a row."""
-        legs, dtype = dispatched.way, outputs_NH.dtype
+        legs, dtype = dispatched.handle, outputs_NH.dtype
         row = legs[-1].here_MK.nonzero(as_tuple=True)[0]
         weighted = weighted_by_row(dispatched, outputs_NH)[:, 0]
         sums = weighted.new_zeros(len(legs[-1].here_MK), weighted.shape[1])

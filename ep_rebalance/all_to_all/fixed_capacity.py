@@ -62,25 +62,25 @@ class FixedCapacity:
             pairs_per_row=pairs,
             may_be_void=True,
             weights_TK=weights_TK,
-            way=_Way(place_TK=place_TK, pair_TK=queue.pair_TK, plan=plan),
+            handle=_Handle(place_TK=place_TK, pair_TK=queue.pair_TK, plan=plan),
         )
 
     def combine(
         self, dispatched: Dispatched, outputs_NH: torch.Tensor, out_TH: torch.Tensor
     ) -> None:
         """See `AllToAll`."""
-        way, pairs = dispatched.way, dispatched.pairs_per_row
+        handle, pairs = dispatched.handle, dispatched.pairs_per_row
         if self._combine == "exact":
-            home = self._return(outputs_NH.view(len(dispatched.rows_MH), -1), way.plan)
+            home = self._return(outputs_NH.view(len(dispatched.rows_MH), -1), handle.plan)
             outputs = home.view(-1, outputs_NH.shape[1])
-            position_TK = way.place_TK * pairs + way.pair_TK
-            position_TK = position_TK.masked_fill(way.place_TK < 0, -1)
+            position_TK = handle.place_TK * pairs + handle.pair_TK
+            position_TK = position_TK.masked_fill(handle.place_TK < 0, -1)
             out_TH.copy_(weighted_sum(outputs, position_TK, dispatched.weights_TK))
         else:
             sums = weighted_by_row(dispatched, outputs_NH).sum(1).to(outputs_NH.dtype)
-            once_TK = way.place_TK.masked_fill(way.pair_TK > 0, -1)
+            once_TK = handle.place_TK.masked_fill(handle.pair_TK > 0, -1)
             ones_TK = torch.ones_like(dispatched.weights_TK)
-            out_TH.copy_(weighted_sum(self._return(sums, way.plan), once_TK, ones_TK))
+            out_TH.copy_(weighted_sum(self._return(sums, handle.plan), once_TK, ones_TK))
 
     def _agree(self, queue: _Queue) -> _Plan:
         tokens, top_k = queue.rank_TK.shape
@@ -165,7 +165,7 @@ class _Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Way:
+class _Handle:
     place_TK: torch.Tensor
     pair_TK: torch.Tensor
     plan: _Plan

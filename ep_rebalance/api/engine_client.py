@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 FRESH_SECONDS = 0.2
 """An answer of this age is given again: however many ask, the engine is asked five times a second."""
 
-_STATUS = "ep_rebalance_snapshot"
+_STATUS = "ep_rebalance_status"
 
 
 class EngineReports:

@@ -28,7 +28,7 @@ from ep_rebalance.migration.commit import (
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import RoundExchange, StagingFull
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import Journal
 from ep_rebalance.telemetry.stall_clock import StallClock
 from ep_rebalance.topology import Topology
@@ -54,7 +54,7 @@ class Migrator:
         *,
         config: RebalanceConfig,
         placement: Placement,
-        counts: DeviceCounts,
+        counts: RoutingTables,
         memory: ExpertMemory | None,
         group: dist.ProcessGroup,
         topology: Topology,

@@ -37,7 +37,7 @@ from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposer, TimedProposal, planned_load
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 from ep_rebalance.version import __version__
 
@@ -74,7 +74,7 @@ def _run(jobs: SimpleQueue[Callable[[], None]]) -> None:
         jobs.get()()
 
 
-class Background:
+class PlannerThread:
     """The jobs of `rank`. expert_bytes_L: packed size of one expert of each layer."""
 
     def __init__(
@@ -113,13 +113,13 @@ class Background:
         return self._thread.submit(self._propose, samples, served, unseen, step_seconds)
 
     def schedule(
-        self, served: Served, wire_2LP: NDArray[np.int64], counts: DeviceCounts
+        self, served: Served, wire_2LP: NDArray[np.int64], counts: RoutingTables
     ) -> Future[PreparedMigration]:
         """Read a plan that was broadcast and work out the rounds that lead to it, and their commits."""
         return self._thread.submit(self._schedule, served, wire_2LP.copy(), counts)
 
     def fit_split(
-        self, samples: Sequence[LoadSample], served: Served, counts: DeviceCounts
+        self, samples: Sequence[LoadSample], served: Served, counts: RoutingTables
     ) -> Future[Split]:
         """Fit the quotas of what is served to the window."""
         return self._thread.submit(self._fit_split, samples, served.placement, counts)
@@ -139,7 +139,7 @@ class Background:
         return TimedProposal(proposal=proposal, seconds=time.perf_counter() - began)
 
     def _schedule(
-        self, served: Served, wire_2LP: NDArray[np.int64], counts: DeviceCounts
+        self, served: Served, wire_2LP: NDArray[np.int64], counts: RoutingTables
     ) -> PreparedMigration:
         current = served.placement
         slots_LP, quotas_LP = read_plan(wire_2LP)
@@ -156,7 +156,7 @@ class Background:
         return PreparedMigration.of(migration, counts)
 
     def _fit_split(
-        self, samples: Sequence[LoadSample], placement: Placement, counts: DeviceCounts
+        self, samples: Sequence[LoadSample], placement: Placement, counts: RoutingTables
     ) -> Split:
         load = planned_load(self._config.planner, samples)
         try:

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ep_rebalance.balancer.migrator import Migrator
-from ep_rebalance.balancer.planner_thread import Background
+from ep_rebalance.balancer.planner_thread import PlannerThread
 from ep_rebalance.load.window import LoadSample
 from ep_rebalance.migration.commit import Split
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 
 
 class QuotaRefresh:
     """One rank's part. Does nothing while no expert has a second replica."""
 
     def __init__(
-        self, *, background: Background, counts: DeviceCounts, migrator: Migrator, ranks: int
+        self, *, background: PlannerThread, counts: RoutingTables, migrator: Migrator, ranks: int
     ) -> None:
         self._background = background
         self._counts = counts

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ep_rebalance.balancer.control import Action, Control
 from ep_rebalance.balancer.migrator import Migrator
-from ep_rebalance.balancer.planner_thread import Background
+from ep_rebalance.balancer.planner_thread import PlannerThread
 from ep_rebalance.balancer.quota_refresh import QuotaRefresh
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast
@@ -35,7 +35,7 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import compile_planner
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import TimedProposal
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import Journal
 from ep_rebalance.telemetry.metrics import Status
 from ep_rebalance.telemetry.overview_report import Overview
@@ -61,7 +61,7 @@ class Rebalancer:
         *,
         config: RebalanceConfig,
         placement: Placement,
-        counts: DeviceCounts,
+        counts: RoutingTables,
         memory: ExpertMemory | None,
         group: dist.ProcessGroup,
         planner: Planner,
@@ -86,7 +86,7 @@ class Rebalancer:
         )
         self._window = LoadWindow(config.window.snapshots)
         self._snapshots = SnapshotExchange(group=group, counts=counts)
-        self._background = Background(
+        self._background = PlannerThread(
             config=config,
             planner=planner,
             topology=topology,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ep_rebalance.host_memory import Download, UploadRing
 from ep_rebalance.load.step_times import StepSum
 from ep_rebalance.load.window import PHASES, LoadSample
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Snapshot:
 class SnapshotExchange:
     """Sums counts and flags over `group` in one step and hands them out in a later one."""
 
-    def __init__(self, *, group: dist.ProcessGroup, counts: DeviceCounts) -> None:
+    def __init__(self, *, group: dist.ProcessGroup, counts: RoutingTables) -> None:
         self._group = group
         self._counters_LAE = counts.counts_LAE
         layers, _, experts = self._counters_LAE.shape

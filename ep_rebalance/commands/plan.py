@@ -10,7 +10,7 @@ import typer
 
 from ep_rebalance.commands.convert import Target, write_placement
 from ep_rebalance.commands.scenarios import explained, settings_for
-from ep_rebalance.load.history import LoadMemory
+from ep_rebalance.load.history import LoadHistory
 from ep_rebalance.load.trace import Record, RecordedSnapshot, read_records
 from ep_rebalance.load.window import WindowLoad, window_load
 from ep_rebalance.offline.model_shape import completed
@@ -72,7 +72,7 @@ def plan(
 
 def _remembered(records: Iterable[Record]) -> WindowLoad:
     """The trace as a handful of kinds of load, old ones counted less. Raises NothingRecorded."""
-    memory, last = LoadMemory(), None
+    memory, last = LoadHistory(), None
     for record in records:
         if isinstance(record, RecordedSnapshot) and record.counts_ALE.any():
             last = window_load([record.sample()])

@@ -18,7 +18,7 @@ HALF_LIFE_SAMPLES = 400.0
 """Samples after which a load counts half, so that traffic that ended is forgotten."""
 
 
-class LoadMemory:
+class LoadHistory:
     """Grows by `add`; `joined` puts it beside the window."""
 
     def __init__(self) -> None:

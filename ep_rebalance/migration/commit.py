@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.device_tables import DeviceCounts, DispatchTables
+from ep_rebalance.routing.device_tables import DispatchTables, RoutingTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,7 +74,7 @@ class PreparedMigration:
     split: Split
 
     @classmethod
-    def of(cls, migration: Migration, counts: DeviceCounts) -> PreparedMigration:
+    def of(cls, migration: Migration, counts: RoutingTables) -> PreparedMigration:
         """Takes milliseconds: not for the step path."""
         tables = counts.dispatch_tables(migration.target, migration.quotas_LP)
         split = Split(quotas_LP=migration.quotas_LP, tables=tables)
@@ -91,7 +91,7 @@ def commit_batch(
     *,
     staging: torch.Tensor,
     memory: ExpertMemory,
-    counts: DeviceCounts,
+    counts: RoutingTables,
     rank: int,
 ) -> Served:
     """Serve the batch's layers anew; returns what is served from now on."""
@@ -102,7 +102,7 @@ def commit_batch(
     return commit.serves(served)
 
 
-def commit_split(split: Split, served: Served, counts: DeviceCounts) -> Served:
+def commit_split(split: Split, served: Served, counts: RoutingTables) -> Served:
     """Split tokens anew over the replicas of the placement that is served."""
     counts.split(split.tables)
     return replace(served, quotas_LP=split.quotas_LP)

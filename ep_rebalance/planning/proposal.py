@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_rebalance.config import DecisionConfig, PlannerConfig
-from ep_rebalance.load.history import LoadMemory
+from ep_rebalance.load.history import LoadHistory
 from ep_rebalance.load.window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
@@ -66,7 +66,7 @@ class Proposer:
         self._cost = cost
         self._topology = topology
         self._expert_bytes_L = expert_bytes_L
-        self._memory = LoadMemory()
+        self._memory = LoadHistory()
         self._record = TrackRecord()
         self._steps = StepHistory()
         self._promise: Promise | None = None

@@ -47,7 +47,7 @@ class DispatchTables:
     thresholds_LEC: torch.Tensor
 
 
-class DeviceCounts:
+class RoutingTables:
     """Counters and dispatch tables of all layers, and the phase of each token of the step that runs.
 
     topology, rank: where the tokens are that it routes.

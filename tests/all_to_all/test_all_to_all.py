@@ -73,7 +73,7 @@ def rows_across_nodes(rank):
     other_node = 6 * (1 - rank // 2)
     slots_TK = torch.tensor([[other_node, other_node + 5]] * 7, dtype=torch.int32)
     sent = all_to_all.dispatch(torch.randn(7, HIDDEN), slots_TK, torch.rand(7, 2))
-    return sent.way[0].sent_R[1 - rank // 2]
+    return sent.handle[0].sent_R[1 - rank // 2]
 
 
 def test_a_token_crosses_between_nodes_once(four_ranks: Ranks):
@@ -118,7 +118,7 @@ def rounds_of(rank, factor):
     tokens = 10 if rank == 0 else 0
     slots_TK = torch.full((tokens, 1), 2, dtype=torch.int32)
     sent = all_to_all.dispatch(torch.ones(tokens, 4), slots_TK, torch.ones(tokens, 1))
-    return sent.way.plan.rounds, sent.way.plan.capacity, int((sent.local_slots_N >= 0).sum())
+    return sent.handle.plan.rounds, sent.handle.plan.capacity, int((sent.local_slots_N >= 0).sum())
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def plan_of_padded_step(rank):
     sent = all_to_all.dispatch(
         torch.ones(len(slots_TK), HIDDEN), slots_TK, torch.ones(slots_TK.shape)
     )
-    return sent.way.plan.rounds, sent.way.plan.capacity
+    return sent.handle.plan.rounds, sent.handle.plan.capacity
 
 
 def test_padding_takes_no_room(two_ranks: Ranks):

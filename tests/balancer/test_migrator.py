@@ -15,7 +15,7 @@ from ep_rebalance.migration import schedule
 from ep_rebalance.migration.commit import PreparedMigration, Served
 from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.topology import Topology
 
@@ -43,7 +43,7 @@ class Rig:
         self.rank = rank
         self.tensors = loaded(SOURCE, rank, DTYPE, SHAPES)
         self.status = initial_status(config=CONFIG, model="m", placement=SOURCE, top_k=2)
-        self.counts = DeviceCounts(
+        self.counts = RoutingTables(
             placement=SOURCE,
             max_tokens=4,
             device=torch.device("cpu"),

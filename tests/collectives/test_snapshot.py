@@ -15,7 +15,7 @@ from ep_rebalance.collectives.snapshot import Flags, SnapshotExchange
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.load.step_times import StepSum
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 
 EXPERTS, LAYERS = 4, 2
@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 
 def make_counts(
     size: int, rank: int = 0, counts_here: bool = True, device: torch.device = CPU
-) -> DeviceCounts:
+) -> RoutingTables:
     placement = Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, num_ranks=size)
-    return DeviceCounts(
+    return RoutingTables(
         placement=placement,
         max_tokens=8,
         device=device,

@@ -161,7 +161,7 @@ def test_settings_that_change_no_code_share_a_compile_cache(create):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"mode": "observe"}, {"data_plane": {"all_to_all": "ours", "shape": "fixed"}}]
+    "settings", [{"mode": "observe"}, {"data_plane": {"all_to_all": "ours", "buffers": "fixed"}}]
 )
 def test_settings_that_change_the_code_do_not(create, settings):
     assert cache_key(create, {}) != cache_key(create, settings)
@@ -319,7 +319,7 @@ def test_a_data_plane_that_cannot_work_is_refused(create, plane, arguments, reas
 @pytest.mark.parametrize(
     "plane",
     [
-        {"shape": "fixed", "all_to_all": "ours"},
+        {"buffers": "fixed", "all_to_all": "ours"},
         {"experts": "triton"},
         {"group_by_node": True},
         {"all_to_all": "engine"},

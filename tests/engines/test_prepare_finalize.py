@@ -55,7 +55,9 @@ def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
     return out_TH, reference(step)
 
 
-@pytest.mark.parametrize("plane", [{"shape": "exact"}, {"shape": "fixed", "capacity_factor": 0.3}])
+@pytest.mark.parametrize(
+    "plane", [{"buffers": "exact"}, {"buffers": "fixed", "capacity_factor": 0.3}]
+)
 @pytest.mark.parametrize("padded", [None, "last rows", "single pairs", "all ranks idle"])
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 def test_every_rank_gets_every_result(two_ranks: Ranks, tokens, padded, plane):

@@ -8,7 +8,7 @@ from devices import Graph, keep_busy, waits_refused
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 
 LAYERS, EXPERTS, REDUNDANT, RANKS, RANK = 2, 16, 8, 4, 1
@@ -20,8 +20,8 @@ TARGET = Placement(SOURCE.slots_LP[:, ::-1].copy(), EXPERTS, RANKS)
 PHASES_T = np.arange(TOKENS) % 3 // 2
 
 
-def counts_on(device: torch.device, placement: Placement = SOURCE) -> DeviceCounts:
-    counts = DeviceCounts(
+def counts_on(device: torch.device, placement: Placement = SOURCE) -> RoutingTables:
+    counts = RoutingTables(
         placement=placement,
         max_tokens=TOKENS + PADDED,
         device=device,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ep_rebalance.load.history import HALF_LIFE_SAMPLES, LOADS, LoadMemory
+from ep_rebalance.load.history import HALF_LIFE_SAMPLES, LOADS, LoadHistory
 from ep_rebalance.load.window import WindowLoad
 
 KINDS_KE = np.array([[8.0, 1, 1, 1, 1], [1.0, 8, 1, 1, 1], [1.0, 1, 1, 1, 8]]) / 12.0
@@ -19,16 +19,16 @@ def window(tokens_WLE, weight_W=None) -> WindowLoad:
     )
 
 
-def remembering(samples: int, seed: int = 0) -> LoadMemory:
+def remembering(samples: int, seed: int = 0) -> LoadHistory:
     """Samples of the kinds in turn, 2 layers alike, 6,000 tokens each."""
-    random, memory = np.random.default_rng(seed), LoadMemory()
+    random, memory = np.random.default_rng(seed), LoadHistory()
     for number in range(samples):
         tokens_LE = random.multinomial(6000, KINDS_KE[number % 3], size=2)
         memory.add(window([tokens_LE]))
     return memory
 
 
-def remembered(memory: LoadMemory, share: float = 0.5) -> WindowLoad:
+def remembered(memory: LoadHistory, share: float = 0.5) -> WindowLoad:
     """The memory beside one recent sample, without it."""
     joined = memory.joined(window([np.ones((2, 5))]), share)
     return WindowLoad(
@@ -40,7 +40,7 @@ def remembered(memory: LoadMemory, share: float = 0.5) -> WindowLoad:
 
 def test_without_memory_the_recent_load_stays_as_it_is():
     recent = window([np.ones((2, 5))])
-    assert LoadMemory().joined(recent, 0.5) is recent
+    assert LoadHistory().joined(recent, 0.5) is recent
     assert remembering(3).joined(recent, 0.0) is recent
 
 
@@ -83,7 +83,7 @@ def test_a_short_memory_counts_for_less():
 
 def test_what_was_added_is_not_changed():
     tokens_WLE = np.full((2, 2, 5), 7.0)
-    memory = LoadMemory()
+    memory = LoadHistory()
     for _ in range(10):
         memory.add(window(tokens_WLE))
     assert (tokens_WLE == 7.0).all()

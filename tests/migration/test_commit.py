@@ -15,7 +15,7 @@ from ep_rebalance.migration.commit import (
     commit_split,
 )
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.routing.thresholds import dispatch_thresholds
 from ep_rebalance.topology import Topology
 
@@ -34,7 +34,7 @@ class Rig:
         self.rank = rank
         self.tensors = loaded(SOURCE, rank, DTYPE, device=device)
         self.memory = memory_of(self.tensors)
-        self.counts = DeviceCounts(
+        self.counts = RoutingTables(
             placement=SOURCE,
             max_tokens=4,
             device=torch.device(device),

@@ -8,7 +8,7 @@ from step_path import DEVICE, recording_waits
 from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.routing.device_tables import HASH_STRIDE, DeviceCounts
+from ep_rebalance.routing.device_tables import HASH_STRIDE, RoutingTables
 from ep_rebalance.topology import Topology
 
 PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)
@@ -16,8 +16,8 @@ PHASES = np.array([PREFILL, PREFILL, DECODE])
 IDS = torch.tensor([[0, 1], [0, 2], [3, 1]], dtype=torch.int32)
 
 
-def make_counts(counts_here: bool = True, device: torch.device | str = "cpu") -> DeviceCounts:
-    counts = DeviceCounts(
+def make_counts(counts_here: bool = True, device: torch.device | str = "cpu") -> RoutingTables:
+    counts = RoutingTables(
         placement=PLACEMENT,
         max_tokens=16,
         device=torch.device(device),

@@ -25,7 +25,7 @@ def main(model: str, settings: str) -> None:
     )
     greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     llm.generate(["import os\n"], greedy, use_tqdm=False)
-    (status,) = llm.collective_rpc("ep_rebalance_snapshot")
+    (status,) = llm.collective_rpc("ep_rebalance_status")
     sys.stdout.write(f"{status.decode()}\n")
 
 

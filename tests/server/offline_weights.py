@@ -77,7 +77,7 @@ class Server:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(self._llm.collective_rpc("ep_rebalance_snapshot")[0])
+        status: dict[str, Any] = json.loads(self._llm.collective_rpc("ep_rebalance_status")[0])
         return status
 
     def ask(self, action: str) -> None:

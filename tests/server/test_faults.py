@@ -21,7 +21,7 @@ from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, serving
 pytestmark = V032.marks
 
 SPLITS = 4
-LITTLE_ROOM = {"all_to_all": "ours", "shape": "fixed", "capacity_factor": 0.4}
+LITTLE_ROOM = {"all_to_all": "ours", "buffers": "fixed", "capacity_factor": 0.4}
 """Most steps take several rounds."""
 
 

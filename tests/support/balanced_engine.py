@@ -15,7 +15,7 @@ from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.state import ModelIdentity
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology
 
@@ -92,7 +92,7 @@ class Engine:
         )
         self.tensors = loaded(self.placement, rank, DTYPE, SHAPES, self.device)
         topology = Topology.single_node(size)
-        self.counts = DeviceCounts(
+        self.counts = RoutingTables(
             placement=self.placement,
             max_tokens=TOKENS + 4,
             device=self.device,

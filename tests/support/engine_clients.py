@@ -14,7 +14,7 @@ STATUS, LOAD, OVERVIEW = encode(make_status()), b'{"layers":[]}', b'{"hottest":[
 
 
 ROUTES = {
-    "status": ("ep_rebalance_snapshot", STATUS),
+    "status": ("ep_rebalance_status", STATUS),
     "load": ("ep_rebalance_load", LOAD),
     "overview": ("ep_rebalance_overview", OVERVIEW),
 }

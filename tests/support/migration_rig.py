@@ -9,7 +9,7 @@ from ep_rebalance.migration import schedule
 from ep_rebalance.migration.commit import PreparedMigration, Served, commit_batch
 from ep_rebalance.migration.round_exchange import Faults, RoundExchange
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 
 
@@ -54,7 +54,7 @@ class Rig:
         self.tensors = loaded(self.source, rank, dtype, device=device)
         self.memory = memory_of(self.tensors)
         staging = staging or per_rank + int(rng.integers(0, 2 * per_rank))
-        self.counts = DeviceCounts(
+        self.counts = RoutingTables(
             placement=self.source,
             max_tokens=4,
             device=torch.device(device),

@@ -130,5 +130,5 @@ def through_experts(rank, way, combine, step: Step, experts_of_rank):
         for peer in range(len(experts_of_rank))
     ]  # fmt: skip
     if way == "exact splits":
-        assert sent.way[0].sent_R == expected_rows
+        assert sent.handle[0].sent_R == expected_rows
     return out_TH, reference(step), expected_rows, int((sent.local_slots_N >= 0).sum())

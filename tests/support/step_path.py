@@ -72,7 +72,7 @@ def recording_waits() -> Iterator[Waits]:
     process group of the backend "fake" takes tensors on DEVICE.
 
         with recording_waits() as waits:
-            counts = DeviceCounts(..., device=DEVICE)
+            counts = RoutingTables(..., device=DEVICE)
             waits.clear()  # a start may wait
             counts.end_step()
         assert waits == []

@@ -68,14 +68,14 @@ def _cpu_gathers() -> bool:
 def _check_all_to_all(vllm_config: Any, plane: DataPlaneConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     shared = parallel.tensor_parallel_size > 1 and not parallel.use_sequence_parallel_moe
-    if plane.shape == "exact" and not model.enforce_eager:
+    if plane.buffers == "exact" and not model.enforce_eager:
         raise ConfigurationError(
-            "data_plane.shape=exact reads numbers of rows on the host, which CUDA graphs cannot.",
-            "set data_plane.shape=fixed, or --enforce-eager.",
+            "data_plane.buffers=exact reads numbers of rows on the host, which CUDA graphs cannot.",
+            "set data_plane.buffers=fixed, or --enforce-eager.",
         )
-    if plane.shape == "fixed" and shared and not model.enforce_eager:
+    if plane.buffers == "fixed" and shared and not model.enforce_eager:
         raise ConfigurationError(
-            "data_plane.shape=fixed in CUDA graphs needs equally many tokens on all ranks, and tensor "
+            "data_plane.buffers=fixed in CUDA graphs needs equally many tokens on all ranks, and tensor "
             "parallelism shares them out unevenly.",
             "set --enforce-eager, or use data parallelism alone.",
         )

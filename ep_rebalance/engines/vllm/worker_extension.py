@@ -22,7 +22,7 @@ class WorkerExtension:
 
     model_runner: Any
 
-    def ep_rebalance_snapshot(self) -> bytes:
+    def ep_rebalance_status(self) -> bytes:
         """The encoded status, equal on all ranks but for timings; rank 0's is the one to show."""
         attachment = attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.status()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ep_rebalance.compiled import compiled
 from ep_rebalance.planning.incremental.layer import (
     Change,
-    Experts,
-    Layer,
+    LayerInputs,
+    LayerState,
     fetched_by,
     inner_product,
     moved_by,
@@ -16,9 +16,14 @@ from ep_rebalance.planning.incremental.relief import Relief
 
 @compiled
 def best_copy(
-    experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
+    experts: LayerInputs,
+    layer: LayerState,
+    relief: Relief,
+    left: int,
+    max_arrivals: int,
+    best: Change,
 ) -> Change:
-    """`best`, or one more replica elsewhere of an expert of the rank, if it has a higher price."""
+    """`best`, or one more replica elsewhere of an expert of the rank, if it has a higher gain per move."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     held_RE, slots_P, fetch_RE = layer.held_RE, layer.slots_P, experts.fetch_RE
     spare_N, freed_N = relief.spare_N, relief.freed_N
@@ -35,7 +40,7 @@ def best_copy(
             gain = copied + freed_N[n] - 2.0 * part * product_R[rank]
             if nodes_NE[node_R[rank], a] == 0:
                 gain += traffic_E[a]
-            least = best.price * max(fetch_RE[rank, a] - fetch_RE[rank, b], 1.0)
+            least = best.gain_per_move * max(fetch_RE[rank, a] - fetch_RE[rank, b], 1.0)
             product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
             both = part * relief.part_N[n]
             if gain + 2.0 * (both + less * relief.most_N[n]) * product > least:
@@ -48,7 +53,12 @@ def best_copy(
 
 @compiled
 def best_drop(
-    experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
+    experts: LayerInputs,
+    layer: LayerState,
+    relief: Relief,
+    left: int,
+    max_arrivals: int,
+    best: Change,
 ) -> Change:
     """`best`, or another expert in one of the rank's own slots whose expert is elsewhere too."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
@@ -70,7 +80,7 @@ def best_drop(
             gain = copied_E[a] + freed - 2.0 * part * product_E[a]
             if nodes_E[a] == 0:
                 gain += traffic_E[a]
-            least = best.price * max(fetch_E[a] - fetch_E[b], 1.0)
+            least = best.gain_per_move * max(fetch_E[a] - fetch_E[b], 1.0)
             product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
             both = part * part_b
             if gain + 2.0 * (both + less_E[a] * most) * product > least:
@@ -82,7 +92,7 @@ def best_drop(
 
 
 @compiled
-def _shared_ranks(layer: Layer, a: int, b: int) -> int:
+def _shared_ranks(layer: LayerState, a: int, b: int) -> int:
     """Ranks that hold both."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     shared = 0
@@ -93,8 +103,8 @@ def _shared_ranks(layer: Layer, a: int, b: int) -> int:
 
 @compiled
 def _better(
-    experts: Experts,
-    layer: Layer,
+    experts: LayerInputs,
+    layer: LayerState,
     slot: int,
     a: int,
     gain: float,
@@ -102,10 +112,14 @@ def _better(
     max_arrivals: int,
     best: Change,
 ) -> Change:
-    """`best`, or `a` in `slot` if that is allowed and has a higher price."""
+    """`best`, or `a` in `slot` if that is allowed and has a higher gain per move."""
     rank, b = slot * layer.arrivals_R.size // layer.slots_P.size, layer.slots_P[slot]
     moved = moved_by(experts, rank, a, b)
-    price = gain / max(fetched_by(experts, rank, a, b), 1.0)
-    if price > best.price and moved <= left and layer.arrivals_R[rank] + moved <= max_arrivals:
-        return Change(price, gain, moved, int(slot), -1, int(a))
+    gain_per_move = gain / max(fetched_by(experts, rank, a, b), 1.0)
+    if (
+        gain_per_move > best.gain_per_move
+        and moved <= left
+        and layer.arrivals_R[rank] + moved <= max_arrivals
+    ):
+        return Change(gain_per_move, gain, moved, int(slot), -1, int(a))
     return best

@@ -16,14 +16,14 @@ from ep_rebalance.compiled import compiled
 from ep_rebalance.planning.incremental.load_vectors import load_vectors
 
 
-class Experts(NamedTuple):
+class LayerInputs(NamedTuple):
     """What does not change while a layer is planned.
 
     vectors_EV, own_E: as `load_vectors` returns them; vectors_VE is the transpose, laid out by rows.
     square_E: squares of the vectors. rest_E: their lengths without the first coordinate, the mean.
     part_EC: float64 [E, C + 2], part of an expert's load on each of its ranks, by number of
         replicas; column 0 means nothing, the last is only passed through.
-    fetch_RE: price of giving the expert to the rank in units of a move within a node; 0 where the
+    fetch_RE: cost of giving the expert to the rank in units of a move within a node; 0 where the
         rank holds it before any change.
     traffic_E: what the objective gains for each node more that holds the expert.
     """
@@ -39,7 +39,7 @@ class Experts(NamedTuple):
     node_R: NDArray[np.int64]
 
 
-class Layer(NamedTuple):
+class LayerState(NamedTuple):
     """Changed in place by `apply_change`.
 
     replicas_E, holders_EC: how many slots hold each expert, and which (the first `replicas_E`).
@@ -49,7 +49,7 @@ class Layer(NamedTuple):
     product_P: product of the slot's load vector with its rank's vector.
     arrivals_R: experts on a rank that were not there before.
     stale_R: ranks whose square and products are out of date.
-    vain_R: the rank's square when relieving it was last tried in vain; 0 before.
+    failed_square_R: the rank's square when relieving it was last tried in vain; 0 before.
     """
 
     slots_P: NDArray[np.int64]
@@ -62,7 +62,7 @@ class Layer(NamedTuple):
     product_P: NDArray[np.float64]
     arrivals_R: NDArray[np.int64]
     stale_R: NDArray[np.bool_]
-    vain_R: NDArray[np.float64]
+    failed_square_R: NDArray[np.float64]
 
 
 class Change(NamedTuple):
@@ -70,10 +70,10 @@ class Change(NamedTuple):
     gives `slot` one more replica of `expert`, and `other` is -1. No change has a `slot` of -1.
 
     moved: slots that differ from the origin afterwards, less those before.
-    price: gain for each of them, fetches from other nodes counted dearer.
+    gain_per_move: gain for each of them, fetches from other nodes counted dearer.
     """
 
-    price: float
+    gain_per_move: float
     gain: float
     moved: int
     slot: int
@@ -90,7 +90,7 @@ def describe_experts(
     node_R: NDArray[np.int64],
     internode_price: float,
     token_price: float,
-) -> Experts:
+) -> LayerInputs:
     """cost_WE, weight_W: as for `load_vectors`. internode_price: of a move from another node, in
     those within one. token_price: of a token that crosses a node boundary, in those of computing
     it."""
@@ -107,7 +107,7 @@ def describe_experts(
                 fetch_RE[rank, expert] = 1.0
     for slot in range(slots_P.size):
         fetch_RE[slot * num_ranks // slots_P.size, slots_P[slot]] = 0.0
-    return Experts(
+    return LayerInputs(
         vectors_EV,
         vectors_EV.T.copy(),
         own_E,
@@ -121,10 +121,10 @@ def describe_experts(
 
 
 @compiled
-def start_layer(experts: Experts, slots_P: NDArray[np.int32]) -> Layer:
+def start_layer(experts: LayerInputs, slots_P: NDArray[np.int32]) -> LayerState:
     num_experts, width = experts.vectors_EV.shape
     num_ranks, num_nodes = experts.node_R.size, experts.node_R.max() + 1
-    layer = Layer(
+    layer = LayerState(
         slots_P.astype(np.int64),
         np.zeros(num_experts, np.int64),
         np.zeros((num_experts, experts.part_EC.shape[1]), np.int64),
@@ -143,7 +143,7 @@ def start_layer(experts: Experts, slots_P: NDArray[np.int32]) -> Layer:
 
 
 @compiled
-def _fill(experts: Experts, layer: Layer) -> None:
+def _fill(experts: LayerInputs, layer: LayerState) -> None:
     """Who holds what, and the loads. Calls nothing: this is done for every layer of every plan."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     slots_P, replicas_E, holders_EC = layer.slots_P, layer.replicas_E, layer.holders_EC
@@ -163,21 +163,21 @@ def _fill(experts: Experts, layer: Layer) -> None:
 
 
 @compiled
-def moved_by(experts: Experts, rank: int, arrives: int, leaves: int) -> int:
+def moved_by(experts: LayerInputs, rank: int, arrives: int, leaves: int) -> int:
     """Slots of `rank` that differ from the origin after the replacement, less those before."""
     after, before = experts.fetch_RE[rank, arrives] > 0.0, experts.fetch_RE[rank, leaves] > 0.0
     return int(after) - int(before)
 
 
 @compiled
-def fetched_by(experts: Experts, rank: int, arrives: int, leaves: int) -> float:
+def fetched_by(experts: LayerInputs, rank: int, arrives: int, leaves: int) -> float:
     """Price of the replacement's fetch, less what is saved if a fetched expert leaves."""
-    price: float = experts.fetch_RE[rank, arrives] - experts.fetch_RE[rank, leaves]
-    return price
+    fetched: float = experts.fetch_RE[rank, arrives] - experts.fetch_RE[rank, leaves]
+    return fetched
 
 
 @compiled
-def inner_product(experts: Experts, a: int, b: int) -> float:
+def inner_product(experts: LayerInputs, a: int, b: int) -> float:
     total = 0.0
     for v in range(experts.vectors_EV.shape[1]):
         total += experts.vectors_EV[a, v] * experts.vectors_EV[b, v]
@@ -185,7 +185,7 @@ def inner_product(experts: Experts, a: int, b: int) -> float:
 
 
 @compiled
-def apply_change(experts: Experts, layer: Layer, change: Change) -> None:
+def apply_change(experts: LayerInputs, layer: LayerState, change: Change) -> None:
     arrives, leaves = change.expert, layer.slots_P[change.slot]
     if change.other >= 0:
         _replace(experts, layer, change.other, arrives, leaves)
@@ -194,7 +194,7 @@ def apply_change(experts: Experts, layer: Layer, change: Change) -> None:
 
 
 @compiled
-def _replace(experts: Experts, layer: Layer, slot: int, old: int, new: int) -> None:
+def _replace(experts: LayerInputs, layer: LayerState, slot: int, old: int, new: int) -> None:
     """Let `slot` hold `new` in place of `old`. Between the two calls of a swap both replica counts
     are off by one; the loads that the first leaves with them are put right by the second.
     """
@@ -210,7 +210,7 @@ def _replace(experts: Experts, layer: Layer, slot: int, old: int, new: int) -> N
 
 
 @compiled
-def _add_load(experts: Experts, layer: Layer, expert: int, sign: float) -> None:
+def _add_load(experts: LayerInputs, layer: LayerState, expert: int, sign: float) -> None:
     """Add the expert to, or take it off, all ranks that hold it, at the replica count of now."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     factor = sign * experts.part_EC[expert, layer.replicas_E[expert]]
@@ -222,7 +222,7 @@ def _add_load(experts: Experts, layer: Layer, expert: int, sign: float) -> None:
 
 
 @compiled
-def _hold(experts: Experts, layer: Layer, slot: int, expert: int) -> None:
+def _hold(experts: LayerInputs, layer: LayerState, slot: int, expert: int) -> None:
     rank = slot * layer.arrivals_R.size // layer.slots_P.size
     layer.held_RE[rank, expert] = True
     layer.nodes_NE[experts.node_R[rank], expert] += 1
@@ -231,7 +231,7 @@ def _hold(experts: Experts, layer: Layer, slot: int, expert: int) -> None:
 
 
 @compiled
-def _release(experts: Experts, layer: Layer, slot: int, expert: int) -> None:
+def _release(experts: LayerInputs, layer: LayerState, slot: int, expert: int) -> None:
     rank = slot * layer.arrivals_R.size // layer.slots_P.size
     layer.held_RE[rank, expert] = False
     layer.nodes_NE[experts.node_R[rank], expert] -= 1
@@ -244,7 +244,7 @@ def _release(experts: Experts, layer: Layer, slot: int, expert: int) -> None:
 
 
 @compiled
-def _refresh_products(experts: Experts, layer: Layer) -> None:
+def _refresh_products(experts: LayerInputs, layer: LayerState) -> None:
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     load_V = np.empty(layer.load_VR.shape[0])
     slots_P, product_P, vectors_EV = layer.slots_P, layer.product_P, experts.vectors_EV

@@ -42,7 +42,7 @@ class _Descent:
     def moved(self, index: int) -> int:
         return int(self.changes_N4[index, 0])
 
-    def price(self, index: int) -> float:
+    def gain_per_move(self, index: int) -> float:
         return float(self.gains_N2[index, 1])
 
 
@@ -104,7 +104,9 @@ def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
     budget."""
     taken = [0] * len(descents)
     left = max_moved
-    waiting = [(-d.price(0), layer) for layer, d in enumerate(descents) if len(d.changes_N4)]
+    waiting = [
+        (-d.gain_per_move(0), layer) for layer, d in enumerate(descents) if len(d.changes_N4)
+    ]
     heapq.heapify(waiting)
     while waiting:
         _, layer = heapq.heappop(waiting)
@@ -115,7 +117,7 @@ def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
         left -= moved
         taken[layer] += 1
         if taken[layer] < len(descent.changes_N4):
-            heapq.heappush(waiting, (-descent.price(taken[layer]), layer))
+            heapq.heappush(waiting, (-descent.gain_per_move(taken[layer]), layer))
     return taken
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
-from ep_rebalance.planning.incremental.layer import Experts, Layer
+from ep_rebalance.planning.incremental.layer import LayerInputs, LayerState
 
 
 class Relief(NamedTuple):
@@ -42,7 +42,7 @@ class Relief(NamedTuple):
 
 
 @compiled
-def relief_of(experts: Experts, layer: Layer, rank: int) -> Relief:
+def relief_of(experts: LayerInputs, layer: LayerState, rank: int) -> Relief:
     num_slots, num_ranks = layer.slots_P.size, layer.arrivals_R.size
     less_E, copied_E = np.zeros(layer.replicas_E.size), np.zeros(layer.replicas_E.size)
     held_E = np.zeros(layer.replicas_E.size)
@@ -71,7 +71,7 @@ def relief_of(experts: Experts, layer: Layer, rank: int) -> Relief:
 
 
 @compiled
-def _set_products(experts: Experts, layer: Layer, relief: Relief) -> None:
+def _set_products(experts: LayerInputs, layer: LayerState, relief: Relief) -> None:
     slots_per_rank = relief.product_SR.shape[0]
     for v in range(layer.load_VR.shape[0]):
         factor = layer.load_VR[v, relief.rank]
@@ -87,8 +87,8 @@ def _set_products(experts: Experts, layer: Layer, relief: Relief) -> None:
 
 @compiled
 def _set_copies(
-    experts: Experts,
-    layer: Layer,
+    experts: LayerInputs,
+    layer: LayerState,
     held_E: NDArray[np.float64],
     less_E: NDArray[np.float64],
     copied_E: NDArray[np.float64],
@@ -109,7 +109,7 @@ def _set_copies(
 
 @compiled
 def _set_spares(
-    experts: Experts, layer: Layer, held_E: NDArray[np.float64], relief: Relief
+    experts: LayerInputs, layer: LayerState, held_E: NDArray[np.float64], relief: Relief
 ) -> None:
     slots_per_rank = relief.product_SR.shape[0]
     n = 0

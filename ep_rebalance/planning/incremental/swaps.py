@@ -6,16 +6,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
-from ep_rebalance.planning.incremental.layer import Change, Experts, Layer, inner_product, moved_by
+from ep_rebalance.planning.incremental.layer import (
+    Change,
+    LayerInputs,
+    LayerState,
+    inner_product,
+    moved_by,
+)
 from ep_rebalance.planning.incremental.relief import Relief
 
 
 @compiled
 def best_swap(
-    experts: Experts, layer: Layer, relief: Relief, left: int, max_arrivals: int, best: Change
+    experts: LayerInputs,
+    layer: LayerState,
+    relief: Relief,
+    left: int,
+    max_arrivals: int,
+    best: Change,
 ) -> Change:
     """`best`, or a swap of one of the rank's experts with one of a rank below the average, if it has a
-    higher price.
+    higher gain per move.
 
     left: slots that may still change. Most candidates are ruled out by the triangle inequality: two
     load vectors are no nearer to each other than their means and the lengths of the rest.
@@ -41,24 +52,32 @@ def best_swap(
                 gain = 2.0 * (leaves_a + leaves_P[other])
                 means, rests = mean_a - mean_P[other], rest_a - rest_P[other]
                 most = gain - 2.0 * (means**2 + rests**2)
-                if most <= best.price:
+                if most <= best.gain_per_move:
                     continue
                 b = slots_P[other]
                 fetched = max(fetch_a + fetch_RE[here, b] - fetch_RE[there, b], 1.0)
-                if most > best.price * fetched and not held_RE[here, b]:
+                if most > best.gain_per_move * fetched and not held_RE[here, b]:
                     part_b = experts.part_EC[b, layer.replicas_E[b]]
                     gain -= 2.0 * _square_distance(experts, a, part_a, b, part_b)
-                    if gain > best.price * fetched:
-                        price = gain / fetched
+                    if gain > best.gain_per_move * fetched:
+                        gain_per_move = gain / fetched
                         best = _allowed(
-                            experts, layer, slot, other, price, gain, left, max_arrivals, best
+                            experts,
+                            layer,
+                            slot,
+                            other,
+                            gain_per_move,
+                            gain,
+                            left,
+                            max_arrivals,
+                            best,
                         )
     return best
 
 
 @compiled
 def _elsewhere(
-    experts: Experts, layer: Layer, relief: Relief
+    experts: LayerInputs, layer: LayerState, relief: Relief
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """For each slot: what is gained by its load going from its rank to the relieved one, before its
     square, and the mean and the length of the rest of that load."""
@@ -87,11 +106,11 @@ def _nodes_gained(nodes_NE: NDArray[np.int64], expert: int, source: int, target:
 
 @compiled
 def _allowed(
-    experts: Experts,
-    layer: Layer,
+    experts: LayerInputs,
+    layer: LayerState,
     slot: int,
     other: int,
-    price: float,
+    gain_per_move: float,
     gain: float,
     left: int,
     max_arrivals: int,
@@ -107,12 +126,12 @@ def _allowed(
         and layer.arrivals_R[here] + moved_here <= max_arrivals
         and layer.arrivals_R[there] + moved_there <= max_arrivals
     ):
-        return Change(price, gain, moved_here + moved_there, slot, other, b)
+        return Change(gain_per_move, gain, moved_here + moved_there, slot, other, b)
     return best
 
 
 @compiled
-def _square_distance(experts: Experts, a: int, part_a: float, b: int, part_b: float) -> float:
+def _square_distance(experts: LayerInputs, a: int, part_a: float, b: int, part_b: float) -> float:
     distance: float = (
         part_a**2 * experts.square_E[a]
         + part_b**2 * experts.square_E[b]

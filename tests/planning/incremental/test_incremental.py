@@ -12,7 +12,7 @@ from shapes import budget_of, problem_of, problems, random_samples, small_roofli
 from ep_rebalance import planning
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.incremental.descent import improve_layer
-from ep_rebalance.planning.incremental.layer import Experts, describe_experts
+from ep_rebalance.planning.incremental.layer import LayerInputs, describe_experts
 from ep_rebalance.planning.incremental.planner import _apply, plan_incremental
 from ep_rebalance.planning.policies import PLANNERS, compile_planner, make_plan
 from ep_rebalance.planning.problem import Budget, Plan, Problem
@@ -31,7 +31,7 @@ def tiny(redundant: int) -> Placement:
     return Placement.contiguous(num_layers=4, num_experts=16, num_ranks=2, num_redundant=redundant)
 
 
-def describe_first_layer(problem: Problem) -> Experts:
+def describe_first_layer(problem: Problem) -> LayerInputs:
     current = problem.current
     return describe_experts(
         np.ascontiguousarray(problem.cost.expert_cost_WLE(problem.load)[:, 0]),
@@ -44,7 +44,7 @@ def describe_first_layer(problem: Problem) -> Experts:
     )
 
 
-def objective(problem: Problem, experts: Experts, slots_P: NDArray[np.int32]) -> float:
+def objective(problem: Problem, experts: LayerInputs, slots_P: NDArray[np.int32]) -> float:
     """Sum of squared rank loads, and what it costs that experts are missing on nodes."""
     topology, mean_E = problem.topology, experts.vectors_EV[:, 0]
     replicas_E = np.bincount(slots_P, minlength=len(mean_E))

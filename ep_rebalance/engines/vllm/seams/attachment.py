@@ -29,7 +29,7 @@ from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import PLANNERS
 from ep_rebalance.planning.problem import Planner
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.telemetry.metrics import encode
 from ep_rebalance.topology import Topology
@@ -44,7 +44,7 @@ class Attachment:
     def __init__(
         self,
         rebalancer: Rebalancer,
-        counts: DeviceCounts,
+        counts: RoutingTables,
         recorder: Recorder | None,
         moe_model: Any,
     ) -> None:
@@ -243,10 +243,10 @@ def _tokens_are_shared(model: Any) -> bool:
 
 def _device_counts(
     placement: Placement, topology: Topology, vllm_config: Any, device: torch.device
-) -> DeviceCounts:
+) -> RoutingTables:
     tensor_group = _tensor_group()
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    return DeviceCounts(
+    return RoutingTables(
         placement=placement,
         max_tokens=tokens + 2 * tensor_group.world_size + 1024,
         device=device,
@@ -257,7 +257,7 @@ def _device_counts(
 
 
 def _attach_routers(
-    model: Any, counts: DeviceCounts, *, splits_tokens: bool, moves_experts: bool
+    model: Any, counts: RoutingTables, *, splits_tokens: bool, moves_experts: bool
 ) -> None:
     for index, layer in enumerate(model.moe_layers):
         _refuse_unseen_routing(layer)

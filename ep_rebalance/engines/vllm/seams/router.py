@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ep_rebalance.engines.vllm.contract import Contract
-from ep_rebalance.routing.device_tables import DeviceCounts
+from ep_rebalance.routing.device_tables import RoutingTables
 
 CONTRACTS = (
     Contract(
@@ -46,7 +46,7 @@ def attach_unbalanced(router: Any) -> None:
 
 
 def attach(
-    router: Any, counts: DeviceCounts, layer: int, *, tensor_rank: int, moves_experts: bool
+    router: Any, counts: RoutingTables, layer: int, *, tensor_rank: int, moves_experts: bool
 ) -> None:
     """Count and map one layer's ids.
 

@@ -73,7 +73,7 @@ def serve(options: argparse.Namespace) -> int:
         seconds.append(round(time.monotonic() - began, 2))
         equal = sum(turn == turns[0] for turn in turns)
         tell(turns=len(turns), equal=equal, turn_seconds=seconds)
-    status = json.loads(llm.collective_rpc("ep_rebalance_snapshot")[0])
+    status = json.loads(llm.collective_rpc("ep_rebalance_status")[0])
     tell(
         generation=status["generation"],
         moved_experts=sum(status["migrated_experts"].values()),
