@@ -202,7 +202,7 @@ def test_the_unit_of_the_cost_does_not_change_the_plan(unit: float) -> None:
 
 def signatures() -> dict[str, int]:
     found = {}
-    for info in pkgutil.iter_modules(planning.__path__, f"{planning.__name__}."):
+    for info in pkgutil.walk_packages(planning.__path__, f"{planning.__name__}."):
         for name, function in vars(importlib.import_module(info.name)).items():
             if hasattr(function, "signatures"):
                 found[f"{info.name}.{name}"] = len(function.signatures)
