@@ -1,7 +1,7 @@
 """PromQL: expressions over our metrics and vLLM's, within what the dashboard's variables choose.
 
-A name that the table of `metrics.py` does not define, or that vLLM does not export, is an error while
-the dashboards are built, not an empty panel.
+A name that the table of `telemetry/metrics.py` does not define, or that vLLM does not export, is an
+error while the dashboards are built, not an empty panel.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def version() -> None:
 
 
 def metric_table() -> str:
-    """`METRICS` as Markdown; README holds this text."""
+    """`METRICS` as Markdown; docs/operations.md holds this text."""
     rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     for metric in METRICS:
         suffix = "_total" if metric.kind == "counter" else ""

@@ -2,7 +2,7 @@
 every rank.
 
 Every collective in it happens in the same step on every rank, because each branch is taken on
-values that were summed or broadcast before. What takes long runs in `background.py`; ranks learn in
+values that were summed or broadcast before. What takes long runs in `planner_thread.py`; ranks learn in
 the next snapshot that it is done.
 """
 

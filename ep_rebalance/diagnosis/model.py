@@ -83,7 +83,7 @@ def _first_number(text: Mapping[str, Any], keys: Sequence[str]) -> int:
 
 
 def _quantisation(found: Mapping[str, Any] | None, observed: bool) -> Finding:
-    """As `engines/vllm/activation.py` has it: experts of quantised models are not moved."""
+    """As `engines/vllm/checks.py` has it: experts of quantised models are not moved."""
     if not found:
         return Finding(check="quantisation", verdict="ok", found="none: experts can be moved")
     method = found.get("quant_method", "unknown method")

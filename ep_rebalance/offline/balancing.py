@@ -2,7 +2,7 @@
 given to them.
 
 `ReplayedBalancer` plans when it is told to and serves a plan at once. `ReplayedServer` is the loop of
-`rebalancer.py` with one `yield` per snapshot: it plans when the server would, and serves a plan when
+`balancer/rebalancer.py` with one `yield` per snapshot: it plans when the server would, and serves a plan when
 the server would have moved its experts. Given a server's trace and configuration it comes to the
 placements that the server committed.
 """

@@ -21,7 +21,7 @@ OUTCOMES = ("committed", "no_gain", "over_budget", "abandoned", "failed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One row of the table; README, exporter and dashboards are made from it.
+    """One row of the table; docs/operations.md, exporter and dashboards are made from it.
 
     field: the attribute of `Status` that it shows.
     optional: shown only where `metrics.<name>` is set in the configuration.
@@ -320,7 +320,7 @@ class Status(msgspec.Struct, kw_only=True):
 
     started: Unix time at which counting began. reported_timestamp: at which this status was made.
     imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer, of recent
-    snapshots as `rank_balance.py` weighs them; overall_imbalance, busiest_rank_tokens: by placement.
+    snapshots as `imbalance.py` weighs them; overall_imbalance, busiest_rank_tokens: by placement.
     rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.
     step_seconds: mean time of a step in the last snapshot that timed one. achieved_gain: of the last
     plan, by the token model; measured_gain: of the last commit that can be told, by step times: estimate

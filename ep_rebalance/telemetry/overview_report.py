@@ -1,6 +1,6 @@
 """Overview: what the page at `GET /ep_rebalance/` shows, small enough to be asked for every few seconds.
 
-The load of every expert (`expert_load.py`) is hundreds of kilobytes for a large model; this holds
+The load of every expert (`load_report.py`) is hundreds of kilobytes for a large model; this holds
 its hottest experts only.
 """
 

@@ -1,4 +1,4 @@
-"""`ep-rebalance inspect`: what test_cli_replay.py leaves out, above all `--watch`."""
+"""`ep-rebalance inspect`: what test_replay.py leaves out, above all `--watch`."""
 
 from __future__ import annotations
 

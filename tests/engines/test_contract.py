@@ -13,7 +13,7 @@ TARGET = "ep_rebalance.migration:schedule"
 
 @pytest.mark.parametrize("seam", SEAMS)
 def test_the_installed_vllm_keeps_the_contracts_of_the_seam(vllm, seam):
-    module = importlib.import_module(f"ep_rebalance.engines.vllm.{seam}")
+    module = importlib.import_module(f"ep_rebalance.engines.vllm.seams.{seam}")
     assert module.CONTRACTS
     for contract in module.CONTRACTS:
         contract.check()
