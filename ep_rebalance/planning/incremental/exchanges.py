@@ -1,4 +1,11 @@
-"""Exchanges: a slot of an expert with several replicas is given to another expert."""
+"""Exchanges: a slot of an expert with several replicas is given to another expert.
+
+Where `a` comes and `b` goes, a rank `l` turns into `l + u + v`, with `u` and `v` multiples of their
+load vectors, and |l + u + v|^2 = |l + u|^2 + |l + v|^2 - |l|^2 + 2 u.v: the gain is that of `a`
+alone, that of `b` alone and the products -2 u.v. Wherever one of the two puts more load, the other
+puts less, so -u.v is a.b times a factor above 0; and a.b is at most the product of the means and that
+of the lengths of the rests.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +44,13 @@ def best_copy(
             rank, b = spare_N[n] // slots_per_rank, slots_P[spare_N[n]]
             if held_RE[rank, a]:
                 continue
+            # |l|^2 - |l + part a|^2 = -2 part l.a - part^2 |a|^2, whose square is in `copied`.
             gain = copied + freed_N[n] - 2.0 * part * product_R[rank]
             if nodes_NE[node_R[rank], a] == 0:
                 gain += traffic_E[a]
             least = best.gain_per_move * max(fetch_RE[rank, a] - fetch_RE[rank, b], 1.0)
             product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
+            # -u.v is part * part_b * a.b on the slot's rank, less * more * a.b on ranks with both.
             both = part * relief.part_N[n]
             if gain + 2.0 * (both + less * relief.most_N[n]) * product > least:
                 both += less * relief.more_N[n] * _shared_ranks(layer, a, b)
@@ -77,6 +86,7 @@ def best_drop(
             if held_E[a]:
                 continue
             part = part_EC[a, replicas_E[a] + 1]
+            # As in `best_copy`, but the slot is on the relieved rank.
             gain = copied_E[a] + freed - 2.0 * part * product_E[a]
             if nodes_E[a] == 0:
                 gain += traffic_E[a]

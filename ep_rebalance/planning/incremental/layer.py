@@ -122,6 +122,11 @@ def describe_experts(
 
 @compiled
 def start_layer(experts: LayerInputs, slots_P: NDArray[np.int32]) -> LayerState:
+    """The layer before any change: nothing has arrived, no rank was tried.
+
+    slots_P: int32 [P], the expert in each slot, as `experts` was described with. Loads are in units
+    of the mean rank load, so squares and products are in units of its square.
+    """
     num_experts, width = experts.vectors_EV.shape
     num_ranks, num_nodes = experts.node_R.size, experts.node_R.max() + 1
     layer = LayerState(
@@ -186,6 +191,10 @@ def inner_product(experts: LayerInputs, a: int, b: int) -> float:
 
 @compiled
 def apply_change(experts: LayerInputs, layer: LayerState, change: Change) -> None:
+    """Make the change in `layer`, in place, with all that depends on it but `failed_square_R`.
+
+    Only `slot`, `other` and `expert` are read; whether the change is allowed is not checked.
+    """
     arrives, leaves = change.expert, layer.slots_P[change.slot]
     if change.other >= 0:
         _replace(experts, layer, change.other, arrives, leaves)

@@ -43,6 +43,12 @@ class Relief(NamedTuple):
 
 @compiled
 def relief_of(experts: LayerInputs, layer: LayerState, rank: int) -> Relief:
+    """What `Relief` says, for the layer as it is now; it is out of date after the next change.
+
+    E are all experts, R all ranks, S the slots of `rank`, N the spare slots of all ranks, by expert.
+    Parts are fractions of an expert's load; products and gains are in units of the squared mean rank
+    load. Without redundant slots `less_E` and `copied_E` are zero and N is 0.
+    """
     num_slots, num_ranks = layer.slots_P.size, layer.arrivals_R.size
     less_E, copied_E = np.zeros(layer.replicas_E.size), np.zeros(layer.replicas_E.size)
     held_E = np.zeros(layer.replicas_E.size)
@@ -100,6 +106,8 @@ def _set_copies(
             continue
         before, part = experts.part_EC[a, count], experts.part_EC[a, count + 1]
         less_E[a] = before - part
+        # |l|^2 - |l - less a|^2 = 2 less l.a - less^2 |a|^2 on each rank `l` of the `count`, and an
+        # empty rank that takes the new replica costs part^2 |a|^2. held_E[a] is the sum of l.a.
         copied_E[a] = (
             2.0 * less_E[a] * held_E[a]
             - (count * less_E[a] ** 2 + part**2) * experts.square_E[a]
@@ -125,8 +133,10 @@ def _set_spares(
             slot = layer.holders_EC[b, index]
             own = layer.product_P[slot]
             relief.spare_N[n], relief.more_N[n] = slot, more
+            # |l|^2 - |l - part b|^2 = 2 part l.b - part^2 |b|^2 on the slot's rank, and on the others
+            # |l|^2 - |l + more b|^2 = -2 more l.b - more^2 |b|^2. The squares of `b` are in `fixed`.
             relief.freed_N[n] = fixed + 2.0 * part * own - 2.0 * more * (held_E[b] - own)
             if layer.nodes_NE[experts.node_R[slot // slots_per_rank], b] == 1:
                 relief.freed_N[n] -= experts.traffic_E[b]
-            relief.part_N[n], relief.most_N[n] = part, count * more
+            relief.part_N[n], relief.most_N[n] = part, (count - 1) * more
             n += 1

@@ -48,6 +48,9 @@ def best_swap(
             nearer = _nodes_gained(layer.nodes_NE, a, node_R[here], node_R[there])
             leaves_a += 0.5 * nearer * traffic_E[a]
             fetch_a = fetch_RE[there, a] - fetch_RE[here, a]
+            # With x and y the loads that `a` and `b` put on their ranks h (here) and t (there),
+            # |h|^2 - |h - x + y|^2 + |t|^2 - |t + x - y|^2 = 2 (x.(h - t) + y.(t - h) - |x - y|^2),
+            # and |x - y|^2 >= means^2 + rests^2.
             for other in range(there * slots_per_rank, (there + 1) * slots_per_rank):
                 gain = 2.0 * (leaves_a + leaves_P[other])
                 means, rests = mean_a - mean_P[other], rest_a - rest_P[other]
