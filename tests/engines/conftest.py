@@ -1,6 +1,8 @@
 """vLLM, imported once, with the plugin registered as vLLM itself does it."""
 
+import logging
 import warnings
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +19,12 @@ def vllm():
 
         AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     return vllm
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """A test that activates the plugin sends our log lines to vLLM's handlers, until it ends."""
+    log = logging.getLogger("ep_rebalance")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
