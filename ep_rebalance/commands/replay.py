@@ -18,6 +18,7 @@ from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report import check_report, write_report
 from ep_rebalance.offline.scenarios import open_traces, scenario
+from ep_rebalance.offline.step_time import hardware_names
 
 _POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_POLICIES.values())
 _DEFAULT_POLICIES = ("ours", "none", "hindsight")
@@ -56,8 +57,8 @@ def run_replay(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="Model step times on this accelerator (h100-sxm, ... or a YAML file; `ep-rebalance "
-            "hardware` lists them). [default: scale the recorded step times]"
+            help=f"Model step times on this accelerator: {', '.join(hardware_names())}, or a YAML file as "
+            "`ep-rebalance hardware` prints it. [default: scale the recorded step times]"
         ),
     ] = None,
     expert_time_fraction: Annotated[

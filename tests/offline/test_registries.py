@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from command_line import run
 from saved_states import PLACEMENT, STATE
 from traces import head_of, write_trace
 
 from ep_rebalance.load.state import save_state
+from ep_rebalance.offline.step_time import hardware_names
+from ep_rebalance.policies import POLICIES
 
 pytest.importorskip("plotly")
 
@@ -125,7 +128,7 @@ def words(text: object) -> str:
 
 
 def test_the_settings_know_an_added_policy(found: Mapping[str, object]) -> None:
-    known = "incremental, greedy, vllm, none, sideways"
+    known = ", ".join([*POLICIES, "sideways"])
     assert f"# one of {known}" in str(found["config"])
     assert "`sideways`: moves experts sideways" in str(found["config"])
     assert '"sideways"' in str(found["schema"])
@@ -168,3 +171,9 @@ def test_an_added_format_is_read_and_written(found: Mapping[str, object], folder
     rows = json.loads((folder / "placement.json").read_text())["physical_to_logical_map"]
     assert rows == PLACEMENT.slots_LP.tolist()
     assert "1 snapshots, plain text" in words(found["load"])
+
+
+def test_every_row_of_the_hardware_table_is_offered() -> None:
+    for command in ("replay", "advise"):
+        shown = words(run(command, "--help", COLUMNS="200").output)
+        assert ", ".join(hardware_names()) in shown
