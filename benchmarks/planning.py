@@ -4,7 +4,7 @@ A placement made from the windows up to one moment is scored on the steps of the
 run on the same steps:
   contiguous    experts in order, as the engine loads them
   never move    the placement of the first window, kept
-  greedy        the published DeepSeek EPLB algorithm, anew from each window
+  greedy        the published DeepSeek EPLB algorithm, anew from each window; so is any other policy
   vLLM          the installed vLLM's policy, anew from each window; `vLLM groups` its branch for
                 DeepSeek's expert groups, where those divide by the nodes
   ep_rebalance  the plugin's window, planner and decision at their defaults
@@ -65,8 +65,7 @@ from ep_rebalance.offline.scoring import (
     moves_between,
 )
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.greedy import plan_greedy
-from ep_rebalance.planning.policies import compile_planner
+from ep_rebalance.planning.policies import compile_planner, own_planners
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
@@ -187,7 +186,11 @@ def run_case(
     policies: list[Policy] = [
         Kept("contiguous", contiguous),
         Kept("never move", start),
-        Anew("greedy", plan_greedy, contiguous, topology),
+        *(
+            Anew(name, planner, contiguous, topology)
+            for name, planner in own_planners().items()
+            if name not in ("incremental", "none")
+        ),
         *vllm_policies(contiguous, topology, grouped=case.shape == "deepseek-v3"),
         Ours(config, start, topology, bytes_L),
     ]

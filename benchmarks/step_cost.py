@@ -49,7 +49,7 @@ from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import PLANNERS, compile_planner
+from ep_rebalance.planning.policies import compile_planner, keep_current
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology
@@ -104,7 +104,7 @@ class Rank:
             counts=self.counts,
             memory=self.memory,
             group=dist.group.WORLD,
-            planner=PLANNERS["none"],
+            planner=keep_current,
             topology=self.topology,
             identity=ModelIdentity(
                 model="deepseek-v3",

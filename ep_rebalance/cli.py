@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import types
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from ep_rebalance.commands.advise import advise
 from ep_rebalance.commands.convert import convert
@@ -90,13 +90,16 @@ def _commented_yaml(model: type[BaseModel], indent: str) -> list[str]:
         words = " ".join((field.description or "").split())
         if words:
             lines.append(f"{indent}# {words}")
-        lines.append(f"{indent}{name}: {json.dumps(field.default)}{_choices(field.annotation)}")
+        lines.append(f"{indent}{name}: {json.dumps(field.default)}{_choices(field)}")
     return lines
 
 
-def _choices(annotation: Any) -> str:
-    values = get_args(annotation)
-    if not values or get_origin(annotation) is types.UnionType:
+def _choices(field: FieldInfo) -> str:
+    schema = field.json_schema_extra
+    values: Any = schema.get("enum", ()) if isinstance(schema, dict) else ()
+    if get_origin(field.annotation) is Literal:
+        values = get_args(field.annotation)
+    if not values:
         return ""
     return f"  # one of {', '.join(map(str, values))}"
 

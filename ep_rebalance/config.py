@@ -6,12 +6,14 @@ no process ever reads a file or an environment variable that another one does no
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ep_rebalance.policies import POLICIES
 
 Mode = Literal["observe", "static", "rebalance"]
-Policy = Literal["incremental", "greedy", "vllm", "none"]
 PhaseChoice = Literal["all", "prefill", "decode"]
 
 
@@ -54,14 +56,22 @@ class WindowConfig(_Section):
         return self
 
 
+def _known_policy(name: str) -> str:
+    if name not in POLICIES:
+        raise PydanticCustomError(
+            "unknown_policy", "Input should be one of {known}", {"known": ", ".join(POLICIES)}
+        )
+    return name
+
+
 class PlannerConfig(_Section):
     """How a target placement is found."""
 
-    policy: Policy = "incremental"
-    """`incremental` improves the current placement within the budget; `greedy` is the published
-    DeepSeek EPLB algorithm, which starts anew each time; `vllm` asks the installed vLLM's own
-    policy, which does so too; `none` never plans.
-    """
+    policy: Annotated[str, AfterValidator(_known_policy)] = Field(
+        default="incremental",
+        description="; ".join(f"`{one.name}`: {one.summary}" for one in POLICIES.values()) + ".",
+        json_schema_extra={"enum": list(POLICIES)},
+    )
     objective: Literal["tokens", "time"] = "tokens"
     """What is balanced: `tokens` per rank, or by the figures of `hardware` the `time` that a rank needs
     to read the experts that it activates or to compute its tokens, whichever is longer (decode).

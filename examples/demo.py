@@ -25,6 +25,8 @@ from demo_server import Launch, Server, ServerError, check_cores, choose_port
 from demo_traffic import Client, FixedQuestions, Tally, Traffic, read_prompts
 from rich.console import Console
 
+from ep_rebalance.policies import POLICIES
+
 EXAMPLES = Path(__file__).resolve().parent
 CONCURRENCY = 24
 FIRST_DOMAIN = "python"
@@ -81,10 +83,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--policy",
-        choices=("incremental", "greedy", "vllm"),
+        choices=[name for name in POLICIES if name != "none"],
         default="incremental",
-        help="who decides what moves: ours, DeepSeek's published algorithm, or vLLM's own "
-        "(default: incremental)",
+        help="planner.policy of the server: who decides what moves (default: incremental)",
     )
     parser.add_argument(
         "--redundant",

@@ -58,6 +58,11 @@ def test_config_is_frozen() -> None:
         ),
         ({"data_plane": {"capacity_factor": 0}}, "capacity_factor=0", "ep-rebalance config"),
         ({"mode": "fast"}, "mode='fast'", "ep-rebalance config"),
+        (
+            {"planner": {"policy": "greed"}},
+            "planner.policy='greed' is not allowed: Input should be one of incremental, greedy",
+            "ep-rebalance config",
+        ),
         ({"mode": "static"}, "state.path", "ep-rebalance config"),
         ({"window": {"snapshots": 2}}, "min_snapshots=4", "ep-rebalance config"),
         ({"mode": "observe", "planner": {"redundant_experts": 2}}, "redundant_experts=2", "config"),

@@ -28,6 +28,7 @@ from ep_rebalance.migration.commit import (
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import RoundExchange, StagingFull
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.policies import staging_slots
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import Journal
 from ep_rebalance.telemetry.stall_clock import StallClock
@@ -68,7 +69,7 @@ class Migrator:
         self._may_move = True
         self._loaded = self.served
         self.actions = 0
-        self.staging_slots = _staging_slots(config, placement)
+        self.staging_slots = staging_slots(config.planner, placement.slots_per_rank)
         self._counts = counts
         self._memory = memory
         self._group = group
@@ -273,11 +274,3 @@ class Migrator:
     def _number(self, generation: int) -> None:
         self.served = replace(self.served, generation=generation)
         self._journal.generation(generation)
-
-
-def _staging_slots(config: RebalanceConfig, placement: Placement) -> int:
-    """Experts that staging holds: two layers' arrivals, or for a planner without a bound a whole
-    rank's.
-    """
-    bounded = 2 * config.planner.max_arrivals_per_rank_and_layer
-    return bounded if config.planner.policy == "incremental" else placement.slots_per_rank

@@ -30,7 +30,7 @@ from ep_rebalance.offline.advice import (
 from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.run import NothingRecorded, Scenario
 from ep_rebalance.offline.scenarios import open_traces, scenario
-from ep_rebalance.offline.step_time import ModelledSteps, load_hardware
+from ep_rebalance.offline.step_time import ModelledSteps, hardware_names, load_hardware
 from ep_rebalance.version import __version__
 
 _GROUP = 256
@@ -42,7 +42,10 @@ def advise(
         list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")
     ],
     hardware: Annotated[
-        str, typer.Option(help="Accelerator: h100-sxm, ... or a YAML file of its figures.")
+        str,
+        typer.Option(
+            help=f"Accelerator: {', '.join(hardware_names())}, or a YAML file of its figures."
+        ),
     ],
     gpus: Annotated[
         list[int] | None, typer.Option(min=2, help="GPUs. Repeat for several. [default: 8, 16, 32]")

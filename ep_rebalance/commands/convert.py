@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.progress import track
 
+from ep_rebalance.commands.choices import one_of
 from ep_rebalance.commands.scenarios import explained
-from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
-from ep_rebalance.formats.load import ForeignLoad, FormatError, read_text, sampled, write_trace
-from ep_rebalance.load.state import SavedState, read_state, save_state
-from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
+from ep_rebalance.formats import FORMATS, read_load, read_placement
+from ep_rebalance.formats.format import Reading, Writing
+from ep_rebalance.formats.load import ForeignLoad, FormatError, sampled, write_trace
+from ep_rebalance.load.trace import SUFFIX
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
 
+TARGETS = one_of(name for name, one in FORMATS.items() if one.write_placement)
+"""Of an option: who is to read a placement."""
 
-class Target(StrEnum):
-    """Who is to read a placement."""
 
-    SGLANG = sglang.NAME
-    TENSORRT_LLM = tensorrt_llm.NAME
-    VLLM_ASCEND = vllm_ascend.NAME
-    STATE = "state"
+def _sources() -> str:
+    loads = ", ".join(name for name, one in FORMATS.items() if one.read_load)
+    placements = ", ".join(name for name, one in FORMATS.items() if one.read_placement)
+    meanings = "; ".join(f"{name}: {one.summary}" for name, one in FORMATS.items())
+    return f"A recording ({loads}) or a placement ({placements}). {meanings}."
 
 
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            help="A recording: SGLang's logical_count JSON or .pt, TensorRT-LLM's folder of statistics, or "
-            "expert ids by token (.npz, .npy). Or "
-            "a placement: our state file, a trace (its last one), SGLang's, TensorRT-LLM's or "
-            "vllm-ascend's."
-        ),
+        typer.Argument(help=_sources()),
     ],
     target: Annotated[Path, typer.Argument(help="A trace (*.eptrace), or a placement's file.")],
     to: Annotated[
-        Target | None, typer.Option(help="Whose placement to write, unless TARGET is a trace.")
+        str | None,
+        typer.Option(**TARGETS, help="Whose placement to write, unless TARGET is a trace."),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Experts of a token, where the file does not tell.")
@@ -89,8 +84,15 @@ def convert(
     with explained():
         if phase not in PHASES:
             raise ValueError(f"--phase {phase}: it is one of {', '.join(PHASES)}")
+        reading = Reading(
+            num_ranks=ep_size,
+            first_moe_layer=first_moe_layer,
+            tokens_per_snapshot=tokens_per_snapshot,
+            keys=key,
+        )
         if target.suffix == SUFFIX:
-            load, known = _read_load(source, tokens_per_snapshot, key, top_k)
+            load = read_load(source, reading)
+            known = _top_k(source, load, top_k)
             if sample:
                 load = sampled(
                     load, snapshots=sample, tokens=tokens_per_snapshot, top_k=known, seed=seed
@@ -107,24 +109,18 @@ def convert(
             return
         if to is None:
             raise ValueError(f"TARGET {target} is no *{SUFFIX}; say whose placement with --to")
-        placement, moe_layers = _read_placement(source, ep_size, first_moe_layer)
-        write_placement(target, placement, moe_layers, to, layers=layers, like=like)
+        placement, moe_layers = read_placement(source, reading)
+        write_placement(target, placement, moe_layers, to, Writing(layers=layers, like=like))
 
 
-def _read_load(
-    source: Path, tokens_per_snapshot: int, key: str, top_k: int | None
-) -> tuple[ForeignLoad, int]:
-    """The load and its top-k."""
-    if source.is_dir():
-        return tensorrt_llm.read_load(source)
-    if source.suffix in (".npz", ".npy"):
-        return token_ids.read_load(source, tokens_per_snapshot=tokens_per_snapshot, keys=key)
-    load = sglang.read_load(source)
+def _top_k(source: Path, load: ForeignLoad, given: int | None) -> int:
+    """What the file tells, else what was given, else that of a model with these sizes."""
     sizes = (load.layers, load.experts)
     guessed = [s.top_k for s in SHAPES.values() if (s.layers, s.experts) == sizes]
-    if top_k is None and not guessed:
+    known = [top_k for top_k in (load.top_k, given, *guessed) if top_k is not None]
+    if not known:
         raise FormatError(source, "", "does not tell the experts of a token; give --top-k")
-    return load, top_k or guessed[0]
+    return known[0]
 
 
 def _shown(load: ForeignLoad, total: int) -> ForeignLoad:
@@ -133,90 +129,15 @@ def _shown(load: ForeignLoad, total: int) -> ForeignLoad:
     return dataclasses.replace(load, counts=counts)
 
 
-def _read_placement(
-    source: Path, ep_size: int | None, first: int
-) -> tuple[Placement, tuple[int, ...]]:
-    """The placement and the model's numbers of its layers, from `first` on where they are not told."""
-    if source.suffix in (".yaml", ".yml"):
-        return tensorrt_llm.read_placement(source, _ranks(source, ep_size))
-    if source.suffix == ".json":
-        if '"device_expert"' in read_text(source):
-            return vllm_ascend.read_placement(source)
-        placement = sglang.read_placement(source, _ranks(source, ep_size))
-    elif source.suffix == SUFFIX:
-        changes = [r for r in TraceReader(source) if isinstance(r, RecordedPlacement)]
-        placement = changes[-1].placement
-    else:
-        placement = read_state(source).placement
-    return placement, tuple(range(first, first + placement.num_layers))
-
-
-def _ranks(source: Path, ep_size: int | None) -> int:
-    if ep_size is None:
-        raise FormatError(source, "", "does not tell the ranks; give --ep-size")
-    return ep_size
-
-
-def _placement_text(
-    placement: Placement, moe_layers: tuple[int, ...], to: Target, layers: int | None
-) -> str:
-    if to == Target.TENSORRT_LLM:
-        return tensorrt_llm.placement_text(placement, moe_layers)
-    if to == Target.VLLM_ASCEND:
-        return vllm_ascend.placement_text(placement, moe_layers)
-    least = moe_layers[-1] + 1
-    if layers is not None and layers < least:
-        raise ValueError(f"--layers {layers}: the placement reaches layer {least - 1}")
-    return sglang.placement_text(placement, moe_layers, layers or least)
-
-
 def write_placement(
-    target: Path,
-    placement: Placement,
-    moe_layers: tuple[int, ...],
-    to: Target,
-    *,
-    layers: int | None,
-    like: Path | None,
+    target: Path, placement: Placement, moe_layers: Sequence[int], to: str, writing: Writing
 ) -> None:
-    """In the form of `to`, and say so on stderr. layers: of the model, for SGLang. like: a state file
-    whose model the placement is for. Raises ValueError for what does not fit."""
-    if to == Target.STATE:
-        save_state(target, _state(placement, like))
-    else:
-        _write(target, _placement_text(placement, moe_layers, to, layers))
+    """In the format `to`, one of TARGETS, and say so on stderr. Raises ValueError for what does not fit."""
+    write = FORMATS[to].write_placement
+    assert write is not None
+    write(target, placement, moe_layers, writing)
     typer.echo(
         f"{target}: {placement.num_layers} layers, {placement.num_slots} slots on "
-        f"{placement.num_ranks} ranks, for {to.value}",
+        f"{placement.num_ranks} ranks, for {to}",
         err=True,
     )
-
-
-def _state(placement: Placement, like: Path | None) -> SavedState:
-    """A generation later than that of `like`, with its model and its load."""
-    if like is None:
-        raise ValueError("a state file names its model: give --like, one that the server has saved")
-    saved = read_state(like)
-    theirs = saved.placement
-    sizes = (placement.slots_LP.shape, placement.num_experts, placement.num_ranks)
-    if sizes != (theirs.slots_LP.shape, theirs.num_experts, theirs.num_ranks):
-        raise ValueError(f"{like} is for {theirs.slots_LP.shape} layers and slots, not {sizes[0]}")
-    header = msgspec.structs.replace(saved.header, generation=saved.header.generation + 1)
-    return SavedState(
-        header=header,
-        placement=placement,
-        quotas_LP=placement.even_quotas_LP(),
-        load_LE=saved.load_LE,
-    )
-
-
-def _write(path: Path, text: str) -> None:
-    """At once or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            os.fchmod(handle, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -20,8 +20,9 @@ from rich.text import Text
 
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.commands.status import ApiKey, NoStatus, fetch_status, status_table
+from ep_rebalance.formats import state, trace
 from ep_rebalance.load.state import SavedState, read_state
-from ep_rebalance.load.trace import SUFFIX, TraceReader, read_records
+from ep_rebalance.load.trace import TraceReader, read_records
 from ep_rebalance.offline.scenarios import open_traces
 from ep_rebalance.offline.summary import Summary, summarise
 from ep_rebalance.placement import imbalance_L
@@ -68,11 +69,11 @@ def _look(url: str, api_key: str) -> tuple[dict[str, Any], RenderableType]:
 
 def _read(path: Path) -> tuple[dict[str, Any], RenderableType]:
     """Told apart by what they begin with, not by their names."""
-    if path.is_dir() or path.suffix == SUFFIX:
+    if path.is_dir() or trace.FORMAT.recognises(path):
         return _trace(open_traces([path]))
-    with path.open("rb") as file:
-        archive = file.read(2) == b"PK"
-    return _state(read_state(path)) if archive else _trace([TraceReader(path)])
+    if state.FORMAT.recognises(path):
+        return _state(read_state(path))
+    return _trace([TraceReader(path)])
 
 
 def _trace(readers: Sequence[TraceReader]) -> tuple[dict[str, Any], RenderableType]:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ep_rebalance.commands.convert import Target, write_placement
+from ep_rebalance.commands.convert import TARGETS, write_placement
 from ep_rebalance.commands.scenarios import explained, settings_for
+from ep_rebalance.formats.format import Writing
 from ep_rebalance.load.history import LoadHistory
 from ep_rebalance.load.trace import Record, RecordedSnapshot, read_records
 from ep_rebalance.load.window import WindowLoad, window_load
@@ -25,7 +26,7 @@ def plan(
         list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the placement.")],
-    to: Annotated[Target, typer.Option(help="For whom.")],
+    to: Annotated[str, typer.Option(**TARGETS, help="For whom.")],
     ep_size: Annotated[
         int | None, typer.Option(min=2, help="EP ranks. [default: as recorded]")
     ] = None,
@@ -62,7 +63,7 @@ def plan(
         load = _remembered(read_records(readers))
         placement = place_anew(load, contiguous, one.topology)
         moe_layers = tuple(range(first_moe_layer, first_moe_layer + head.layers))
-        write_placement(output, placement, moe_layers, to, layers=layers, like=like)
+        write_placement(output, placement, moe_layers, to, Writing(layers=layers, like=like))
         typer.echo(
             f"imbalance on this load: {_imbalance(contiguous, load):.3f} contiguous, "
             f"{_imbalance(placement, load):.3f} placed",

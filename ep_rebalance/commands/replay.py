@@ -10,13 +10,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ep_rebalance.commands.choices import one_of
 from ep_rebalance.commands.replay_result import Format, as_json, check_gain, write
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report import check_report, write_report
-from ep_rebalance.offline.run import PolicyName
 from ep_rebalance.offline.scenarios import open_traces, scenario
+from ep_rebalance.offline.step_time import hardware_names
+
+_POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_POLICIES.values())
+_DEFAULT_POLICIES = ("ours", "none", "hindsight")
 
 
 def run_replay(
@@ -24,12 +29,11 @@ def run_replay(
         list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")
     ],
     policy: Annotated[
-        list[PolicyName] | None,
+        list[str] | None,
         typer.Option(
-            help="What decides where experts sit. ours: the plugin; greedy, vllm: other planners in its "
-            "loop; static: placed once, by the first window; none: as the engine loads them; recorded: "
-            "what was served; hindsight: knows the future. Repeat for several. "
-            "[default: ours, none, hindsight]"
+            **one_of(REPLAY_POLICIES),
+            help=f"What decides where experts sit. {_POLICIES}. Repeat for several. "
+            f"[default: {', '.join(_DEFAULT_POLICIES)}]",
         ),
     ] = None,
     ep_size: Annotated[
@@ -53,8 +57,8 @@ def run_replay(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="Model step times on this accelerator (h100-sxm, ... or a YAML file; `ep-rebalance "
-            "hardware` lists them). [default: scale the recorded step times]"
+            help=f"Model step times on this accelerator: {', '.join(hardware_names())}, or a YAML file as "
+            "`ep-rebalance hardware` prints it. [default: scale the recorded step times]"
         ),
     ] = None,
     expert_time_fraction: Annotated[
@@ -105,7 +109,7 @@ def run_replay(
             for ranks, copies, name in product(
                 ep_size or [head.ep_size],
                 redundant or [head.slots - head.experts],
-                policy or [PolicyName.OURS, PolicyName.NONE, PolicyName.HINDSIGHT],
+                policy or _DEFAULT_POLICIES,
             )
         ]  # fmt: skip
         replayed = replay_all(readers, scenarios, jobs=jobs, quiet=quiet)

@@ -1,11 +1,50 @@
 """Files of other engines: recordings that become traces, and placements to and fro.
 
-| module | what | reads | writes |
-|---|---|---|---|
-| sglang | `logical_count` in JSON or `.pt`; `--init-expert-location` | load, placements | placements |
-| tensorrt_llm | expert statistics; `initial_global_assignments` in YAML | load, placements | placements |
-| vllm_ascend | expert map JSON (`expert_map_path`) | placements | placements |
-| token_ids | arrays of expert ids, token by token, `.npz` or `.npy` | load | |
-
-Nothing in a file is executed: no pickles, `yaml.safe_load`, `torch.load(weights_only=True)`.
+Each format is a module here with a `FORMAT`, and an entry of `FORMATS`. Nothing in a file is executed: no
+pickles, `yaml.safe_load`, `torch.load(weights_only=True)`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
+
+from ep_rebalance.formats import sglang, state, tensorrt_llm, token_ids, trace, vllm_ascend
+from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
+from ep_rebalance.formats.load import ForeignLoad, FormatError
+
+_Reader = TypeVar("_Reader")
+
+_ENTRIES = (
+    vllm_ascend.FORMAT,
+    sglang.FORMAT,
+    tensorrt_llm.FORMAT,
+    token_ids.FORMAT,
+    state.FORMAT,
+    trace.FORMAT,
+)
+
+FORMATS: Mapping[str, Format] = MappingProxyType({one.name: one for one in _ENTRIES})
+"""By name, in the order in which they are asked for a file: SGLang's takes any JSON that is left."""
+
+
+def read_load(path: Path, reading: Reading) -> ForeignLoad:
+    """In the first format that recognises the file. Raises FormatError."""
+    readers = [(one, one.read_load) for one in FORMATS.values() if one.read_load]
+    return _reader_of(path, readers)(path, reading)
+
+
+def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
+    """In the first format that recognises the file. Raises FormatError."""
+    readers = [(one, one.read_placement) for one in FORMATS.values() if one.read_placement]
+    return _reader_of(path, readers)(path, reading)
+
+
+def _reader_of(path: Path, readers: Sequence[tuple[Format, _Reader]]) -> _Reader:
+    path.stat()  # what is not there is of no format, but that is not what is wrong
+    for one, read in readers:
+        if one.recognises(path):
+            return read
+    raise FormatError(path, "", f"is none of {', '.join(one.name for one, _ in readers)}")

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class ForeignLoad:
 
     counts: uint32 [L, E] for each snapshot, tokens per logical expert, read as they are asked for.
     moe_layers: the engine's numbers of the layers, length L. origin: a sentence for the trace.
+    top_k: experts of a token, None if the file does not tell.
     """
 
     counts: Iterable[NDArray[np.uint32]]
@@ -42,6 +43,7 @@ class ForeignLoad:
     experts: int
     moe_layers: tuple[int, ...]
     origin: str
+    top_k: int | None = None
 
 
 def read_text(path: Path) -> str:
@@ -97,13 +99,7 @@ def sampled(
         draw.multinomial(tokens * top_k, shares_LE).astype(np.uint32) for _ in range(snapshots)
     )
     origin = f"{load.origin}; sampled, {tokens} tokens a snapshot, seed {seed}"
-    return ForeignLoad(
-        counts=drawn,
-        layers=load.layers,
-        experts=load.experts,
-        moe_layers=load.moe_layers,
-        origin=origin,
-    )
+    return replace(load, counts=drawn, origin=origin)
 
 
 def write_trace(

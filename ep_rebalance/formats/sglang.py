@@ -15,6 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.formats.format import (
+    Format,
+    NumberedPlacement,
+    Reading,
+    Writing,
+    beginning,
+    replace_text,
+)
 from ep_rebalance.formats.load import (
     ForeignLoad,
     FormatError,
@@ -24,10 +32,13 @@ from ep_rebalance.formats.load import (
 )
 from ep_rebalance.placement import Placement, PlacementError
 
-NAME = "sglang"
+
+def recognises(path: Path) -> bool:
+    """Any JSON, and tensors."""
+    return path.suffix in (".json", ".pt") or beginning(path, 1) == b"{"
 
 
-def read_load(path: Path) -> ForeignLoad:
+def read_load(path: Path, reading: Reading) -> ForeignLoad:
     """`logical_count` of a JSON file, or of a `.pt` recording in the modes stat and stat_approx.
 
     Raises FormatError for anything else, recordings of single passes and tokens included.
@@ -89,16 +100,30 @@ def _read_pt(path: Path) -> Any:
     }
 
 
-def read_placement(path: Path, num_ranks: int) -> Placement:
-    """`physical_to_logical_map` of a JSON file, all layers of it. Raises FormatError."""
+def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
+    """`physical_to_logical_map` of a JSON file, all layers of it, numbered from
+    `reading.first_moe_layer` on. Raises FormatError.
+    """
+    num_ranks = reading.ranks_of(path)
     found = _read_json(path)
     if not isinstance(found, dict) or "physical_to_logical_map" not in found:
         raise FormatError(path, "", "holds no physical_to_logical_map")
     slots_LP = counts_of(path, "physical_to_logical_map", found["physical_to_logical_map"])[0]
     try:
-        return Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, num_ranks)
+        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, num_ranks)
     except PlacementError as error:
         raise FormatError(path, "physical_to_logical_map", str(error)) from None
+    return reading.numbered(placement)
+
+
+def write_placement(
+    path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
+) -> None:
+    """Raises ValueError if the model has fewer layers than the placement reaches."""
+    least = moe_layers[-1] + 1
+    if writing.layers is not None and writing.layers < least:
+        raise ValueError(f"--layers {writing.layers}: the placement reaches layer {least - 1}")
+    replace_text(path, placement_text(placement, moe_layers, writing.layers or least))
 
 
 def placement_text(placement: Placement, moe_layers: Sequence[int], num_layers: int) -> str:
@@ -113,3 +138,13 @@ def placement_text(placement: Placement, moe_layers: Sequence[int], num_layers: 
     for layer, slots_P in zip(moe_layers, placement.slots_LP, strict=True):
         rows[layer] = slots_P.tolist()
     return json.dumps({"physical_to_logical_map": rows})
+
+
+FORMAT = Format(
+    name="sglang",
+    summary="SGLang's logical_count in JSON or .pt, or its --init-expert-location",
+    recognises=recognises,
+    read_load=read_load,
+    read_placement=read_placement,
+    write_placement=write_placement,
+)

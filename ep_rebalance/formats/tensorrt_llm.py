@@ -18,6 +18,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from ep_rebalance.formats.format import (
+    Format,
+    NumberedPlacement,
+    Reading,
+    Writing,
+    replace_text,
+)
 from ep_rebalance.formats.load import (
     ForeignLoad,
     FormatError,
@@ -27,15 +34,20 @@ from ep_rebalance.formats.load import (
 )
 from ep_rebalance.placement import Placement, PlacementError
 
-NAME = "tensorrt-llm"
-
 META = "meta_info.json"
 _RANK_FILE = re.compile(r"rank\d+\.safetensors")
 _KEY = re.compile(r"(\d+)_(\d+)")
 
 
-def read_load(folder: Path) -> tuple[ForeignLoad, int]:
-    """The statistics in a folder, a snapshot for each iteration, and the top-k. Raises FormatError."""
+def recognises(path: Path) -> bool:
+    """A folder, of statistics, or YAML, of a placement."""
+    return path.is_dir() or path.suffix in (".yaml", ".yml")
+
+
+def read_load(folder: Path, reading: Reading) -> ForeignLoad:
+    """The statistics in a folder, a snapshot for each iteration. Raises FormatError."""
+    if not folder.is_dir():
+        raise FormatError(folder, "", "is no folder of statistics")
     try:
         meta = json.loads(read_text(folder / META))
         top_k = int(meta["num_experts_per_token"])
@@ -49,14 +61,14 @@ def read_load(folder: Path) -> tuple[ForeignLoad, int]:
     counts_SLE = counts_of(
         folder, "counts", [[counts[i, layer] for layer in moe_layers] for i in sorted(iterations)]
     )
-    load = ForeignLoad(
+    return ForeignLoad(
         counts=list(counts_SLE),
         layers=len(moe_layers),
         experts=counts_SLE.shape[2],
         moe_layers=moe_layers,
         origin=f"converted from TensorRT-LLM's statistics in {folder.name}",
+        top_k=top_k,
     )
-    return load, top_k
 
 
 def _summed(folder: Path) -> dict[tuple[int, int], NDArray[Any]]:
@@ -92,6 +104,13 @@ def _tensors(path: Path) -> dict[str, NDArray[Any]]:
     return found
 
 
+def write_placement(
+    path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
+) -> None:
+    """Only the layers with experts are written."""
+    replace_text(path, placement_text(placement, moe_layers))
+
+
 def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
     """moe_layers: the model's numbers of the placement's layers."""
     assignments = {
@@ -107,8 +126,9 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
     return text
 
 
-def read_placement(path: Path, num_ranks: int) -> tuple[Placement, tuple[int, ...]]:
-    """The placement and the model's numbers of its layers. Raises FormatError."""
+def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
+    """The file numbers its layers. Raises FormatError."""
+    num_ranks = reading.ranks_of(path)
     try:
         found = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError) as error:
@@ -127,3 +147,13 @@ def read_placement(path: Path, num_ranks: int) -> tuple[Placement, tuple[int, ..
     except PlacementError as error:
         raise FormatError(path, "initial_global_assignments", str(error)) from None
     return placement, layers
+
+
+FORMAT = Format(
+    name="tensorrt-llm",
+    summary="TensorRT-LLM's folder of expert statistics, or its initial_global_assignments in YAML",
+    recognises=recognises,
+    read_load=read_load,
+    read_placement=read_placement,
+    write_placement=write_placement,
+)

@@ -10,19 +10,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.formats.format import Format, Reading
 from ep_rebalance.formats.load import ForeignLoad, FormatError, check_array_size
-
-NAME = "token-ids"
 
 _MAX_EXPERTS = 1 << 16
 
 
-def read_load(path: Path, *, tokens_per_snapshot: int, keys: str = "*") -> tuple[ForeignLoad, int]:
-    """The load and its top-k; tokens in the order of the file, of the keys that match `keys`.
+def recognises(path: Path) -> bool:
+    """By the name."""
+    return path.suffix in (".npz", ".npy")
+
+
+def read_load(path: Path, reading: Reading) -> ForeignLoad:
+    """Tokens in the order of the file, of the arrays whose names match `reading.keys`.
 
     One array is in memory at a time. Raises FormatError.
     """
     check_array_size(path)
+    keys = reading.keys
     layers = top_k = experts = tokens = 0
     for name, ids_TLK in _arrays(path, keys):
         _check(path, name, ids_TLK)
@@ -34,14 +39,14 @@ def read_load(path: Path, *, tokens_per_snapshot: int, keys: str = "*") -> tuple
         experts, tokens = max(experts, int(ids_TLK.max()) + 1), tokens + len(ids_TLK)
     if not tokens:
         raise FormatError(path, "", f"holds no array whose name matches {keys!r}")
-    load = ForeignLoad(
-        counts=_Snapshots(path, keys, experts, tokens_per_snapshot),
+    return ForeignLoad(
+        counts=_Snapshots(path, keys, experts, reading.tokens_per_snapshot),
         layers=layers,
         experts=experts,
         moe_layers=tuple(range(layers)),
         origin=f"converted from the expert ids of {path.name}",
+        top_k=top_k,
     )
-    return load, top_k
 
 
 class _Snapshots:
@@ -89,3 +94,11 @@ def _check(path: Path, name: str, ids_TLK: NDArray[Any]) -> None:
         )
     if ids_TLK.min() < 0 or ids_TLK.max() >= _MAX_EXPERTS:
         raise FormatError(path, name, f"has expert ids {ids_TLK.min()} to {ids_TLK.max()}")
+
+
+FORMAT = Format(
+    name="token-ids",
+    summary="expert ids token by token, arrays of tokens, layers and top-k in .npz or .npy",
+    recognises=recognises,
+    read_load=read_load,
+)

@@ -13,10 +13,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ep_rebalance.formats.format import (
+    Format,
+    NumberedPlacement,
+    Reading,
+    Writing,
+    replace_text,
+)
 from ep_rebalance.formats.load import FormatError, counts_of, read_text
 from ep_rebalance.placement import Placement, PlacementError
-
-NAME = "vllm-ascend"
 
 
 class _Device(msgspec.Struct):
@@ -33,6 +38,18 @@ class _Layer(msgspec.Struct):
 class _ExpertMap(msgspec.Struct):
     moe_layer_count: int
     layer_list: list[_Layer]
+
+
+def recognises(path: Path) -> bool:
+    """JSON that lists devices."""
+    return path.suffix == ".json" and '"device_expert"' in read_text(path)
+
+
+def write_placement(
+    path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
+) -> None:
+    """Only the layers with experts are written."""
+    replace_text(path, placement_text(placement, moe_layers))
 
 
 def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
@@ -52,8 +69,8 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
     return json.dumps({"moe_layer_count": placement.num_layers, "layer_list": layers})
 
 
-def read_placement(path: Path) -> tuple[Placement, tuple[int, ...]]:
-    """The placement and the model's numbers of its layers. Raises FormatError."""
+def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
+    """The file tells ranks and numbers of layers. Raises FormatError."""
     try:
         found = msgspec.json.decode(read_text(path), type=_ExpertMap)
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -81,3 +98,12 @@ def read_placement(path: Path) -> tuple[Placement, tuple[int, ...]]:
     except PlacementError as error:
         raise FormatError(path, "", str(error)) from None
     return placement, tuple(layer.layer_id for layer in found.layer_list)
+
+
+FORMAT = Format(
+    name="vllm-ascend",
+    summary="vllm-ascend's expert map in JSON (expert_map_path)",
+    recognises=recognises,
+    read_placement=read_placement,
+    write_placement=write_placement,
+)

@@ -21,6 +21,7 @@ from ep_rebalance.load.window import LoadSample, LoadWindow
 from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
+from ep_rebalance.planning.policies import staging_slots
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
@@ -190,8 +191,7 @@ class ReplayedServer:
         return snapshot
 
     def _schedule(self, proposal: Proposal) -> Migration:
-        settings, placement = self._config.planner, self._balancer.placement
-        bounded = 2 * settings.max_arrivals_per_rank_and_layer
+        placement = self._balancer.placement
         return schedule(
             placement,
             proposal.plan.placement,
@@ -199,7 +199,7 @@ class ReplayedServer:
             topology=self._topology,
             expert_bytes_L=self._expert_bytes_L,
             max_bytes_per_round=self._config.migration.max_bytes_per_step,
-            staging_slots=bounded if settings.policy == "incremental" else placement.slots_per_rank,
+            staging_slots=staging_slots(self._config.planner, placement.slots_per_rank),
         )
 
     def _migrate(self, step: int, proposal: Proposal, migration: Migration) -> Steps:

@@ -17,7 +17,7 @@ from ep_rebalance.offline.run import Replayed
 from ep_rebalance.offline.run import replay as replay_records
 from ep_rebalance.offline.scenarios import open_traces, scenario
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.incremental.planner import plan_incremental
 from ep_rebalance.planning.problem import Budget, Problem
 from ep_rebalance.topology import Topology
 
@@ -71,9 +71,7 @@ def plan(
     moved = max(2, slots // 8) if max_moved is None else max_moved
     budget = Budget(max_moved_slots=moved * layers, max_arrivals=current.slots_per_rank)
     topology = _topology(current, ranks_per_node)
-    return PLANNERS["incremental"](
-        Problem(load=load, current=current, topology=topology, budget=budget)
-    )
+    return plan_incremental(Problem(load=load, current=current, topology=topology, budget=budget))
 
 
 def replay(

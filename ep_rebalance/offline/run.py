@@ -4,19 +4,18 @@ beyond a few numbers for each snapshot."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from itertools import chain
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance.config import Policy, RebalanceConfig
+from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
-from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
+from ep_rebalance.offline.peers import AsRecorded, Hindsight, Serving
+from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, Beginning
 from ep_rebalance.offline.step_time import MeasuredSteps, RankLoad, StepTime
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.cost_model import TokenCost, cost_model
@@ -24,29 +23,11 @@ from ep_rebalance.planning.problem import Planner
 from ep_rebalance.topology import Topology
 
 
-class PolicyName(StrEnum):
-    """What decides where experts sit."""
-
-    OURS = "ours"
-    GREEDY = "greedy"
-    VLLM = "vllm"
-    STATIC = "static"
-    NONE = "none"
-    RECORDED = "recorded"
-    HINDSIGHT = "hindsight"
-
-
-SERVER_POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {"ours": "incremental", "greedy": "greedy", "vllm": "vllm"}
-)
-"""Those that go through the server's loop, and what they are called in its settings."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One way to serve the recorded load.
 
-    policy: a PolicyName. planner: of those in SERVER_POLICIES. config: its planner.redundant_experts
+    policy: of REPLAY_POLICIES. planner: of those in SERVER_POLICIES. config: its planner.redundant_experts
     counts. topology: its ranks count.
     """
 
@@ -269,15 +250,14 @@ def _serving(
     as_recorded: bool,
 ) -> Serving:
     config, topology = scenario.config, scenario.topology
-    if scenario.policy == "recorded":
-        return AsRecorded(recorded.placement)
     start = contiguous_placement(head, scenario)
-    if scenario.policy == "none":
-        return Contiguous(start)
-    if scenario.policy == "static":
-        return PlacedOnce(start, config, topology)
-    if scenario.policy == "hindsight":
-        return Hindsight(start, config.planner, topology)
+    peer = REPLAY_POLICIES[scenario.policy].peer
+    if peer is not None:
+        return peer(
+            Beginning(
+                recorded=recorded.placement, contiguous=start, config=config, topology=topology
+            )
+        )
     if (start.num_slots, start.num_ranks) == (head.slots, head.ep_size):
         start = recorded.placement
     known = all(head.expert_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,12 @@ from pathlib import Path
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import SUFFIX, TraceHead, TraceReader
 from ep_rebalance.offline.model_shape import shape_of
-from ep_rebalance.offline.run import (
-    SERVER_POLICIES,
-    Scenario,
-    contiguous_placement,
-    with_planner,
-)
+from ep_rebalance.offline.policies import SERVER_POLICIES
+from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.problem import Planner
+from ep_rebalance.policies import POLICIES
 from ep_rebalance.topology import Topology
 
 
@@ -47,7 +43,7 @@ def scenario(
     """Raises ValueError if it cannot be."""
     planner: Planner | None = None
     if policy in SERVER_POLICIES:
-        planner = planner_of(SERVER_POLICIES[policy])
+        planner = _planner(SERVER_POLICIES[policy])
     if redundant != settings.planner.redundant_experts:
         settings = with_planner(settings, redundant_experts=redundant)
     topology = _topology(head, ranks, ranks_per_node)
@@ -65,18 +61,16 @@ def scenario(
     return made
 
 
-def planner_of(policy: str) -> Planner:
-    """A planner by its name in the settings. Raises ValueError if vLLM is needed and not installed."""
-    if policy != "vllm":
-        return PLANNERS[policy]  # type: ignore[index]
+def _planner(policy: str) -> Planner:
+    """By its name in the settings. Raises ValueError if a package is needed and not installed."""
+    needs = POLICIES[policy].needs
+    if not needs:
+        return planner_of(policy)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        planner: Planner = importlib.import_module(
-            "ep_rebalance.engines.vllm.seams.eplb_policy"
-        ).plan_vllm
+        return planner_of(policy)
     except ImportError as error:
-        raise ValueError(f"policy vllm needs vLLM in this environment ({error})") from None
-    return planner
+        raise ValueError(f"policy {policy} needs {needs} in this environment ({error})") from None
 
 
 def _topology(head: TraceHead, ranks: int, ranks_per_node: int | None) -> Topology:

@@ -49,6 +49,11 @@ def hardware_table() -> str:
     return resources.files("ep_rebalance.offline").joinpath("hardware.yaml").read_text("utf-8")
 
 
+def hardware_names() -> tuple[str, ...]:
+    """The rows of the table that ships."""
+    return tuple(_table(hardware_table(), "hardware.yaml"))
+
+
 def load_hardware(source: str) -> tuple[str, Hardware]:
     """A row of the table that ships, by name, or the only row of a YAML file of the same form.
 

@@ -1,20 +1,18 @@
-"""Policies: the planners by name, and the one way to a plan."""
+"""What follows from a policy: its planner and its need of staging memory. And the one way to a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from pkgutil import resolve_name
 
 import numpy as np
 
-from ep_rebalance.config import Policy
+from ep_rebalance.config import PlannerConfig
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import mean_imbalance_L
-from ep_rebalance.planning.greedy import plan_greedy
-from ep_rebalance.planning.incremental.planner import plan_incremental
 from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.policies import POLICIES
 from ep_rebalance.topology import Topology
 
 
@@ -23,9 +21,24 @@ def keep_current(problem: Problem) -> Placement:
     return problem.current
 
 
-PLANNERS: Mapping[Policy, Planner] = MappingProxyType(
-    {"incremental": plan_incremental, "greedy": plan_greedy, "none": keep_current}
-)
+def planner_of(name: str) -> Planner:
+    """The planner of a policy, imported now. Raises ImportError without the package that it needs."""
+    planner: Planner = resolve_name(POLICIES[name].planner)
+    return planner
+
+
+def own_planners() -> dict[str, Planner]:
+    """By name, those that need no other package."""
+    return {name: planner_of(name) for name, policy in POLICIES.items() if not policy.needs}
+
+
+def staging_slots(settings: PlannerConfig, slots_per_rank: int) -> int:
+    """Experts that staging holds: two layers' arrivals, or for a policy without a bound a whole
+    rank's.
+    """
+    if POLICIES[settings.policy].bounded_arrivals:
+        return 2 * settings.max_arrivals_per_rank_and_layer
+    return slots_per_rank
 
 
 def make_plan(planner: Planner, problem: Problem) -> Plan:
@@ -64,5 +77,5 @@ def compile_planner() -> None:
         topology=Topology.single_node(2),
         budget=Budget(max_moved_slots=10, max_arrivals=5),
     )
-    for planner in PLANNERS.values():
+    for planner in own_planners().values():
         make_plan(planner, problem)

@@ -42,7 +42,7 @@ from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning import proposal
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.telemetry.metrics import Status, decode, encode
 from ep_rebalance.topology import Topology
 
@@ -151,7 +151,7 @@ def replayed_as_recorded(folder: Path) -> Replayed:
     reader = TraceReader(*folder.glob("*.eptrace"))
     scenario = Scenario(
         policy="ours",
-        planner=PLANNERS["incremental"],
+        planner=planner_of("incremental"),
         config=load_config(reader.head.config),
         topology=Topology.single_node(2),
         step_time=MeasuredSteps(fraction=0.5),

@@ -67,6 +67,7 @@ def test_models_that_cannot_be_balanced_are_problems(tmp_path: Path, changes, ch
     ("settings", "check", "words"),
     [
         ({"planner": {"sed": 1}}, "settings", "unknown configuration key"),
+        ({"planner": {"policy": "greed"}}, "settings", "policy='greed' is not allowed"),
         ({"state": {"path": "/nowhere/s.npz"}}, "state.path", "cannot be written"),
         ({"trace": {"path": "/nowhere"}}, "trace.path", "/nowhere"),
     ],

@@ -19,6 +19,7 @@ from traces import head_of, snapshots, write_trace
 
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.formats import vllm_ascend
+from ep_rebalance.formats.format import Reading
 from ep_rebalance.load.state import save_state
 from ep_rebalance.load.trace import TraceReader
 from ep_rebalance.placement import imbalance_L
@@ -204,7 +205,7 @@ def test_a_placement_for_the_whole_trace_is_written(folder: Path, tmp_path: Path
     options = ("--to", "vllm-ascend", "-o", str(output), "--first-moe-layer", "1")
     done = run("plan", str(folder), *options)
     assert done.exit_code == 0, done.output
-    placement, layers = vllm_ascend.read_placement(output)
+    placement, layers = vllm_ascend.read_placement(output, Reading())
     assert layers == (1, 2, 3)
     assert (placement.num_ranks, placement.num_slots) == (4, 36)
     total_LE = sum(s.counts_ALE.sum(axis=0, dtype=int) for s in snapshots(HEAD, 40))

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from shapes import problem_of, problems, random_samples
 
-from ep_rebalance.config_sources import load_config
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.greedy import plan_greedy
-from ep_rebalance.planning.policies import make_plan
+from ep_rebalance.planning.policies import make_plan, planner_of
 from ep_rebalance.topology import Topology
 
 
@@ -25,9 +24,7 @@ def test_the_installed_vllm_keeps_the_contract_of_the_policy(policy):
 
 
 def test_the_engine_gives_the_policy_its_planner(policy):
-    from ep_rebalance.engines.vllm.seams.attachment import _planner
-
-    assert _planner(load_config({"planner": {"policy": "vllm"}})) is policy.plan_vllm
+    assert planner_of("vllm") is policy.plan_vllm
 
 
 def test_every_plan_is_a_placement_and_an_idle_layer_stays(policy):

@@ -20,6 +20,7 @@ from shapes import placements
 from traces import head_of, records_of, write_trace
 
 from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
+from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import FormatError
 from ep_rebalance.load.state import read_state, save_state
 from ep_rebalance.load.trace import RecordedSnapshot, TraceReader
@@ -44,9 +45,12 @@ def test_placements_go_round(tmp_path_factory, placement: Placement, first: int,
     folder = tmp_path_factory.mktemp("placements")
     layers = tuple(range(first, first + placement.num_layers))
     path = written(folder, "a.json", vllm_ascend.placement_text(placement, layers))
-    assert vllm_ascend.read_placement(path) == (placement, layers)
+    assert vllm_ascend.read_placement(path, Reading()) == (placement, layers)
     path = written(folder, "t.yaml", tensorrt_llm.placement_text(placement, layers))
-    assert tensorrt_llm.read_placement(path, placement.num_ranks) == (placement, layers)
+    assert tensorrt_llm.read_placement(path, Reading(num_ranks=placement.num_ranks)) == (
+        placement,
+        layers,
+    )
     text = sglang.placement_text(placement, layers, layers[-1] + 1 + more)
     rows = json.loads(text)["physical_to_logical_map"]
     assert len(rows) == layers[-1] + 1 + more
@@ -55,7 +59,7 @@ def test_placements_go_round(tmp_path_factory, placement: Placement, first: int,
 
 def test_sglangs_own_placement_is_read(tmp_path: Path):
     path = written(tmp_path, "s.json", sglang.placement_text(PLACEMENT, (0, 1, 2), 3))
-    assert sglang.read_placement(path, 2) == PLACEMENT
+    assert sglang.read_placement(path, Reading(num_ranks=2)) == (PLACEMENT, (0, 1, 2))
 
 
 def test_dense_layers_get_the_trivial_row():
@@ -184,7 +188,7 @@ def test_tensorrt_llms_statistics_become_traces(tmp_path: Path):
     for snapshot, expected in zip(snapshots, COUNTS, strict=True):
         assert (snapshot.counts_ALE[0] == expected).all()
     assert TraceReader(tmp_path / "load.eptrace").head.top_k == 2
-    assert tensorrt_llm.read_load(source)[0].moe_layers == (3, 4, 5, 6)
+    assert tensorrt_llm.read_load(source, Reading()).moe_layers == (3, 4, 5, 6)
 
 
 @pytest.mark.parametrize(
@@ -219,10 +223,10 @@ def test_expert_ids_are_counted_in_order(tmp_path_factory, lengths: list[int], s
     }
     path = tmp_path_factory.mktemp("ids") / "ids.npz"
     np.savez(path, **parts)
-    load, top_k = token_ids.read_load(path, tokens_per_snapshot=size)
+    load = token_ids.read_load(path, Reading(tokens_per_snapshot=size))
     joined = np.concatenate(list(parts.values()))
     counts = list(load.counts)
-    assert (top_k, load.layers, load.experts) == (2, 3, joined.max() + 1)
+    assert (load.top_k, load.layers, load.experts) == (2, 3, joined.max() + 1)
     assert len(counts) == len(joined) // size
     for number, counts_LE in enumerate(counts):
         ids = joined[number * size : (number + 1) * size]
@@ -308,7 +312,7 @@ def test_arrays_that_are_no_expert_ids_are_refused(tmp_path: Path, array: np.nda
     path = tmp_path / "ids.npy"
     np.save(path, array)
     with pytest.raises(FormatError, match=r"ids\.npy"):
-        token_ids.read_load(path, tokens_per_snapshot=1)
+        token_ids.read_load(path, Reading())
 
 
 @pytest.mark.skipif("EP_REBALANCE_DATA" not in os.environ, reason="needs EP_REBALANCE_DATA")

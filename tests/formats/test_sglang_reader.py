@@ -13,6 +13,7 @@ import pytest
 from command_line import run
 
 from ep_rebalance.formats import sglang
+from ep_rebalance.formats.format import Reading
 
 DOWNLOAD_SECONDS = 120
 RANKS, REDUNDANT = 4, 4
@@ -50,7 +51,7 @@ def test_sglang_reads_the_placement_made_from_its_recording(wheel: str, tmp_path
     source, trace, target = recording(tmp_path), tmp_path / "load.eptrace", tmp_path / "l.json"
     assert run("convert", str(source), str(trace), "--top-k", "8", "--sample", "20").exit_code == 0
     layers, experts = np.array(json.loads(source.read_text())["logical_count"]).shape
-    first = sglang.read_load(source).moe_layers[0]
+    first = sglang.read_load(source, Reading()).moe_layers[0]
     options = ("--ep-size", str(RANKS), "--redundant", str(REDUNDANT), "--to", "sglang")
     numbers = ("--first-moe-layer", str(first), "--layers", str(layers))
     done = run("plan", str(trace), *options, *numbers, "-o", str(target))

@@ -14,7 +14,7 @@ from ep_rebalance.offline.generated_load import Timing, generate_steps, syntheti
 from ep_rebalance.offline.scoring import balancedness
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.topology import Topology
 
 START = Placement.contiguous(num_layers=4, num_experts=32, num_ranks=4, num_redundant=4)
@@ -24,7 +24,7 @@ SNAPSHOT_STEPS = 4
 def balancer(**planner: object) -> ReplayedBalancer:
     return ReplayedBalancer(
         config=load_config({"planner": planner}),
-        planner=PLANNERS["incremental"],
+        planner=planner_of("incremental"),
         cost=TokenCost(),
         topology=Topology(node_of_rank=(0, 0, 1, 1)),
         expert_bytes_L=(1000,) * 4,

@@ -33,7 +33,7 @@ from ep_rebalance.offline.report.markup import MAX_COMMITS
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.topology import Topology
 
 LAYERS, EXPERTS, SNAPSHOTS = 3, 16, 64
@@ -85,7 +85,7 @@ def served(policy: str, ranks: int, redundant: int) -> Replayed:
     config = load_config({"planner": {"redundant_experts": redundant}})
     scenario = Scenario(
         policy=policy,
-        planner=PLANNERS["incremental"] if policy == "ours" else None,
+        planner=planner_of("incremental") if policy == "ours" else None,
         config=config,
         topology=Topology(node_of_rank=tuple(rank // 2 for rank in range(ranks))),
         step_time=MeasuredSteps(fraction=0.5),

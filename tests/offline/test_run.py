@@ -9,10 +9,9 @@ from traces import contiguous, head_of, records_of, snapshots, write_trace
 
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.trace import RecordedPlacement, TraceReader, read_records
+from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES
 from ep_rebalance.offline.run import (
-    SERVER_POLICIES,
     NothingRecorded,
-    PolicyName,
     Replayed,
     Scenario,
     contiguous_placement,
@@ -20,7 +19,7 @@ from ep_rebalance.offline.run import (
 )
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import imbalance_L
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
@@ -38,7 +37,7 @@ def scenario(policy: str, ranks: int = 4, redundant: int = 4, **settings: object
     planner = SERVER_POLICIES.get(policy)
     return Scenario(
         policy=policy,
-        planner=PLANNERS[planner] if planner else None,
+        planner=planner_of(planner) if planner else None,
         config=load_config({"planner": {"redundant_experts": redundant}}, settings),
         topology=Topology.single_node(ranks),
         step_time=MeasuredSteps(fraction=0.5),
@@ -109,9 +108,9 @@ def test_placed_once_stays(path: Path) -> None:
 
 
 def test_every_policy_runs(path: Path) -> None:
-    for policy in PolicyName:
-        if policy != PolicyName.VLLM:
-            assert len(replayed(path, policy.value).step_N) == SNAPSHOTS
+    for policy in REPLAY_POLICIES:
+        if policy != "vllm":
+            assert len(replayed(path, policy).step_N) == SNAPSHOTS
 
 
 def test_idle_snapshots_are_not_scored(tmp_path: Path) -> None:

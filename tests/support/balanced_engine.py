@@ -14,7 +14,7 @@ from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.state import ModelIdentity
 from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.planning.policies import PLANNERS
+from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology
@@ -105,7 +105,7 @@ class Engine:
             counts=self.counts,
             memory=None if config.mode == "observe" else memory_of(self.tensors),
             group=group or dist.group.WORLD,
-            planner=PLANNERS[config.planner.policy],
+            planner=planner_of(config.planner.policy),
             topology=topology,
             identity=identity(size, redundant),
             status=initial_status(config=config, model="m", placement=self.placement, top_k=TOP_K),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,28 +11,13 @@ from numpy.typing import NDArray
 from rich.filesize import decimal
 
 from ep_rebalance.offline.balancing import PlanMade
+from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report.sizes import Size
 from ep_rebalance.offline.report.words import counted, percent
 from ep_rebalance.offline.run import Replayed
 
 MAX_POINTS = 300
 """Of a line; neighbouring snapshots are averaged to come down to it."""
-
-
-DASHES: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {
-        "greedy": (10, 3),
-        "vllm": (5, 3),
-        "static": (10, 3, 3, 3),
-        "recorded": (16, 4),
-        "hindsight": (6, 2, 2, 2, 2, 2),
-    }
-)
-"""Lengths of a line's dashes and gaps in pixels: who cannot tell two colours apart can tell these.
-Blue and black, of `ours` and `none`, everybody can tell apart."""
-
-
-_WIDTHS: Mapping[str, float] = MappingProxyType({"ours": 3, "none": 1.5})
 
 
 def figures_of(size: Size) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -97,14 +81,15 @@ def _staircase(size: Size, one: Replayed) -> dict[str, Any]:
 
 def _trace(one: Replayed, **points: list[Any]) -> dict[str, Any]:
     policy = one.scenario.policy
-    dash = ",".join(f"{length}px" for length in DASHES.get(policy, ())) or "solid"
+    line = REPLAY_POLICIES[policy].line
+    dash = ",".join(f"{length}px" for length in line.dashes) or "solid"
     return {
         "type": "scatter",
         "mode": "lines",
         "name": policy,
         "meta": {"policy": policy},
         "zorder": int(policy == "ours"),
-        "line": {"dash": dash, "width": _WIDTHS.get(policy, 2)},
+        "line": {"dash": dash, "width": line.width},
         **points,
     }
 

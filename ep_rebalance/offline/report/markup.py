@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from string import Template
-from types import MappingProxyType
 
 from rich.filesize import decimal
 
 from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.offline.balancing import PlanMade
-from ep_rebalance.offline.report.figures import DASHES, share_limit
+from ep_rebalance.offline.policies import REPLAY_POLICIES
+from ep_rebalance.offline.report.figures import share_limit
 from ep_rebalance.offline.report.sentences import (
     imbalance_sentence,
     moved_sentence,
@@ -29,19 +29,6 @@ from ep_rebalance.version import __version__
 
 MAX_COMMITS = 200
 """Rows in the table of commits."""
-
-
-_MEANINGS: Mapping[str, str] = MappingProxyType(
-    {
-        "ours": "the plugin: few moves, made only if they save more than they cost",
-        "greedy": "the published DeepSeek algorithm in the plugin's loop; starts anew each time",
-        "vllm": "vLLM's own policy in the plugin's loop; starts anew each time",
-        "static": "placed once, by the first window of load",
-        "none": "as the engine loads the experts (contiguous); nothing moves",
-        "recorded": "what the recorded server served",
-        "hindsight": "knows the load before it comes: a bound that no server can reach",
-    }
-)
 
 
 _NUMBER = re.compile(r"\d[\d.,]*(?:e[+-]?\d+)?")
@@ -76,7 +63,7 @@ def fact_list(head: TraceHead, one: Replayed) -> str:
 
 def _name(policy: str) -> str:
     """A policy and how its line looks."""
-    dashes = ",".join(map(str, DASHES.get(policy, ())))
+    dashes = ",".join(map(str, REPLAY_POLICIES[policy].line.dashes))
     return (
         '<span class="name"><svg class="swatch" viewBox="0 0 32 12" aria-hidden="true">'
         f'<line x2="32" y1="6" y2="6" stroke-dasharray="{dashes}" style="stroke:var(--{escape(policy)})"/>'
@@ -84,9 +71,14 @@ def _name(policy: str) -> str:
     )
 
 
+def policy_colours() -> str:
+    """A variable of CSS for each policy."""
+    return "\n  ".join(f"--{name}: {one.line.colour};" for name, one in REPLAY_POLICIES.items())
+
+
 def policy_key(replayed: Sequence[Replayed]) -> str:
     return "".join(
-        f"<div><dt>{_name(policy)}</dt><dd>{_MEANINGS.get(policy, '')}</dd></div>"
+        f"<div><dt>{_name(policy)}</dt><dd>{escape(REPLAY_POLICIES[policy].summary)}</dd></div>"
         for policy in _policy_names(replayed)
     )
 

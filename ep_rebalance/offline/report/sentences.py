@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import numpy as np
 from rich.filesize import decimal
 
 from ep_rebalance.load.trace import TraceHead
+from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report.sizes import Size, by_size
 from ep_rebalance.offline.report.words import counted, migrations_of, milliseconds, percent
-from ep_rebalance.offline.run import SERVER_POLICIES, Replayed
+from ep_rebalance.offline.run import Replayed
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime
-
-_SUBJECTS: Mapping[str, str] = MappingProxyType(
-    {
-        "ours": "rebalancing",
-        "static": "placing the experts once",
-        "recorded": "serving as recorded",
-    }
-)
 
 
 def verdicts(head: TraceHead, replayed: Sequence[Replayed]) -> list[str]:
@@ -33,11 +25,12 @@ def verdicts(head: TraceHead, replayed: Sequence[Replayed]) -> list[str]:
 
 def _verdict(size: Size) -> str:
     baseline, hindsight = size.first("none"), size.first("hindsight")
-    served = size.first(*SERVER_POLICIES, "static", "recorded")
+    served = size.first(*(name for name, policy in REPLAY_POLICIES.items() if policy.subject))
     clauses = []
     if served is not None:
         clauses.append(
-            f"{_subject(served)} would have {_effect(size, served)}{_price(size, served)}"
+            f"{REPLAY_POLICIES[served.scenario.policy].subject} would have "
+            f"{_effect(size, served)}{_price(size, served)}"
         )
     elif baseline is not None:
         clauses.append(f"as loaded, the busiest rank gets {_times_mean(baseline)}")
@@ -51,11 +44,6 @@ def _verdict(size: Size) -> str:
         )
     text = "; ".join(clauses)
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _subject(one: Replayed) -> str:
-    policy = one.scenario.policy
-    return _SUBJECTS.get(policy, f"policy {policy}")
 
 
 def _effect(size: Size, one: Replayed) -> str:

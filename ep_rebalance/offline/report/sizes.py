@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_rebalance.load.trace import TraceHead
+from ep_rebalance.offline.policies import SERVER_POLICIES
 from ep_rebalance.offline.report.words import counted
-from ep_rebalance.offline.run import SERVER_POLICIES, Replayed
+from ep_rebalance.offline.run import Replayed
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.incremental.descent import improve_layer
 from ep_rebalance.planning.incremental.layer import LayerInputs, describe_experts
 from ep_rebalance.planning.incremental.planner import _apply, plan_incremental
-from ep_rebalance.planning.policies import PLANNERS, compile_planner, make_plan
+from ep_rebalance.planning.policies import compile_planner, make_plan, own_planners
 from ep_rebalance.planning.problem import Budget, Plan, Problem
 from ep_rebalance.topology import Topology
 
@@ -214,7 +214,7 @@ def test_nothing_is_left_to_compile_after_start() -> None:
     known = signatures()
     current = Placement.contiguous(num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)
     samples_WLE = random_samples(0, current)
-    for planner in PLANNERS.values():
+    for planner in own_planners().values():
         make_plan(planner, problem_of(samples_WLE, current))
         make_plan(planner, problem_of(samples_WLE, current, cost=small_roofline(2), threads=2))
     assert known["ep_rebalance.planning.incremental.descent.improve_layer"]

@@ -27,8 +27,7 @@ from ep_rebalance.load.state import SavedState, load_state
 from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import PLANNERS
-from ep_rebalance.planning.problem import Planner
+from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.telemetry.metrics import encode
@@ -82,7 +81,7 @@ class Attachment:
             counts=counts,
             memory=memory,
             group=ep_group().device_group,
-            planner=_planner(config),
+            planner=planner_of(config.planner.policy),
             topology=topology,
             identity=model_identity(vllm_config, config),
             status=initial_status(
@@ -212,14 +211,6 @@ def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
         num_ranks=ranks,
         num_redundant=vllm_config.parallel_config.eplb_config.num_redundant_experts,
     )
-
-
-def _planner(config: RebalanceConfig) -> Planner:
-    if config.planner.policy == "vllm":
-        from ep_rebalance.engines.vllm.seams.eplb_policy import plan_vllm
-
-        return plan_vllm
-    return PLANNERS[config.planner.policy]
 
 
 def _tensor_group() -> Any:

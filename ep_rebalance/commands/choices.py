@@ -1,0 +1,24 @@
+"""Options whose values are the names in a registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+
+
+def one_of(names: Iterable[str]) -> dict[str, Any]:
+    """Arguments of `typer.Option` for a text that is one of these."""
+    known = tuple(names)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, known))}.")
+        return text
+
+    return {
+        "parser": parse,
+        "metavar": f"[{'|'.join(known)}]",
+        "autocompletion": lambda: list(known),
+    }

@@ -1,0 +1,56 @@
+"""This plugin's state file (load/state.py), as a placement to start with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from ep_rebalance.formats.format import Format, NumberedPlacement, Reading, Writing, beginning
+from ep_rebalance.load.state import SavedState, read_state, save_state
+from ep_rebalance.placement import Placement
+
+
+def recognises(path: Path) -> bool:
+    """State files are told by what they begin with, not by their names."""
+    return beginning(path, 2) == b"PK"
+
+
+def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
+    """Layers are numbered from `reading.first_moe_layer` on."""
+    return reading.numbered(read_state(path).placement)
+
+
+def write_placement(
+    path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
+) -> None:
+    """A state file does not number its layers. Raises ValueError without a fitting `writing.like`."""
+    save_state(path, _state(placement, writing.like))
+
+
+def _state(placement: Placement, like: Path | None) -> SavedState:
+    """A generation later than that of `like`, with its model and its load."""
+    if like is None:
+        raise ValueError("a state file names its model: give --like, one that the server has saved")
+    saved = read_state(like)
+    theirs = saved.placement
+    sizes = (placement.slots_LP.shape, placement.num_experts, placement.num_ranks)
+    if sizes != (theirs.slots_LP.shape, theirs.num_experts, theirs.num_ranks):
+        raise ValueError(f"{like} is for {theirs.slots_LP.shape} layers and slots, not {sizes[0]}")
+    header = msgspec.structs.replace(saved.header, generation=saved.header.generation + 1)
+    return SavedState(
+        header=header,
+        placement=placement,
+        quotas_LP=placement.even_quotas_LP(),
+        load_LE=saved.load_LE,
+    )
+
+
+FORMAT = Format(
+    name="state",
+    summary="the plugin's own state file",
+    recognises=recognises,
+    read_placement=read_placement,
+    write_placement=write_placement,
+)

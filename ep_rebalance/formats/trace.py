@@ -1,0 +1,27 @@
+"""This plugin's traces (load/trace.py), for the placement that was served last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
+from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
+
+
+def recognises(path: Path) -> bool:
+    """By the name."""
+    return path.suffix == SUFFIX
+
+
+def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
+    """The last one. Layers are numbered from `reading.first_moe_layer` on."""
+    changes = [record for record in TraceReader(path) if isinstance(record, RecordedPlacement)]
+    return reading.numbered(changes[-1].placement)
+
+
+FORMAT = Format(
+    name="trace",
+    summary=f"the last placement of a trace (*{SUFFIX})",
+    recognises=recognises,
+    read_placement=read_placement,
+)

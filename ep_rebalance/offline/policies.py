@@ -1,0 +1,109 @@
+"""What a replay compares: the server's policies, and what they are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
+from ep_rebalance.placement import Placement
+from ep_rebalance.policies import POLICIES, Line, Policy
+from ep_rebalance.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """What a peer starts with.
+
+    recorded: the placement at the beginning of the trace. contiguous: what the engine would load.
+    """
+
+    recorded: Placement
+    contiguous: Placement
+    config: RebalanceConfig
+    topology: Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayPolicy:
+    """What decides where experts sit.
+
+    name: on the command line and in reports. summary: a clause without a semicolon.
+    subject: of the verdict's sentence, "" for what the others are held against.
+    setting: what `planner.policy` calls it, if it goes through the server's loop. peer: makes what
+    serves, if it does not.
+    """
+
+    name: str
+    summary: str
+    line: Line
+    subject: str = ""
+    setting: str | None = None
+    peer: Callable[[Beginning], Serving] | None = None
+
+
+_OURS = ReplayPolicy(
+    name="ours",
+    summary="the plugin: few moves, made only if they save more than they cost",
+    line=POLICIES["incremental"].line,
+    subject="rebalancing",
+    setting="incremental",
+)
+
+_PEERS = (
+    ReplayPolicy(
+        name="static",
+        summary="placed once, by the first window of load",
+        line=Line("#cc79a7", (10, 3, 3, 3)),
+        subject="placing the experts once",
+        peer=lambda begin: PlacedOnce(begin.contiguous, begin.config, begin.topology),
+    ),
+    ReplayPolicy(
+        name="none",
+        summary="as the engine loads the experts (contiguous), nothing moves",
+        line=POLICIES["none"].line,
+        peer=lambda begin: Contiguous(begin.contiguous),
+    ),
+    ReplayPolicy(
+        name="recorded",
+        summary="what the recorded server served",
+        line=Line("light-dark(#3b9bd6, #56b4e9)", (16, 4)),
+        subject="serving as recorded",
+        peer=lambda begin: AsRecorded(begin.recorded),
+    ),
+    ReplayPolicy(
+        name="hindsight",
+        summary="knows the load before it comes: a bound that no server can reach",
+        line=Line("#009e73", (6, 2, 2, 2, 2, 2)),
+        peer=lambda begin: Hindsight(begin.contiguous, begin.config.planner, begin.topology),
+    ),
+)
+
+
+def _in_the_loop(policy: Policy) -> ReplayPolicy:
+    return ReplayPolicy(
+        name=policy.name,
+        summary=f"{policy.summary}, in the plugin's loop",
+        line=policy.line,
+        subject=f"policy {policy.name}",
+        setting=policy.name,
+    )
+
+
+def _entries() -> list[ReplayPolicy]:
+    """A server's policy that has a peer's name, `none`, is the peer's here."""
+    told = {_OURS.setting, *(peer.name for peer in _PEERS)}
+    others = [_in_the_loop(policy) for policy in POLICIES.values() if policy.name not in told]
+    return [_OURS, *others, *_PEERS]
+
+
+REPLAY_POLICIES: Mapping[str, ReplayPolicy] = MappingProxyType(
+    {policy.name: policy for policy in _entries()}
+)
+
+SERVER_POLICIES: Mapping[str, str] = MappingProxyType(
+    {name: entry.setting for name, entry in REPLAY_POLICIES.items() if entry.setting}
+)
+"""Those that go through the server's loop, and what they are called in its settings."""
