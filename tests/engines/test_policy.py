@@ -25,9 +25,10 @@ def test_the_installed_vllm_keeps_the_contract_of_the_policy(policy):
 
 
 def test_the_engine_gives_the_policy_its_planner(policy):
-    from ep_rebalance.engines.vllm.seams.attachment import _planner
+    from ep_rebalance.engines.vllm.seams.attachment import _planners
 
-    assert _planner(load_config({"planner": {"policy": "vllm"}})) is policy.plan_vllm
+    assert _planners(load_config({"planner": {"policy": "vllm"}})) == {"vllm": policy.plan_vllm}
+    assert _planners(load_config({})) == {}
 
 
 def test_every_plan_is_a_placement_and_an_idle_layer_stays(policy):
