@@ -133,8 +133,7 @@ def test_environment_is_read_where_no_command_line_was(create, monkeypatch):
 
 
 def test_a_model_that_was_moved_has_the_same_identity(create, model, tmp_path):
-    from ep_rebalance.engines.vllm.engine_config import model_identity
-    from ep_rebalance.engines.vllm.seams.activation import active_config
+    from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
 
     elsewhere = write_model(tmp_path, {**MODEL, "transformers_version": "4.0"})
     other = write_model(tmp_path / "other", {**MODEL, "num_experts_per_tok": 1})
@@ -215,7 +214,7 @@ def test_pipeline_parallelism_is_refused(create):
 def test_prefill_context_parallelism_is_refused(create, vllm):
     """Made from a configuration that vLLM takes: its V1 runner, the one on CPU, knows no such ranks."""
     from ep_rebalance.engines.vllm import checks
-    from ep_rebalance.engines.vllm.seams.activation import active_config
+    from ep_rebalance.engines.vllm.engine_config import active_config
 
     config = create({})
     config.parallel_config.prefill_context_parallel_size = 2
@@ -504,8 +503,7 @@ def write_state(create, path: Path, **changes) -> None:
     """A state file as this model would have saved it, but for `changes` to its identity."""
     import msgspec
 
-    from ep_rebalance.engines.vllm.engine_config import model_identity
-    from ep_rebalance.engines.vllm.seams.activation import active_config
+    from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
 
     config = create({})
     identity = msgspec.structs.replace(model_identity(config, active_config(config)), **changes)
