@@ -20,7 +20,7 @@ from ep_rebalance.topology import Topology
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 
 TOKENS = (12, 9)
-"""Of each rank in a step in which it has any."""
+"""Of each source in a step in which it has any."""
 TOPICS = 3
 STEPS_LIMIT = 300
 
@@ -29,11 +29,12 @@ STEPS_LIMIT = 300
 class Service:
     """An engine that serves made-up traffic, and what it should have counted.
 
-    tokens_ALE: int64 [2, L, E], by phase, of this rank. moves: for each step whether experts moved in it.
+    source: number of the source of tokens that this rank belongs to. tokens_ALE: int64 [2, L, E], by phase,
+    of this source. moves: for each step whether experts moved in it.
     """
 
     engine: TinyEngine
-    rank: int
+    source: int
     checkpoint: Checkpoint
     tokens_ALE: np.ndarray = field(
         default_factory=lambda: np.zeros((2, LAYERS, EXPERTS), dtype=np.int64)
@@ -41,23 +42,23 @@ class Service:
     moves: list[bool] = field(default_factory=list)
 
     @classmethod
-    def start(cls, rank, config):
+    def start(cls, rank, config, ranks_per_source=1):
         """Plans are made when they are asked for, so that every run takes the same steps."""
         checkpoint = Checkpoint.of(1)
-        engine = TinyEngine(rank, config, checkpoint)
+        engine = TinyEngine(rank, config, checkpoint, ranks_per_source)
         engine.session.rebalancer._background._thread = Inline(max_workers=1)
         engine.session.start()
-        return cls(engine, rank, checkpoint)
+        return cls(engine, rank // ranks_per_source, checkpoint)
 
     @property
     def status(self):
         return self.engine.session.rebalancer.status
 
     def step(self, topic):
-        """Rank 1 has no tokens in every fourth step."""
+        """Source 1 has no tokens in every fourth step."""
         number = len(self.moves)
-        hidden_TH = traffic(topic, [self.rank, number], self.checkpoint)
-        hidden_TH = hidden_TH[: 0 if self.rank and number % 4 == 3 else None]
+        hidden_TH = traffic(topic, [self.source, number], self.checkpoint)
+        hidden_TH = hidden_TH[: 0 if self.source and number % 4 == 3 else None]
         phases_T = np.where(np.arange(len(hidden_TH)) % 3, DECODE, PREFILL).astype(np.int8)
         expected_TH, ids_LTK = alone(self.checkpoint, hidden_TH)
         for token, phase in enumerate(phases_T):
@@ -69,6 +70,15 @@ class Service:
     def idle(self, steps):
         for _ in range(steps):
             self.engine.step(torch.empty(0, HIDDEN), np.empty(0, dtype=np.int8))
+
+    def counted_ALE(self):
+        """What the session reports, once the last token is in a snapshot."""
+        session = self.engine.session
+        self.idle(3 * session.config.window.snapshot_steps)
+        layers = json.loads(session.load())["layers"]
+        return np.array(
+            [[layer["tokens"][phase] for layer in layers] for phase in ("prefill", "decode")]
+        )
 
     def until_generation(self, number, topic):
         for _ in range(STEPS_LIMIT):
@@ -95,13 +105,7 @@ def serve_shifting_load(rank, config):
         service.until_generation(topic + 1, topic)
         for _ in range(5):
             service.step(topic)
-    session, before = service.engine.session, service.tokens_ALE.sum()
-    service.idle(3 * config.window.snapshot_steps)  # until the last token is in a snapshot
-    assert service.tokens_ALE.sum() == before
-    layers = json.loads(session.load())["layers"]
-    counted_ALE = np.array(
-        [[layer["tokens"][phase] for layer in layers] for phase in ("prefill", "decode")]
-    )
+    counted_ALE = service.counted_ALE()
     all_ALE = torch.from_numpy(service.tokens_ALE.copy())
     dist.all_reduce(all_ALE)
     return (
@@ -109,7 +113,7 @@ def serve_shifting_load(rank, config):
         all_ALE.numpy(),
         service.status.commits,
         service.moves,
-        session.has_moved_experts,
+        service.engine.session.has_moved_experts,
     )
 
 
@@ -127,6 +131,28 @@ def test_a_second_engine_is_counted_balanced_and_answers_as_one_process_does(two
         steps = len(moves)
         tokens = TOKENS[0] * steps + TOKENS[1] * (steps - steps // 4)
         assert counted_ALE.sum(axis=(0, 2)).tolist() == [tokens * TOP_K] * LAYERS
+
+
+def serve_shared_tokens(rank, config):
+    service = Service.start(rank, config, ranks_per_source=2)
+    service.until_generation(2, 0)
+    return bool((service.counted_ALE() == service.tokens_ALE).all()), len(service.moves)
+
+
+def test_ranks_that_share_their_tokens_count_each_once(two_ranks):
+    config = eager({"planner": {"redundant_experts": 2}})
+    first, second = two_ranks.run(serve_shared_tokens, config)
+    assert first == second
+    assert first[0]
+
+
+def ask(rank):
+    session = Service.start(rank, eager()).engine.session
+    return session.ask("pause"), session.ask("pause"), session.record(True)
+
+
+def test_operators_are_answered_by_rank_0(two_ranks):
+    assert two_ranks.run(ask) == [("", "it is paused already", False), (None, None, False)]
 
 
 def serve_observed(rank, config):

@@ -71,9 +71,13 @@ def alone(checkpoint: Checkpoint, hidden_TH: torch.Tensor) -> tuple[torch.Tensor
 
 
 class TinyEngine:
-    """One rank. reads: times that the session asked for the expert tensors."""
+    """One rank. ranks_per_source: those that are given the same tokens. reads: times that the session
+    asked for the expert tensors.
+    """
 
-    def __init__(self, rank: int, config: RebalanceConfig, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, rank: int, config: RebalanceConfig, checkpoint: Checkpoint, ranks_per_source: int = 1
+    ) -> None:
         group, ranks = dist.group.WORLD, dist.get_world_size()
         self.placement = Placement.contiguous(
             num_layers=LAYERS,
@@ -102,7 +106,7 @@ class TinyEngine:
             top_k=TOP_K,
             expert_tensors=self._expert_tensors,
             group=group,
-            topology=Topology.single_node(ranks),
+            topology=Topology(node_of_rank=(0,) * ranks, ranks_per_source=ranks_per_source),
             device=torch.device("cpu"),
             max_tokens=MAX_TOKENS,
         )
