@@ -1,10 +1,18 @@
-"""What the layers of a loaded model say, and what of it cannot be served."""
+"""What the layers of a loaded model say, what of it cannot be served, and the session it is joined to."""
 
+import json
+from importlib.metadata import version
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from balanced_engine import eager
 
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.load.state import ModelIdentity
+from ep_rebalance.topology import Topology
 
 
 def layer(*, split=False, monolithic=False, strategy="linear"):
@@ -59,3 +67,98 @@ def test_experts_that_were_dealt_out_round_robin_are_shown_where_they_are(attach
     assert dealt.slots_LP.tolist() == [[0, 2, 1, 3]]
     loaded = attachment._loaded_placement(model(layer()), config)
     assert loaded.slots_LP.tolist() == [[0, 1, 2, 3]]
+
+
+class Layer(torch.nn.Module):
+    """A MoE layer of two experts on one rank, with what the adapter asks of one."""
+
+    expert_placement_strategy = "linear"
+    is_monolithic = False
+    moe_config = SimpleNamespace(is_sequence_parallel=False)
+
+    def __init__(self):
+        super().__init__()
+        self.router = SimpleNamespace(top_k=2, eplb_state=SimpleNamespace())
+        self.routed_experts = torch.nn.Module()
+        self.routed_experts.up = torch.nn.Parameter(torch.zeros(2, 3))
+        self.routed_experts.scale = torch.nn.Parameter(torch.zeros(()))
+        self.routed_experts.local_num_experts = 2
+        self.routed_experts.layer_name = "model.layers.0.mlp.experts"
+
+    def get_expert_weights(self):
+        return [self.routed_experts.up.data]
+
+
+@pytest.fixture
+def joined(attachment, monkeypatch, tmp_path, compiled_planner):
+    """`Attachment.create` for a model of two such layers, on a process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    world = dist.group.WORLD
+    group = SimpleNamespace(world_size=1, rank_in_group=0, device_group=world, cpu_group=world)
+    identity = ModelIdentity(model="m", config_hash="h", experts=2, ep_size=1, redundant_experts=0)
+    parts = {
+        "_moe_model": lambda model: model,
+        "_tensor_group": lambda: group,
+        "ep_group": lambda: group,
+        "model_identity": lambda *_: identity,
+        "ranks_on_nodes": lambda ranks_per_source: Topology(
+            node_of_rank=(0,), ranks_per_source=ranks_per_source
+        ),
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(attachment, name, part)
+
+    def join(config):
+        monkeypatch.setattr(attachment, "active_config", lambda _: config)
+        target = torch.nn.Module()
+        target.moe_layers = torch.nn.ModuleList([Layer(), Layer()])
+        target.num_moe_layers, target.num_logical_experts = 2, 2
+        vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=0)),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=16),
+            model_config=SimpleNamespace(get_hidden_size=lambda: 3),
+        )
+        runner = SimpleNamespace(get_model=lambda: target)
+        joined = attachment.Attachment.create(runner, vllm_config, torch.device("cpu"))
+        return joined, target.moe_layers
+
+    yield join
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["rebalance", "observe"])
+def test_routers_of_a_joined_model_count_the_tokens_of_a_step(joined, mode):
+    config = eager({"mode": mode})
+    attached, layers = joined(config)
+    attached.begin_step(np.array([0, 1, 1], dtype=np.int8), started=0.0, continues=False)
+    assert attached.session.busy
+    ids_TK = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
+    for layer in layers:
+        assert layer.router._ep_rebalance_route(ids_TK).tolist() == ids_TK.tolist()
+    for _ in range(config.window.snapshot_steps + 2):
+        attached.session.end_step()
+    assert not attached.session.busy
+    counted = json.loads(attached.session.load())["layers"]
+    assert [layer["tokens"] for layer in counted] == [{"prefill": [1, 1], "decode": [2, 2]}] * 2
+    assert hasattr(layers[0].router.eplb_state, "expert_load_view") == (mode == "rebalance")
+
+
+def test_the_trace_of_a_joined_model_tells_the_engine_and_its_sizes(joined, tmp_path):
+    attached, _ = joined(eager({"trace": {"path": str(tmp_path)}}))
+    head = attached.session._recorder._writer._head
+    assert head.engine == f"vllm {version('vllm')}"
+    assert (head.model, head.top_k, head.hidden_size, head.expert_bytes) == ("m", 2, 3, [12, 12])
+    assert attached.session.record(False)
+
+
+def test_layers_that_vllm_loads_anew_are_served_as_loaded(joined):
+    from ep_rebalance.engines.vllm.seams import expert_loads
+
+    attached, layers = joined(eager())
+    reloads = [attached.session.rebalancer.status.weight_reloads]
+    for _ in range(2):
+        for layer in layers:
+            expert_loads._count(lambda *_: None, layer.routed_experts)
+        attached.weights_loaded()
+        reloads.append(attached.session.rebalancer.status.weight_reloads)
+    assert reloads == [0, 1, 2]

@@ -11,10 +11,14 @@ from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 
 @dataclass
 class Calls:
-    """In the place of an attachment: what it was told."""
+    """In the place of an attachment and its session: what they were told."""
 
     steps: list = field(default_factory=list)
     busy: bool = False
+
+    @property
+    def session(self):
+        return self
 
     def begin_step(self, phases_T, *, started, continues):
         self.busy = True

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 60.0
-PRELOADED = ["torch.distributed", "ep_rebalance.balancer.rebalancer", "pytest"]
+PRELOADED = ["torch.distributed", "ep_rebalance.balancer.session", "pytest"]
 
 
 class RankFailure(AssertionError):

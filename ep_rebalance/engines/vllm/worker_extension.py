@@ -25,27 +25,27 @@ class WorkerExtension:
     def ep_rebalance_status(self) -> bytes:
         """The encoded status, equal on all ranks but for timings; rank 0's is the one to show."""
         attachment = attachment_of(self.model_runner)
-        return b"" if attachment is None else attachment.status()
+        return b"" if attachment is None else attachment.session.status()
 
     def ep_rebalance_load(self) -> bytes:
         """The encoded load of every expert since the start, equal on all ranks."""
         attachment = attachment_of(self.model_runner)
-        return b"" if attachment is None else attachment.load()
+        return b"" if attachment is None else attachment.session.load()
 
     def ep_rebalance_overview(self) -> bytes:
         """The encoded overview, as our page shows it."""
         attachment = attachment_of(self.model_runner)
-        return b"" if attachment is None else attachment.overview()
+        return b"" if attachment is None else attachment.session.overview()
 
     def ep_rebalance_ask(self, action: Action) -> str | None:
         """Pause, resume or plan at once; "" or why not, None from ranks that are not rank 0."""
         attachment = attachment_of(self.model_runner)
-        return None if attachment is None else attachment.ask(action)
+        return None if attachment is None else attachment.session.ask(action)
 
     def ep_rebalance_record(self, on: bool) -> bool:
         """Switch the recording of the trace; False on ranks that do not record."""
         attachment = attachment_of(self.model_runner)
-        return attachment is not None and attachment.record(on)
+        return attachment is not None and attachment.session.record(on)
 
     def ep_rebalance_step_times(self) -> list[tuple[float, float, bool]]:
         """When each of this rank's steps since the last call began and ended (`time.perf_counter`),
@@ -54,7 +54,7 @@ class WorkerExtension:
         attachment = attachment_of(self.model_runner)
         if attachment is None:
             return []
-        times = attachment.rebalancer.step_times.take_recent()
+        times = attachment.session.rebalancer.step_times.take_recent()
         return [(time.began, time.ended, time.migrated) for time in times]
 
 

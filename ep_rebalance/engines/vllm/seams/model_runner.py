@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.engines.port import DECODE, PREFILL
 from ep_rebalance.engines.vllm.contract import Contract, resolve
 from ep_rebalance.engines.vllm.seams.worker import attachment_of
 from ep_rebalance.engines.vllm.wrapping import wrap
-from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -95,14 +95,14 @@ def _step_v1(
 ) -> None:
     attachment = attachment_of(runner)
     if attachment is not None and is_dummy and not is_profile:
-        attachment.end_step()
+        attachment.session.end_step()
 
 
 def _end_busy_step_v1(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     output = original(runner, *args, **kwargs)
     attachment = attachment_of(runner)
-    if attachment is not None and attachment.busy:
-        attachment.end_step()
+    if attachment is not None and attachment.session.busy:
+        attachment.session.end_step()
     return output
 
 
@@ -112,4 +112,4 @@ def _step_v2(
     """vLLM suppresses its balancer in steps that warm kernels up: they are none of ours either."""
     attachment = attachment_of(controller)
     if attachment is not None and not is_profile and not controller.suppressed:
-        attachment.end_step()
+        attachment.session.end_step()

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ep_rebalance.engines.port import Session
 from ep_rebalance.engines.vllm.contract import Contract
-from ep_rebalance.routing.device_tables import RoutingTables
 
 CONTRACTS = (
     Contract(
@@ -45,20 +45,13 @@ def attach_unbalanced(router: Any) -> None:
     setattr(router, _ATTRIBUTE, lambda topk_ids_TK: topk_ids_TK)
 
 
-def attach(
-    router: Any, counts: RoutingTables, layer: int, *, tensor_rank: int, moves_experts: bool
-) -> None:
+def attach(router: Any, session: Session, layer: int, *, tensor_rank: int) -> None:
     """Count and map one layer's ids.
 
     tensor_rank: which part of the batch the rows are under sequence parallelism; 0 without it.
-    moves_experts: False in mode observe, where ids pass unchanged.
     """
 
     def route(topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        first_token = tensor_rank * topk_ids_TK.shape[0]
-        if moves_experts:
-            return counts.route(layer, topk_ids_TK, first_token)
-        counts.count(layer, topk_ids_TK, first_token)
-        return topk_ids_TK
+        return session.route(layer, topk_ids_TK, tensor_rank * topk_ids_TK.shape[0])
 
     setattr(router, _ATTRIBUTE, route)

@@ -95,7 +95,7 @@ def _reload_weights(
 
 def _save(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
     attachment = attachment_of(worker.model_runner)
-    if attachment is not None and attachment.has_moved_experts:
+    if attachment is not None and attachment.session.has_moved_experts:
         raise RuntimeError(
             "ep_rebalance: experts have moved, and whoever reads the saved slots would take them for others. "
             "Remedy: save before serving, or with mode=observe."

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ep_rebalance.balancer.rebalancer import compile_in_background
+from ep_rebalance.engines.port import compile_in_background
 from ep_rebalance.engines.vllm.contract import Contract, may_import, resolve
 from ep_rebalance.engines.vllm.engine_config import active_config
 from ep_rebalance.engines.vllm.parallel import ep_group

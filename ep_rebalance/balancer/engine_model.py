@@ -1,0 +1,64 @@
+"""What an engine hands over of a model that it has loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ep_rebalance.load.state import ModelIdentity
+from ep_rebalance.placement import Placement
+from ep_rebalance.topology import Topology
+
+ExpertTensors = Callable[[], Sequence[Sequence[torch.Tensor]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineModel:
+    """One rank's view of a loaded model. All but `device` and `expert_tensors` is equal on all ranks.
+
+    engine: its name and version, as traces carry them.
+    identity: what a saved placement belongs to; its `model` is the name that is shown.
+    placement: which logical expert each slot was loaded with. It also tells how many MoE layers, logical
+        experts and ranks there are.
+    top_k: experts per token.
+    expert_tensors: reads, for each MoE layer, the tensors that hold this rank's experts, each contiguous
+        with the local slot as its first dimension. Called at start and whenever weights were replaced,
+        since other tensors may hold them then; never in mode observe.
+    group: the EP ranks, in the order of the placement; carries what lies on `device`.
+    host_group: the same ranks for what lies on the host; None if `group` carries that, too.
+    topology: where the ranks are, and which of them route the same tokens. Of these the first counts.
+    max_tokens: the most that a rank routes in one step, padding included; what is beyond is not counted.
+    hidden_size, expert_bytes_L: of the model, and bytes of one expert of each layer, for traces; 0 and ()
+        if unknown.
+
+    Raises ValueError if the parts do not belong together.
+    """
+
+    engine: str
+    identity: ModelIdentity
+    placement: Placement
+    top_k: int
+    expert_tensors: ExpertTensors
+    group: dist.ProcessGroup
+    host_group: dist.ProcessGroup | None = None
+    topology: Topology
+    device: torch.device
+    max_tokens: int
+    hidden_size: int = 0
+    expert_bytes_L: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        ranks = dist.get_world_size(self.group)
+        if not ranks == self.placement.num_ranks == self.topology.num_ranks:
+            raise ValueError(
+                f"a group of {ranks} ranks, a placement of {self.placement.num_ranks} and a topology of "
+                f"{self.topology.num_ranks}"
+            )
+        if self.expert_bytes_L and len(self.expert_bytes_L) != self.placement.num_layers:
+            raise ValueError(
+                f"bytes of an expert in {len(self.expert_bytes_L)} layers, and a placement of "
+                f"{self.placement.num_layers}"
+            )

@@ -1,0 +1,249 @@
+"""Session: one rank's part in balancing one model, as an engine calls it.
+
+Knows no engine: `engines/port.py` says in which order an adapter calls what.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ep_rebalance.balancer.control import Action
+from ep_rebalance.balancer.engine_model import EngineModel
+from ep_rebalance.balancer.rebalancer import Rebalancer
+from ep_rebalance.balancer.recorder import Recorder
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.load.state import SavedState, load_state
+from ep_rebalance.load.trace import TraceHead
+from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.policies import own_planners, planner_of
+from ep_rebalance.planning.problem import Planner
+from ep_rebalance.policies import POLICIES
+from ep_rebalance.routing.device_tables import RoutingTables
+from ep_rebalance.telemetry.journal import initial_status
+from ep_rebalance.telemetry.metrics import encode
+from ep_rebalance.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Made on every rank when the model is loaded. config: equal on all ranks.
+
+    Raises ConfigurationError if the model cannot be served with it, ValueError for expert tensors that
+    cannot be moved.
+    """
+
+    def __init__(self, config: RebalanceConfig, model: EngineModel) -> None:
+        self.config = config
+        self._model = model
+        self._moves_experts = config.mode != "observe"
+        self._rank = dist.get_rank(model.group)
+        self._counts = RoutingTables(
+            placement=model.placement,
+            max_tokens=model.max_tokens,
+            device=model.device,
+            topology=model.topology,
+            rank=self._rank,
+            counts_here=self._rank % model.topology.ranks_per_source == 0,
+        )
+        self._recorder = _recorder(config, model, self._rank)
+        self.rebalancer = Rebalancer(
+            config=config,
+            placement=model.placement,
+            counts=self._counts,
+            memory=ExpertMemory(model.expert_tensors()) if self._moves_experts else None,
+            group=model.group,
+            planner=_planner(config),
+            topology=model.topology,
+            identity=model.identity,
+            status=initial_status(
+                config=config,
+                model=model.identity.model,
+                placement=model.placement,
+                top_k=model.top_k,
+            ),
+            recorder=self._recorder,
+        )
+        self._started: float | None = None
+        self._continues = False
+
+    def start(self) -> None:
+        """Collective, before serving: compile, connect, and take up the saved placement if there is one.
+
+        Raises ConfigurationError for a state file that cannot be used.
+        """
+        self.rebalancer.warm_up()
+        if self._moves_experts:
+            self._take_up_saved_state()
+        placement = self._model.placement
+        logger.info(
+            "ep_rebalance: mode %s, %d MoE layers, %d experts in %d slots on %d ranks",
+            self.config.mode,
+            placement.num_layers,
+            placement.num_experts,
+            placement.num_slots,
+            placement.num_ranks,
+        )
+
+    # A step.
+
+    def begin_step(
+        self,
+        phases_T: NDArray[np.int8],
+        *,
+        started: float | None = None,
+        continues: bool = False,
+    ) -> None:
+        """The tokens of a step are known; ranks without any leave it out.
+
+        phases_T: int8 [T], PREFILL or DECODE. started: by `time.perf_counter()`, now if None. continues:
+        whether the engine had work all the time since the step before.
+        """
+        self._started = time.perf_counter() if started is None else started
+        self._continues = continues
+        self._counts.mark_tokens(phases_T)
+
+    def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int = 0) -> torch.Tensor:
+        """Count one layer's logical ids, and turn them into slots over all ranks; never waits for the
+        device.
+
+        topk_ids_TK: int32 or int64 [T, K], below 0 for padding. first_token: where these rows start among
+        the tokens of `begin_step`. In mode observe the ids come back as they are.
+        """
+        if self._moves_experts:
+            return self._counts.route(layer, topk_ids_TK, first_token)
+        self._counts.count(layer, topk_ids_TK, first_token)
+        return topk_ids_TK
+
+    def end_step(self) -> None:
+        """The forward pass was issued. Every rank calls it equally often, with tokens or without."""
+        started, self._started = self._started, None
+        self.rebalancer.step(started, self._continues)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step of this rank's own tokens has begun and not ended."""
+        return self._started is not None
+
+    # The engine's weights.
+
+    @property
+    def has_moved_experts(self) -> bool:
+        """Whether any slot may hold another expert than the one that was loaded into it."""
+        return self.rebalancer.migrator.has_moved_experts
+
+    def weights_replaced(self, layers: Iterable[int] | None = None) -> None:
+        """The slots of `layers`, of all if None, hold what the engine's loader writes, in its order, or
+        nothing yet.
+
+        Ranks may be told in different steps, but of the same layers in the same order.
+        """
+        every = range(self._model.placement.num_layers)
+        self.rebalancer.weights_replaced(tuple(every if layers is None else layers))
+        if not self._moves_experts:
+            return
+        try:
+            self.rebalancer.migrator.replace_memory(ExpertMemory(self._model.expert_tensors()))
+        except Exception:
+            logger.exception(
+                "ep_rebalance: experts of another size or form cannot be moved any more"
+            )
+            self.rebalancer.migrator.refuse_moves()
+
+    # What is asked from outside.
+
+    def status(self) -> bytes:
+        """The encoded status."""
+        return encode(self.rebalancer.status_now())
+
+    def overview(self) -> bytes:
+        """The encoded overview."""
+        return encode(self.rebalancer.overview())
+
+    def load(self) -> bytes:
+        """The encoded load of every expert."""
+        return encode(self.rebalancer.journal.load(self.rebalancer.served))
+
+    def ask(self, action: Action) -> str | None:
+        """Take an operator's request, as of `Rebalancer.ask`."""
+        refusal = self.rebalancer.ask(action)
+        if refusal == "":
+            logger.info("ep_rebalance: an operator asked to %s", action)
+        return refusal
+
+    def record(self, on: bool) -> bool:
+        """Switch recording; False on a rank that has no recorder."""
+        if self._recorder is None:
+            return False
+        self._recorder.switch(on)
+        logger.info("ep_rebalance: the trace is %s", "recorded" if on else "not recorded")
+        return True
+
+    def _take_up_saved_state(self) -> None:
+        """Rank 0 reads the state file; all ranks take up what it found."""
+        model = self._model
+        state: SavedState | None = None
+        if self.config.state.path and self._rank == 0:
+            state = load_state(Path(self.config.state.path), model.identity)
+        found = [None if state is None else _portable(state)]
+        group = model.host_group or model.group
+        dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
+        if found[0] is None:
+            return
+        slots_LP, quotas_LP, generation = found[0]
+        loaded = model.placement
+        if slots_LP.shape != loaded.slots_LP.shape:
+            raise ConfigurationError(
+                f"the state file holds {slots_LP.shape} layers and slots, the model {loaded.slots_LP.shape}.",
+                "delete it, or name another file in state.path.",
+            )
+        placement = Placement(slots_LP, loaded.num_experts, loaded.num_ranks)
+        self.rebalancer.migrator.restore(placement, quotas_LP, generation)
+        logger.info("ep_rebalance: took up the saved placement of generation %d", generation)
+
+
+def _planner(config: RebalanceConfig) -> Planner:
+    policy = config.planner.policy
+    try:
+        return planner_of(policy)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"planner.policy={policy} needs {POLICIES[policy].needs} ({error}).",
+            f"choose one of {', '.join(own_planners())}.",
+        ) from None
+
+
+def _recorder(config: RebalanceConfig, model: EngineModel, rank: int) -> Recorder | None:
+    """Rank 0's, if a trace is configured."""
+    if config.trace.path is None or rank:
+        return None
+    placement = model.placement
+    head = TraceHead(
+        model=model.identity.model,
+        layers=placement.num_layers,
+        experts=placement.num_experts,
+        top_k=model.top_k,
+        ep_size=placement.num_ranks,
+        slots=placement.num_slots,
+        node_of_rank=list(model.topology.node_of_rank),
+        expert_bytes=list(model.expert_bytes_L) or [0] * placement.num_layers,
+        hidden_size=model.hidden_size,
+        engine=model.engine,
+        plugin_version=__version__,
+        started=time.time(),
+        config=config.as_dict(),
+    )
+    return Recorder(config.trace, head)
+
+
+def _portable(state: SavedState) -> tuple[NDArray[np.int32], NDArray[np.float64], int]:
+    return state.placement.slots_LP, state.quotas_LP, state.header.generation

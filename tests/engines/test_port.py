@@ -1,0 +1,232 @@
+"""A second engine, which knows the port only, is balanced like vLLM: counted exactly, moved, and answering
+as one process does, bit for bit.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from balanced_engine import Inline, eager
+from tiny_engine import EXPERTS, HIDDEN, LAYERS, TOP_K, Checkpoint, TinyEngine, alone
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.engines.port import DECODE, PREFILL, EngineModel
+from ep_rebalance.placement import Placement
+from ep_rebalance.topology import Topology
+
+pytestmark = pytest.mark.usefixtures("compiled_planner")
+
+TOKENS = (12, 9)
+"""Of each source in a step in which it has any."""
+TOPICS = 3
+STEPS_LIMIT = 300
+
+
+@dataclass
+class Service:
+    """An engine that serves made-up traffic, and what it should have counted.
+
+    source: number of the source of tokens that this rank belongs to. tokens_ALE: int64 [2, L, E], by phase,
+    of this source. moves: for each step whether experts moved in it.
+    """
+
+    engine: TinyEngine
+    source: int
+    checkpoint: Checkpoint
+    tokens_ALE: np.ndarray = field(
+        default_factory=lambda: np.zeros((2, LAYERS, EXPERTS), dtype=np.int64)
+    )
+    moves: list[bool] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, rank, config, ranks_per_source=1):
+        """Plans are made when they are asked for, so that every run takes the same steps."""
+        checkpoint = Checkpoint.of(1)
+        engine = TinyEngine(rank, config, checkpoint, ranks_per_source)
+        engine.session.rebalancer._background._thread = Inline(max_workers=1)
+        engine.session.start()
+        return cls(engine, rank // ranks_per_source, checkpoint)
+
+    @property
+    def status(self):
+        return self.engine.session.rebalancer.status
+
+    def step(self, topic):
+        """Source 1 has no tokens in every fourth step."""
+        number = len(self.moves)
+        hidden_TH = traffic(topic, [self.source, number], self.checkpoint)
+        hidden_TH = hidden_TH[: 0 if self.source and number % 4 == 3 else None]
+        phases_T = np.where(np.arange(len(hidden_TH)) % 3, DECODE, PREFILL).astype(np.int8)
+        expected_TH, ids_LTK = alone(self.checkpoint, hidden_TH)
+        for token, phase in enumerate(phases_T):
+            for layer in range(LAYERS):
+                self.tokens_ALE[int(phase == DECODE), layer, ids_LTK[layer, token].numpy()] += 1
+        self.moves.append(bool(self.status.migrating))
+        assert torch.equal(self.engine.step(hidden_TH, phases_T), expected_TH)
+
+    def idle(self, steps):
+        for _ in range(steps):
+            self.engine.step(torch.empty(0, HIDDEN), np.empty(0, dtype=np.int8))
+
+    def counted_ALE(self):
+        """What the session reports, once the last token is in a snapshot."""
+        session = self.engine.session
+        self.idle(3 * session.config.window.snapshot_steps)
+        layers = json.loads(session.load())["layers"]
+        return np.array(
+            [[layer["tokens"][phase] for layer in layers] for phase in ("prefill", "decode")]
+        )
+
+    def until_generation(self, number, topic):
+        for _ in range(STEPS_LIMIT):
+            if self.status.generation >= number:
+                return
+            self.step(topic)
+        raise AssertionError(f"no generation {number} in {STEPS_LIMIT} steps: {self.status}")
+
+
+def traffic(topic, seed, checkpoint):
+    """Tokens that the first layer's router sends to two experts of one rank, most of them."""
+    rng = np.random.default_rng([*seed, topic])
+    liked = (2 * topic + np.arange(2)) % EXPERTS
+    experts_T = rng.choice(liked, TOKENS[seed[0]], p=[0.6, 0.4])
+    noise = rng.standard_normal((len(experts_T), HIDDEN)).astype(np.float32)
+    return checkpoint.router[0][:, experts_T].T.contiguous() + 0.8 * torch.from_numpy(noise)
+
+
+def serve_shifting_load(rank, config):
+    """(counted, should have been, of all ranks alike; commits; steps before, while and after experts
+    moved; whether the last placement is another than the loaded one)."""
+    service = Service.start(rank, config)
+    for topic in range(TOPICS):
+        service.until_generation(topic + 1, topic)
+        for _ in range(5):
+            service.step(topic)
+    counted_ALE = service.counted_ALE()
+    all_ALE = torch.from_numpy(service.tokens_ALE.copy())
+    dist.all_reduce(all_ALE)
+    return (
+        counted_ALE,
+        all_ALE.numpy(),
+        service.status.commits,
+        service.moves,
+        service.engine.session.has_moved_experts,
+    )
+
+
+@pytest.mark.parametrize("redundant", [0, 2])
+def test_a_second_engine_is_counted_balanced_and_answers_as_one_process_does(two_ranks, redundant):
+    config = eager({"planner": {"redundant_experts": redundant, "policy": "incremental"}})
+    for counted_ALE, right_ALE, commits, moves, moved in two_ranks.run(serve_shifting_load, config):
+        assert (counted_ALE == right_ALE).all()
+        assert not commits[0].fault
+        assert sum(commit.experts > 0 for commit in commits) >= TOPICS
+        assert moved
+        assert moves[0] is False  # answers were compared before,
+        assert any(moves)  # while,
+        assert moves[-1] is False  # and after experts moved
+        steps = len(moves)
+        tokens = TOKENS[0] * steps + TOKENS[1] * (steps - steps // 4)
+        assert counted_ALE.sum(axis=(0, 2)).tolist() == [tokens * TOP_K] * LAYERS
+
+
+def serve_shared_tokens(rank, config):
+    service = Service.start(rank, config, ranks_per_source=2)
+    service.until_generation(2, 0)
+    return bool((service.counted_ALE() == service.tokens_ALE).all()), len(service.moves)
+
+
+def test_ranks_that_share_their_tokens_count_each_once(two_ranks):
+    config = eager({"planner": {"redundant_experts": 2}})
+    first, second = two_ranks.run(serve_shared_tokens, config)
+    assert first == second
+    assert first[0]
+
+
+def ask(rank):
+    session = Service.start(rank, eager()).engine.session
+    return session.ask("pause"), session.ask("pause"), session.record(True)
+
+
+def test_operators_are_answered_by_rank_0(two_ranks):
+    assert two_ranks.run(ask) == [("", "it is paused already", False), (None, None, False)]
+
+
+def serve_observed(rank, config):
+    service = Service.start(rank, config)
+    for _ in range(20):
+        service.step(0)
+    return (
+        service.engine.reads,
+        service.engine.session.has_moved_experts,
+        service.status.snapshots,
+    )
+
+
+def test_observed_it_keeps_its_ids_and_its_tensors_are_not_even_read(two_ranks):
+    for reads, moved, snapshots in two_ranks.run(serve_observed, eager({"mode": "observe"})):
+        assert (reads, moved) == (0, False)
+        assert snapshots > 0
+
+
+def serve_after_reload(rank, config):
+    service = Service.start(rank, config)
+    service.until_generation(1, 0)
+    session = service.engine.session
+    assert session.has_moved_experts
+    service.checkpoint = Checkpoint.of(2)
+    service.engine.load(service.checkpoint)
+    session.weights_replaced()
+    service.until_generation(3, 1)
+    return session.has_moved_experts, service.status.weight_reloads
+
+
+def test_after_new_weights_it_answers_by_them_and_is_balanced_again(two_ranks):
+    assert two_ranks.run(serve_after_reload, eager()) == [(True, 1)] * 2
+
+
+def serve_saved(rank, config, static):
+    first = Service.start(rank, config)
+    first.until_generation(1, 0)
+    dist.barrier()  # rank 0 has saved
+    second = Service.start(rank, static)
+    for _ in range(12):
+        second.step(0)
+    sessions = [service.engine.session.rebalancer.served for service in (first, second)]
+    same = sessions[0].placement == sessions[1].placement
+    return same, second.status.generation, second.engine.session.has_moved_experts
+
+
+def test_it_takes_up_the_saved_placement_and_stays_there(two_ranks, tmp_path):
+    state = {"state": {"path": str(tmp_path / "state.npz")}}
+    static = eager(state, {"mode": "static"})
+    assert two_ranks.run(serve_saved, eager(state), static) == [(True, 1, True)] * 2
+
+
+def refusal_of_policy(rank):
+    with pytest.raises(ConfigurationError, match=r"policy=vllm needs another engine than tiny 1"):
+        TinyEngine(rank, eager({"planner": {"policy": "vllm"}}), Checkpoint.of(1))
+
+
+def refusal_of_sizes(rank):
+    placement = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=4)
+    with pytest.raises(ValueError, match="a group of 2 ranks, a placement of 4"):
+        EngineModel(
+            engine="tiny 1",
+            identity=None,
+            placement=placement,
+            top_k=TOP_K,
+            expert_tensors=list,
+            group=dist.group.WORLD,
+            topology=Topology.single_node(4),
+            device=torch.device("cpu"),
+            max_tokens=1,
+        )
+
+
+@pytest.mark.parametrize("refusal", [refusal_of_policy, refusal_of_sizes])
+def test_what_does_not_fit_is_refused(two_ranks, refusal):
+    two_ranks.run(refusal)
