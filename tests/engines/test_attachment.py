@@ -83,6 +83,7 @@ class Layer(torch.nn.Module):
         self.routed_experts.up = torch.nn.Parameter(torch.zeros(2, 3))
         self.routed_experts.scale = torch.nn.Parameter(torch.zeros(()))
         self.routed_experts.local_num_experts = 2
+        self.routed_experts.quant_method = object()
         self.routed_experts.layer_name = "model.layers.0.mlp.experts"
 
     def get_expert_weights(self):
@@ -141,6 +142,13 @@ def test_routers_of_a_joined_model_count_the_tokens_of_a_step(joined, mode):
     counted = json.loads(attached.session.load())["layers"]
     assert [layer["tokens"] for layer in counted] == [{"prefill": [1, 1], "decode": [2, 2]}] * 2
     assert hasattr(layers[0].router.eplb_state, "expert_load_view") == (mode == "rebalance")
+
+
+def test_a_kernel_that_routes_by_itself_is_refused_before_its_tensors_are_read(joined, monkeypatch):
+    monkeypatch.setattr(Layer, "is_monolithic", True)
+    monkeypatch.setattr(Layer, "get_expert_weights", None)
+    with pytest.raises(ConfigurationError, match="routes tokens by itself"):
+        joined(eager())
 
 
 def test_the_trace_of_a_joined_model_tells_the_engine_and_its_sizes(joined, tmp_path):

@@ -37,6 +37,8 @@ class Attachment:
         model = runner.get_model()  # without the wrapper of CUDA graphs
         moe_model = _moe_model(model)
         shares = _tokens_are_shared(moe_model)
+        for layer in moe_model.moe_layers:
+            _refuse_unseen_routing(layer)
         if config.mode != "observe":
             _allow_moves(moe_model, device)
         session = Session(
@@ -150,7 +152,6 @@ def _tokens_are_shared(model: Any) -> bool:
 def _attach_routers(model: Any, session: Session, *, splits_tokens: bool) -> None:
     tensor_rank = _tensor_group().rank_in_group if splits_tokens else 0
     for index, layer in enumerate(model.moe_layers):
-        _refuse_unseen_routing(layer)
         router.attach(layer.router, session, index, tensor_rank=tensor_rank)
 
 
