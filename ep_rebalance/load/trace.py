@@ -44,6 +44,10 @@ class TraceError(ValueError):
         super().__init__(f"{path}, byte {offset}: {reason}")
 
 
+_RENAMED_SETTINGS = (("data_plane", "shape", "buffers"),)
+"""(section, name once, name now)."""
+
+
 class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
     """What was recorded, where and by what.
 
@@ -411,9 +415,19 @@ def _read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
         head = msgspec.json.decode(text, type=TraceHead)
     except msgspec.MsgspecError as error:
         raise TraceError(path, 24, f"the head does not say what a head must ({error})") from None
+    head = msgspec.structs.replace(head, config=_with_present_names(head.config))
     if reason := _fault(head):
         raise TraceError(path, 24, reason)
     return head, 24 + length
+
+
+def _with_present_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as an earlier release recorded them, under the names that they have now."""
+    parts = {name: dict(part) for name, part in config.items() if isinstance(part, dict)}
+    for section, old, new in _RENAMED_SETTINGS:
+        if old in parts.get(section, {}):
+            parts[section][new] = parts[section].pop(old)
+    return config | parts
 
 
 def _fault(head: TraceHead) -> str:

@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from mutations import MUTATIONS, mutated
 from traces import contiguous, head_of, records_of, same, snapshots, write_trace
 
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.load import trace
 from ep_rebalance.load.trace import (
     RecordedSnapshot,
@@ -181,3 +182,10 @@ def test_snapshots_are_samples_of_the_window() -> None:
     assert (sample.steps, sample.step_seconds) == (16, 0.5)
     assert sample.counts_ALE.dtype == np.int64
     assert (sample.counts_ALE == snapshot.counts_ALE).all()
+
+
+def test_settings_that_an_earlier_release_recorded_have_the_names_of_now(tmp_path: Path):
+    recorded = {"mode": "observe", "data_plane": {"shape": "fixed", "capacity_factor": 2.0}}
+    head = TraceReader(write_trace(tmp_path, head_of(config=recorded), 1)).head
+    assert head.config["data_plane"] == {"buffers": "fixed", "capacity_factor": 2.0}
+    assert load_config(head.config).data_plane.buffers == "fixed"
