@@ -17,7 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ep_rebalance.cli import app
+from ep_rebalance.commands.app import app
 from ep_rebalance.dashboards.build import DASHBOARDS, expressions, stale, undefined_metrics, write
 from ep_rebalance.dashboards.promql import ours, vllm
 

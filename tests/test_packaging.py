@@ -20,7 +20,7 @@ SHIPPED_SUFFIXES = {".py", ".typed", ".json", ".yaml", ".yml", ".html", ".css", 
 LIGHT_MODULES = [
     "",
     "api.page",
-    "cli",
+    "commands.app",
     "config",
     "load",
     "migration",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ep_rebalance.cli import metric_table
+from ep_rebalance.commands.app import metric_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"

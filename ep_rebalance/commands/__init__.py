@@ -1,1 +1,1 @@
-"""The commands of `ep-rebalance`, one module each."""
+"""The command `ep-rebalance`: `app`, and its commands, one module each."""

@@ -10,7 +10,7 @@ from command_line import run, server
 from statuses import make_status
 
 from ep_rebalance import __version__
-from ep_rebalance.cli import metric_table
+from ep_rebalance.commands.app import metric_table
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.telemetry.metrics import METRICS

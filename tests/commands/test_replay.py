@@ -155,7 +155,7 @@ def test_files_that_are_no_traces_are_one_sentence(tmp_path: Path):
 
 def test_processes_start_from_the_command(folder: Path):
     """As a console script does; children import the package anew."""
-    command = [sys.executable, "-c", "from ep_rebalance.cli import main\nmain()"]
+    command = [sys.executable, "-c", "from ep_rebalance.commands.app import main\nmain()"]
     options = ["replay", str(folder), "--jobs", "2", "--policy", "ours", "--policy", "none"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

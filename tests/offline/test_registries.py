@@ -65,7 +65,7 @@ form = Format(
 formats.FORMATS = MappingProxyType({**formats.FORMATS, form.name: form})
 
 from typer.testing import CliRunner
-from ep_rebalance.cli import app
+from ep_rebalance.commands.app import app
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.planning.policies import own_planners, staging_slots
 

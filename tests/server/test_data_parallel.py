@@ -16,7 +16,7 @@ from metrics_page import assert_metrics_agree
 from serving import OPERATOR, Server, prompts
 from typer.testing import CliRunner
 
-from ep_rebalance.cli import app
+from ep_rebalance.commands.app import app
 from ep_rebalance.load.trace import RecordedPlacement, TraceReader
 
 pytestmark = V032.marks

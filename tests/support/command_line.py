@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 from typer.testing import CliRunner
 
-from ep_rebalance.cli import app
+from ep_rebalance.commands.app import app
 
 
 def run(*args: str, **environment: str):
