@@ -27,9 +27,9 @@ def _drop_stale_code() -> None:
     """Numba compiles callees from other files into a function, but asks only the function's own
     file whether its cached code is still good."""
     folder = Path(__file__).parent
-    sources = (path for path in folder.rglob("*.py") if "@compiled" in path.read_text())
-    newest = max(source.stat().st_mtime for source in sources)
     with suppress(OSError):
+        texts = ((path, path.read_text(encoding="utf-8")) for path in folder.rglob("*.py"))
+        newest = max(path.stat().st_mtime for path, text in texts if "@compiled" in text)
         for index in folder.rglob("__pycache__/*.nbi"):
             if index.stat().st_mtime < newest:
                 index.unlink()

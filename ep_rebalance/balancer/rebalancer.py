@@ -9,11 +9,15 @@ the next snapshot that it is done.
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
+from subprocess import DEVNULL
 
 import torch.distributed as dist
 
@@ -42,6 +46,13 @@ from ep_rebalance.telemetry.overview_report import Overview
 from ep_rebalance.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+_COMPILES = (
+    "from ep_rebalance.migration import compile_schedule\n"
+    "from ep_rebalance.planning.policies import compile_planner\n"
+    "compile_schedule()\n"
+    "compile_planner()\n"
+)
 
 Steps = Generator[None, None, None]
 
@@ -352,11 +363,20 @@ class Rebalancer:
 def compile_in_background() -> None:
     """Begin with what takes longest of `warm_up`, while an engine loads its weights: half a minute of one
     core, where planner and scheduler were never compiled before.
+
+    A process of its own does it and leaves the machine code on disk, where numba can write there: a thread
+    would keep the interpreter lock from the loader.
     """
-    threading.Thread(target=_compile, name="ep_rebalance-compile", daemon=True).start()
+    threading.Thread(target=_compile_elsewhere, name="ep_rebalance-compile", daemon=True).start()
+
+
+def _compile_elsewhere() -> None:
+    program = [sys.executable, "-P", "-c", _COMPILES]
+    with suppress(OSError):
+        subprocess.run(program, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, check=False)
 
 
 def _compile() -> None:
-    """Numba compiles in one thread at a time: who comes second waits, and finds it done."""
+    """Every rank fits quotas, so that every rank needs the planner's code."""
     compile_schedule()
-    compile_planner()  # of which every rank fits quotas
+    compile_planner()

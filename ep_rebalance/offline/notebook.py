@@ -113,5 +113,7 @@ def _load(tokens: ArrayLike) -> WindowLoad:
 
 
 def _topology(placement: Placement, ranks_per_node: int) -> Topology:
+    if ranks_per_node < 1:
+        raise ValueError(f"ranks_per_node must be 1 or more, not {ranks_per_node}")
     nodes = (rank // ranks_per_node for rank in range(placement.num_ranks))
     return Topology(node_of_rank=tuple(nodes))

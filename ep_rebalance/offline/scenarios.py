@@ -9,7 +9,7 @@ from pathlib import Path
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import SUFFIX, TraceHead, TraceReader
 from ep_rebalance.offline.model_shape import shape_of
-from ep_rebalance.offline.policies import SERVER_POLICIES
+from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES
 from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
 from ep_rebalance.planning.policies import planner_of
@@ -41,6 +41,8 @@ def scenario(
     fraction: float | None = None,
 ) -> Scenario:
     """Raises ValueError if it cannot be."""
+    if policy not in REPLAY_POLICIES:
+        raise ValueError(f"there is no policy {policy!r}; choose of {', '.join(REPLAY_POLICIES)}")
     planner: Planner | None = None
     if policy in SERVER_POLICIES:
         planner = _planner(SERVER_POLICIES[policy])

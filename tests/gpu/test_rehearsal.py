@@ -133,6 +133,19 @@ def test_runs_side_by_side_go_on_when_the_command_that_started_them_has_ended(tm
     assert json.loads((out / "racecheck,unpack-c" / "log.jsonl").read_text().splitlines()[0])["ok"]
 
 
+def test_a_run_that_was_killed_has_failed_and_none_is_no_success(tmp_path: Path, capsys):
+    assert kit.main(["wait", "--out", str(tmp_path), "--seconds", "0"]) == 2
+    assert "nothing was started" in capsys.readouterr().err
+    folder = tmp_path / "machine,kernels"
+    folder.mkdir()
+    (folder / "pid").write_text("999999999")
+    assert kit.main(["wait", "--out", str(tmp_path), "--seconds", "0"]) == 1
+    assert {r.step: r.reason for r in read_log(tmp_path / "log.jsonl")} == {
+        "machine": "its run was killed",
+        "kernels": "its run was killed",
+    }
+
+
 def test_an_unknown_step_is_refused_before_anything_is_started(tmp_path: Path, capsys):
     arguments = ["start", "machine", "kernels,no-such", "--out", str(tmp_path / "out")]
     assert kit.main(arguments) == 2

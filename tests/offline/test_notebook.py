@@ -54,6 +54,7 @@ def contiguous(experts: int) -> Placement:
         ([[1, 2]], {}, "ranks=8"),
         ([1, 2], {"ranks": 2}, r"not \[2\]"),
         ([[1, -2]], {"ranks": 2}, "not negative"),
+        ([[1, 2]], {"ranks": 2, "ranks_per_node": 0}, "1 or more, not 0"),
         ([[1, np.nan]], {"ranks": 2}, "finite"),
         ([[1, 2, 3]], {"ranks": 2}, "3"),
         ([[1, 2]], {"current": contiguous(experts=4)}, "2 experts, the current placement"),
@@ -72,6 +73,8 @@ def test_a_trace_is_replayed_as_recorded_and_with_other_sizes(tmp_path: Path):
     assert not none.commits
     assert ours.mean_imbalance < none.mean_imbalance
     assert replay([tmp_path], ranks=2, redundant=0).share_LR.shape == (2, 2)
+    with pytest.raises(ValueError, match="no policy 'incremental'; choose of ours, "):
+        replay(tmp_path, "incremental")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with pytest.raises(ValueError, match=r"no \*\.eptrace in"):

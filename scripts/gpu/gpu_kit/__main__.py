@@ -63,6 +63,9 @@ def start(options: argparse.Namespace) -> int:
 def wait(options: argparse.Namespace) -> int:
     """Wait for what was started; 0 if all of it has ended and none of it failed."""
     results, running = side_by_side.wait(options.out, options.seconds)
+    if not results and not running:
+        print(f"scripts/gpu/kit: nothing was started under {options.out}", file=sys.stderr)
+        return 2
     log = options.out / "log.jsonl"
     log.unlink(missing_ok=True)
     for result in results:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpu_kit.driver import Result
 from gpu_kit.places import ROOT
+from gpu_kit.plan import chosen
 from gpu_kit.report import read_log
 
 PROCESS = "pid"
@@ -41,15 +42,26 @@ def wait(out: Path, seconds: float) -> tuple[list[Result], list[str]]:
     ends = time.monotonic() + seconds
     while time.monotonic() < ends and any(map(_runs, processes)):
         time.sleep(0.5)
-    logs = [path.parent / "log.jsonl" for path in processes]
-    results = [result for log in logs if log.exists() for result in read_log(log)]
-    return results, [path.parent.name for path in processes if _runs(path)]
+    running = [path.parent.name for path in processes if _runs(path)]
+    results = [result for path in processes for result in _results(path.parent, running)]
+    return results, running
+
+
+def _results(folder: Path, running: Sequence[str]) -> list[Result]:
+    """Of one run; a step of a run that was killed has failed."""
+    log = folder / "log.jsonl"
+    results = read_log(log) if log.exists() else []
+    if folder.name in running:
+        return results
+    told = {result.step for result in results}
+    lost = [step.name for step in chosen(folder.name.split(",")) if step.name not in told]
+    return results + [Result(step=name, ok=False, reason="its run was killed") for name in lost]
 
 
 def _runs(process: Path) -> bool:
     """A process that ended, and whose parent has not asked how, does not run."""
     try:
         state = Path(f"/proc/{process.read_text()}/stat").read_text()
-    except FileNotFoundError:
+    except OSError:
         return False
     return state.rpartition(")")[2].split()[0] != "Z"

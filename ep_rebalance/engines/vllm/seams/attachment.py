@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -96,11 +95,13 @@ def _engine_model(
     shares_tokens: bool,
 ) -> EngineModel:
     """What the balancer is to know of the model. Collective."""
+    import vllm
+
     layers, group = tuple(model.moe_layers), ep_group()
     tensor_ranks = _tensor_group().world_size
     batched = vllm_config.scheduler_config.max_num_batched_tokens
     return EngineModel(
-        engine=f"vllm {version('vllm')}",
+        engine=f"vllm {vllm.__version__}",
         identity=model_identity(vllm_config, config),
         placement=_loaded_placement(model, vllm_config),
         top_k=layers[0].router.top_k,
@@ -112,7 +113,9 @@ def _engine_model(
         device=device,
         max_tokens=batched + 2 * tensor_ranks + 1024,
         hidden_size=vllm_config.model_config.get_hidden_size(),
-        expert_bytes_L=[_expert_bytes(layer.routed_experts) for layer in layers],
+        expert_bytes_L=[_expert_bytes(layer.routed_experts) for layer in layers]
+        if config.trace.path is not None
+        else (),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import vllm  # noqa: F401 - without it the policy is refused at start, not in each plan
 
 from ep_rebalance.engines.vllm.contract import Contract
 from ep_rebalance.placement import Placement

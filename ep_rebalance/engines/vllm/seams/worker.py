@@ -62,7 +62,8 @@ def _agree(worker: Any) -> None:
         return
     config = agree(active_config(worker.vllm_config), ep_group().ranks, default_store())
     complete(worker.vllm_config, config)
-    compile_in_background()
+    if worker.local_rank == 0:  # once for all that share a disk, or nearly
+        compile_in_background()
     setattr(worker, _AGREED, True)
 
 
