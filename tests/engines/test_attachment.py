@@ -1,7 +1,6 @@
 """What the layers of a loaded model say, what of it cannot be served, and the session it is joined to."""
 
 import json
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,10 +150,10 @@ def test_a_kernel_that_routes_by_itself_is_refused_before_its_tensors_are_read(j
         joined(eager())
 
 
-def test_the_trace_of_a_joined_model_tells_the_engine_and_its_sizes(joined, tmp_path):
+def test_the_trace_of_a_joined_model_tells_the_engine_and_its_sizes(joined, vllm, tmp_path):
     attached, _ = joined(eager({"trace": {"path": str(tmp_path)}}))
     head = attached.session._recorder._writer._head
-    assert head.engine == f"vllm {version('vllm')}"
+    assert head.engine == f"vllm {vllm.__version__}"
     assert (head.model, head.top_k, head.hidden_size, head.expert_bytes) == ("m", 2, 3, [12, 12])
     assert attached.session.record(False)
 
