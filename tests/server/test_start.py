@@ -12,6 +12,7 @@ from serving import DATA_PARALLEL, PLUGIN, TENSOR_PARALLEL, refused_start, servi
 pytestmark = V032.marks
 
 
+@pytest.mark.repeats
 def test_four_ranks_of_tensor_and_data_parallelism_serve(
     logs: Path, settings_file: str, questions: list[str]
 ) -> None:
