@@ -32,6 +32,8 @@ SHAPES = [
 
 ROUNDING = 1e-9
 """How far two sums of the same numbers may be apart."""
+VISIBLE = 1e-3
+"""A gain of which a millionth is not lost in rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
