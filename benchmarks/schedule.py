@@ -133,7 +133,7 @@ def job_of(size: Size, options: argparse.Namespace) -> Callable[[], Migration]:
     )
     target = swapped(source, options.moved, np.random.default_rng(0))
     quotas_LP = target.even_quotas_LP()
-    topology = Topology(node_of_rank=tuple(rank // 8 for rank in range(size.ranks)))
+    topology = Topology.node_by_node(size.ranks, 8)
     return lambda: schedule(
         source,
         target,

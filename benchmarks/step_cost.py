@@ -87,7 +87,7 @@ class Rank:
             num_ranks=RANKS,
             num_redundant=REDUNDANT,
         )
-        self.topology = Topology(node_of_rank=tuple(rank // 8 for rank in range(RANKS)))
+        self.topology = Topology.node_by_node(RANKS, 8)
         self.counts = RoutingTables(
             placement=self.placement,
             max_tokens=TOKENS,

@@ -41,6 +41,13 @@ class Topology:
     def single_node(cls, num_ranks: int) -> Topology:
         return cls(node_of_rank=(0,) * num_ranks)
 
+    @classmethod
+    def node_by_node(cls, num_ranks: int, ranks_per_node: int) -> Topology:
+        """Ranks fill one node after the other; the last may have fewer. Raises ValueError."""
+        if ranks_per_node < 1:
+            raise ValueError(f"ranks_per_node must be 1 or more, not {ranks_per_node}")
+        return cls(node_of_rank=tuple(rank // ranks_per_node for rank in range(num_ranks)))
+
     @property
     def num_ranks(self) -> int:
         return len(self.node_of_rank)

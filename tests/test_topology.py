@@ -25,3 +25,9 @@ def test_what_is_no_topology_is_refused() -> None:
         Topology(node_of_rank=())
     with pytest.raises(ValueError, match="positive"):
         Topology(node_of_rank=(0,), bytes_per_second=(1.0, 0.0, 1.0))
+
+
+def test_ranks_fill_one_node_after_the_other():
+    assert Topology.node_by_node(5, 2).node_of_rank == (0, 0, 1, 1, 2)
+    with pytest.raises(ValueError, match="1 or more, not 0"):
+        Topology.node_by_node(5, 0)

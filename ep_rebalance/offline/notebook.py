@@ -59,7 +59,7 @@ def plan(
         current = Placement.contiguous(
             num_layers=layers, num_experts=experts, num_ranks=ranks, num_redundant=redundant
         )
-        return place_anew(load, current, _topology(current, ranks_per_node))
+        return place_anew(load, current, Topology.node_by_node(current.num_ranks, ranks_per_node))
     if (current.num_layers, current.num_experts) != (layers, experts):
         raise ValueError(
             f"tokens are of {layers} layers with {experts} experts, the current placement of "
@@ -70,7 +70,7 @@ def plan(
     slots = current.slots_LP.shape[1]
     moved = max(2, slots // 8) if max_moved is None else max_moved
     budget = Budget(max_moved_slots=moved * layers, max_arrivals=current.slots_per_rank)
-    topology = _topology(current, ranks_per_node)
+    topology = Topology.node_by_node(current.num_ranks, ranks_per_node)
     return plan_incremental(Problem(load=load, current=current, topology=topology, budget=budget))
 
 
@@ -110,10 +110,3 @@ def _load(tokens: ArrayLike) -> WindowLoad:
         raise ValueError("tokens must be finite and not negative")
     windows = len(tokens_WLE)
     return WindowLoad(tokens_WLE=tokens_WLE, weight_W=np.ones(windows), steps_W=np.ones(windows))
-
-
-def _topology(placement: Placement, ranks_per_node: int) -> Topology:
-    if ranks_per_node < 1:
-        raise ValueError(f"ranks_per_node must be 1 or more, not {ranks_per_node}")
-    nodes = (rank // ranks_per_node for rank in range(placement.num_ranks))
-    return Topology(node_of_rank=tuple(nodes))

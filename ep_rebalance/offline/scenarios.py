@@ -78,7 +78,7 @@ def _planner(policy: str) -> Planner:
 def _topology(head: TraceHead, ranks: int, ranks_per_node: int | None) -> Topology:
     if ranks_per_node is None and ranks == head.ep_size:
         return Topology(node_of_rank=tuple(head.node_of_rank))
-    return Topology(node_of_rank=tuple(rank // (ranks_per_node or 8) for rank in range(ranks)))
+    return Topology.node_by_node(ranks, 8 if ranks_per_node is None else ranks_per_node)
 
 
 def _step_time(
