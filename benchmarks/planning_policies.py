@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import PlannerConfig, RebalanceConfig, WindowConfig
-from ep_rebalance.load.window import LoadSample, WindowLoad, window_load
-from ep_rebalance.offline.balancing import ReplayedBalancer
+from ep_rebalance.load.window import LoadSample, LoadWindow, WindowLoad, window_load
+from ep_rebalance.offline.peers import everything_may_move, place_anew
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
-from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.incremental.planner import plan_incremental
-from ep_rebalance.planning.problem import Budget, Planner, Problem
-from ep_rebalance.planning.proposal import planned_load
+from ep_rebalance.planning.problem import Planner, Problem
+from ep_rebalance.planning.proposal import Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.topology import Topology
 
@@ -84,28 +83,37 @@ class Ours(Policy):
         self, config: RebalanceConfig, start: Placement, topology: Topology, bytes_L: Sequence[int]
     ) -> None:
         self.name, self.milliseconds = "ep_rebalance", []
-        self._balancer = ReplayedBalancer(
-            config=config,
+        self.placement, self.quotas_LP = start, start.even_quotas_LP()
+        self._settings = config.planner
+        self._window = LoadWindow(config.window.snapshots)
+        self._proposer = Proposer(
             planner=self._solve,
+            settings=config.planner,
+            decision=config.decision,
             cost=TokenCost(),
             topology=topology,
             expert_bytes_L=bytes_L,
-            placement=start,
         )
 
-    @property
-    def placement(self) -> Placement:  # type: ignore[override]
-        return self._balancer.placement
-
-    @property
-    def quotas_LP(self) -> NDArray[np.float64]:  # type: ignore[override]
-        return self._balancer.quotas_LP
-
     def snapshot(self, sample: LoadSample) -> None:
-        self._balancer.append(sample)
+        self._window.append(sample)
+        self._fit_quotas()
 
     def window_ends(self, samples: Sequence[LoadSample]) -> None:
-        self._balancer.plan()
+        unseen = self._window.begin_plan()
+        proposal = self._proposer.propose(
+            self._window.samples(),
+            self.placement,
+            unseen=unseen,
+            step_seconds=self._window.step_seconds,
+        )
+        if proposal.decision.accepted:
+            self.placement = proposal.plan.placement
+            self._fit_quotas()
+
+    def _fit_quotas(self) -> None:
+        load = planned_load(self._settings, self._window.samples())
+        self.quotas_LP = split_quotas(self.placement, load.load_LE)
 
     def _solve(self, problem: Problem) -> Placement:
         began = time.perf_counter()
@@ -150,14 +158,3 @@ def vllm_policies(start: Placement, topology: Topology, *, grouped: bool) -> lis
         planner = hierarchical_planner(EXPERT_GROUPS)
         policies.append(Anew("vLLM groups", planner, start, topology))
     return policies
-
-
-def place_anew(load: WindowLoad, current: Placement, topology: Topology) -> Placement:
-    """The best that we know for a window: the greedy placement, improved without a bound."""
-    start = plan_greedy(everything_may_move(load, current, topology))
-    return plan_incremental(everything_may_move(load, start, topology))
-
-
-def everything_may_move(load: WindowLoad, current: Placement, topology: Topology) -> Problem:
-    budget = Budget(max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank)
-    return Problem(load=load, current=current, topology=topology, budget=budget)

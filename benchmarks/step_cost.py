@@ -37,6 +37,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.rebalancer import Rebalancer
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.collectives.snapshot import HEAD
@@ -51,7 +52,6 @@ from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import compile_planner, keep_current
 from ep_rebalance.routing.device_tables import RoutingTables
-from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology
 
 SHAPE = SHAPES["deepseek-v3"]
@@ -99,23 +99,27 @@ class Rank:
         weights = [[torch.zeros(slots, 64, device=device)] for _ in range(SHAPE.layers)]
         self.memory = ExpertMemory(weights)
         self.rebalancer = Rebalancer(
-            config=config,
-            placement=self.placement,
+            config,
+            EngineModel(
+                engine="step_cost",
+                identity=ModelIdentity(
+                    model="deepseek-v3",
+                    config_hash="",
+                    experts=SHAPE.experts,
+                    ep_size=RANKS,
+                    redundant_experts=REDUNDANT,
+                ),
+                placement=self.placement,
+                top_k=TOP_K,
+                expert_tensors=lambda: weights,
+                group=dist.group.WORLD,
+                topology=self.topology,
+                device=device,
+                max_tokens=TOKENS,
+            ),
             counts=self.counts,
             memory=self.memory,
-            group=dist.group.WORLD,
             planner=keep_current,
-            topology=self.topology,
-            identity=ModelIdentity(
-                model="deepseek-v3",
-                config_hash="",
-                experts=SHAPE.experts,
-                ep_size=RANKS,
-                redundant_experts=REDUNDANT,
-            ),
-            status=initial_status(
-                config=config, model="deepseek-v3", placement=self.placement, top_k=TOP_K
-            ),
             recorder=self._recorder(config),
         )
         self._phases_T = np.repeat([0, 1], TOKENS // 2)

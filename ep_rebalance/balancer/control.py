@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.telemetry.metrics import Status
 
 Action = Literal["pause", "resume", "rebalance"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -23,9 +22,13 @@ class Control:
         self.plan_asked = False
         self._config = config
 
-    def ask(self, action: Action, status: Status) -> str:
-        """Take a request; returns why it cannot be followed in the state that `status` shows, or ""."""
-        if refusal := self._refusal(action, status):
+    def ask(self, action: Action, *, busy: bool) -> str:
+        """Take a request.
+
+        busy: whether a plan is being made or carried out.
+        Returns why it cannot be followed, or "".
+        """
+        if refusal := self._refusal(action, busy):
             return refusal
         if action == "rebalance":
             self.plan_asked = True
@@ -33,7 +36,7 @@ class Control:
             self.paused = action == "pause"
         return ""
 
-    def _refusal(self, action: Action, status: Status) -> str:
+    def _refusal(self, action: Action, busy: bool) -> str:
         if self._config.mode != "rebalance":
             return f"mode {self._config.mode} never moves experts"
         if self._config.planner.policy == "none":
@@ -44,6 +47,6 @@ class Control:
             return "it is not paused"
         if action == "rebalance" and self.paused:
             return "it is paused; resume it first"
-        if action == "rebalance" and (self.plan_asked or status.activity != "watching"):
+        if action == "rebalance" and (self.plan_asked or busy):
             return "it does so already"
         return ""

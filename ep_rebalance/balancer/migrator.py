@@ -7,8 +7,8 @@ next one begins. What is served changes nowhere else, and on every rank in the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,17 +20,24 @@ from ep_rebalance.migration import Batch, schedule
 from ep_rebalance.migration.commit import (
     Commit,
     PreparedMigration,
-    Served,
     Split,
     commit_batch,
     commit_split,
 )
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import RoundExchange, StagingFull
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import staging_slots
 from ep_rebalance.routing.device_tables import RoutingTables
-from ep_rebalance.telemetry.journal import Journal
+from ep_rebalance.telemetry.events import (
+    BatchCommitted,
+    CommitStalled,
+    Event,
+    GenerationServed,
+    QuotasChanged,
+    RoundStalled,
+)
 from ep_rebalance.telemetry.stall_clock import StallClock
 from ep_rebalance.topology import Topology
 
@@ -39,14 +46,23 @@ logger = logging.getLogger(__name__)
 RESTORE_BYTES_PER_ROUND = 32 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class MigrationOutcome:
+    """batches: how many were committed. fault: what ended it before the last one, or ""."""
+
+    batches: int
+    fault: str
+
+
 class Migrator:
     """One rank's part in every migration.
 
     placement: what the engine loaded. memory: this rank's expert weights, or None in mode observe,
     where nothing is ever moved.
-    served: what the forward pass runs on. actions: rounds and commits that this rank has done.
+    tell: takes what happens.
+    served: what the forward pass runs on.
     agreed_reloads: of the times that the engine replaced weights, those that `served` knows of, the same
-    on all ranks.
+        on all ranks.
     staging_slots: experts that fit into the staging memory.
     """
 
@@ -59,26 +75,24 @@ class Migrator:
         memory: ExpertMemory | None,
         group: dist.ProcessGroup,
         topology: Topology,
-        journal: Journal,
+        tell: Callable[[Event], None],
     ) -> None:
         self.served = Served.initial(placement)
         self.agreed_reloads = 0
-        self._told: list[
-            tuple[int, ...]
-        ] = []  # layers of each reload that `served` does not know of
+        self._told: list[tuple[int, ...]] = []  # layers of each reload that `served` knows not of
         self._may_move = True
         self._loaded = self.served
-        self.actions = 0
+        self._actions = 0
         self.staging_slots = staging_slots(config.planner, placement.slots_per_rank)
         self._counts = counts
         self._memory = memory
         self._group = group
         self._rank = dist.get_rank(group)
         self._topology = topology
-        self._journal = journal
+        self._tell = tell
         device = counts.counts_LAE.device
-        self._round_stalls = StallClock(device, journal.round_stalled)
-        self._commit_stalls = StallClock(device, journal.commit_stalled)
+        self._round_stalls = StallClock(device, lambda seconds: tell(RoundStalled(seconds)))
+        self._commit_stalls = StallClock(device, lambda seconds: tell(CommitStalled(seconds)))
         self._exchange: RoundExchange | None = None
         if memory is not None:
             self._exchange = RoundExchange(
@@ -99,24 +113,23 @@ class Migrator:
         """Packed size of one expert of each layer; empty where nothing is moved."""
         return () if self._memory is None else self._memory.expert_bytes_L
 
-    def migrate(self, prepared: PreparedMigration) -> Generator[None, None, str]:
+    def migrate(self, prepared: PreparedMigration) -> Generator[None, None, MigrationOutcome]:
         """Carry a migration out, one `yield` per engine step, `num_steps` in all.
 
-        Returns the fault that ended it early, or "". Batches committed before the fault stay in
-        service, under a generation of their own.
+        Batches committed before a fault stay in service, under a generation of their own.
         """
         assert self._exchange is not None, "mode observe moves nothing"
-        fault = ""
+        fault, batches = "", 0
         for commit in prepared.commits:
             fault = yield from self._move(commit.batch, self._exchange)
             if fault:
                 break
             self._commit(commit, self._exchange)
+            batches += 1
         if not fault:
             self._take_up(prepared.split)
-        if self.served.placement != prepared.migration.source:
-            self._number(self.served.generation + 1)
-        return fault
+        self._serve(self.served.numbered(prepared.migration.source))
+        return MigrationOutcome(batches=batches, fault=fault)
 
     def restore(
         self, placement: Placement, quotas_LP: NDArray[np.float64], generation: int
@@ -149,7 +162,7 @@ class Migrator:
                 raise RuntimeError(f"the saved placement could not be taken up: {faults}")
             self._commit(commit, exchange)
         self._take_up(prepared.split)
-        self._number(generation)
+        self._serve(replace(self.served, generation=generation))
 
     def _roomy_exchange(self, staging_slots: int, memory: ExpertMemory) -> RoundExchange:
         """For as many experts at once as a rank holds."""
@@ -203,30 +216,33 @@ class Migrator:
         """Vote every batch down from now on."""
         self._may_move = False
 
+    def layers_reloaded(self, reloads: int) -> tuple[int, ...]:
+        """Those that the engine replaced from what `served` knows of up to the `reloads`-th time."""
+        told = self._told[: reloads - self.agreed_reloads]
+        return tuple(sorted({layer for layers in told for layer in layers}))
+
     def serve_loaded(self, reloads: int) -> None:
         """What was loaded is served in the layers that were, now that every rank was told `reloads` times.
 
         If this rank was told again meanwhile, the next snapshot tells.
         """
-        count = reloads - self.agreed_reloads
-        layers = sorted({layer for told in self._told[:count] for layer in told})
-        self.agreed_reloads, self._told = reloads, self._told[count:]
-        quotas_LP = self.served.quotas_LP.copy()
-        quotas_LP[layers] = self._loaded.quotas_LP[layers]
-        self.served = Served(
-            placement=self.served.placement.replaced(layers, self._loaded.placement),
-            quotas_LP=quotas_LP,
-            generation=self.served.generation + 1,
-        )
-        self._journal.generation(self.served.generation)
+        layers = self.layers_reloaded(reloads)
+        self._told = self._told[reloads - self.agreed_reloads :]
+        self.agreed_reloads = reloads
+        self._serve(self.served.reloaded(layers, self._loaded))
 
     def serve_split(self, split: Split) -> None:
         """Serve the same placement with other quotas."""
         self._take_up(split)
-        self._journal.quotas_changed()
+        self._tell(QuotasChanged())
+
+    def take_actions(self) -> int:
+        """Rounds and commits that this rank has done since it was asked before."""
+        actions, self._actions = self._actions, 0
+        return actions
 
     def read_stalls(self) -> None:
-        """Tell the journal of the rounds and commits that the device is done with."""
+        """Tell of the rounds and commits that the device is done with."""
         self._round_stalls.read()
         self._commit_stalls.read()
 
@@ -242,7 +258,7 @@ class Migrator:
         for number in range(len(batch.rounds)):
             with self._round_stalls.stall():
                 exchange.exchange(batch, number)
-            self.actions += 1
+            self._actions += 1
             yield
         vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
         yield
@@ -262,15 +278,16 @@ class Migrator:
                 counts=self._counts,
                 rank=self._rank,
             )
-        self._journal.committed(commit.batch)
-        self.actions += 1
+        self._tell(BatchCommitted(commit.batch))
+        self._actions += 1
 
     def _take_up(self, split: Split) -> None:
         if self._holds_loaded:
-            self.served = replace(self.served, quotas_LP=split.quotas_LP)
+            self.served = self.served.with_quotas(split.quotas_LP)
         else:
             self.served = commit_split(split, self.served, self._counts)
 
-    def _number(self, generation: int) -> None:
-        self.served = replace(self.served, generation=generation)
-        self._journal.generation(generation)
+    def _serve(self, served: Served) -> None:
+        """Under a number that may be new."""
+        self.served = served
+        self._tell(GenerationServed(served.generation))

@@ -30,8 +30,9 @@ from ep_rebalance.load.state import (
     save_state,
 )
 from ep_rebalance.load.window import LoadSample, window_load
-from ep_rebalance.migration import schedule
-from ep_rebalance.migration.commit import PreparedMigration, Served, Split
+from ep_rebalance.migration.commit import PreparedMigration, Split
+from ep_rebalance.migration.configured import schedule_as_configured
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.problem import Planner
@@ -85,7 +86,6 @@ class PlannerThread:
         topology: Topology,
         identity: ModelIdentity,
         expert_bytes_L: Sequence[int],
-        staging_slots: int,
         rank: int,
     ) -> None:
         self._config = config
@@ -93,7 +93,6 @@ class PlannerThread:
         self._topology = topology
         self._identity = identity
         self._expert_bytes_L = expert_bytes_L
-        self._staging_slots = staging_slots
         self._thread = DaemonThread()
         self._proposer = Proposer(
             planner=planner,
@@ -142,18 +141,21 @@ class PlannerThread:
         self, served: Served, wire_2LP: NDArray[np.int64], counts: RoutingTables
     ) -> PreparedMigration:
         current = served.placement
-        slots_LP, quotas_LP = read_plan(wire_2LP)
-        migration = schedule(
-            current,
-            Placement(slots_LP, current.num_experts, current.num_ranks),
-            quotas_LP,
-            topology=self._topology,
-            expert_bytes_L=self._expert_bytes_L,
-            max_bytes_per_round=self._config.migration.max_bytes_per_step,
-            staging_slots=self._staging_slots,
-            rank=self._rank,
-        )
-        return PreparedMigration.of(migration, counts)
+        try:
+            slots_LP, quotas_LP = read_plan(wire_2LP)
+            migration = schedule_as_configured(
+                self._config,
+                current,
+                Placement(slots_LP, current.num_experts, current.num_ranks),
+                quotas_LP,
+                topology=self._topology,
+                expert_bytes_L=self._expert_bytes_L,
+                rank=self._rank,
+            )
+            return PreparedMigration.of(migration, counts)
+        except Exception:
+            logger.exception("ep_rebalance: the rounds were not worked out")
+            raise
 
     def _fit_split(
         self, samples: Sequence[LoadSample], placement: Placement, counts: RoutingTables

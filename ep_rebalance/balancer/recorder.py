@@ -12,16 +12,17 @@ import threading
 import time
 from pathlib import Path
 
-from ep_rebalance.collectives.snapshot import Snapshot
 from ep_rebalance.config import TraceConfig
+from ep_rebalance.load.snapshot import Snapshot
 from ep_rebalance.load.trace import (
+    MigrationEnd,
     Record,
     RecordedPlacement,
     RecordedSnapshot,
     TraceHead,
     TraceWriter,
 )
-from ep_rebalance.migration.commit import Served
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,14 @@ class Recorder:
             if not on:
                 self._put(None)
 
-    def snapshot(self, snapshot: Snapshot, served: Served, step: int) -> None:
-        """Record what a snapshot brought; `served` from the engine's step `step` on."""
+    def snapshot(
+        self, snapshot: Snapshot, served: Served, step: int, ended: MigrationEnd | None
+    ) -> None:
+        """Record what a snapshot brought.
+
+        served: what its steps ran on, the last of which was the engine's step `step`.
+        ended: the migration that ended since the snapshot before.
+        """
         if not self.recording:
             return
         now = time.time()
@@ -84,8 +91,8 @@ class Recorder:
                 step_seconds=snapshot.sample.step_seconds,
                 time=now,
                 generation=served.generation,
-                planned=bool(snapshot.flags.planned),
-                scheduled=snapshot.flags.scheduled == served.placement.num_ranks,
+                agreed=snapshot.agreed,
+                ended=ended,
             )
         )
 

@@ -28,7 +28,6 @@ from ep_rebalance.planning.policies import own_planners, planner_of
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.policies import POLICIES
 from ep_rebalance.routing.device_tables import RoutingTables
-from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.telemetry.metrics import encode
 from ep_rebalance.version import __version__
 
@@ -57,20 +56,11 @@ class Session:
         )
         self._recorder = _recorder(config, model, self._rank)
         self.rebalancer = Rebalancer(
-            config=config,
-            placement=model.placement,
+            config,
+            model,
             counts=self._counts,
             memory=ExpertMemory(model.expert_tensors()) if self._moves_experts else None,
-            group=model.group,
             planner=_planner(config),
-            topology=model.topology,
-            identity=model.identity,
-            status=initial_status(
-                config=config,
-                model=model.identity.model,
-                placement=model.placement,
-                top_k=model.top_k,
-            ),
             recorder=self._recorder,
         )
         self._started: float | None = None
@@ -174,7 +164,7 @@ class Session:
         return encode(self.rebalancer.journal.load(self.rebalancer.served))
 
     def ask(self, action: Action) -> str | None:
-        """Take an operator's request, as of `Rebalancer.ask`."""
+        """Take an operator's request, see `Rebalancer.ask`."""
         refusal = self.rebalancer.ask(action)
         if refusal == "":
             logger.info("ep_rebalance: an operator asked to %s", action)

@@ -28,22 +28,27 @@ class PlanBroadcast:
         self._upload = UploadRing(self._wire_2LP.shape, torch.int64, device, depth=2)
         self._download = Download(self._wire_2LP)
 
-    def put(self, plan: Plan) -> None:
-        """On rank 0: what the next broadcast sends."""
-        host_2LP = self._upload.next().numpy()
-        host_2LP[0] = plan.placement.slots_LP
-        host_2LP[1] = np.rint(plan.quotas_LP * QUOTA_UNIT)
-        self._upload.upload(self._wire_2LP)
+    def begin(self, plan: Plan | None) -> Download:
+        """On all ranks in the same step.
 
-    def begin(self) -> Download:
-        """On all ranks in the same step: int64 [2, L, P], to be read with `read_plan`."""
+        plan: rank 0's; what other ranks pass is not looked at.
+        Returns int64 [2, L, P], to be read with `read_plan`.
+        """
+        if plan is not None:
+            self._put(plan)
         dist.broadcast(self._wire_2LP, src=self._source, group=self._group)
         self._download.start(self._wire_2LP)
         return self._download
 
     def warm_up(self) -> None:
         """On all ranks in the same order, before serving: the communicator's first broadcast."""
-        self.begin().result()
+        self.begin(None).result()
+
+    def _put(self, plan: Plan) -> None:
+        host_2LP = self._upload.next().numpy()
+        host_2LP[0] = plan.placement.slots_LP
+        host_2LP[1] = np.rint(plan.quotas_LP * QUOTA_UNIT)
+        self._upload.upload(self._wire_2LP)
 
 
 def read_plan(wire_2LP: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:

@@ -22,7 +22,7 @@ from ep_rebalance.routing.device_tables import RoutingTables
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """What a rank tells the others; in a `Snapshot`, how many ranks said so.
+    """What a rank tells the others; in `SnapshotSums`, how many ranks said so.
 
     planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has
     worked out its migration. failed: it could not. fitted: it has quotas that follow the load.
@@ -48,8 +48,8 @@ HEAD = len(fields(Flags)) + 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Equal on every rank."""
+class SnapshotSums:
+    """Over all ranks, and equal on every rank."""
 
     sample: LoadSample
     flags: Flags
@@ -86,11 +86,11 @@ class SnapshotExchange:
         dist.all_reduce(self._buffer, group=self._group)
         self._download.start(self._buffer)
 
-    def finish(self, generation: int) -> Snapshot:
+    def finish(self, generation: int) -> SnapshotSums:
         """The sums that `begin` started. generation: of the placement that served the counts."""
         values = self._download.result().numpy()
         flags, times = values[: HEAD - 4].tolist(), values[HEAD - 4 : HEAD].tolist()
-        return Snapshot(
+        return SnapshotSums(
             sample=LoadSample(
                 counts_ALE=values[HEAD:].reshape(self._sums_ALE.shape).copy(),
                 steps=self._steps,

@@ -17,8 +17,8 @@ Calls of a session come from one thread. Those marked as collective, and `end_st
 a layer imports only those below it, as `engines/` is above all.
 """
 
+from ep_rebalance.balancer.ahead_of_time import compile_in_background
 from ep_rebalance.balancer.engine_model import EngineModel, ExpertTensors
-from ep_rebalance.balancer.rebalancer import compile_in_background
 from ep_rebalance.balancer.session import Session
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 

@@ -6,7 +6,7 @@ experts arrived whole. Until then nothing that the forward pass reads has been t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,24 +14,9 @@ from numpy.typing import NDArray
 
 from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.routing.device_tables import DispatchTables, RoutingTables
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Served:
-    """What the forward pass runs on: a placement, the quotas of its replicas, and its number.
-
-    quotas_LP: float64 [L, P].
-    """
-
-    placement: Placement
-    quotas_LP: NDArray[np.float64]
-    generation: int
-
-    @classmethod
-    def initial(cls, placement: Placement) -> Served:
-        return cls(placement=placement, quotas_LP=placement.even_quotas_LP(), generation=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,10 +42,7 @@ class Commit:
 
     def serves(self, served: Served) -> Served:
         """What is served after it, where `served` was before."""
-        layers = list(self.batch.layers)
-        quotas_LP = served.quotas_LP.copy()
-        quotas_LP[layers] = self.split.quotas_LP[layers]
-        return replace(served, placement=self.placement, quotas_LP=quotas_LP)
+        return served.with_layers(self.batch.layers, self.placement, self.split.quotas_LP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,4 +87,4 @@ def commit_batch(
 def commit_split(split: Split, served: Served, counts: RoutingTables) -> Served:
     """Split tokens anew over the replicas of the placement that is served."""
     counts.split(split.tables)
-    return replace(served, quotas_LP=split.quotas_LP)
+    return served.with_quotas(split.quotas_LP)

@@ -1,30 +1,42 @@
-"""The server's own stages - window, planner, decision, migration, quotas - run over snapshots that are
-given to them.
+"""Drives the server's loop from a trace, one snapshot at a time.
 
-`ReplayedBalancer` plans when it is told to and serves a plan at once. `ReplayedServer` is the loop of
-`balancer/rebalancer.py` with one `yield` per snapshot: it plans when the server would, and serves a plan when
-the server would have moved its experts. Given a server's trace and configuration it comes to the
-placements that the server committed.
+What takes the server engine steps happens at once here: its experts are where the plan wants them as
+soon as the server would have moved them. Given a server's trace and its configuration, the loop comes
+to the placements that the server served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.balancer.asks import (
+    Ask,
+    FitQuotas,
+    Migrate,
+    NextSnapshot,
+    Propose,
+    ServeLoaded,
+    TakeRounds,
+    TakeUpQuotas,
+    Tell,
+    WorkOutRounds,
+)
+from ep_rebalance.balancer.loop import BalancingLoop
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load.trace import RecordedSnapshot
-from ep_rebalance.load.window import LoadSample, LoadWindow
-from ep_rebalance.migration import Migration, schedule
+from ep_rebalance.load.snapshot import Agreed, Snapshot
+from ep_rebalance.load.trace import MigrationEnd, RecordedSnapshot
+from ep_rebalance.migration import Migration
+from ep_rebalance.migration.configured import schedule_as_configured
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.cost_model import CostModel
-from ep_rebalance.planning.policies import staging_slots
-from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.telemetry.events import PlanEnded
 from ep_rebalance.topology import LINKS, Link, Topology
 
 Steps = Generator[None, None, None]
@@ -34,10 +46,15 @@ Steps = Generator[None, None, None]
 class PlanMade:
     """A plan and what became of it.
 
-    step: the engine's, when it was made. outcome: as in `ep_rebalance_plans_total`. generation: that
-    it was served under, None if it was not. served_at: the engine's step from which it was. moved:
-    experts that changed their slot. bytes: over each kind of link that was used. layers: those in
-    which experts moved. predicted_gain: part of the step time. seconds: that the planner took.
+    step: the engine's, when it was made.
+    outcome: see `ep_rebalance_plans_total`.
+    predicted_gain: part of the step time.
+    generation: that it was served under, None if it was not.
+    served_at: the engine's step from which it was.
+    moved: experts that changed their slot.
+    bytes: over each kind of link that was used.
+    layers: those in which experts moved.
+    placement: what was served, None if nothing changed.
     """
 
     step: int
@@ -52,203 +69,204 @@ class PlanMade:
     placement: Placement | None = None
 
 
-class ReplayedBalancer:
-    """One model's balancer without an engine. Serves `placement` with `quotas_LP`."""
-
-    def __init__(
-        self,
-        *,
-        config: RebalanceConfig,
-        planner: Planner,
-        cost: CostModel,
-        topology: Topology,
-        expert_bytes_L: Sequence[int],
-        placement: Placement,
-    ) -> None:
-        self.placement = placement
-        self.quotas_LP: NDArray[np.float64] = placement.even_quotas_LP()
-        self.window = LoadWindow(config.window.snapshots)
-        self._settings = config.planner
-        self._proposer = Proposer(
-            planner=planner,
-            settings=config.planner,
-            decision=config.decision,
-            cost=cost,
-            topology=topology,
-            expert_bytes_L=expert_bytes_L,
-        )
-
-    def append(self, sample: LoadSample) -> None:
-        """One more snapshot; the quotas follow it. An idle one changes nothing."""
-        self.window.append(sample)
-        if sample.routed:
-            self._refresh_quotas()
-
-    def propose(self) -> Proposal:
-        """Plan from the window."""
-        unseen = self.window.begin_plan()
-        return self._proposer.propose(
-            self.window.samples(),
-            self.placement,
-            unseen=unseen,
-            step_seconds=self.window.step_seconds,
-        )
-
-    def serve(self, placement: Placement) -> None:
-        """Serve another placement from now on."""
-        self.placement = placement
-        self._refresh_quotas()
-
-    def plan(self) -> Proposal:
-        """Plan from the window, and serve the plan if it is accepted."""
-        proposal = self.propose()
-        if proposal.decision.accepted:
-            self.serve(proposal.plan.placement)
-        return proposal
-
-    def _refresh_quotas(self) -> None:
-        load = planned_load(self._settings, self.window.samples())
-        self.quotas_LP = split_quotas(self.placement, load.load_LE)
-
-
 class ReplayedServer:
-    """A server's loop, one snapshot at a time.
+    """A server without an engine.
 
-    as_recorded: plans and rounds are done at the snapshots at which the recorded server's were; else a
-    plan is ready when the next snapshot comes, and its rounds with the one after.
-    placement, quotas_LP: what the last snapshot was served with. plans: all so far.
+    served: what it begins with.
+    loaded: what its engine loaded.
+    as_recorded: plans, rounds and quotas are done at the snapshots at which the recorded server's were,
+        and what an operator asked for is asked again. Otherwise each is done when the next snapshot
+        comes, and nobody asks for anything.
+
+    The attributes placement and quotas_LP are what the last snapshot was served with; plans, all so far.
     """
 
     def __init__(
         self,
-        *,
         config: RebalanceConfig,
-        planner: Planner,
-        cost: CostModel,
+        *,
+        proposer: Proposer,
         topology: Topology,
         expert_bytes_L: Sequence[int],
-        placement: Placement,
-        generation: int = 0,
+        served: Served,
+        loaded: Placement,
         as_recorded: bool = False,
     ) -> None:
         self.plans: list[PlanMade] = []
-        self.placement, self.quotas_LP = placement, placement.even_quotas_LP()
-        self._generation = generation
+        self.placement, self.quotas_LP = served.placement, served.quotas_LP
         self._config = config
+        self._proposer = proposer
         self._topology = topology
         self._expert_bytes_L = expert_bytes_L
         self._as_recorded = as_recorded
-        self._balancer = ReplayedBalancer(
-            config=config,
-            planner=planner,
-            cost=cost,
-            topology=topology,
-            expert_bytes_L=expert_bytes_L,
-            placement=placement,
-        )
+        self._loaded = Served.initial(loaded)
+        self._served = served
+        self._loop = BalancingLoop(config, replicated=loaded.num_redundant > 0)
         self._incoming: RecordedSnapshot | None = None
-        self._loop = self._run()
-        next(self._loop)
+        self._step = self._planned_at = 0
+        self._proposal: Proposal | None = None
+        self._migration: Migration | None = None
+        self._fitted_LP: NDArray[np.float64] | None = None
+        self._planning = self._scheduling = False  # until a snapshot tells that it is done
+        self._driver = self._drive()
+        next(self._driver)
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
         """One more snapshot was counted."""
-        self._incoming = snapshot
-        next(self._loop)
+        self._incoming = snapshot if self._incoming is None else self._incoming.joined(snapshot)
+        next(self._driver)
 
-    # The loop, in the order of `Rebalancer`. A bare `yield` waits for the next snapshot.
+    # What follows is advanced by `snapshot`; a bare `yield` waits for the next one.
 
-    def _run(self) -> Steps:
+    def _drive(self) -> Steps:
+        asks, answer = self._loop.run(), None
         while True:
-            yield from self._until_plan_is_due()
-            proposal, step = self._balancer.propose(), self._step
-            while not (yield from self._snapshot()).planned and self._as_recorded:
-                pass
-            if not proposal.decision.accepted:
-                self._note(step, proposal, proposal.decision.outcome, proposal.decision.reason)
-                continue
-            migration = self._schedule(proposal)
-            while not (yield from self._snapshot()).scheduled and self._as_recorded:
-                pass
-            yield from self._migrate(step, proposal, migration)
+            answer = yield from self._answer(asks.send(answer))
 
-    def _until_plan_is_due(self) -> Steps:
-        config, window = self._config, self._balancer.window
-        while True:
-            yield from self._snapshot()
-            if config.planner.policy != "none" and window.plan_is_due(
-                config.window, config.planner.interval_snapshots
-            ):
-                return
+    def _answer(self, asked: Ask[Any]) -> Generator[None, None, Any]:
+        match asked:
+            case NextSnapshot():
+                return (yield from self._next())
+            case FitQuotas(samples):
+                load = planned_load(self._config.planner, samples)
+                self._fitted_LP = split_quotas(self._served.placement, load.load_LE)
+            case TakeUpQuotas():
+                assert self._fitted_LP is not None, "the loop had them fitted"
+                self._served = self._served.with_quotas(self._fitted_LP)
+            case ServeLoaded(layers):
+                self._served = self._served.reloaded(layers, self._loaded)
+            case Propose():
+                self._propose(asked)
+            case WorkOutRounds():
+                self._work_out_rounds()
+            case TakeRounds():
+                return self._migration
+            case Migrate():
+                yield from self._migrate()
+            case Tell(PlanEnded(outcome, reason)):
+                self._note(outcome, reason)
+        return None
 
-    def _snapshot(self) -> Generator[None, None, RecordedSnapshot]:
+    def _next(self) -> Generator[None, None, Snapshot]:
         if self._incoming is None:
             yield
         assert self._incoming is not None
-        snapshot, self._incoming = self._incoming, None
-        self._step = snapshot.step
-        self.placement, self.quotas_LP = self._balancer.placement, self._balancer.quotas_LP
-        self._balancer.append(replace(snapshot, generation=self._generation).sample())
-        return snapshot
+        recorded, self._incoming = self._incoming, None
+        self._step = recorded.step
+        self.placement, self.quotas_LP = self._served.placement, self._served.quotas_LP
+        sample = replace(recorded, generation=self._served.generation).sample()
+        agreed = self._agreed(recorded.agreed)
+        if agreed.planned and self._planning:
+            self._planning = False
+            self._note_unless_proposed(agreed)
+        return Snapshot(sample=sample, agreed=agreed)
 
-    def _schedule(self, proposal: Proposal) -> Migration:
-        placement = self._balancer.placement
-        return schedule(
-            placement,
-            proposal.plan.placement,
-            proposal.plan.quotas_LP,
-            topology=self._topology,
-            expert_bytes_L=self._expert_bytes_L,
-            max_bytes_per_round=self._config.migration.max_bytes_per_step,
-            staging_slots=staging_slots(self._config.planner, placement.slots_per_rank),
+    def _agreed(self, recorded: Agreed) -> Agreed:
+        accepted = self._proposal is not None and self._proposal.decision.accepted
+        if self._as_recorded:
+            return replace(recorded, proposed=recorded.proposed and accepted)
+        scheduled, self._scheduling = self._scheduling, False
+        return Agreed(
+            planned=self._planning,
+            proposed=self._planning and accepted,
+            scheduled=scheduled,
+            fitted=True,
+            replaced=recorded.replaced,
+            reloaded=recorded.reloaded,
         )
 
-    def _migrate(self, step: int, proposal: Proposal, migration: Migration) -> Steps:
-        """The snapshot in which the last round falls is served with the new placement."""
-        limit = self._config.migration.deadline_steps
-        if migration.num_steps > limit:
-            reason = f"moving takes {migration.num_steps} steps, more than {limit}"
-            self._note(step, proposal, "over_budget", reason)
-            return
-        left = migration.num_steps
+    def _note_unless_proposed(self, agreed: Agreed) -> None:
+        assert self._proposal is not None
+        decision = self._proposal.decision
+        if not decision.accepted:
+            self._note(decision.outcome, decision.reason)
+        elif not agreed.proposed:
+            self._note("failed", "the recorded server had no such plan")
+
+    def _propose(self, asked: Propose) -> None:
+        self._planned_at, self._planning = self._step, True
+        self._proposal = self._proposer.propose(
+            asked.samples,
+            self._served.placement,
+            unseen=asked.unseen,
+            step_seconds=asked.step_seconds,
+        )
+
+    def _work_out_rounds(self) -> None:
+        assert self._proposal is not None
+        self._scheduling = True
+        self._migration = schedule_as_configured(
+            self._config,
+            self._served.placement,
+            self._proposal.plan.placement,
+            self._proposal.plan.quotas_LP,
+            topology=self._topology,
+            expert_bytes_L=self._expert_bytes_L,
+        )
+
+    def _migrate(self) -> Steps:
+        """The snapshot in which the last round falls is served with what was committed."""
+        migration = self._migration
+        assert migration is not None
+        end = yield from self._end_of(migration)
+        layers = _layers(migration, end)
+        placement = migration.source.replaced(layers, migration.target)
+        served = self._served.with_layers(layers, placement, migration.quotas_LP)
+        if not end.abandoned:
+            served = served.with_quotas(migration.quotas_LP)
+        self._served = served.numbered(migration.source)
+        self._note_migration(migration, end)
+
+    def _end_of(self, migration: Migration) -> Generator[None, None, MigrationEnd]:
+        """A server takes no snapshot while experts move: those that come meanwhile are joined."""
         while True:
             yield
             assert self._incoming is not None
-            left -= self._incoming.steps
-            if left <= 0:
-                break
-            yield from self._snapshot()
-        self._step = self._incoming.step
-        if migration.target != migration.source:
-            self._generation += 1
-        self._balancer.serve(migration.target)
-        self._note(step, proposal, "committed", proposal.decision.reason, migration)
+            if self._as_recorded and self._incoming.ended is not None:
+                return self._incoming.ended
+            if self._incoming.steps >= migration.num_steps:
+                return MigrationEnd(batches=len(migration.batches), abandoned=False)
 
-    def _note(
-        self,
-        step: int,
-        proposal: Proposal,
-        outcome: str,
-        reason: str,
-        migration: Migration | None = None,
-    ) -> None:
-        committed = {}
-        if migration is not None:
-            links = [link for link in sorted(LINKS) if migration.num_bytes(link)]
-            committed = {
-                "generation": self._generation,
-                "served_at": self._step,
-                "moved": migration.num_moves,
-                "bytes": {link: migration.num_bytes(link) for link in links},
-                "layers": tuple(layer for batch in migration.batches for layer in batch.layers),
-                "placement": migration.target,
-            }
-        made = {"bytes": {}, **committed}
+    def _note(self, outcome: str, reason: str) -> None:
+        assert self._proposal is not None
         self.plans.append(
             PlanMade(
-                step=step,
+                step=self._planned_at,
                 outcome=outcome,
                 reason=reason,
-                predicted_gain=proposal.decision.predicted_gain,
-                **made,  # type: ignore[arg-type]
+                predicted_gain=self._proposal.decision.predicted_gain,
+                bytes={},
             )
         )
+
+    def _note_migration(self, migration: Migration, end: MigrationEnd) -> None:
+        assert self._proposal is not None
+        assert self._incoming is not None
+        decision = self._proposal.decision
+        committed = migration.batches[: end.batches]
+        reason = "the recorded server abandoned it" if end.abandoned else decision.reason
+        if end.abandoned and not committed:
+            self._note("abandoned", reason)
+            return
+        bytes_of = {
+            link: sum(batch.num_bytes(link) for batch in committed) for link in sorted(LINKS)
+        }
+        self.plans.append(
+            PlanMade(
+                step=self._planned_at,
+                outcome="abandoned" if end.abandoned else "committed",
+                reason=reason,
+                predicted_gain=decision.predicted_gain,
+                generation=self._served.generation,
+                served_at=self._incoming.step,
+                moved=sum(len(batch.moves) for batch in committed),
+                bytes={link: size for link, size in bytes_of.items() if size},
+                layers=_layers(migration, end),
+                placement=self._served.placement,
+            )
+        )
+
+
+def _layers(migration: Migration, end: MigrationEnd) -> tuple[int, ...]:
+    """Those whose experts were committed."""
+    return tuple(layer for batch in migration.batches[: end.batches] for layer in batch.layers)

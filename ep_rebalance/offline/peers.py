@@ -47,11 +47,34 @@ class Contiguous:
 
 
 class AsRecorded(Contiguous):
-    """What the recorded server served."""
+    """What the recorded server served: its placements; quotas are fitted again when it fitted them."""
+
+    def __init__(self, placement: Placement, config: RebalanceConfig) -> None:
+        super().__init__(placement)
+        self._next_LP = self.quotas_LP
+        self._fitted_LP: NDArray[np.float64] | None = None
+        self._settings = config.planner
+        self._window = LoadWindow(config.window.snapshots)
 
     def change(self, change: RecordedPlacement) -> None:
         """Serve the placement from the next snapshot on."""
-        self.placement, self.quotas_LP = change.placement, change.quotas_LP
+        self.placement = change.placement
+        self._next_LP, self._fitted_LP = change.quotas_LP, None
+
+    def snapshot(self, snapshot: RecordedSnapshot) -> None:
+        """Follow the server's quotas, see `BalancingLoop`."""
+        self.quotas_LP = self._next_LP
+        if not self.placement.num_redundant:
+            return
+        sample = snapshot.sample()
+        self._window.append(sample)
+        if snapshot.agreed.fitted and self._fitted_LP is not None:
+            self._next_LP, self._fitted_LP = self._fitted_LP, None
+        if self._fitted_LP is None and sample.routed:
+            load = planned_load(self._settings, self._window.samples())
+            self._fitted_LP = split_quotas(self.placement, load.load_LE)
+        if snapshot.agreed.reloaded:
+            self._window.clear()
 
 
 class PlacedOnce(Contiguous):

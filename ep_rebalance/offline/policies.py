@@ -71,7 +71,7 @@ _PEERS = (
         summary="what the recorded server served",
         line=Line("light-dark(#3b9bd6, #56b4e9)", (16, 4)),
         subject="serving as recorded",
-        peer=lambda begin: AsRecorded(begin.recorded),
+        peer=lambda begin: AsRecorded(begin.recorded, begin.config),
     ),
     ReplayPolicy(
         name="hindsight",

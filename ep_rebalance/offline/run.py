@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
+from ep_rebalance.migration.served import Served
 from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
 from ep_rebalance.offline.peers import AsRecorded, Hindsight, Serving
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, Beginning
@@ -20,6 +21,7 @@ from ep_rebalance.offline.step_time import MeasuredSteps, RankLoad, StepTime
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.problem import Planner
+from ep_rebalance.planning.proposal import Proposer
 from ep_rebalance.topology import Topology
 
 
@@ -122,8 +124,7 @@ def replay(
     begun_as_recorded = _as_recorded(head, scenario)
     timed_as_recorded = begun_as_recorded and isinstance(scenario.step_time, MeasuredSteps)
     serving = _serving(head, scenario, clocked, recorded, begun_as_recorded)
-    served_before = AsRecorded(recorded.placement)
-    served_before.change(recorded)
+    served_before = AsRecorded(recorded.placement, scenario.config)
     rows: list[tuple[float, ...]] = []
     sums_LR = np.zeros((head.layers, scenario.topology.num_ranks))
     for record in _announced(records, serving, scenario.config):
@@ -132,6 +133,7 @@ def replay(
             if isinstance(serving, AsRecorded):
                 serving.change(record)
             continue
+        served_before.snapshot(record)
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
         was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
         as_recorded = timed_as_recorded or not isinstance(serving, ReplayedServer)
@@ -249,27 +251,52 @@ def _serving(
     recorded: RecordedPlacement,
     as_recorded: bool,
 ) -> Serving:
-    config, topology = scenario.config, scenario.topology
-    start = contiguous_placement(head, scenario)
+    loaded = contiguous_placement(head, scenario)
     peer = REPLAY_POLICIES[scenario.policy].peer
-    if peer is not None:
-        return peer(
-            Beginning(
-                recorded=recorded.placement, contiguous=start, config=config, topology=topology
+    if peer is None:
+        served = Served.initial(loaded)
+        if (loaded.num_slots, loaded.num_ranks) == (head.slots, head.ep_size):
+            served = Served(
+                placement=recorded.placement,
+                quotas_LP=recorded.quotas_LP,
+                generation=recorded.generation,
             )
+        return _server(head, scenario, planner, served, loaded, as_recorded)
+    return peer(
+        Beginning(
+            recorded=recorded.placement,
+            contiguous=loaded,
+            config=scenario.config,
+            topology=scenario.topology,
         )
-    if (start.num_slots, start.num_ranks) == (head.slots, head.ep_size):
-        start = recorded.placement
+    )
+
+
+def _server(
+    head: TraceHead,
+    scenario: Scenario,
+    planner: Planner,
+    served: Served,
+    loaded: Placement,
+    as_recorded: bool,
+) -> ReplayedServer:
+    config = with_planner(scenario.config, policy=SERVER_POLICIES[scenario.policy])
     known = all(head.expert_bytes)
-    policy = SERVER_POLICIES[scenario.policy]
+    expert_bytes_L = head.expert_bytes if known else [1] * head.layers
     return ReplayedServer(
-        config=with_planner(config, policy=policy),
-        planner=planner,
-        cost=cost_model(config, head.expert_bytes) if known else TokenCost(),
-        topology=topology,
-        expert_bytes_L=head.expert_bytes if known else [1] * head.layers,
-        placement=start,
-        generation=recorded.generation if start is recorded.placement else 0,
+        config,
+        proposer=Proposer(
+            planner=planner,
+            settings=config.planner,
+            decision=config.decision,
+            cost=cost_model(config, head.expert_bytes) if known else TokenCost(),
+            topology=scenario.topology,
+            expert_bytes_L=expert_bytes_L,
+        ),
+        topology=scenario.topology,
+        expert_bytes_L=expert_bytes_L,
+        served=served,
+        loaded=loaded,
         as_recorded=as_recorded,
     )
 

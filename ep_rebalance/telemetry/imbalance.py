@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
 from ep_rebalance.load.window import PHASES
-from ep_rebalance.migration.commit import Served
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 
 HALF_LIFE_SNAPSHOTS = 4

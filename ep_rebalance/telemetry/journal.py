@@ -1,4 +1,4 @@
-"""Writes what happened into the `Status` and the log."""
+"""Journal: turns events into the `Status` and the log; nothing else writes to either."""
 
 from __future__ import annotations
 
@@ -7,17 +7,34 @@ import time
 from dataclasses import dataclass
 from statistics import fmean
 
-from ep_rebalance.collectives.snapshot import Snapshot
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
-from ep_rebalance.load.window import PHASES
+from ep_rebalance.load.window import PHASES, LoadSample
 from ep_rebalance.migration import Batch, Migration
-from ep_rebalance.migration.commit import Served
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.measured_gain import MeasuredGain
-from ep_rebalance.planning.proposal import TimedProposal
+from ep_rebalance.planning.proposal import Proposal, TimedProposal
+from ep_rebalance.telemetry.events import (
+    ActivityBegan,
+    BatchCommitted,
+    CommitStalled,
+    Event,
+    GenerationServed,
+    GotStuck,
+    GotUnstuck,
+    MigrationBegan,
+    MigrationEnded,
+    PlanEnded,
+    PlanProposed,
+    QuotasChanged,
+    RoundStalled,
+    SnapshotTaken,
+    StepEnded,
+    WeightsReplaced,
+)
 from ep_rebalance.telemetry.imbalance import RankBalance
 from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
-from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Activity, Commit, Status
+from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Commit, PlanOutcome, Status
 from ep_rebalance.telemetry.overview_report import Overview, overview
 from ep_rebalance.topology import LINKS
 from ep_rebalance.version import __version__
@@ -35,20 +52,27 @@ class Before:
 
 
 class Journal:
-    """Every rank keeps one; only rank 0's is shown and logged."""
+    """Every rank keeps one; only rank 0's is shown and logged.
 
-    def __init__(self, status: Status, *, contiguous: Placement, rank: int) -> None:
+    contiguous: what the engine loaded.
+    top_k: experts per token.
+    """
+
+    def __init__(self, status: Status, *, contiguous: Placement, top_k: int, rank: int) -> None:
         self.status = status
         self._balance = RankBalance(contiguous)
         self._rank = rank
-        self._promised: list[float] = []
-        self._predicted_gain = 0.0
+        self._pairs_per_token = top_k * contiguous.num_layers
         self._before = Before()
 
-    def report(self, served: Served, metrics: MetricsConfig) -> Status:
+    def report(
+        self, served: Served, metrics: MetricsConfig, *, paused: bool, lost_trace_records: int
+    ) -> Status:
         """The status as of now, with what only optional metrics show if they are on."""
         status, balance = self.status, self._balance
         status.reported_timestamp = time.time()
+        status.paused = int(paused)
+        status.lost_trace_records = lost_trace_records
         status.imbalance = balance.served.of_layers()
         status.contiguous_imbalance = balance.contiguous.of_layers()
         status.overall_imbalance |= _known(
@@ -60,9 +84,9 @@ class Journal:
         status.rank_tokens = balance.rank_tokens_LR.sum(axis=0).tolist()
         status.busiest_rank_tokens = dict(balance.busiest_tokens)
         pairs_A = balance.tokens_ALE.sum(axis=(1, 2)).tolist()
-        pairs_per_token = int(status.info["top_k"]) * status.layers
         status.phase_tokens = {
-            phase: pairs // pairs_per_token for phase, pairs in zip(PHASES, pairs_A, strict=True)
+            phase: pairs // self._pairs_per_token
+            for phase, pairs in zip(PHASES, pairs_A, strict=True)
         }
         if metrics.replicas:
             status.replicas = (served.placement.replica_counts_LE() - 1).sum(axis=1).tolist()
@@ -81,34 +105,63 @@ class Journal:
         balance = self._balance
         return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
 
-    def snapshot(self, snapshot: Snapshot, served: Served) -> None:
+    def apply(self, event: Event) -> None:
+        """Write what happened into the status; nothing else changes what it counts."""
+        status = self.status
+        match event:
+            case StepEnded(steps):
+                status.steps = steps
+            case ActivityBegan(activity):
+                status.activity = activity
+            case SnapshotTaken(sample, served):
+                self._add_snapshot(sample, served)
+            case PlanProposed(timed):
+                self._note_plan(timed)
+            case PlanEnded(outcome, reason):
+                self._count(outcome, reason)
+            case MigrationBegan(migration):
+                self._begin_migration(migration)
+            case RoundStalled(seconds):
+                status.round_stall_seconds.add(seconds)
+            case CommitStalled(seconds):
+                status.commit_stall_seconds.add(seconds)
+            case BatchCommitted(batch):
+                self._add_batch(batch)
+            case MigrationEnded(seconds, fault, proposal):
+                self._end_migration(seconds, fault, proposal)
+            case GenerationServed(generation):
+                status.generation = generation
+            case QuotasChanged():
+                status.quota_changes += 1
+            case WeightsReplaced():
+                self._note_reload()
+            case GotStuck(reason):
+                self._note_stuck(reason)
+            case GotUnstuck():
+                status.stuck = 0
+
+    def _add_snapshot(self, sample: LoadSample, served: Served) -> None:
         """Measure the load that the served placement got, and what the loaded one would have got."""
-        sample, status = snapshot.sample, self.status
-        status.snapshots += 1
+        self.status.snapshots += 1
         if sample.step_seconds:
-            status.step_seconds = sample.step_seconds
+            self.status.step_seconds = sample.step_seconds
         if sample.routed:
             self._balance.add(sample.counts_ALE, served)
 
-    def activity(self, activity: Activity) -> None:
-        """What goes on from now on."""
-        self.status.activity = activity
-
-    def proposal(self, timed: TimedProposal) -> None:
-        """A plan was made; unless it was accepted, that is the end of it."""
-        proposal = timed.proposal
-        self.status.plan_seconds.add(timed.seconds)
-        self.status.last_decision = proposal.decision.reason
+    def _note_plan(self, timed: TimedProposal) -> None:
+        """Unless the plan was accepted, that is the end of it."""
+        proposal, status = timed.proposal, self.status
+        status.plan_seconds.add(timed.seconds)
+        status.last_decision = proposal.decision.reason
         if proposal.achieved_gain is not None:
-            self.status.achieved_gain = proposal.achieved_gain
-            if self.status.commits:
-                self.status.commits[-1].achieved_gain = proposal.achieved_gain
+            status.achieved_gain = proposal.achieved_gain
+            if status.commits:
+                status.commits[-1].achieved_gain = proposal.achieved_gain
         if proposal.measured_gain is not None:
             self._note_measured(proposal.measured_gain)
-        self._promised = proposal.plan.imbalance_after_L.tolist()
-        self._predicted_gain = proposal.decision.predicted_gain
-        if not proposal.decision.accepted:
-            self.outcome(proposal.decision.outcome, proposal.decision.reason)
+        outcome = proposal.decision.outcome
+        if outcome != "accepted":
+            self._count(outcome, proposal.decision.reason)
 
     def _note_measured(self, measured: MeasuredGain) -> None:
         low, high = measured.bounds
@@ -118,45 +171,38 @@ class Journal:
             commit.measured_gain = measured.gain
             commit.measured_gain_error = measured.standard_error
 
-    def migration_began(self, migration: Migration) -> None:
+    def _begin_migration(self, migration: Migration) -> None:
         status = self.status
         status.migrating, status.moves_planned, status.moves_done = 1, migration.num_moves, 0
-        self.activity("migrating")
         self._before = Before(
             generation=status.generation,
             imbalance=self._balance.served.overall() or 1.0,
             bytes=sum(status.migrated_bytes.values()),
         )
 
-    def round_stalled(self, seconds: float) -> None:
-        self.status.round_stall_seconds.add(seconds)
-
-    def commit_stalled(self, seconds: float) -> None:
-        self.status.commit_stall_seconds.add(seconds)
-
-    def committed(self, batch: Batch) -> None:
-        """A batch is served."""
+    def _add_batch(self, batch: Batch) -> None:
         for link in LINKS:
             self.status.migrated_experts[link] += batch.num_moves(link)
             self.status.migrated_bytes[link] += batch.num_bytes(link)
         self.status.moves_done += len(batch.moves)
 
-    def migration_ended(self, seconds: float, fault: str) -> None:
-        """All batches are served, or the rest was given up because of `fault`."""
+    def _end_migration(self, seconds: float, fault: str, proposal: Proposal | None) -> None:
         status = self.status
         status.migrating = 0
         status.migration_seconds.add(seconds)
+        gain = 0.0 if proposal is None else proposal.decision.predicted_gain
         if not fault:
-            status.predicted_imbalance = self._promised
-            if self._promised:  # only rank 0 knows
-                status.overall_imbalance["predicted"] = fmean(self._promised)
-            status.predicted_gain = self._predicted_gain
+            status.predicted_gain = gain
             status.last_commit_timestamp = time.time()
+            if proposal is not None:
+                promised_L = proposal.plan.imbalance_after_L.tolist()
+                status.predicted_imbalance = promised_L
+                status.overall_imbalance["predicted"] = fmean(promised_L)
         if status.generation != self._before.generation:
-            self._note_commit(seconds, fault)
-        self.outcome("abandoned" if fault else "committed", fault or status.last_decision)
+            self._note_commit(seconds, fault, gain)
+        self._count("abandoned" if fault else "committed", fault or status.last_decision)
 
-    def _note_commit(self, seconds: float, fault: str) -> None:
+    def _note_commit(self, seconds: float, fault: str, predicted_gain: float) -> None:
         status, before = self.status, self._before
         commit = Commit(
             generation=status.generation,
@@ -164,16 +210,13 @@ class Journal:
             seconds=seconds,
             experts=status.moves_done,
             bytes=sum(status.migrated_bytes.values()) - before.bytes,
-            predicted_gain=self._predicted_gain,
+            predicted_gain=predicted_gain,
             imbalance_before=before.imbalance,
             fault=fault,
         )
         status.commits = [*status.commits[1 - COMMITS_KEPT :], commit]
 
-    def generation(self, generation: int) -> None:
-        self.status.generation = generation
-
-    def weights_replaced(self) -> None:
+    def _note_reload(self) -> None:
         self.status.weight_reloads += 1
         self.status.message = (
             "the engine replaced its weights; experts are served as it loaded them"
@@ -181,11 +224,8 @@ class Journal:
         if self._rank == 0:
             logger.warning("ep_rebalance: %s", self.status.message)
 
-    def quotas_changed(self) -> None:
-        self.status.quota_changes += 1
-
-    def outcome(self, outcome: str, reason: str) -> None:
-        """Count what became of a plan."""
+    def _count(self, outcome: PlanOutcome, reason: str) -> None:
+        """What became of a plan."""
         self.status.plans[outcome] += 1
         self.status.message = reason
         if self._rank == 0:
@@ -195,15 +235,11 @@ class Journal:
                 level, "ep_rebalance: plan %s, generation %d: %s", outcome, generation, reason
             )
 
-    def stuck(self, reason: str) -> None:
-        """Something takes too long; serving goes on with the placement as it is."""
+    def _note_stuck(self, reason: str) -> None:
         if not self.status.stuck:
             logger.error("ep_rebalance: stuck: %s", reason)
         self.status.stuck = 1
         self.status.message = reason
-
-    def unstuck(self) -> None:
-        self.status.stuck = 0
 
 
 def _known(numbers: dict[str, float | None]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.load.window import PHASES
-from ep_rebalance.migration.commit import Served
+from ep_rebalance.migration.served import Served
 from ep_rebalance.telemetry.metrics import Status
 
 

@@ -7,7 +7,7 @@ The engine's rank 0 keeps a `Status`; the API server polls it and fills Promethe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -16,7 +16,8 @@ PREFIX = "ep_rebalance_"
 OBSERVATIONS_KEPT = 512
 COMMITS_KEPT = 64
 Activity = Literal["watching", "planning", "scheduling", "migrating"]
-OUTCOMES = ("committed", "no_gain", "over_budget", "abandoned", "failed")
+PlanOutcome = Literal["committed", "no_gain", "over_budget", "abandoned", "failed"]
+OUTCOMES: tuple[PlanOutcome, ...] = get_args(PlanOutcome)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,9 @@ from ranks import Ranks
 from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.migration import schedule
-from ep_rebalance.migration.commit import PreparedMigration, Served
+from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.round_exchange import RoundExchange
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import Journal, initial_status
@@ -57,7 +58,7 @@ class Rig:
             memory=memory_of(self.tensors) if moves else None,
             group=dist.group.WORLD,
             topology=Topology.single_node(2),
-            journal=Journal(self.status, contiguous=SOURCE, rank=rank),
+            tell=Journal(self.status, contiguous=SOURCE, top_k=2, rank=rank).apply,
         )
 
     def prepared(self, target: Placement) -> PreparedMigration:
@@ -80,13 +81,15 @@ class Rig:
             try:
                 next(steps)
             except StopIteration as end:
-                return self.outcome(seen, str(end.value), prepared.migration.num_steps)
+                return self.outcome(seen, end.value.fault, prepared.migration.num_steps)
             seen.append(self.migrator.served.placement)
 
     def outcome(self, seen=(), fault: str = "", num_steps: int = 0) -> "Outcome":
         placement = self.migrator.served.placement
         assert wrong_slots(self.tensors, placement, self.rank, DTYPE, SHAPES) == []
-        return Outcome(list(seen), fault, num_steps, self.migrator.served, self.migrator.actions)
+        return Outcome(
+            list(seen), fault, num_steps, self.migrator.served, self.migrator.take_actions()
+        )
 
 
 @dataclass(frozen=True)

@@ -8,43 +8,29 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from balanced_engine import (
     DTYPE,
-    EXPERTS,
     LAYERS,
     SHAPES,
-    STEPS_LIMIT,
     TOKENS,
     TOP_K,
     Engine,
-    Inline,
     assert_in_step,
     eager,
     has_generation,
     identity,
 )
-from expert_weights import loaded, memory_of, wrong_slots
+from expert_weights import wrong_slots
 from ranks import Ranks
-from traces import head_of
 
-from ep_rebalance.balancer import planner_thread, rebalancer
-from ep_rebalance.balancer.recorder import Recorder
-from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.config_sources import load_config
+from ep_rebalance.balancer import planner_thread
 from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
 from ep_rebalance.load.state import load_state
-from ep_rebalance.load.trace import RecordedPlacement, TraceHead, TraceReader
-from ep_rebalance.offline.run import Replayed, Scenario, replay
-from ep_rebalance.offline.step_time import MeasuredSteps
-from ep_rebalance.placement import Placement
 from ep_rebalance.planning import proposal
-from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.telemetry.metrics import Status, decode, encode
-from ep_rebalance.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 
@@ -131,116 +117,6 @@ def test_status_counts_each_token_once_by_phase_and_by_rank(two_ranks: Ranks):
     assert sum(status.rank_tokens) == 2 * counted_steps * TOKENS * TOP_K * LAYERS
     assert {PREFILL, DECODE} == {0, 1}
     assert decode(encode(status)) == status
-
-
-# --- a trace replays to what was served
-
-
-def head_for(size: int, config: RebalanceConfig) -> TraceHead:
-    return head_of(
-        layers=LAYERS,
-        experts=EXPERTS,
-        ranks=size,
-        redundant=config.planner.redundant_experts,
-        expert_bytes=list(memory_of(loaded_anywhere(size, config)).expert_bytes_L),
-        config=config.as_dict(),
-    )
-
-
-def replayed_as_recorded(folder: Path) -> Replayed:
-    reader = TraceReader(*folder.glob("*.eptrace"))
-    scenario = Scenario(
-        policy="ours",
-        planner=planner_of("incremental"),
-        config=load_config(reader.head.config),
-        topology=Topology.single_node(2),
-        step_time=MeasuredSteps(fraction=0.5),
-    )
-    return replay(reader.head, reader, scenario)
-
-
-def rebalance_recorded(rank, size, config, executor):
-    recorder = Recorder(config.trace, head_for(size, config)) if rank == 0 else None
-    engine = Engine(rank, size, config, executor=executor, recorder=recorder)
-    for step in range(STEPS_LIMIT):
-        engine.step(skew=2.0 if step < STEPS_LIMIT // 2 else -1.0)
-    if recorder is not None:
-        recorder.flush()
-    return engine.rebalancer.served, engine.rebalancer.status
-
-
-def loaded_anywhere(size, config):
-    placement = Placement.contiguous(
-        num_layers=LAYERS,
-        num_experts=EXPERTS,
-        num_ranks=size,
-        num_redundant=config.planner.redundant_experts,
-    )
-    return loaded(placement, 0, DTYPE, SHAPES)
-
-
-@pytest.mark.parametrize("executor", [Inline, ThreadPoolExecutor])
-@pytest.mark.parametrize("redundant", [0, 4])
-def test_a_trace_replays_to_the_placements_that_were_served(
-    two_ranks: Ranks, tmp_path: Path, executor, redundant
-):
-    config = eager({"planner": {"redundant_experts": redundant}, "trace": {"path": str(tmp_path)}})
-    (served, status), _ = two_ranks.run(rebalance_recorded, 2, config, executor)
-    replayed, reader = replayed_as_recorded(tmp_path), TraceReader(*tmp_path.glob("*.eptrace"))
-    recorded = {r.generation: r for r in reader if isinstance(r, RecordedPlacement)}
-    assert served.generation >= 3
-    assert [plan.generation for plan in replayed.commits] == list(recorded)[1:]
-    for plan in replayed.commits:
-        placement = recorded[plan.generation].placement
-        assert plan.placement == placement
-        assert plan.moved == placement.changed_slots(recorded[plan.generation - 1].placement)
-    refused = [plan.outcome for plan in replayed.plans].count("no_gain")
-    assert status.plans["no_gain"] - refused in (0, 1), "the last one may not be recorded yet"
-
-
-class Clock:
-    """Steps take the same time on every placement, but for a little that comes and goes."""
-
-    def __init__(self, rank: int) -> None:
-        self._now, self._rng = 0.0, np.random.default_rng(rank)
-
-    def perf_counter(self) -> float:
-        return self._now
-
-    def monotonic(self) -> float:
-        return self._now
-
-    def pass_step(self) -> None:
-        self._now += 0.01 * (1 + 0.001 * self._rng.normal())
-
-
-def rebalance_to_no_avail(rank, size, config):
-    clock = Clock(rank)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rebalancer, "time", clock)
-        recorder = Recorder(config.trace, head_for(size, config)) if rank == 0 else None
-        engine = Engine(rank, size, config, recorder=recorder)
-        for _ in range(STEPS_LIMIT):
-            clock.pass_step()
-            engine.step(continues=True)
-    if recorder is not None:
-        recorder.flush()
-    return engine.rebalancer.status_now()
-
-
-def test_a_replay_judges_by_the_recorded_step_times_as_the_server_did(
-    two_ranks: Ranks, tmp_path: Path
-):
-    config = eager({"decision": {"min_gain": 0.001}, "trace": {"path": str(tmp_path)}})
-    status, _ = two_ranks.run(rebalance_to_no_avail, 2, config)
-    told = [commit for commit in status.commits if commit.measured_gain is not None]
-    assert told
-    assert all(abs(c.measured_gain) < 4 * c.measured_gain_error < 0.01 for c in told)
-    assert any(c.achieved_gain > 4 * c.measured_gain_error for c in told)
-    replayed = replayed_as_recorded(tmp_path)
-    assert [(plan.generation, plan.predicted_gain) for plan in replayed.commits] == [
-        (commit.generation, commit.predicted_gain) for commit in status.commits
-    ]
 
 
 # --- quotas follow the load
@@ -382,7 +258,7 @@ def test_a_planner_that_raises_is_counted_and_the_next_plan_is_made(two_ranks: R
 
 
 def schedule_raises_once(rank, size, config):
-    schedule, calls = planner_thread.schedule, []
+    schedule, calls = planner_thread.schedule_as_configured, []
 
     def raising(*args, **kwargs):
         calls.append(args)
@@ -391,7 +267,7 @@ def schedule_raises_once(rank, size, config):
         return schedule(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner_thread, "schedule", raising)
+        patch.setattr(planner_thread, "schedule_as_configured", raising)
         engine = Engine(rank, size, config)
         engine.run_until(has_generation(1))
     return engine.seen, engine.rebalancer.status.plans

@@ -10,10 +10,10 @@ import pytest
 from traces import contiguous, head_of, records_of, snapshots
 
 from ep_rebalance.balancer.recorder import Recorder
-from ep_rebalance.collectives.snapshot import Flags, Snapshot
 from ep_rebalance.config import TraceConfig
+from ep_rebalance.load.snapshot import NOTHING_AGREED, Agreed, Snapshot
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceHead
-from ep_rebalance.migration.commit import Served
+from ep_rebalance.migration.served import Served
 
 HEAD = head_of()
 SERVED = Served.initial(contiguous(HEAD).placement)
@@ -23,10 +23,12 @@ def recorder_in(folder: Path, head: TraceHead = HEAD, **settings: object) -> Rec
     return Recorder(TraceConfig(path=str(folder), **settings), head)
 
 
-def feed(recorder: Recorder, count: int, served: Served = SERVED, **flags: int) -> None:
+def feed(
+    recorder: Recorder, count: int, served: Served = SERVED, agreed: Agreed = NOTHING_AGREED
+) -> None:
     for recorded in snapshots(HEAD, count):
-        snapshot = Snapshot(sample=recorded.sample(), flags=Flags(**flags))
-        recorder.snapshot(snapshot, served, recorded.step)
+        snapshot = Snapshot(sample=recorded.sample(), agreed=agreed)
+        recorder.snapshot(snapshot, served, recorded.step, None)
         recorder.flush()
 
 
@@ -39,7 +41,7 @@ def test_snapshots_and_the_placements_they_were_served_with_are_recorded(tmp_pat
     feed(recorder, 3)
     slots_LP = SERVED.placement.slots_LP[:, ::-1]
     moved = replace(SERVED, placement=replace(SERVED.placement, slots_LP=slots_LP), generation=1)
-    feed(recorder, 2, moved, planned=1)
+    feed(recorder, 2, moved, Agreed(planned=True))
     records = records_of(files(tmp_path)[0])
     kinds = [type(record) for record in records]
     first, second = (
@@ -48,7 +50,7 @@ def test_snapshots_and_the_placements_they_were_served_with_are_recorded(tmp_pat
     )
     assert kinds == [*first, *second]
     assert [record.generation for record in records] == [0] * 4 + [1] * 3
-    assert [getattr(record, "planned", None) for record in records[4:]] == [None, True, True]
+    assert [record.agreed.planned for record in records[5:]] == [True, True]
     assert records[4].placement == moved.placement
     for read, fed in zip(records[1:4], snapshots(HEAD, 3), strict=True):
         assert np.array_equal(read.counts_ALE, fed.counts_ALE)
@@ -94,8 +96,8 @@ def test_a_slow_disk_costs_records_and_keeps_nobody_waiting(
     with recorder._waiting.all_tasks_done:  # as long as this is held, the thread gets nothing
         monkeypatch.setattr(recorder._waiting, "put_nowait", _full)
         (recorded,) = snapshots(HEAD, 1)
-        snapshot = Snapshot(sample=recorded.sample(), flags=Flags())
-        recorder.snapshot(snapshot, SERVED, 1)
+        snapshot = Snapshot(sample=recorded.sample(), agreed=NOTHING_AGREED)
+        recorder.snapshot(snapshot, SERVED, 1, None)
     monkeypatch.undo()
     assert recorder.lost == 1
     feed(recorder, 2)

@@ -46,9 +46,8 @@ def broadcast_twice(rank):
         group=dist.group.WORLD, shape=PLACEMENT.slots_LP.shape, device=torch.device("cpu")
     )
     plans.warm_up()
-    if rank == 0:
-        plans.put(plan_of(PLACEMENT, QUOTAS_LP))
-    slots_LP, _ = read_plan(plans.begin().result().numpy())
+    plan = plan_of(PLACEMENT, QUOTAS_LP) if rank == 0 else None
+    slots_LP, _ = read_plan(plans.begin(plan).result().numpy())
     return (slots_LP == PLACEMENT.slots_LP).all()
 
 

@@ -14,8 +14,8 @@ def broadcast(rank):
     plans = PlanBroadcast(
         group=dist.group.WORLD, shape=PLACEMENT.slots_LP.shape, device=torch.device("cpu")
     )
-    plans.put(plan_of(PLACEMENT, QUOTAS_LP if rank == 0 else PLACEMENT.even_quotas_LP()))
-    return read_plan(plans.begin().result().numpy())
+    plan = plan_of(PLACEMENT, QUOTAS_LP if rank == 0 else PLACEMENT.even_quotas_LP())
+    return read_plan(plans.begin(plan).result().numpy())
 
 
 def test_all_ranks_read_the_plan_of_rank_0(two_ranks: Ranks):

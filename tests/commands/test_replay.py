@@ -149,7 +149,7 @@ def test_files_that_are_no_traces_are_one_sentence(tmp_path: Path):
     assert "no *.eptrace in" in run("replay", str(tmp_path)).stderr
     other = tmp_path / "x.eptrace"
     other.write_text("{}")
-    assert "byte 0: this is no trace" in run("replay", str(other)).stderr
+    assert "byte 0: this is not a trace" in run("replay", str(other)).stderr
     assert "No such file" in run("replay", str(tmp_path / "none.eptrace")).stderr
 
 

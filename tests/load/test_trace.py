@@ -15,8 +15,10 @@ from mutations import MUTATIONS, mutated
 from traces import contiguous, head_of, records_of, same, snapshots, write_trace
 
 from ep_rebalance.config_sources import load_config
-from ep_rebalance.load import trace
+from ep_rebalance.load.snapshot import Agreed
 from ep_rebalance.load.trace import (
+    SUFFIX,
+    MigrationEnd,
     RecordedSnapshot,
     TraceError,
     TraceReader,
@@ -24,16 +26,30 @@ from ep_rebalance.load.trace import (
     check_same_load,
     read_records,
 )
+from ep_rebalance.load.trace.head import encode_head
+from ep_rebalance.load.trace.layout import Layout
 
 
 @given(
     counts=arrays(np.uint32, (2, 3, 5), elements=st.integers(0, 2**32 - 1)),
     numbers=st.tuples(*[st.integers(0, 2**62)] * 3),
     seconds=st.floats(0, 1e6),
-    flags=st.tuples(st.booleans(), st.booleans()),
+    agreed=st.builds(
+        Agreed,
+        planned=st.booleans(),
+        proposed=st.booleans(),
+        scheduled=st.booleans(),
+        unscheduled_ranks=st.integers(0, 2**31),
+        fitted=st.booleans(),
+        paused=st.booleans(),
+        plan_asked=st.booleans(),
+        replaced=st.booleans(),
+        reloaded=st.sets(st.integers(0, 2)).map(sorted).map(tuple),
+    ),
+    ended=st.none() | st.builds(MigrationEnd, st.integers(0, 2**31), st.booleans()),
 )
 def test_what_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, counts, numbers, seconds, flags
+    tmp_path_factory: pytest.TempPathFactory, counts, numbers, seconds, agreed, ended
 ) -> None:
     head = head_of(layers=3, experts=5, ranks=5, redundant=0)
     snapshot = RecordedSnapshot(
@@ -43,8 +59,8 @@ def test_what_is_written_is_read(
         generation=numbers[2],
         step_seconds=seconds,
         time=2.0 * seconds,
-        planned=flags[0],
-        scheduled=flags[1],
+        agreed=agreed,
+        ended=ended,
     )
     writer = TraceWriter(tmp_path_factory.mktemp("trace"), "load", head)
     written = [contiguous(head), snapshot, contiguous(head, generation=7, step=3), snapshot]
@@ -70,7 +86,7 @@ def test_a_file_can_be_read_while_it_is_written(tmp_path: Path) -> None:
 def test_a_writer_that_died_leaves_all_whole_records(tmp_path: Path) -> None:
     path = write_trace(tmp_path, head_of(), 3)
     whole, data = records_of(path), path.read_bytes()
-    record = trace._Layout.of(head_of()).snapshot.itemsize
+    record = Layout.of(head_of()).snapshot.itemsize
     for lost in range(1, 2 * record):
         path.write_bytes(data[:-lost])
         reader = TraceReader(path)
@@ -82,7 +98,7 @@ def test_a_writer_that_died_leaves_all_whole_records(tmp_path: Path) -> None:
 
 def test_a_full_file_is_followed_by_another_and_the_oldest_goes(tmp_path: Path) -> None:
     head = head_of()
-    record = trace._Layout.of(head).snapshot.itemsize
+    record = Layout.of(head).snapshot.itemsize
     writer = TraceWriter(tmp_path, "load", head, max_file_bytes=40 * record, max_bytes=130 * record)
     writer.write(contiguous(head))
     seen = list(snapshots(head, 200))
@@ -103,7 +119,7 @@ def test_a_writer_replaces_no_file_of_another(tmp_path: Path) -> None:
     second = write_trace(tmp_path, head_of(), 3)
     assert first != second
     assert first.read_bytes() == before
-    assert not [file for file in tmp_path.iterdir() if file.suffix != trace.SUFFIX]
+    assert not [file for file in tmp_path.iterdir() if file.suffix != SUFFIX]
 
 
 def test_a_new_file_begins_with_the_placement_of_its_time(tmp_path: Path) -> None:
@@ -119,7 +135,7 @@ def test_a_new_file_begins_with_the_placement_of_its_time(tmp_path: Path) -> Non
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / f"x{trace.SUFFIX}"
+    path = tmp_path / f"x{SUFFIX}"
     for content in (b"", b"{}", b"PK\x03\x04" * 100, b"EPTRACE\n" + b"\xff" * 16):
         path.write_bytes(content)
         with pytest.raises(TraceError, match=path.name):
@@ -129,7 +145,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"format": "other"}, "format 'other'"),
         ({"layers": 0}, "cannot be"),
         ({"slots": 9}, "cannot be"),
@@ -140,8 +156,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_heads_are_refused(tmp_path: Path, changes, reason) -> None:
-    path = tmp_path / f"x{trace.SUFFIX}"
-    path.write_bytes(trace._encode_head(msgspec.structs.replace(head_of(), **changes)))
+    path = tmp_path / f"x{SUFFIX}"
+    path.write_bytes(encode_head(msgspec.structs.replace(head_of(), **changes)))
     with pytest.raises(TraceError, match=reason):
         TraceReader(path)
 

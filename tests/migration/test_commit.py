@@ -7,13 +7,8 @@ from expert_weights import loaded, memory_of, wrong_slots
 from step_path import DEVICE, recording_waits
 
 from ep_rebalance.migration import Batch, Migration, schedule
-from ep_rebalance.migration.commit import (
-    PreparedMigration,
-    Served,
-    Split,
-    commit_batch,
-    commit_split,
-)
+from ep_rebalance.migration.commit import PreparedMigration, Split, commit_batch, commit_split
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.routing.thresholds import dispatch_thresholds

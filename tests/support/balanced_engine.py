@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from expert_weights import loaded, memory_of, wrong_slots
 
+from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.rebalancer import Rebalancer
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
@@ -16,7 +17,6 @@ from ep_rebalance.load.state import ModelIdentity
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.routing.device_tables import RoutingTables
-from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.topology import Topology
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 16, 2, 24
@@ -100,15 +100,21 @@ class Engine:
             rank=rank,
         )
         self.rebalancer = Rebalancer(
-            config=config,
-            placement=self.placement,
+            config,
+            EngineModel(
+                engine="balanced_engine",
+                identity=identity(size, redundant),
+                placement=self.placement,
+                top_k=TOP_K,
+                expert_tensors=lambda: self.tensors,
+                group=group or dist.group.WORLD,
+                topology=topology,
+                device=self.device,
+                max_tokens=TOKENS + 4,
+            ),
             counts=self.counts,
             memory=None if config.mode == "observe" else memory_of(self.tensors),
-            group=group or dist.group.WORLD,
             planner=planner_of(config.planner.policy),
-            topology=topology,
-            identity=identity(size, redundant),
-            status=initial_status(config=config, model="m", placement=self.placement, top_k=TOP_K),
             recorder=recorder,
         )
         self.rebalancer._background._thread = executor(max_workers=1)

@@ -6,8 +6,9 @@ import torch.distributed as dist
 from expert_weights import loaded, memory_of, wrong_slots
 
 from ep_rebalance.migration import schedule
-from ep_rebalance.migration.commit import PreparedMigration, Served, commit_batch
+from ep_rebalance.migration.commit import PreparedMigration, commit_batch
 from ep_rebalance.migration.round_exchange import Faults, RoundExchange
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology

@@ -85,7 +85,7 @@ def write_trace(folder: Path, head: TraceHead, count: int, *, seed: int = 0) -> 
 def same(one: Record, other: Record) -> bool:
     """Whether two records hold the same."""
     if isinstance(one, RecordedSnapshot) and isinstance(other, RecordedSnapshot):
-        names = ("step", "steps", "step_seconds", "time", "generation", "planned", "scheduled")
+        names = ("step", "steps", "step_seconds", "time", "generation", "agreed", "ended")
         alike = all(getattr(one, name) == getattr(other, name) for name in names)
         return alike and np.array_equal(one.counts_ALE, other.counts_ALE)
     if isinstance(one, RecordedPlacement) and isinstance(other, RecordedPlacement):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.migration.commit import Served
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.telemetry.imbalance import HALF_LIFE_SNAPSHOTS, RankBalance
 from ep_rebalance.telemetry.journal import initial_status

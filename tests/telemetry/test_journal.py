@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ep_rebalance.collectives.snapshot import Flags, Snapshot
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.load.window import LoadSample
-from ep_rebalance.migration.commit import Served
+from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.telemetry.events import SnapshotTaken
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.telemetry.metrics import encode
 
@@ -22,19 +22,19 @@ PREFILL_LE = [[8, 4, 2, 2], [4, 4, 4, 4]]
 DECODE_LE = [[0, 1, 1, 0], [2, 0, 0, 0]]
 
 
-def snapshot(prefill_LE, decode_LE) -> Snapshot:
+def snapshot(prefill_LE, decode_LE) -> SnapshotTaken:
     sample = LoadSample(counts_ALE=np.array([prefill_LE, decode_LE]), steps=4, step_seconds=0.1)
-    return Snapshot(sample=sample, flags=Flags())
+    return SnapshotTaken(sample, SERVED)
 
 
 @pytest.fixture
 def journal() -> Journal:
     """After two snapshots of the same load, and one without tokens."""
     status = initial_status(config=RebalanceConfig(), model="m", placement=LOADED, top_k=TOP_K)
-    journal = Journal(status, contiguous=LOADED, rank=0)
+    journal = Journal(status, contiguous=LOADED, top_k=TOP_K, rank=0)
     for _ in range(2):
-        journal.snapshot(snapshot(PREFILL_LE, DECODE_LE), SERVED)
-    journal.snapshot(snapshot(np.zeros((2, 4)), np.zeros((2, 4))), SERVED)
+        journal.apply(snapshot(PREFILL_LE, DECODE_LE))
+    journal.apply(snapshot(np.zeros((2, 4)), np.zeros((2, 4))))
     return journal
 
 
@@ -51,19 +51,21 @@ def test_load_holds_what_every_expert_got_and_where_it_is_served(journal: Journa
 
 
 def test_load_adds_up_to_the_tokens_of_the_status(journal: Journal):
-    status = journal.report(SERVED, MetricsConfig())
+    status = journal.report(SERVED, MetricsConfig(), paused=False, lost_trace_records=0)
     for layer in journal.load(SERVED).layers:
         for phase, tokens in status.phase_tokens.items():
             assert sum(layer.tokens[phase]) == tokens * TOP_K
 
 
 def test_load_of_the_experts_is_not_in_the_status_unless_asked_for(journal: Journal):
-    status = journal.report(SERVED, MetricsConfig())
+    status = journal.report(SERVED, MetricsConfig(), paused=False, lost_trace_records=0)
     assert status.expert_tokens == status.replicas == []
     assert b'"expert_tokens":[],' in encode(status)
 
 
 def test_optional_metrics_are_filled_where_they_are_switched_on(journal: Journal):
-    status = journal.report(SERVED, MetricsConfig(expert_tokens=True, replicas=True))
+    status = journal.report(
+        SERVED, MetricsConfig(expert_tokens=True, replicas=True), paused=False, lost_trace_records=0
+    )
     assert status.expert_tokens == [[16, 10, 6, 4], [12, 8, 8, 8]]
     assert status.replicas == [2, 2]

@@ -1,0 +1,46 @@
+"""Checksums of heads and records: CRC-32 since version 2.
+
+Version 1 summed up 64-bit words with odd factors, where two flips of the same high bit cancel.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KIND, _FRAME = 8, 16
+"""Bytes of a record's kind, and of kind and checksum."""
+
+
+def checksum_of_head(text: bytes) -> int:
+    """Of its JSON, padded."""
+    return zlib.crc32(text)
+
+
+def checksum_of_record(record: bytes, version: int = 2) -> int:
+    """Of a whole record but for the checksum in it."""
+    if version == 1:
+        words = np.frombuffer(record, "<u8")
+        return int(np.dot(words, _record_factors(len(words))))
+    return zlib.crc32(memoryview(record)[_FRAME:], zlib.crc32(record[:_KIND]))
+
+
+def version_1_checksum_of_head(text: bytes) -> int:
+    words = np.frombuffer(text, "<u8")
+    return int(np.dot(words, _factors(len(words))))
+
+
+@functools.cache
+def _factors(length: int) -> NDArray[np.uint64]:
+    return 2 * np.arange(length, dtype=np.uint64) + np.uint64(1)
+
+
+@functools.cache
+def _record_factors(length: int) -> NDArray[np.uint64]:
+    """0 for the word that holds the checksum."""
+    factors = _factors(length).copy()
+    factors[1] = 0
+    return factors

@@ -1,0 +1,88 @@
+"""The head of a trace: JSON between its length and checksum and the first record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+
+from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checksum_of_head
+from ep_rebalance.load.trace.error import TraceError
+from ep_rebalance.load.trace.records import FORMAT, FORMAT_VERSION, TraceHead
+from ep_rebalance.load.window import PHASES
+
+READABLE_VERSIONS = (1, FORMAT_VERSION)
+
+_MAGIC = b"EPTRACE\n"
+_MAX_HEAD_BYTES = 1 << 20
+_MAX_RECORD_BYTES = 64 << 20
+
+_RENAMED_SETTINGS = (("data_plane", "shape", "buffers"),)
+"""(section, name once, name now)."""
+
+
+def encode_head(head: TraceHead) -> bytes:
+    text = msgspec.json.encode(head)
+    text += b" " * (-len(text) % 8)
+    sizes = np.array([len(text), checksum_of_head(text)], "<u8")
+    return _MAGIC + sizes.tobytes() + text
+
+
+def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
+    """The head and the offset of the first record."""
+    start = file.read(24)
+    if len(start) < 24 or not start.startswith(_MAGIC):
+        raise TraceError(
+            path, 0, "this is not a trace of ep_rebalance; `ep-rebalance convert` makes one"
+        )
+    length, checksum = (int(word) for word in np.frombuffer(start, "<u8", 2, 8))
+    if length > _MAX_HEAD_BYTES or length % 8:
+        raise TraceError(path, 8, f"a head of {length} bytes")
+    text = file.read(length)
+    if len(text) < length:
+        raise TraceError(path, 24, "the head is cut off")
+    whole = checksum == checksum_of_head(text)
+    if not whole and checksum != version_1_checksum_of_head(text):
+        raise TraceError(path, 24, "the head's checksum is wrong")
+    try:
+        head = msgspec.json.decode(text, type=TraceHead)
+    except msgspec.MsgspecError as error:
+        raise TraceError(path, 24, f"the head does not say what a head must ({error})") from None
+    if not whole and head.version != 1:
+        raise TraceError(path, 24, "the head's checksum is of another version")
+    head = msgspec.structs.replace(head, config=_with_present_names(head.config))
+    if reason := _fault(head):
+        raise TraceError(path, 24, reason)
+    return head, 24 + length
+
+
+def _with_present_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as an earlier release recorded them, under the names that they have now."""
+    parts = {name: dict(part) for name, part in config.items() if isinstance(part, dict)}
+    for section, old, new in _RENAMED_SETTINGS:
+        if old in parts.get(section, {}):
+            parts[section][new] = parts[section].pop(old)
+    return config | parts
+
+
+def _fault(head: TraceHead) -> str:
+    """Why a head cannot be right, or ""."""
+    if head.format != FORMAT or head.version not in READABLE_VERSIONS:
+        return (
+            f"format {head.format!r} version {head.version}; this ep-rebalance reads {FORMAT!r} "
+            f"versions 1 to {FORMAT_VERSION}, so use the one that wrote it ({head.plugin_version})"
+        )
+    sizes = (head.layers, head.experts, head.top_k, head.ep_size, head.slots)
+    if min(sizes) < 1 or head.slots % head.ep_size or head.slots < head.experts:
+        return (
+            f"{head.layers} layers, {head.experts} experts, top {head.top_k}, {head.slots} slots on "
+            f"{head.ep_size} ranks cannot be"
+        )
+    largest = head.layers * max(4 * len(PHASES) * head.experts, 12 * head.slots)
+    if largest > _MAX_RECORD_BYTES:
+        return f"records of {largest} bytes, more than {_MAX_RECORD_BYTES}"
+    if len(head.node_of_rank) != head.ep_size or len(head.expert_bytes) != head.layers:
+        return "its lists of ranks and layers are not as long as it says"
+    return ""

@@ -1,0 +1,157 @@
+"""How records lie in a trace, version by version.
+
+There are two kinds, each of a size that the head tells. Integers and floats are little-endian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ep_rebalance.load.snapshot import Agreed
+from ep_rebalance.load.trace.checksums import checksum_of_record
+from ep_rebalance.load.trace.records import (
+    MigrationEnd,
+    Record,
+    RecordedPlacement,
+    RecordedSnapshot,
+    TraceHead,
+)
+from ep_rebalance.load.window import PHASES
+from ep_rebalance.placement import Placement
+
+_SNAPSHOT, _PLACEMENT = 1, 2
+_FRAME = [("kind", "<u8"), ("checksum", "<u8")]
+_NONE_ENDED = -1
+
+_FLAGS = (
+    *("planned", "scheduled", "proposed", "fitted"),
+    *("paused", "plan_asked", "replaced"),
+)
+"""Bits of a snapshot's `flags`, from the lowest; of `Agreed`. Version 1 has the first two."""
+_ABANDONED = 1 << len(_FLAGS)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The structured types of a trace's records, multiples of 8 bytes long."""
+
+    snapshot: np.dtype[np.void]
+    placement: np.dtype[np.void]
+
+    @classmethod
+    def of(cls, head: TraceHead) -> Layout:
+        slots = (head.layers, head.slots)
+        padding = [("padding", "V4")] if head.layers * head.slots % 2 else []
+        numbers = [("time", "<f8"), ("step", "<i8"), ("generation", "<i8")]
+        steps = [("steps", "<i8"), ("step_seconds", "<f8"), ("flags", "<u8")]
+        counts = ("counts", "<u4", (len(PHASES), head.layers, head.experts))
+        return cls(
+            snapshot=np.dtype([*_FRAME, *numbers, *steps, *_since_version_2(head), counts]),
+            placement=np.dtype(
+                [*_FRAME, *numbers, ("quotas", "<f8", slots), ("slots", "<i4", slots), *padding]
+            ),
+        )
+
+    def of_kind(self, kind: int) -> np.dtype[np.void] | None:
+        """None if there is no such kind."""
+        return {_SNAPSHOT: self.snapshot, _PLACEMENT: self.placement}.get(kind)
+
+
+def _since_version_2(head: TraceHead) -> list[Any]:
+    if head.version == 1:
+        return []
+    layers = -(-head.layers // 8) * 8
+    return [("unscheduled_ranks", "<i8"), ("batches", "<i8"), ("reloaded", "u1", layers)]
+
+
+def encode_record(record: Record, layout: Layout) -> bytes:
+    """In the newest version."""
+    if isinstance(record, RecordedPlacement):
+        return _encode_placement(record, layout.placement)
+    return _encode_snapshot(record, layout.snapshot)
+
+
+def _encode_snapshot(snapshot: RecordedSnapshot, layout: np.dtype[np.void]) -> bytes:
+    agreed, ended = snapshot.agreed, snapshot.ended
+    flags = sum(getattr(agreed, name) << bit for bit, name in enumerate(_FLAGS))
+    if ended is not None and ended.abandoned:
+        flags |= _ABANDONED
+    reloaded = np.zeros(layout["reloaded"].shape, np.uint8)
+    reloaded[list(agreed.reloaded)] = 1
+    values = {
+        "time": snapshot.time,
+        "step": snapshot.step,
+        "generation": snapshot.generation,
+        "steps": snapshot.steps,
+        "step_seconds": snapshot.step_seconds,
+        "flags": flags,
+        "unscheduled_ranks": agreed.unscheduled_ranks,
+        "batches": _NONE_ENDED if ended is None else ended.batches,
+        "reloaded": reloaded,
+        "counts": snapshot.counts_ALE,
+    }
+    return _encode(_SNAPSHOT, layout, values)
+
+
+def _encode_placement(change: RecordedPlacement, layout: np.dtype[np.void]) -> bytes:
+    values = {
+        "time": change.time,
+        "step": change.step,
+        "generation": change.generation,
+        "quotas": change.quotas_LP,
+        "slots": change.placement.slots_LP,
+    }
+    return _encode(_PLACEMENT, layout, values)
+
+
+def decode_record(record: np.void, head: TraceHead) -> Record:
+    """Raises PlacementError for slots that cannot be."""
+    numbers: dict[str, Any] = {
+        "time": float(record["time"]),
+        "step": int(record["step"]),
+        "generation": int(record["generation"]),
+    }
+    if record["kind"] == _SNAPSHOT:
+        return RecordedSnapshot(
+            counts_ALE=record["counts"],
+            steps=int(record["steps"]),
+            step_seconds=float(record["step_seconds"]),
+            agreed=_agreed(record, head.version),
+            ended=_ended(record, head.version),
+            **numbers,
+        )
+    placement = Placement(record["slots"], head.experts, head.ep_size)
+    return RecordedPlacement(placement=placement, quotas_LP=record["quotas"].copy(), **numbers)
+
+
+def _agreed(record: np.void, version: int) -> Agreed:
+    """What version 1 does not tell went as it should."""
+    flags = int(record["flags"])
+    told: dict[str, Any] = {name: bool(flags >> bit & 1) for bit, name in enumerate(_FLAGS)}
+    if version == 1:
+        return Agreed(**told | {"proposed": told["planned"], "fitted": True})
+    counted = {
+        "unscheduled_ranks": int(record["unscheduled_ranks"]),
+        "reloaded": tuple(np.flatnonzero(record["reloaded"]).tolist()),
+    }
+    return Agreed(**told | counted)
+
+
+def _ended(record: np.void, version: int) -> MigrationEnd | None:
+    if version == 1 or record["batches"] == _NONE_ENDED:
+        return None
+    abandoned = bool(int(record["flags"]) & _ABANDONED)
+    return MigrationEnd(batches=int(record["batches"]), abandoned=abandoned)
+
+
+def _encode(kind: int, layout: np.dtype[np.void], values: Mapping[str, Any]) -> bytes:
+    record = np.zeros(1, layout)
+    record["kind"] = kind
+    for name, value in values.items():
+        record[name] = value
+    record["checksum"] = checksum_of_record(record.tobytes())
+    return record.tobytes()

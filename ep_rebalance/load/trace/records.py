@@ -1,0 +1,124 @@
+"""What a trace holds: a head, then snapshots and the placements that they were served with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.load.snapshot import NOTHING_AGREED, Agreed, Snapshot
+from ep_rebalance.load.window import LoadSample
+from ep_rebalance.placement import Placement
+
+FORMAT = "ep-rebalance-trace"
+FORMAT_VERSION = 2
+"""Version 1 did not record what an operator asked for, what was abandoned and what was reloaded."""
+
+
+class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
+    """What was recorded, where and by what.
+
+    top_k: experts per token. slots, ep_size: of the placements; a trace that was recorded without an
+    engine has contiguous ones. node_of_rank: length ep_size. expert_bytes: of one expert of each
+    layer, 0 if unknown. hidden_size: of the model, 0 if unknown. started: Unix time. config: the
+    plugin's settings. origin: where the load comes from if no engine was recorded.
+    """
+
+    model: str
+    layers: int
+    experts: int
+    top_k: int
+    ep_size: int
+    slots: int
+    node_of_rank: list[int]
+    expert_bytes: list[int]
+    hidden_size: int
+    engine: str
+    plugin_version: str
+    started: float
+    config: dict[str, Any]
+    origin: str = ""
+    format: str = FORMAT
+    version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationEnd:
+    """batches: how many were committed. abandoned: whether a fault ended it before the last one."""
+
+    batches: int
+    abandoned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RecordedSnapshot:
+    """One snapshot as the server saw it.
+
+    counts_ALE: [A, L, E], see `LoadSample`; uint32 in the file.
+    step: the engine's number of its last step.
+    steps, step_seconds: see `LoadSample`.
+    time: Unix.
+    generation: of the placement that was served.
+    agreed: what the ranks learned with it.
+    ended: the migration that ended since the snapshot before, None if none did.
+    """
+
+    counts_ALE: NDArray[np.uint32] | NDArray[np.int64]
+    step: int
+    steps: int
+    step_seconds: float
+    time: float
+    generation: int
+    agreed: Agreed = NOTHING_AGREED
+    ended: MigrationEnd | None = None
+
+    def joined(self, later: RecordedSnapshot) -> RecordedSnapshot:
+        """Both as one, as a server takes them that takes no snapshot while experts move."""
+        steps = self.steps + later.steps
+        seconds = self.steps * self.step_seconds + later.steps * later.step_seconds
+        reloaded = sorted({*self.agreed.reloaded, *later.agreed.reloaded})
+        return replace(
+            later,
+            counts_ALE=self.counts_ALE.astype(np.int64) + later.counts_ALE,
+            steps=steps,
+            step_seconds=seconds / max(steps, 1),
+            agreed=replace(
+                later.agreed,
+                replaced=self.agreed.replaced or later.agreed.replaced,
+                reloaded=tuple(reloaded),
+            ),
+        )
+
+    def sample(self) -> LoadSample:
+        """What the load window takes."""
+        return LoadSample(
+            counts_ALE=self.counts_ALE.astype(np.int64),
+            steps=self.steps,
+            step_seconds=self.step_seconds,
+            generation=self.generation,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """What the server's loop took."""
+        return Snapshot(sample=self.sample(), agreed=self.agreed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RecordedPlacement:
+    """What is served from the next snapshot on.
+
+    quotas_LP: float64 [L, P].
+    step, time: see `RecordedSnapshot`.
+    """
+
+    placement: Placement
+    quotas_LP: NDArray[np.float64]
+    generation: int
+    step: int
+    time: float
+
+
+Record = RecordedSnapshot | RecordedPlacement

@@ -1,0 +1,111 @@
+"""Writes a trace: each record by one write, so that a file whose writer died ends at its last whole one.
+
+Every file begins with the placement, so that older ones can be deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from ep_rebalance.load.trace.head import encode_head
+from ep_rebalance.load.trace.layout import Layout, encode_record
+from ep_rebalance.load.trace.records import FORMAT_VERSION, Record, RecordedPlacement, TraceHead
+
+SUFFIX = ".eptrace"
+
+
+class TraceWriter:
+    """Writes files `NAME-NUMBER.eptrace` in `folder`, the next one when one is full, and deletes the
+    oldest of this name, its own or a former writer's, to stay below `max_bytes` in all.
+
+    Raises OSError if the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        head: TraceHead,
+        *,
+        max_file_bytes: int = 256 << 20,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        self._folder, self._name = folder, name
+        self._head = head = msgspec.structs.replace(head, version=FORMAT_VERSION)
+        self._layout = Layout.of(head)
+        self._max_file_bytes, self._max_bytes = max_file_bytes, max_bytes
+        self._size = 0
+        self._file: IO[bytes] | None = None
+        self._placement: RecordedPlacement | None = None
+
+    def files(self) -> list[Path]:
+        """All that are there, oldest first."""
+        return sorted(self._folder.glob(f"{self._name}-*{SUFFIX}"))
+
+    def write(self, record: Record) -> None:
+        """Append a record; the first one of all must be a placement."""
+        if isinstance(record, RecordedPlacement):
+            self._placement = record
+            if self._file is not None:
+                self._append(encode_record(record, self._layout))
+            return
+        size = self._layout.snapshot.itemsize
+        if self._file is None or self._size + size > self._max_file_bytes:
+            self._next_file()
+        self._append(encode_record(record, self._layout))
+
+    def close(self) -> None:
+        """The file is whole; a later `write` begins another."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _next_file(self) -> None:
+        """Head and placement appear under the file's name at once, and replace nobody's file."""
+        assert self._placement is not None, "a trace begins with a placement"
+        self.close()
+        data = encode_head(self._head) + encode_record(self._placement, self._layout)
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
+        file = os.fdopen(handle, "wb", buffering=0)
+        try:
+            file.write(data)
+            os.fchmod(handle, 0o644)
+            self._publish(temporary)
+        except BaseException:
+            file.close()
+            raise
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        self._file, self._size = file, len(data)
+        self._delete_oldest()
+
+    def _publish(self, temporary: str) -> None:
+        newest = self.files()[-1:]
+        number = int(newest[0].stem.rpartition("-")[2]) + 1 if newest else 1
+        while True:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, self._folder / f"{self._name}-{number:06d}{SUFFIX}")
+                return
+            number += 1
+
+    def _append(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._size += len(data)
+
+    def _delete_oldest(self) -> None:
+        """Make room for another full file."""
+        *older, _ = self.files()
+        total = sum(file.stat().st_size for file in older) + self._max_file_bytes
+        for file in older:
+            if total <= self._max_bytes:
+                return
+            total -= file.stat().st_size
+            file.unlink(missing_ok=True)
