@@ -90,3 +90,12 @@ def test_importing_the_package_loads_nothing():
     assert done.stdout.strip() == "0"
     with pytest.raises(AttributeError, match="no attribute 'plans'"):
         ep_rebalance.plans  # noqa: B018
+
+
+def test_what_is_loaded_when_it_is_asked_for_is_listed_before():
+    """So that a notebook completes `ep_rebalance.` with it."""
+    program = "import ep_rebalance; print(*dir(ep_rebalance))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    listed = done.stdout.split()
+    assert {"Placement", "plan", "replay", "__version__", "__doc__"} <= set(listed)
+    assert len(listed) == len(set(listed))
