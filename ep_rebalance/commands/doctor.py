@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib import import_module
@@ -59,7 +58,6 @@ def _all(model_name: str, config: Path | None) -> Iterator[tuple[str, Check]]:
 def _engine() -> Iterable[Finding]:
     if find_spec("vllm") is None:
         return [_no_engine()]
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
     return run_checks(diagnosis.checks())
 
