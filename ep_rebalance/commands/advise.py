@@ -48,22 +48,24 @@ def advise(
         ),
     ],
     gpus: Annotated[
-        list[int] | None, typer.Option(min=2, help="GPUs. Repeat for several. [default: 8, 16, 32]")
+        list[int] | None,
+        typer.Option(min=2, help="GPUs. Repeat for several.", show_default="8, 16, 32"),
     ] = None,
     redundant: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="Redundant experts for each GPU. Repeat. [default: 0, 1, 2]"),
+        typer.Option(min=0, help="Redundant experts for each GPU. Repeat.", show_default="0, 1, 2"),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=1, help="GB of a GPU. [default: the hardware's]")
+        float | None, typer.Option(min=1, help="GB of a GPU.", show_default="the hardware's")
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     tokens_per_gpu: Annotated[
         float | None,
-        typer.Option(min=1, help="Tokens of a step on each GPU. [default: as recorded]"),
+        typer.Option(min=1, help="Tokens of a step on each GPU.", show_default="as recorded"),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Settings of the plugin. [default: the recorded server's]")
+        Path | None,
+        typer.Option(help="Settings of the plugin.", show_default="the recorded server's"),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Replays at a time.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

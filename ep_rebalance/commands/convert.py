@@ -44,7 +44,7 @@ def convert(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Experts of a token, where the file does not tell.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Name for the trace. [default: the file's]")] = "",
+    model: Annotated[str, typer.Option(help="Name for the trace.", show_default="the file's")] = "",
     phase: Annotated[
         str, typer.Option(help="Whose tokens they are: prefill or decode.")
     ] = "prefill",

@@ -28,13 +28,14 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the placement.")],
     to: Annotated[str, typer.Option(**TARGETS, help="For whom.")],
     ep_size: Annotated[
-        int | None, typer.Option(min=2, help="EP ranks. [default: as recorded]")
+        int | None, typer.Option(min=2, help="EP ranks.", show_default="as recorded")
     ] = None,
     redundant: Annotated[
-        int | None, typer.Option(min=0, help="Redundant experts. [default: as recorded]")
+        int | None, typer.Option(min=0, help="Redundant experts.", show_default="as recorded")
     ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="EP ranks of a node. [default: as recorded, else 8]")
+        int | None,
+        typer.Option(min=1, help="EP ranks of a node.", show_default="as recorded, else 8"),
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of the model, dense ones included (SGLang).")

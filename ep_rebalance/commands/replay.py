@@ -32,23 +32,27 @@ def run_replay(
         list[str] | None,
         typer.Option(
             **one_of(REPLAY_POLICIES),
-            help=f"What decides where experts sit. {_POLICIES}. Repeat for several. "
-            f"[default: {', '.join(_DEFAULT_POLICIES)}]",
+            help=f"What decides where experts sit. {_POLICIES}. Repeat for several.",
+            show_default=", ".join(_DEFAULT_POLICIES),
         ),
     ] = None,
     ep_size: Annotated[
-        list[int] | None, typer.Option(help="EP ranks. Repeat for several. [default: as recorded]")
+        list[int] | None,
+        typer.Option(help="EP ranks. Repeat for several.", show_default="as recorded"),
     ] = None,
     redundant: Annotated[
         list[int] | None,
-        typer.Option(help="Redundant experts. Repeat for several. [default: as recorded]"),
+        typer.Option(help="Redundant experts. Repeat for several.", show_default="as recorded"),
     ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="EP ranks of a node. [default: as recorded, else 8]")
+        int | None,
+        typer.Option(min=1, help="EP ranks of a node.", show_default="as recorded, else 8"),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Settings of the plugin, YAML or JSON. [default: the recorded server's]"),
+        typer.Option(
+            help="Settings of the plugin, YAML or JSON.", show_default="the recorded server's"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -58,7 +62,8 @@ def run_replay(
         str | None,
         typer.Option(
             help=f"Model step times on this accelerator: {', '.join(hardware_names())}, or a YAML file as "
-            "`ep-rebalance hardware` prints it. [default: scale the recorded step times]"
+            "`ep-rebalance hardware` prints it.",
+            show_default="scale the recorded step times",
         ),
     ] = None,
     expert_time_fraction: Annotated[
@@ -66,11 +71,12 @@ def run_replay(
         typer.Option(
             min=0.01,
             max=1.0,
-            help="Part of a step that waits for experts. [default: decision.expert_time_fraction]",
+            help="Part of a step that waits for experts.",
+            show_default="decision.expert_time_fraction",
         ),
     ] = None,
     format_: Annotated[
-        Format | None, typer.Option("--format", help="[default: table, json if piped]")
+        Format | None, typer.Option("--format", show_default="table, json if piped")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write there, not to stdout.")
@@ -79,7 +85,7 @@ def run_replay(
         Path | None, typer.Option(help="Also write an HTML page with charts to this file.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Replays at a time. [default: one per core]")
+        int | None, typer.Option(min=1, help="Replays at a time.", show_default="one per core")
     ] = None,
     fail_below_gain: Annotated[
         float | None,
