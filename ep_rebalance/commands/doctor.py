@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ep_rebalance.commands.options import AsJson
 from ep_rebalance.diagnosis import machine, model, packages, settings
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
 
@@ -30,7 +31,7 @@ def doctor(
     config: Annotated[
         Path | None, typer.Option(help="Also check this configuration, YAML or JSON.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Can this machine and this vLLM run the plugin? One line for each check, with the remedy.
 
