@@ -1,4 +1,4 @@
-"""Dispatch and combine without the experts between: every shape of the all-to-all, by turns.
+"""Dispatch and combine without the experts between: every exchange of our all-to-all, by turns.
 
 Against the way of vLLM's `allgather_reducescatter` backend: every rank gets all tokens and gives partial
 sums of all back. One process per rank; NCCL with a GPU for each, else gloo. Experts give rows back as they
@@ -30,9 +30,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ep_rebalance.all_to_all import AllToAll, ExactSplits, FixedCapacity
+from ep_rebalance.all_to_all import AllToAll, make_all_to_all
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.exchanges import EXCHANGES
 
-OURS = "exact splits, exact"
+OURS = "exact buffers, exact"
 LOADS = {"even": 0.0, "zipf 0.8": 0.8}
 EXPERTS = 64
 WARM_UP = 3
@@ -91,15 +93,18 @@ def gather_and_scatter(step: dict[str, torch.Tensor]) -> Callable[[], None]:
 
 def candidates(step: dict[str, torch.Tensor], slots_per_rank: int) -> dict[str, Callable[[], None]]:
     """By name, the default first."""
-    base: dict[str, Any] = {"group": dist.group.WORLD, "slots_per_rank": slots_per_rank}
-    found: dict[str, Callable[[], None]] = {}
-    for combine in ("exact", "fast"):
-        found[f"exact splits, {combine}"] = through(ExactSplits(**base, combine=combine), step)
-    for combine in ("exact", "fast"):
-        fixed = FixedCapacity(**base, combine=combine, capacity_factor=1.25)
-        found[f"fixed capacity, {combine}"] = through(fixed, step)
-    eight_bits = ExactSplits(**base, combine="fast", payload="fp8")
-    found["exact splits, fast, fp8"] = through(eight_bits, step)
+
+    def ours(combine: str, **plane: str) -> Callable[[], None]:
+        config = load_config({"data_plane": plane, "dispatch": {"combine": combine}})
+        group = dist.group.WORLD
+        return through(make_all_to_all(config, group=group, slots_per_rank=slots_per_rank), step)
+
+    found = {
+        f"{name} buffers, {combine}": ours(combine, buffers=name)
+        for name in EXCHANGES
+        for combine in ("exact", "fast")
+    }
+    found["exact buffers, fast, fp8"] = ours("fast", buffers="exact", payload="fp8")
     found["all-gather, reduce-scatter"] = gather_and_scatter(step)
     return found
 

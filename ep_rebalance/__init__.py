@@ -20,3 +20,7 @@ def __getattr__(name: str) -> Any:
     from ep_rebalance.offline import notebook
 
     return getattr(notebook, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

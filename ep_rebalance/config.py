@@ -6,11 +6,13 @@ no process ever reads a file or an environment variable that another one does no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ep_rebalance.exchanges import EXCHANGES
 from ep_rebalance.policies import POLICIES
 
 Mode = Literal["observe", "static", "rebalance"]
@@ -30,6 +32,20 @@ class ConfigurationError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _name_in(entries: Mapping[str, object]) -> AfterValidator:
+    """Of a text that is the name of one of these."""
+
+    def check(name: str) -> str:
+        if name not in entries:
+            known = ", ".join(entries)
+            raise PydanticCustomError(
+                "unknown_name", "Input should be one of {known}", {"known": known}
+            )
+        return name
+
+    return AfterValidator(check)
 
 
 class WindowConfig(_Section):
@@ -56,18 +72,10 @@ class WindowConfig(_Section):
         return self
 
 
-def _known_policy(name: str) -> str:
-    if name not in POLICIES:
-        raise PydanticCustomError(
-            "unknown_policy", "Input should be one of {known}", {"known": ", ".join(POLICIES)}
-        )
-    return name
-
-
 class PlannerConfig(_Section):
     """How a target placement is found."""
 
-    policy: Annotated[str, AfterValidator(_known_policy)] = Field(
+    policy: Annotated[str, _name_in(POLICIES)] = Field(
         default="incremental",
         description="; ".join(f"`{one.name}`: {one.summary}" for one in POLICIES.values()) + ".",
         json_schema_extra={"enum": list(POLICIES)},
@@ -176,10 +184,13 @@ class DataPlaneConfig(_Section):
     """`engine` leaves the experts to vLLM's kernels; `triton` computes them with ours, on CPU with their
     slow references.
     """
-    buffers: Literal["exact", "fixed"] = "exact"
-    """Of our all-to-all: `exact` sends the rows there are and reads their number on the host; `fixed`
-    sends buffers of one size, for CUDA graphs, and further rounds for what does not fit.
-    """
+    buffers: Annotated[str, _name_in(EXCHANGES)] = Field(
+        default="exact",
+        description="Of our all-to-all: "
+        + "; ".join(f"`{one.name}` {one.summary}" for one in EXCHANGES.values())
+        + ".",
+        json_schema_extra={"enum": list(EXCHANGES)},
+    )
     capacity_factor: float = Field(default=1.25, gt=0.0)
     """Size of `fixed` buffers: 1 holds what each rank gets if all get equally much."""
     payload: Literal["full", "fp8"] = "full"
@@ -188,10 +199,18 @@ class DataPlaneConfig(_Section):
     """Send a token once to each node and share it out there, for links between nodes that are slow."""
 
     @model_validator(mode="after")
-    def _only_one_shape_goes_by_node(self) -> DataPlaneConfig:
-        if self.group_by_node and self.buffers == "fixed":
-            raise ValueError("group_by_node works with buffers=exact only; choose one of them")
+    def _buffers_allow_what_is_asked(self) -> DataPlaneConfig:
+        exchanges = EXCHANGES.values()
+        if self.group_by_node:
+            self._require("group_by_node", [one.name for one in exchanges if one.by_node])
+        if self.payload == "fp8":
+            self._require("payload=fp8", [one.name for one in exchanges if one.eight_bits])
         return self
+
+    def _require(self, setting: str, names: list[str]) -> None:
+        if self.buffers not in names:
+            allowed = " or ".join(names)
+            raise ValueError(f"{setting} works with buffers={allowed} only; choose one of them")
 
 
 class MetricsConfig(_Section):

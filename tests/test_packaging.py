@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ep_rebalance.version import source_digest
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
     "ep_rebalance": ROOT / "ep_rebalance",
@@ -101,3 +103,23 @@ def test_unpacked_wheel_imports_without_torch_and_vllm(wheel: Path, tmp_path: Pa
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_unpacked_wheel_is_of_the_same_sources_as_this_checkout(wheel: Path, tmp_path: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    kernel = tmp_path / "ep_rebalance" / "kernels" / "tiles.py"
+    assert digest_of(tmp_path) == source_digest()
+    kernel.write_text(kernel.read_text() + "\n# changed\n")
+    assert digest_of(tmp_path) != source_digest()
+
+
+def digest_of(unpacked: Path) -> str:
+    program = (
+        f"import sys; sys.path.insert(0, {str(unpacked)!r}); "
+        "from ep_rebalance.version import source_digest; print(source_digest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=unpacked, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

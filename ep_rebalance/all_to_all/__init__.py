@@ -5,17 +5,20 @@ A token is sent once to each rank that holds one of its experts. What comes back
 float32, so that the result is the same bits wherever the experts sit; `fast` sums at the rank that
 computed and returns one row per token.
 
-Two shapes. `ExactSplits` sends just the rows there are; their number is read on the host, so it is for
-eager execution. `FixedCapacity` sends buffers of one size, with further rounds for what does not fit.
+Each exchange is a module here with an `AllToAll`, and an entry of `ep_rebalance.exchanges`.
 """
+
+from pkgutil import resolve_name
 
 import torch.distributed as dist
 
 from ep_rebalance.all_to_all.dispatched import AllToAll, Combine, Dispatched, Rows
-from ep_rebalance.all_to_all.exact_splits import ExactSplits, NodeGroups
+from ep_rebalance.all_to_all.exact_splits import ExactSplits
 from ep_rebalance.all_to_all.fixed_capacity import FixedCapacity
+from ep_rebalance.all_to_all.layout import Layout, NodeGroups
 from ep_rebalance.all_to_all.wire import Payload
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.exchanges import EXCHANGES
 
 __all__ = [
     "AllToAll",
@@ -23,6 +26,7 @@ __all__ = [
     "Dispatched",
     "ExactSplits",
     "FixedCapacity",
+    "Layout",
     "NodeGroups",
     "Payload",
     "Rows",
@@ -38,19 +42,6 @@ def make_all_to_all(
     nodes: NodeGroups | None = None,
 ) -> AllToAll:
     """What `data_plane` and `dispatch` name. nodes: for `data_plane.group_by_node`."""
-    plane, combine = config.data_plane, config.dispatch.combine
-    if plane.buffers == "fixed":
-        return FixedCapacity(
-            group=group,
-            slots_per_rank=slots_per_rank,
-            combine=combine,
-            capacity_factor=plane.capacity_factor,
-            payload=plane.payload,
-        )
-    return ExactSplits(
-        group=group,
-        slots_per_rank=slots_per_rank,
-        combine=combine,
-        payload=plane.payload,
-        nodes=nodes,
-    )
+    made_by: type[AllToAll] = resolve_name(EXCHANGES[config.data_plane.buffers].all_to_all)
+    layout = Layout(group=group, slots_per_rank=slots_per_rank, nodes=nodes)
+    return made_by.create(config, layout)

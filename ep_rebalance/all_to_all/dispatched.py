@@ -1,11 +1,14 @@
-"""What both shapes of the all-to-all take and give."""
+"""What every exchange takes and gives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
+
+from ep_rebalance.all_to_all.layout import Layout
+from ep_rebalance.config import RebalanceConfig
 
 Combine = Literal["exact", "fast"]
 
@@ -44,6 +47,10 @@ class Dispatched:
 
 class AllToAll(Protocol):
     """Dispatch and combine for one layout of slots over the ranks of a group."""
+
+    @classmethod
+    def create(cls, config: RebalanceConfig, layout: Layout) -> Self:
+        """As `data_plane` and `dispatch` say. Collective if it makes groups of its own."""
 
     def dispatch(
         self, hidden_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -11,34 +11,10 @@ import torch
 import torch.distributed as dist
 
 from ep_rebalance.all_to_all.dispatched import Combine, Dispatched, Rows, weighted_by_row
+from ep_rebalance.all_to_all.layout import Layout, NodeGroups
 from ep_rebalance.all_to_all.wire import Payload, pack_rows, unpack_rows
+from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.kernels.weighted_sum import weighted_sum
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeGroups:
-    """Groups for sending a token once to each node: between the ranks of equal place in their nodes,
-    and within the node. Ranks are numbered node by node, with equally many in each.
-    """
-
-    between: dist.ProcessGroup
-    within: dist.ProcessGroup
-    ranks_per_node: int
-
-    @classmethod
-    def create(cls, group: dist.ProcessGroup, ranks_per_node: int) -> NodeGroups:
-        """Collective: every rank of `group` makes all groups, in the same order.
-
-        Raises ValueError if the ranks do not divide into nodes of that size.
-        """
-        members = dist.get_process_group_ranks(group)
-        if len(members) % ranks_per_node:
-            raise ValueError(f"{len(members)} ranks do not divide into nodes of {ranks_per_node}")
-        nodes = [members[i : i + ranks_per_node] for i in range(0, len(members), ranks_per_node)]
-        places = [list(ranks) for ranks in zip(*nodes, strict=True)]
-        within, _ = dist.new_subgroups_by_enumeration(nodes)
-        between, _ = dist.new_subgroups_by_enumeration(places)
-        return cls(between=between, within=within, ranks_per_node=ranks_per_node)
 
 
 class ExactSplits:
@@ -64,6 +40,17 @@ class ExactSplits:
                 _Hop(nodes.between, slots_per_rank * size, 0, payload),
                 _Hop(nodes.within, slots_per_rank, rank // size * size, payload),
             ]
+
+    @classmethod
+    def create(cls, config: RebalanceConfig, layout: Layout) -> ExactSplits:
+        """See `AllToAll`."""
+        return cls(
+            group=layout.group,
+            slots_per_rank=layout.slots_per_rank,
+            combine=config.dispatch.combine,
+            payload=config.data_plane.payload,
+            nodes=layout.nodes,
+        )
 
     def dispatch(
         self, hidden_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from ep_rebalance.all_to_all.dispatched import Combine, Dispatched, Rows, weighted_by_row
+from ep_rebalance.all_to_all.layout import Layout
 from ep_rebalance.all_to_all.wire import Payload, pack_rows, unpack_rows
+from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.kernels.weighted_sum import weighted_sum
 
 
@@ -41,6 +43,17 @@ class FixedCapacity:
         self._combine: Combine = combine
         self._factor = capacity_factor
         self._payload: Payload = payload
+
+    @classmethod
+    def create(cls, config: RebalanceConfig, layout: Layout) -> FixedCapacity:
+        """See `AllToAll`."""
+        return cls(
+            group=layout.group,
+            slots_per_rank=layout.slots_per_rank,
+            combine=config.dispatch.combine,
+            capacity_factor=config.data_plane.capacity_factor,
+            payload=config.data_plane.payload,
+        )
 
     def dispatch(
         self, hidden_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ep_rebalance.commands.options import AsJson, Quiet, Traces
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
@@ -28,46 +30,64 @@ from ep_rebalance.offline.advice import (
     ranked,
 )
 from ep_rebalance.offline.model_shape import completed
-from ep_rebalance.offline.run import NothingRecorded, Scenario
+from ep_rebalance.offline.run import NothingRecorded, Replayed, Scenario
 from ep_rebalance.offline.scenarios import open_traces, scenario
 from ep_rebalance.offline.step_time import ModelledSteps, hardware_names, load_hardware
 from ep_rebalance.version import __version__
 
+_DEFAULT_GPUS = (8, 16, 32)
+_DEFAULT_REDUNDANT = (0, 1, 2)
+_POLICIES = ("ours", "none")
 _GROUP = 256
 """Snapshots that are held at once to be summed up."""
 
 
+_Hardware = Annotated[
+    str,
+    typer.Option(
+        help=f"Accelerator: {', '.join(hardware_names())}, or a YAML file of its figures."
+    ),
+]
+_Gpus = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=2, help="GPUs. Repeat for several.", show_default=", ".join(map(str, _DEFAULT_GPUS))
+    ),
+]
+_Redundant = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=0,
+        help="Redundant experts for each GPU. Repeat.",
+        show_default=", ".join(map(str, _DEFAULT_REDUNDANT)),
+    ),
+]
+_Memory = Annotated[
+    float | None, typer.Option(min=1, help="GB of a GPU.", show_default="the hardware's")
+]
+_GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of a node.")]
+_TokensPerGpu = Annotated[
+    float | None,
+    typer.Option(min=1, help="Tokens of a step on each GPU.", show_default="as recorded"),
+]
+_Config = Annotated[
+    Path | None, typer.Option(help="Settings of the plugin.", show_default="the recorded server's")
+]
+_Jobs = Annotated[int | None, typer.Option(min=1, help="Replays at a time.")]
+
+
 def advise(
-    traces: Annotated[
-        list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")
-    ],
-    hardware: Annotated[
-        str,
-        typer.Option(
-            help=f"Accelerator: {', '.join(hardware_names())}, or a YAML file of its figures."
-        ),
-    ],
-    gpus: Annotated[
-        list[int] | None, typer.Option(min=2, help="GPUs. Repeat for several. [default: 8, 16, 32]")
-    ] = None,
-    redundant: Annotated[
-        list[int] | None,
-        typer.Option(min=0, help="Redundant experts for each GPU. Repeat. [default: 0, 1, 2]"),
-    ] = None,
-    memory: Annotated[
-        float | None, typer.Option(min=1, help="GB of a GPU. [default: the hardware's]")
-    ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
-    tokens_per_gpu: Annotated[
-        float | None,
-        typer.Option(min=1, help="Tokens of a step on each GPU. [default: as recorded]"),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Settings of the plugin. [default: the recorded server's]")
-    ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Replays at a time.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    traces: Traces,
+    hardware: _Hardware,
+    gpus: _Gpus = None,
+    redundant: _Redundant = None,
+    memory: _Memory = None,
+    gpus_per_node: _GpusPerNode = 8,
+    tokens_per_gpu: _TokensPerGpu = None,
+    config: _Config = None,
+    jobs: _Jobs = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Is expert parallelism worth it for this load, on how many GPUs, with how many redundant experts?
 
@@ -79,39 +99,97 @@ def advise(
     with explained():
         readers = open_traces(traces)
         head = completed(readers[0].head)
-        settings = settings_for(head, config, [])
-        mean = _summed(head, readers)
-        recorded_tokens = mean.counts_ALE.sum() / (head.layers * head.top_k * mean.steps)
-        wanted = tokens_per_gpu or recorded_tokens / head.ep_size
-        pairs: list[tuple[Scenario, Scenario]] = []
-        for ranks, extra in product(gpus or [8, 16, 32], redundant or [0, 1, 2]):
-            copies = _slots(head, ranks, extra)
-            if copies is None:
-                continue
-            ours, none = (
-                _loaded(
-                    scenario(head, settings, policy, ranks, copies, gpus_per_node, hardware),
-                    wanted * ranks / recorded_tokens,
-                )
-                for policy in ("ours", "none")
-            )
-            pairs.append((ours, none))
-        if not pairs:
-            raise ValueError(f"{head.experts} experts cannot be shared by that many GPUs")
-        replayed = replay_all(
-            readers, [one for pair in pairs for one in pair], jobs=jobs, quiet=quiet
+        load = _Load(
+            head=head,
+            settings=settings_for(head, config, []),
+            mean=_summed(head, readers),
+            tokens_per_gpu=tokens_per_gpu,
         )
-        available = memory * 1e9 if memory else load_hardware(hardware)[1].memory_bytes
-        options = [
-            advise_expert_parallel(head, mean, ours, none, available)
-            for ours, none in zip(replayed[::2], replayed[1::2], strict=True)
-        ]
-        each = {one.topology.num_ranks: one for one, _ in pairs}
-        options += [advise_cut_experts(head, mean, one, available) for one in each.values()]
-    best = ranked(options)
+        machine = _Machine(
+            hardware=hardware,
+            gpus_per_node=gpus_per_node,
+            memory_bytes=memory * 1e9 if memory else load_hardware(hardware)[1].memory_bytes,
+        )
+        pairs = _pairs(load, machine, gpus or _DEFAULT_GPUS, redundant or _DEFAULT_REDUNDANT)
+        every = [one for pair in pairs for one in pair]
+        replayed = replay_all(readers, every, jobs=jobs, quiet=quiet)
+        best = ranked(_options(load, machine, replayed))
     if as_json or not sys.stdout.isatty():
-        print(json.dumps(_as_json(head, settings, best), indent=2))
-        return
+        print(json.dumps(_as_json(head, load.settings, best), indent=2))
+    else:
+        _print(head, best)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    """What is to be served. mean: the whole recording as one snapshot. tokens_per_gpu: of a step, None for
+    as many as each recorded rank had.
+    """
+
+    head: TraceHead
+    settings: RebalanceConfig
+    mean: RecordedSnapshot
+    tokens_per_gpu: float | None
+
+    def factor(self, ranks: int) -> float:
+        """Tokens of a step on that many ranks, over those recorded."""
+        head, mean = self.head, self.mean
+        recorded = float(mean.counts_ALE.sum()) / (head.layers * head.top_k * mean.steps)
+        return (self.tokens_per_gpu or recorded / head.ep_size) * ranks / recorded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Machine:
+    """What it is to be served on. hardware: a name or a file. memory_bytes: of a GPU."""
+
+    hardware: str
+    gpus_per_node: int
+    memory_bytes: float
+
+
+def _pairs(
+    load: _Load, machine: _Machine, gpus: Sequence[int], redundant: Sequence[int]
+) -> list[tuple[Scenario, Scenario]]:
+    """(ours, none) for each size that can be. Raises ValueError if there is none."""
+    pairs = []
+    for ranks, extra in product(gpus, redundant):
+        copies = _slots(load.head, ranks, extra)
+        if copies is not None:
+            ours, none = (_scenario(load, machine, policy, ranks, copies) for policy in _POLICIES)
+            pairs.append((ours, none))
+    if not pairs:
+        raise ValueError(f"{load.head.experts} experts cannot be shared by that many GPUs")
+    return pairs
+
+
+def _scenario(load: _Load, machine: _Machine, policy: str, ranks: int, copies: int) -> Scenario:
+    one = scenario(
+        load.head,
+        load.settings,
+        policy,
+        ranks,
+        copies,
+        machine.gpus_per_node,
+        machine.hardware,
+    )
+    assert isinstance(one.step_time, ModelledSteps)
+    return replace(one, step_time=replace(one.step_time, load_factor=load.factor(ranks)))
+
+
+def _options(load: _Load, machine: _Machine, replayed: Sequence[Replayed]) -> list[Advice]:
+    """Expert-parallel ones, and for each number of GPUs one that cuts every expert. replayed: of the pairs,
+    one by one.
+    """
+    head, mean, memory = load.head, load.mean, machine.memory_bytes
+    parallel = [
+        advise_expert_parallel(head, mean, ours, none, memory)
+        for ours, none in zip(replayed[::2], replayed[1::2], strict=True)
+    ]
+    each = {one.scenario.topology.num_ranks: one.scenario for one in replayed[::2]}
+    return parallel + [advise_cut_experts(head, mean, one, memory) for one in each.values()]
+
+
+def _print(head: TraceHead, best: list[Advice]) -> None:
     console = Console()
     console.print(_table(best))
     for number, option in enumerate(best, 1):
@@ -136,11 +214,6 @@ def _slots(head: TraceHead, ranks: int, extra: int) -> int | None:
     """Redundant experts for `extra` more slots a rank than are needed; None if that cannot be."""
     slots = -(-head.experts // ranks) + extra
     return None if slots > head.experts else slots * ranks - head.experts
-
-
-def _loaded(one: Scenario, factor: float) -> Scenario:
-    assert isinstance(one.step_time, ModelledSteps)
-    return replace(one, step_time=replace(one.step_time, load_factor=factor))
 
 
 def _summed(head: TraceHead, readers: list[TraceReader]) -> RecordedSnapshot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -105,5 +106,6 @@ def _choices(field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Entry point of the `ep-rebalance` script."""
+    """Entry point of the `ep-rebalance` script. vLLM is quiet in its process and in those that it starts."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     app()

@@ -11,6 +11,7 @@ import typer
 from rich.progress import track
 
 from ep_rebalance.commands.choices import one_of
+from ep_rebalance.commands.options import FirstMoeLayer, ModelLayers
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.formats import FORMATS, read_load, read_placement
 from ep_rebalance.formats.format import Reading, Writing
@@ -31,50 +32,53 @@ def _sources() -> str:
     return f"A recording ({loads}) or a placement ({placements}). {meanings}."
 
 
+_Source = Annotated[Path, typer.Argument(help=_sources())]
+_Target = Annotated[Path, typer.Argument(help="A trace (*.eptrace), or a placement's file.")]
+_To = Annotated[
+    str | None,
+    typer.Option(**TARGETS, help="Whose placement to write, unless TARGET is a trace."),
+]
+_TopK = Annotated[
+    int | None, typer.Option(min=1, help="Experts of a token, where the file does not tell.")
+]
+_Model = Annotated[str, typer.Option(help="Name for the trace.", show_default="the file's")]
+_Phase = Annotated[str, typer.Option(help="Whose tokens they are: prefill or decode.")]
+_TokensPerSnapshot = Annotated[
+    int, typer.Option(min=1, help="Tokens of a snapshot, where they come one by one or are drawn.")
+]
+_Sample = Annotated[
+    int, typer.Option(min=0, help="Draw that many snapshots from the sum of the recording.")
+]
+_StepsPerSnapshot = Annotated[
+    int, typer.Option(min=1, help="Engine steps that a snapshot is to stand for.")
+]
+_Seed = Annotated[int, typer.Option(help="Of --sample.")]
+_Key = Annotated[str, typer.Option(help="Arrays of an .npz to take, e.g. 'math|*'.")]
+_EpSize = Annotated[
+    int | None, typer.Option(min=1, help="EP ranks of a placement whose file does not tell.")
+]
+_Like = Annotated[
+    Path | None,
+    typer.Option(help="A state file of the server that is to read the one written by --to state."),
+]
+
+
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(help=_sources()),
-    ],
-    target: Annotated[Path, typer.Argument(help="A trace (*.eptrace), or a placement's file.")],
-    to: Annotated[
-        str | None,
-        typer.Option(**TARGETS, help="Whose placement to write, unless TARGET is a trace."),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Experts of a token, where the file does not tell.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="Name for the trace. [default: the file's]")] = "",
-    phase: Annotated[
-        str, typer.Option(help="Whose tokens they are: prefill or decode.")
-    ] = "prefill",
-    tokens_per_snapshot: Annotated[
-        int,
-        typer.Option(min=1, help="Tokens of a snapshot, where they come one by one or are drawn."),
-    ] = 4096,
-    sample: Annotated[
-        int, typer.Option(min=0, help="Draw that many snapshots from the sum of the recording.")
-    ] = 0,
-    steps_per_snapshot: Annotated[
-        int, typer.Option(min=1, help="Engine steps that a snapshot is to stand for.")
-    ] = 16,
-    seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
-    key: Annotated[str, typer.Option(help="Arrays of an .npz to take, e.g. 'math|*'.")] = "*",
-    ep_size: Annotated[
-        int | None, typer.Option(min=1, help="EP ranks of a placement whose file does not tell.")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers of the model, dense ones included (SGLang).")
-    ] = None,
-    first_moe_layer: Annotated[
-        int, typer.Option(min=0, help="The model's number of the first layer with experts.")
-    ] = 0,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            help="A state file of the server that is to read the one written by --to state."
-        ),
-    ] = None,
+    source: _Source,
+    target: _Target,
+    to: _To = None,
+    top_k: _TopK = None,
+    model: _Model = "",
+    phase: _Phase = "prefill",
+    tokens_per_snapshot: _TokensPerSnapshot = 4096,
+    sample: _Sample = 0,
+    steps_per_snapshot: _StepsPerSnapshot = 16,
+    seed: _Seed = 0,
+    key: _Key = "*",
+    ep_size: _EpSize = None,
+    layers: ModelLayers = None,
+    first_moe_layer: FirstMoeLayer = 0,
+    like: _Like = None,
 ) -> None:
     """Recordings of other engines into traces, and placements for other engines.
 
@@ -91,12 +95,7 @@ def convert(
             keys=key,
         )
         if target.suffix == SUFFIX:
-            load = read_load(source, reading)
-            known = _top_k(source, load, top_k)
-            if sample:
-                load = sampled(
-                    load, snapshots=sample, tokens=tokens_per_snapshot, top_k=known, seed=seed
-                )
+            load, known = _load(source, reading, top_k, snapshots=sample, seed=seed)
             count = write_trace(
                 _shown(load, sample),
                 target,
@@ -111,6 +110,18 @@ def convert(
             raise ValueError(f"TARGET {target} is no *{SUFFIX}; say whose placement with --to")
         placement, moe_layers = read_placement(source, reading)
         write_placement(target, placement, moe_layers, to, Writing(layers=layers, like=like))
+
+
+def _load(
+    source: Path, reading: Reading, top_k: int | None, *, snapshots: int, seed: int
+) -> tuple[ForeignLoad, int]:
+    """A recording and its top-k; with `snapshots`, that many are drawn from its sum."""
+    load = read_load(source, reading)
+    known = _top_k(source, load, top_k)
+    if not snapshots:
+        return load, known
+    tokens = reading.tokens_per_snapshot
+    return sampled(load, snapshots=snapshots, tokens=tokens, top_k=known, seed=seed), known
 
 
 def _top_k(source: Path, load: ForeignLoad, given: int | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib import import_module
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ep_rebalance.commands.options import AsJson
 from ep_rebalance.diagnosis import machine, model, packages, settings
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
 
@@ -31,7 +31,7 @@ def doctor(
     config: Annotated[
         Path | None, typer.Option(help="Also check this configuration, YAML or JSON.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Can this machine and this vLLM run the plugin? One line for each check, with the remedy.
 
@@ -59,7 +59,6 @@ def _all(model_name: str, config: Path | None) -> Iterator[tuple[str, Check]]:
 def _engine() -> Iterable[Finding]:
     if find_spec("vllm") is None:
         return [_no_engine()]
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
     return run_checks(diagnosis.checks())
 

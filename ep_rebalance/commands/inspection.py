@@ -18,8 +18,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ep_rebalance.commands.options import ApiKey, AsJson
 from ep_rebalance.commands.scenarios import explained
-from ep_rebalance.commands.status import ApiKey, NoStatus, fetch_status, status_table
+from ep_rebalance.commands.status import NoStatus, fetch_status, status_table
 from ep_rebalance.formats import state, trace
 from ep_rebalance.load.state import SavedState, read_state
 from ep_rebalance.load.trace import TraceReader, read_records
@@ -41,7 +42,7 @@ def inspect(
     watch: Annotated[
         bool, typer.Option("--watch", help="Go on showing a live server, until Ctrl-C.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     api_key: ApiKey = "",
 ) -> None:
     """What a trace, a state file or a live server holds."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ep_rebalance.commands.convert import TARGETS, write_placement
+from ep_rebalance.commands.options import FirstMoeLayer, ModelLayers, RanksPerNode, Traces
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.formats.format import Writing
 from ep_rebalance.load.history import LoadHistory
@@ -22,26 +23,18 @@ from ep_rebalance.placement import Placement, imbalance_L
 
 
 def plan(
-    traces: Annotated[
-        list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")
-    ],
+    traces: Traces,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the placement.")],
     to: Annotated[str, typer.Option(**TARGETS, help="For whom.")],
     ep_size: Annotated[
-        int | None, typer.Option(min=2, help="EP ranks. [default: as recorded]")
+        int | None, typer.Option(min=2, help="EP ranks.", show_default="as recorded")
     ] = None,
     redundant: Annotated[
-        int | None, typer.Option(min=0, help="Redundant experts. [default: as recorded]")
+        int | None, typer.Option(min=0, help="Redundant experts.", show_default="as recorded")
     ] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="EP ranks of a node. [default: as recorded, else 8]")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers of the model, dense ones included (SGLang).")
-    ] = None,
-    first_moe_layer: Annotated[
-        int, typer.Option(min=0, help="The model's number of the first layer with experts.")
-    ] = 0,
+    ranks_per_node: RanksPerNode = None,
+    layers: ModelLayers = None,
+    first_moe_layer: FirstMoeLayer = 0,
     like: Annotated[
         Path | None, typer.Option(help="A state file of the server that is to read --to state.")
     ] = None,

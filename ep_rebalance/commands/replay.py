@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ep_rebalance.commands.choices import one_of
+from ep_rebalance.commands.options import Quiet, RanksPerNode, Traces
 from ep_rebalance.commands.replay_result import Format, as_json, check_gain, write
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
@@ -24,68 +25,79 @@ _POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_PO
 _DEFAULT_POLICIES = ("ours", "none", "hindsight")
 
 
+_Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        **one_of(REPLAY_POLICIES),
+        help=f"What decides where experts sit. {_POLICIES}. Repeat for several.",
+        show_default=", ".join(_DEFAULT_POLICIES),
+    ),
+]
+_EpSizes = Annotated[
+    list[int] | None,
+    typer.Option(help="EP ranks. Repeat for several.", show_default="as recorded"),
+]
+_Redundant = Annotated[
+    list[int] | None,
+    typer.Option(help="Redundant experts. Repeat for several.", show_default="as recorded"),
+]
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="Settings of the plugin, YAML or JSON.", show_default="the recorded server's"
+    ),
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. planner.seed=1."),
+]
+_Hardware = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Model step times on this accelerator: {', '.join(hardware_names())}, or a YAML file as "
+        "`ep-rebalance hardware` prints it.",
+        show_default="scale the recorded step times",
+    ),
+]
+_ExpertTimeFraction = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        max=1.0,
+        help="Part of a step that waits for experts.",
+        show_default="decision.expert_time_fraction",
+    ),
+]
+_Format = Annotated[Format | None, typer.Option("--format", show_default="table, json if piped")]
+_Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write there, not to stdout.")]
+_Report = Annotated[
+    Path | None, typer.Option(help="Also write an HTML page with charts to this file.")
+]
+_Jobs = Annotated[
+    int | None, typer.Option(min=1, help="Replays at a time.", show_default="one per core")
+]
+_FailBelowGain = Annotated[
+    float | None,
+    typer.Option(help="Exit with 1 if `ours` saves less than this part of the step time."),
+]
+
+
 def run_replay(
-    traces: Annotated[
-        list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")
-    ],
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            **one_of(REPLAY_POLICIES),
-            help=f"What decides where experts sit. {_POLICIES}. Repeat for several. "
-            f"[default: {', '.join(_DEFAULT_POLICIES)}]",
-        ),
-    ] = None,
-    ep_size: Annotated[
-        list[int] | None, typer.Option(help="EP ranks. Repeat for several. [default: as recorded]")
-    ] = None,
-    redundant: Annotated[
-        list[int] | None,
-        typer.Option(help="Redundant experts. Repeat for several. [default: as recorded]"),
-    ] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="EP ranks of a node. [default: as recorded, else 8]")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="Settings of the plugin, YAML or JSON. [default: the recorded server's]"),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. planner.seed=1."),
-    ] = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Model step times on this accelerator: {', '.join(hardware_names())}, or a YAML file as "
-            "`ep-rebalance hardware` prints it. [default: scale the recorded step times]"
-        ),
-    ] = None,
-    expert_time_fraction: Annotated[
-        float | None,
-        typer.Option(
-            min=0.01,
-            max=1.0,
-            help="Part of a step that waits for experts. [default: decision.expert_time_fraction]",
-        ),
-    ] = None,
-    format_: Annotated[
-        Format | None, typer.Option("--format", help="[default: table, json if piped]")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write there, not to stdout.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Also write an HTML page with charts to this file.")
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Replays at a time. [default: one per core]")
-    ] = None,
-    fail_below_gain: Annotated[
-        float | None,
-        typer.Option(help="Exit with 1 if `ours` saves less than this part of the step time."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    traces: Traces,
+    policy: _Policies = None,
+    ep_size: _EpSizes = None,
+    redundant: _Redundant = None,
+    ranks_per_node: RanksPerNode = None,
+    config: _Config = None,
+    set_: _Set = None,
+    hardware: _Hardware = None,
+    expert_time_fraction: _ExpertTimeFraction = None,
+    format_: _Format = None,
+    output: _Output = None,
+    report: _Report = None,
+    jobs: _Jobs = None,
+    fail_below_gain: _FailBelowGain = None,
+    quiet: Quiet = False,
 ) -> None:
     """Replay recorded load against placement policies: would rebalancing help, and at what cost?
 

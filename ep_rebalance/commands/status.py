@@ -13,9 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ep_rebalance.commands.options import ApiKey
 from ep_rebalance.telemetry.metrics import decode
-
-ApiKey = Annotated[str, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")]
 
 
 class NoStatus(Exception):

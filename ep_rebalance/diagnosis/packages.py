@@ -11,7 +11,7 @@ from typing import Any
 from ep_rebalance.diagnosis.finding import Check, Finding
 from ep_rebalance.planning.incremental.descent import improve_layer
 from ep_rebalance.planning.policies import compile_planner
-from ep_rebalance.version import __version__
+from ep_rebalance.version import __version__, source_digest
 
 _ENTRY_POINTS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 _NEEDED = ("torch", "numba", "numpy", "pydantic", "msgspec", "prometheus_client")
@@ -38,7 +38,7 @@ def plugin() -> Finding:
     return Finding(
         check="ep-rebalance",
         verdict="ok",
-        found=f"{__version__}, {len(_ENTRY_POINTS)} entry points",
+        found=f"{__version__}, sources {source_digest()}, {len(_ENTRY_POINTS)} entry points",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,7 +67,6 @@ def _planner(policy: str) -> Planner:
     needs = POLICIES[policy].needs
     if not needs:
         return planner_of(policy)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         return planner_of(policy)
     except ImportError as error:

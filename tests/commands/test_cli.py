@@ -1,6 +1,7 @@
 """The `ep-rebalance` command."""
 
 import json
+import os
 from collections.abc import Iterator
 
 import msgspec
@@ -10,6 +11,7 @@ from command_line import run, server
 from statuses import make_status
 
 from ep_rebalance import __version__
+from ep_rebalance.commands import app as application
 from ep_rebalance.commands.app import metric_table
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
@@ -125,3 +127,14 @@ def assert_explained(done, url: str) -> None:
 
 def test_without_a_command_the_help_is_shown():
     assert "vllm serve MODEL" in " ".join(run().output.split())
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "ERROR"), ("DEBUG", "DEBUG")])
+def test_the_command_keeps_vllm_quiet_unless_told_otherwise(monkeypatch, given, seen):
+    """In its own process, and in those in which it replays."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", given or "to-be-restored")
+    if given is None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL")
+    monkeypatch.setattr(application, "app", lambda: None)
+    application.main()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == seen

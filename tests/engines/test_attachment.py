@@ -26,7 +26,7 @@ def layer(*, split=False, monolithic=False, strategy="linear"):
 
 
 def model(*layers):
-    return SimpleNamespace(moe_layers=layers, num_moe_layers=len(layers), num_logical_experts=4)
+    return SimpleNamespace(moe_layers=layers, num_logical_experts=4)
 
 
 @pytest.fixture
@@ -44,6 +44,15 @@ def test_tensor_parallel_ranks_share_tokens_unless_the_layers_split_them(attachm
     assert not attachment._tokens_are_shared(model(layer(split=True)))
     attachment._tensor_group().world_size = 1
     assert not attachment._tokens_are_shared(model(layer()))
+
+
+def test_a_model_without_layers_that_have_experts_is_refused(attachment, monkeypatch):
+    found = "vllm.model_executor.models.interfaces.get_mixture_of_experts_model"
+    monkeypatch.setattr(found, lambda model: model)
+    assert attachment._moe_model(model(layer())).num_logical_experts == 4
+    with pytest.raises(ConfigurationError, match="no Mixture-of-Experts layers") as raised:
+        attachment._moe_model(model())
+    assert "without --plugin ep_rebalance" in raised.value.remedy
 
 
 def test_layers_that_disagree_are_refused(attachment):
@@ -112,7 +121,7 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
         monkeypatch.setattr(attachment, "active_config", lambda _: config)
         target = torch.nn.Module()
         target.moe_layers = torch.nn.ModuleList([Layer(), Layer()])
-        target.num_moe_layers, target.num_logical_experts = 2, 2
+        target.num_logical_experts = 2
         vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=0)),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=16),

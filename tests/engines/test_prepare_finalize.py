@@ -1,6 +1,5 @@
 """Ranks that hold the same tokens share them out, and each of them gets every result."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,24 +8,9 @@ import torch.distributed as dist
 from padded_steps import TOP_K, is_padding, with_padding
 from ranks import Ranks
 from routed_steps import EXPERTS, compute_expert, make_step, reference
+from vllm_groups import IMPORT_SECONDS, join
 
 from ep_rebalance.config import RebalanceConfig
-
-IMPORT_SECONDS = 300.0
-
-
-def join(rank: int) -> None:
-    """vLLM's tensor- and expert-parallel groups of all ranks, as in a server without data parallelism."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        return
-    os.environ["VLLM_DIST_IDENT"] = str(rank)  # differs, so that vLLM uses gloo throughout
-    size = dist.get_world_size()
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(size, rank, local_rank=rank, backend="gloo")
-        parallel_state.initialize_model_parallel(size, backend="gloo")
 
 
 def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:

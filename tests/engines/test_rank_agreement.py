@@ -11,6 +11,7 @@ from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.seams import rank_agreement
 from ep_rebalance.engines.vllm.seams.rank_agreement import agree, default_store
+from ep_rebalance.version import __version__, source_digest
 
 BOTH = [0, 1]
 
@@ -98,3 +99,68 @@ def attach_with_versions(rank):
 def test_another_version_of_the_plugin_is_refused_on_all_ranks(two_ranks: Ranks):
     for reason in two_ranks.run(attach_with_versions):
         assert "rank 0 runs ep-rebalance 0.0.0, but rank 1 runs 0.1.0" in reason
+
+
+def attach_from_other_sources(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_agreement, "source_digest", lambda: f"5eed{rank}")
+        with pytest.raises(ConfigurationError) as raised:
+            agree(load_config(), BOTH, store_of("sources"))
+    return raised.value.reason, raised.value.remedy
+
+
+def test_other_sources_of_the_same_version_are_refused_on_all_ranks(two_ranks: Ranks):
+    for reason, remedy in two_ranks.run(attach_from_other_sources):
+        assert f"rank 0 runs ep-rebalance {__version__} of the sources 5eed0" in reason
+        assert "rank 1 runs 5eed1" in reason
+        assert "install the same build of ep-rebalance on all nodes" in remedy
+
+
+def attach_beside(rank, name, other):
+    """Rank 1 posts `other` instead of what ours would, as another build of the plugin may."""
+    post = rank_agreement._Board.post
+
+    def post_other(board, own, what):
+        post(board, own, other if isinstance(what, dict) else what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(rank_agreement._Board, "post", post_other)
+        with pytest.raises(ConfigurationError) as raised:
+            agree(load_config(), BOTH, store_of(name))
+    return raised.value.reason, raised.value.remedy
+
+
+SETTINGS = load_config().as_dict()
+OURS = {"version": __version__, "sources": source_digest(), "config": SETTINGS}
+
+
+@pytest.mark.parametrize(
+    ("other", "key", "lacking"),
+    [
+        pytest.param(OURS | {"more": 1}, "more", 0, id="says more"),
+        pytest.param({"version": __version__, "config": SETTINGS}, "sources", 1, id="says less"),
+        pytest.param({}, "config.", 1, id="says nothing"),
+        pytest.param(
+            OURS | {"config": {**SETTINGS, "colour": "red"}}, "config.colour", 0, id="has a setting"
+        ),
+        pytest.param(
+            OURS | {"config": {**SETTINGS, "window": {}}}, "config.window.", 1, id="lacks a section"
+        ),
+    ],
+)
+def test_a_rank_that_says_other_things_is_named_on_all_ranks(two_ranks: Ranks, other, key, lacking):
+    for reason, remedy in two_ranks.run(attach_beside, f"beside {key} {len(other)}", other):
+        assert f"EP rank {lacking} of 2 says nothing of '{key}" in reason
+        assert "another ep-rebalance" in reason
+        assert "install the same build" in remedy
+
+
+def test_a_rank_of_another_version_is_told_by_its_version_whatever_it_says(two_ranks: Ranks):
+    for reason, remedy in two_ranks.run(attach_beside, "old", {"version": "0.0.1"}):
+        assert f"EP rank 0 runs ep-rebalance {__version__}, but rank 1 runs 0.0.1" in reason
+        assert "install one version on all nodes" in remedy
+
+
+def test_sources_are_read_once():
+    assert source_digest() is source_digest()

@@ -1,6 +1,7 @@
 """What a notebook imports."""
 
 import doctest
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from traces import head_of, write_trace
 
 import ep_rebalance
 from ep_rebalance import Placement, plan, replay
-from ep_rebalance.offline import notebook
+from ep_rebalance.offline import notebook, scenarios
 from ep_rebalance.placement import imbalance_L
+from ep_rebalance.planning.greedy import plan_greedy
 
 
 def test_the_example_of_the_docstring_runs():
@@ -81,6 +83,15 @@ def test_a_trace_is_replayed_as_recorded_and_with_other_sizes(tmp_path: Path):
         replay(elsewhere)
 
 
+def test_a_policy_of_vllm_leaves_the_environment_as_it_is(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "to-be-restored")
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL")
+    monkeypatch.setattr(scenarios, "planner_of", lambda name: plan_greedy)
+    before = dict(os.environ)
+    replay(write_trace(tmp_path, head_of(), 4), "vllm")
+    assert dict(os.environ) == before
+
+
 def test_importing_the_package_loads_nothing():
     """Every process of vLLM does."""
     program = "import sys, ep_rebalance; print(len([m for m in sys.modules if 'numpy' in m]))"
@@ -90,3 +101,12 @@ def test_importing_the_package_loads_nothing():
     assert done.stdout.strip() == "0"
     with pytest.raises(AttributeError, match="no attribute 'plans'"):
         ep_rebalance.plans  # noqa: B018
+
+
+def test_what_is_loaded_when_it_is_asked_for_is_listed_before():
+    """So that a notebook completes `ep_rebalance.` with it."""
+    program = "import ep_rebalance; print(*dir(ep_rebalance))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    listed = done.stdout.split()
+    assert {"Placement", "plan", "replay", "__version__", "__doc__"} <= set(listed)
+    assert len(listed) == len(set(listed))

@@ -11,7 +11,8 @@ from ep_rebalance.commands.app import app
 
 
 def run(*args: str, **environment: str):
-    environment = {"COLUMNS": "120", "VLLM_API_KEY": "", **environment}
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR"}  # as `main` sets it
+    environment = {"COLUMNS": "120", "VLLM_API_KEY": "", **quiet, **environment}
     return CliRunner().invoke(app, list(args), env=environment)
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ep_rebalance.all_to_all import ExactSplits, FixedCapacity, NodeGroups
+from ep_rebalance.all_to_all import AllToAll, NodeGroups, make_all_to_all
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.exchanges import EXCHANGES
 from ep_rebalance.kernels.weighted_sum import weighted_sum_torch
 
 EXPERTS, HIDDEN = 12, 24
@@ -18,6 +20,13 @@ CAPACITIES = {
     "room for few": 0.3,
     "room for one": 0.01,
 }
+
+WAYS = {
+    "exact splits": {"buffers": "exact"},
+    **{way: {"buffers": "fixed", "capacity_factor": factor} for way, factor in CAPACITIES.items()},
+    **{name: {"buffers": name} for name in EXCHANGES if name not in ("exact", "fixed")},
+}
+"""To send tokens, by name, with the settings of `data_plane`: those of every entry."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +108,16 @@ def node_groups(ranks_per_node: int) -> NodeGroups:
     return NodeGroups.create(dist.group.WORLD, ranks_per_node)
 
 
-def make(way: str, combine: str, slots_per_rank: int, payload: str = "full"):
-    options = {
-        "group": dist.group.WORLD,
-        "slots_per_rank": slots_per_rank,
-        "combine": combine,
-        "payload": payload,
-    }
-    if way in CAPACITIES:
-        return FixedCapacity(**options, capacity_factor=CAPACITIES[way])
-    nodes = None if way == "exact splits" else node_groups(int(way.split()[-1]))
-    return ExactSplits(**options, nodes=nodes)
+def make(way: str, combine: str, slots_per_rank: int, payload: str = "full") -> AllToAll:
+    """way: of WAYS, or `nodes of N`."""
+    nodes = None if way in WAYS else node_groups(int(way.split()[-1]))
+    plane = WAYS.get(way, {"buffers": "exact", "group_by_node": True})
+    config = load_config(
+        {"data_plane": {**plane, "payload": payload}, "dispatch": {"combine": combine}}
+    )
+    return make_all_to_all(
+        config, group=dist.group.WORLD, slots_per_rank=slots_per_rank, nodes=nodes
+    )
 
 
 def through_experts(rank, way, combine, step: Step, experts_of_rank):

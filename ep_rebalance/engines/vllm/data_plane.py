@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError, DataPlaneConfig, RebalanceConfig
+from ep_rebalance.exchanges import EXCHANGES, Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +69,8 @@ def _cpu_gathers() -> bool:
 def _check_all_to_all(vllm_config: Any, plane: DataPlaneConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     shared = parallel.tensor_parallel_size > 1 and not parallel.use_sequence_parallel_moe
-    if plane.buffers == "exact" and not model.enforce_eager:
-        raise ConfigurationError(
-            "data_plane.buffers=exact reads numbers of rows on the host, which CUDA graphs cannot.",
-            "set data_plane.buffers=fixed, or --enforce-eager.",
-        )
-    if plane.buffers == "fixed" and shared and not model.enforce_eager:
-        raise ConfigurationError(
-            "data_plane.buffers=fixed in CUDA graphs needs equally many tokens on all ranks, and tensor "
-            "parallelism shares them out unevenly.",
-            "set --enforce-eager, or use data parallelism alone.",
-        )
+    if not model.enforce_eager:
+        _check_graphs(EXCHANGES[plane.buffers], tokens_are_shared=shared)
     if plane.payload == "fp8":
         from ep_rebalance.kernels.quantize_rows import GROUP
 
@@ -88,6 +80,25 @@ def _check_all_to_all(vllm_config: Any, plane: DataPlaneConfig) -> None:
                 f"data_plane.payload=fp8 scales groups of {GROUP} columns, and this model has {hidden}.",
                 "drop data_plane.payload.",
             )
+
+
+def _check_graphs(exchange: Exchange, *, tokens_are_shared: bool) -> None:
+    fitting = ["always"] if tokens_are_shared else ["always", "equal tokens"]
+    if exchange.in_graphs in fitting:
+        return
+    others = [one.name for one in EXCHANGES.values() if one.in_graphs in fitting]
+    instead = f"set data_plane.buffers={' or '.join(others)}, or " if others else "set "
+    if exchange.in_graphs == "never":
+        raise ConfigurationError(
+            f"data_plane.buffers={exchange.name} reads numbers of rows on the host, which CUDA graphs "
+            "cannot.",
+            f"{instead}--enforce-eager.",
+        )
+    raise ConfigurationError(
+        f"data_plane.buffers={exchange.name} in CUDA graphs needs equally many tokens on all ranks, and "
+        "tensor parallelism shares them out unevenly.",
+        f"{instead}--enforce-eager, or use data parallelism alone.",
+    )
 
 
 def _check_experts(moe_backend: str) -> None:

@@ -78,7 +78,7 @@ def _moe_model(model: Any) -> Any:
     from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 
     found = get_mixture_of_experts_model(model)
-    if found is None:
+    if found is None or not len(found.moe_layers):
         raise ConfigurationError(
             f"{type(model).__name__} has no Mixture-of-Experts layers that vLLM can move.",
             "serve it without --plugin ep_rebalance.",
@@ -120,13 +120,16 @@ def _engine_model(
 
 
 def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
-    ranks = ep_group().world_size
+    """Of the layers that are there. `num_moe_layers` is more where some models work it out from their
+    configuration and only every second layer has experts (vllm/model_executor/models/deepseek_v2.py).
+    """
+    layers, ranks = len(model.moe_layers), ep_group().world_size
     if any(layer.expert_placement_strategy == "round_robin" for layer in model.moe_layers):
         return Placement.round_robin(
-            num_layers=model.num_moe_layers, num_experts=model.num_logical_experts, num_ranks=ranks
+            num_layers=layers, num_experts=model.num_logical_experts, num_ranks=ranks
         )
     return Placement.contiguous(
-        num_layers=model.num_moe_layers,
+        num_layers=layers,
         num_experts=model.num_logical_experts,
         num_ranks=ranks,
         num_redundant=vllm_config.parallel_config.eplb_config.num_redundant_experts,

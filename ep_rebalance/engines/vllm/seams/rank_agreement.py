@@ -19,13 +19,17 @@ import torch.distributed as dist
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.contract import Contract
-from ep_rebalance.version import __version__
+from ep_rebalance.version import __version__, source_digest
 
 logger = logging.getLogger(__name__)
 
 _STORE = "torch.distributed.distributed_c10d:_get_default_store"
 
 CONTRACTS = (Contract(_STORE),)
+
+_ONE_BUILD = (
+    "install the same build of ep-rebalance on all nodes; `ep-rebalance doctor` shows its sources."
+)
 
 
 def agree(config: RebalanceConfig, ranks: list[int], store: dist.Store) -> RebalanceConfig:
@@ -35,16 +39,17 @@ def agree(config: RebalanceConfig, ranks: list[int], store: dist.Store) -> Rebal
     them share.
 
     Raises ConfigurationError that names the ranks that did not answer within
-    `attach.timeout_seconds`, or that run another version of the plugin. Raised on one rank, it is raised
-    on all: each waits for the others' verdicts, too.
+    `attach.timeout_seconds`, or that run another plugin: of another version, of other sources, or with
+    settings that others lack. Raised on one rank, it is raised on all: each waits for the others' verdicts,
+    too.
     """
     own, seconds = ranks.index(dist.get_rank()), config.attach.timeout_seconds
     said = _Board(f"settings of {ranks[0]}", store, len(ranks))
     found = _Board(f"verdicts of {ranks[0]}", store, len(ranks))
-    said.post(own, {"version": __version__, "config": config.as_dict()})
+    said.post(own, {"version": __version__, "sources": source_digest(), "config": config.as_dict()})
     try:
         told = said.read(seconds)
-        _check_versions([entry["version"] for entry in told])
+        _check_alike(told)
     except ConfigurationError as error:
         found.post(own, [error.reason, error.remedy])
         raise
@@ -89,14 +94,43 @@ class _Board:
         return [json.loads(self._store.get(key)) for key in self._keys]
 
 
-def _check_versions(versions: list[str]) -> None:
-    others = {rank: v for rank, v in enumerate(versions) if v != versions[0]}
+def _check_alike(told: list[Mapping[str, Any]]) -> None:
+    """Raises ConfigurationError for ranks whose plugin is not rank 0's. The version comes first: it says
+    most, and those of another version may say other things.
+    """
+    _check_equal(told, "version", "install one version on all nodes.")
+    keys_R = [set(_keys(entry)) for entry in told]
+    for key in sorted(set().union(*keys_R)):
+        lacking = [rank for rank, keys in enumerate(keys_R) if key not in keys]
+        if lacking:
+            raise ConfigurationError(
+                f"EP rank {', '.join(map(str, lacking))} of {len(told)} says nothing of {key!r}, and others "
+                "do: they run another ep-rebalance of the same version.",
+                _ONE_BUILD,
+            )
+    _check_equal(told, "sources", _ONE_BUILD)
+
+
+def _check_equal(told: list[Mapping[str, Any]], key: str, remedy: str) -> None:
+    """That ranks which say something of `key` say the same."""
+    said = {rank: entry[key] for rank, entry in enumerate(told) if key in entry}
+    first = min(said, default=0)
+    others = {rank: value for rank, value in said.items() if value != said[first]}
     if others:
-        named = ", ".join(f"rank {rank} runs {version}" for rank, version in others.items())
+        named = ", ".join(f"rank {rank} runs {value}" for rank, value in others.items())
+        what = "" if key == "version" else f" {__version__} of the {key}"
         raise ConfigurationError(
-            f"EP rank 0 runs ep-rebalance {versions[0]}, but {named}.",
-            "install one version on all nodes.",
+            f"EP rank {first} runs ep-rebalance{what} {said[first]}, but {named}.", remedy
         )
+
+
+def _keys(entry: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted, of settings within settings."""
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _log_differences(configs: list[dict[str, Any]]) -> None:

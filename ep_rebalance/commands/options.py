@@ -1,0 +1,27 @@
+"""Arguments and options that several commands take.
+
+A default that is worked out is told by `show_default`: the help takes text in brackets for markup.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Traces = Annotated[list[Path], typer.Argument(help="Trace files (*.eptrace), or folders of them.")]
+
+RanksPerNode = Annotated[
+    int | None,
+    typer.Option(min=1, help="EP ranks of a node.", show_default="as recorded, else 8"),
+]
+ModelLayers = Annotated[
+    int | None, typer.Option(min=1, help="Layers of the model, dense ones included (SGLang).")
+]
+FirstMoeLayer = Annotated[
+    int, typer.Option(min=0, help="The model's number of the first layer with experts.")
+]
+ApiKey = Annotated[str, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
