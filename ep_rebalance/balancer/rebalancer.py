@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator
-from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from ep_rebalance.balancer.asks import (
 )
 from ep_rebalance.balancer.control import Action, Control
 from ep_rebalance.balancer.engine_model import EngineModel
+from ep_rebalance.balancer.jobs import RankJobs
 from ep_rebalance.balancer.loop import BalancingLoop
 from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.balancer.planner_thread import PlannerThread
@@ -40,19 +41,15 @@ from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.snapshot import Agreed, Snapshot
 from ep_rebalance.load.step_times import StepTimes
 from ep_rebalance.load.trace import MigrationEnd
-from ep_rebalance.migration import Migration
-from ep_rebalance.migration.commit import PreparedMigration, Split
+from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.served import Served
 from ep_rebalance.planning.problem import Planner
-from ep_rebalance.planning.proposal import Proposal, TimedProposal
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.events import (
-    GotStuck,
     MigrationBegan,
     MigrationEnded,
     PlanEnded,
-    PlanProposed,
     SnapshotTaken,
     StepEnded,
     WeightsReplaced,
@@ -89,17 +86,7 @@ class Rebalancer:
         self._steps = 0
         self._rank, self._ranks = dist.get_rank(model.group), model.placement.num_ranks
         self._counts = counts
-        self.journal = Journal(
-            initial_status(
-                config=config,
-                model=model.identity.model,
-                placement=model.placement,
-                top_k=model.top_k,
-            ),
-            contiguous=model.placement,
-            top_k=model.top_k,
-            rank=self._rank,
-        )
+        self.journal = _journal(config, model, self._rank)
         self._tell = self.journal.apply
         self.migrator = Migrator(
             config=config,
@@ -114,29 +101,26 @@ class Rebalancer:
         self._plans = PlanBroadcast(
             group=model.group, shape=model.placement.slots_LP.shape, device=model.device
         )
-        self._background = PlannerThread(
-            config=config,
-            planner=planner,
-            topology=model.topology,
-            identity=model.identity,
-            expert_bytes_L=self.migrator.expert_bytes_L,
+        self._jobs = RankJobs(
+            PlannerThread(
+                config=config,
+                planner=planner,
+                topology=model.topology,
+                identity=model.identity,
+                expert_bytes_L=self.migrator.expert_bytes_L,
+                rank=self._rank,
+            ),
+            counts=counts,
             rank=self._rank,
+            deadline_seconds=config.planner.deadline_seconds,
+            tell=self._tell,
         )
         self._recorder = recorder
         self._control = Control(config)
         self._loop = BalancingLoop(config, replicated=model.placement.num_redundant > 0)
-
-        # Jobs of this rank. What they bring is announced in snapshots until the loop takes it.
-        self._planning: Future[TimedProposal] | None = None
-        self._planning_deadline = 0.0
-        self._scheduling: Future[PreparedMigration] | None = None
-        self._fitting: Future[Split] | None = None
-        # What was handed over and not yet used.
-        self._proposal: Proposal | None = None
         self._prepared: PreparedMigration | None = None
-        self._agreed_reloads = 0
-        self._ended: MigrationEnd | None = None
-
+        self._reloads = 0  # that all ranks were told of
+        self._ended: MigrationEnd | None = None  # for the next snapshot's record
         self._driver = self._drive()
         next(self._driver)
 
@@ -229,18 +213,20 @@ class Rebalancer:
         match asked:
             case NextSnapshot():
                 return (yield from self._snapshot())
-            case FitQuotas(samples):
-                self._fitting = self._background.fit_split(samples, self.served, self._counts)
+            case FitQuotas():
+                self._jobs.fit_quotas(asked, self.served)
             case TakeUpQuotas():
-                self._take_up_quotas()
+                self.migrator.serve_split(self._jobs.take_quotas())
             case ServeLoaded():
                 self._serve_loaded()
             case Propose():
-                self._propose(asked)
+                self._control.plan_asked = False
+                self._jobs.propose(asked, self.served)
             case WorkOutRounds():
                 yield from self._work_out_rounds()
             case TakeRounds():
-                return self._take_rounds()
+                self._prepared = self._jobs.take_rounds()
+                return self._prepared.migration
             case Migrate():
                 yield from self._migrate()
             case Tell(event):
@@ -259,27 +245,14 @@ class Rebalancer:
             self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)
         self._ended = None
         self._tell(SnapshotTaken(snapshot.sample, self.served))
-        if snapshot.agreed.replaced:
-            self._planning = None
-        if snapshot.agreed.replaced or snapshot.agreed.unscheduled_ranks:
-            self._scheduling = None
+        self._jobs.forget_what_ended(snapshot.agreed)
         return snapshot
 
     def _flags(self) -> Flags:
         """What this rank announces."""
-        planned = proposed = False
-        if self._planning is not None and self._planning.done():
-            planned, proposed = True, self._take_proposal(self._planning)
-            self._planning = None
-        elif self._planning is not None and time.monotonic() > self._planning_deadline:
-            self._tell(GotStuck("the planner takes longer than planner.deadline_seconds"))
         reloads = self.migrator.reloads
-        return Flags(
-            planned=int(planned),
-            proposed=int(proposed),
-            scheduled=int(_succeeded(self._scheduling)),
-            failed=int(_raised(self._scheduling)),
-            fitted=int(_succeeded(self._fitting)),
+        return replace(
+            self._jobs.announced(),
             paused=int(self._control.paused),
             plan_asked=int(self._control.plan_asked),
             reloads=reloads,
@@ -296,8 +269,8 @@ class Rebalancer:
         replaced = flags.reloads > ranks * known
         reloaded: tuple[int, ...] = ()
         if replaced and ranks * flags.reloads_squared == flags.reloads**2:
-            self._agreed_reloads = flags.reloads // ranks
-            reloaded = self.migrator.layers_reloaded(self._agreed_reloads)
+            self._reloads = flags.reloads // ranks
+            reloaded = self.migrator.layers_reloaded(self._reloads)
         return Agreed(
             planned=flags.planned > 0,
             proposed=flags.proposed > 0,
@@ -310,14 +283,10 @@ class Rebalancer:
             reloaded=reloaded,
         )
 
-    def _take_up_quotas(self) -> None:
-        assert self._fitting is not None, "they were fitted on every rank"
-        self.migrator.serve_split(self._fitting.result())
-        self._fitting = None
-
     def _serve_loaded(self) -> None:
-        before, self._fitting = self.served, None
-        self.migrator.serve_loaded(self._agreed_reloads)
+        before = self.served
+        self._jobs.forget_quotas()
+        self.migrator.serve_loaded(self._reloads)
         if self.config.mode == "static":
             self._return_to(before)
 
@@ -329,57 +298,29 @@ class Rebalancer:
             logger.exception("ep_rebalance: the experts stay where they were loaded")
             self._tell(PlanEnded("abandoned", str(error)))
 
-    def _propose(self, asked: Propose) -> None:
-        self._control.plan_asked = False
-        self._planning_deadline = time.monotonic() + self.config.planner.deadline_seconds
-        if self._rank == 0:
-            self._planning = self._background.propose(
-                asked.samples, self.served, asked.unseen, asked.step_seconds
-            )
-
-    def _take_proposal(self, job: Future[TimedProposal]) -> bool:
-        """True if the plan is to be carried out."""
-        try:
-            timed = job.result()
-        except Exception as error:
-            logger.exception("ep_rebalance: planning failed; serving goes on unchanged")
-            self._tell(PlanEnded("failed", f"the planner raised {type(error).__name__}: {error}"))
-            return False
-        self._tell(PlanProposed(timed))
-        self._proposal = timed.proposal
-        return timed.proposal.decision.accepted
-
     def _work_out_rounds(self) -> Steps:
         """From one broadcast all ranks work out the same rounds."""
-        wire = self._plans.begin(None if self._proposal is None else self._proposal.plan)
+        proposal = self._jobs.proposal
+        wire = self._plans.begin(None if proposal is None else proposal.plan)
         yield
-        self._scheduling = self._background.schedule(
-            self.served, wire.result().numpy(), self._counts
-        )
-
-    def _take_rounds(self) -> Migration:
-        assert self._scheduling is not None, "every rank has worked them out"
-        self._prepared, self._scheduling = self._scheduling.result(), None
-        return self._prepared.migration
+        self._jobs.work_out_rounds(wire.result().numpy(), self.served)
 
     def _migrate(self) -> Steps:
-        prepared, self._fitting = self._prepared, None
+        prepared, self._prepared = self._prepared, None
         assert prepared is not None, "the rounds were taken"
+        self._jobs.forget_quotas()
         began, generation = time.perf_counter(), self.served.generation
         self._tell(MigrationBegan(prepared.migration))
         outcome = yield from self.migrator.migrate(prepared)
         if self._rank == 0 and self.served.generation != generation:
-            self._background.save(self.served, self._loop.window.samples())
+            self._jobs.thread.save(self.served, self._loop.window.samples())
         self._ended = MigrationEnd(batches=outcome.batches, abandoned=bool(outcome.fault))
         seconds = time.perf_counter() - began
-        self._tell(MigrationEnded(seconds, outcome.fault, self._proposal))
-        self._proposal = self._prepared = None
+        self._tell(MigrationEnded(seconds, outcome.fault, self._jobs.proposal))
         yield
 
 
-def _succeeded(job: Future[Any] | None) -> bool:
-    return job is not None and job.done() and job.exception() is None
-
-
-def _raised(job: Future[Any] | None) -> bool:
-    return job is not None and job.done() and job.exception() is not None
+def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
+    name, placement, top_k = model.identity.model, model.placement, model.top_k
+    status = initial_status(config=config, model=name, placement=placement, top_k=top_k)
+    return Journal(status, contiguous=placement, top_k=top_k, rank=rank)

@@ -21,7 +21,7 @@ from ranks import Ranks
 from reloading_engine import ReloadingEngine
 from traces import head_of
 
-from ep_rebalance.balancer import rebalancer
+from ep_rebalance.balancer import jobs, rebalancer
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
@@ -118,6 +118,7 @@ def rebalance_to_no_avail(rank, size, config):
     clock = Clock(rank)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rebalancer, "time", clock)
+        patch.setattr(jobs, "time", clock)
         recorder = Recorder(config.trace, head_for(size, config)) if rank == 0 else None
         engine = Engine(rank, size, config, recorder=recorder)
         for _ in range(STEPS_LIMIT):

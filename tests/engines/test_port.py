@@ -45,7 +45,7 @@ class Service:
         """Plans are made when they are asked for, so that every run takes the same steps."""
         checkpoint = Checkpoint.of(1)
         engine = TinyEngine(rank, config, checkpoint, ranks_per_source)
-        engine.session.rebalancer._background._thread = Inline(max_workers=1)
+        engine.session.rebalancer._jobs.thread._thread = Inline(max_workers=1)
         engine.session.start()
         return cls(engine, rank // ranks_per_source, checkpoint)
 

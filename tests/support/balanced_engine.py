@@ -117,7 +117,7 @@ class Engine:
             planner=planner_of(config.planner.policy),
             recorder=recorder,
         )
-        self.rebalancer._background._thread = executor(max_workers=1)
+        self.rebalancer._jobs.thread._thread = executor(max_workers=1)
         self.seen: list[StepSeen] = []
         self.load_LE = np.zeros((LAYERS, EXPERTS))
 

@@ -1,0 +1,132 @@
+"""Jobs: what the loop asked a rank for and takes longer than a step. Begun in the planner thread, announced
+in snapshots once they are done, taken when every rank's are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.balancer.asks import FitQuotas, Propose
+from ep_rebalance.balancer.planner_thread import PlannerThread
+from ep_rebalance.collectives.snapshot import Flags
+from ep_rebalance.load.snapshot import Agreed
+from ep_rebalance.migration.commit import PreparedMigration, Split
+from ep_rebalance.migration.served import Served
+from ep_rebalance.planning.proposal import Proposal, TimedProposal
+from ep_rebalance.routing.device_tables import RoutingTables
+from ep_rebalance.telemetry.events import Event, GotStuck, PlanEnded, PlanProposed
+
+logger = logging.getLogger(__name__)
+
+
+class RankJobs:
+    """One rank's.
+
+    deadline_seconds: after which a plan is overdue.
+    tell: takes what happens.
+
+    The attribute proposal is the newest plan, on rank 0 only; None before the first.
+    """
+
+    def __init__(
+        self,
+        thread: PlannerThread,
+        *,
+        counts: RoutingTables,
+        rank: int,
+        deadline_seconds: float,
+        tell: Callable[[Event], None],
+    ) -> None:
+        self.thread = thread
+        self.proposal: Proposal | None = None
+        self._counts = counts
+        self._rank = rank
+        self._deadline_seconds = deadline_seconds
+        self._tell = tell
+        self._overdue_at = 0.0
+        self._planning: Future[TimedProposal] | None = None
+        self._scheduling: Future[PreparedMigration] | None = None
+        self._fitting: Future[Split] | None = None
+
+    def propose(self, asked: Propose, served: Served) -> None:
+        """Begin to plan, on rank 0."""
+        self._overdue_at = time.monotonic() + self._deadline_seconds
+        if self._rank == 0:
+            self._planning = self.thread.propose(
+                asked.samples, served, asked.unseen, asked.step_seconds
+            )
+
+    def work_out_rounds(self, wire_2LP: NDArray[np.int64], served: Served) -> None:
+        """Begin with the rounds of the plan that was broadcast."""
+        self._scheduling = self.thread.schedule(served, wire_2LP, self._counts)
+
+    def fit_quotas(self, asked: FitQuotas, served: Served) -> None:
+        """Begin to fit the quotas of what is served."""
+        self._fitting = self.thread.fit_split(asked.samples, served, self._counts)
+
+    def announced(self) -> Flags:
+        """What is done. A plan is announced once, the others until they are taken or forgotten."""
+        planned = proposed = False
+        if self._planning is not None and self._planning.done():
+            planned, proposed = True, self._take_proposal(self._planning)
+            self._planning = None
+        elif self._planning is not None and time.monotonic() > self._overdue_at:
+            self._tell(GotStuck("the planner takes longer than planner.deadline_seconds"))
+        return Flags(
+            planned=int(planned),
+            proposed=int(proposed),
+            scheduled=int(_succeeded(self._scheduling)),
+            failed=int(_raised(self._scheduling)),
+            fitted=int(_succeeded(self._fitting)),
+        )
+
+    def take_rounds(self) -> PreparedMigration:
+        """Once every rank has announced its own."""
+        assert self._scheduling is not None
+        prepared, self._scheduling = self._scheduling.result(), None
+        return prepared
+
+    def take_quotas(self) -> Split:
+        """Once every rank has announced its own."""
+        assert self._fitting is not None
+        split, self._fitting = self._fitting.result(), None
+        return split
+
+    def forget_quotas(self) -> None:
+        """Experts move, or are others: what is being fitted is not for them."""
+        self._fitting = None
+
+    def forget_what_ended(self, agreed: Agreed) -> None:
+        """The loop gives a plan up where weights were replaced, or where a rank has no rounds."""
+        if agreed.replaced:
+            self._planning = None
+        if agreed.replaced or agreed.unscheduled_ranks:
+            self._scheduling = None
+
+    def _take_proposal(self, job: Future[TimedProposal]) -> bool:
+        """True if the plan is to be carried out."""
+        try:
+            timed = job.result()
+        except Exception as error:
+            logger.exception("ep_rebalance: planning failed; serving goes on unchanged")
+            reason = f"the planner raised {type(error).__name__}: {error}"
+            self._tell(PlanEnded("failed", reason))
+            return False
+        self._tell(PlanProposed(timed))
+        self.proposal = timed.proposal
+        return timed.proposal.decision.accepted
+
+
+def _succeeded(job: Future[Any] | None) -> bool:
+    return job is not None and job.done() and job.exception() is None
+
+
+def _raised(job: Future[Any] | None) -> bool:
+    return job is not None and job.done() and job.exception() is not None
