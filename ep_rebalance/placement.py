@@ -170,7 +170,7 @@ class Placement:
         """float64 [..., L, P], tokens that each slot computes.
 
         load_LE: [..., L, E], tokens of each logical expert.
-        quotas_LP: float64 [L, P], part of its expert's tokens that a slot receives; even if None.
+        quotas_LP: float64 [L, P]. The share of its expert's tokens that a slot receives; even if None.
         """
         quotas = self.even_quotas_LP() if quotas_LP is None else quotas_LP
         experts = np.broadcast_to(self.slots_LP, (*load_LE.shape[:-2], *self.slots_LP.shape))

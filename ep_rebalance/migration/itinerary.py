@@ -65,7 +65,7 @@ class Legs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Itinerary:
-    """The part of one rank in the rounds of a batch.
+    """What one rank does in the rounds of a batch.
 
     busiest_bytes: bytes on the wire. The most that any rank sends or receives in a round; the same on
         all ranks.
@@ -113,7 +113,7 @@ def itinerary(
     slots_per_rank: int,
     expert_bytes_L: IntArray,
 ) -> Itinerary:
-    """The part of `rank` in the rounds of a batch.
+    """What `rank` does in the rounds of a batch.
 
     staging_M: int64 [M]. The place of each move in its destination's staging memory.
     rounds: as returned by `fill_rounds` for these moves.

@@ -31,7 +31,7 @@ class CostModel(Protocol):
     def replica_part_EC(
         self, load: WindowLoad, layer: int, max_replicas: int
     ) -> NDArray[np.float64]:
-        """float64 [E, max_replicas + 2], the part of that cost which each replica bears; column `c`
+        """float64 [E, max_replicas + 2], the share of that cost that each replica bears; column `c`
         is for `c` replicas, and column 0 is 0.
         """
         ...
@@ -63,7 +63,7 @@ class TokenCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RooflineCost:
-    """The cost of a rank is the time that it reads weights or computes tokens, whichever is longer.
+    """The cost of a rank is the longer of two times: reading weights, and computing tokens.
 
     expert_bytes_L: L sizes, bytes. One expert of each layer.
     memory_bytes_per_second: how fast weights are read.

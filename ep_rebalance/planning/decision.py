@@ -22,7 +22,7 @@ class Decision:
     """What was decided, and the numbers to compare with what is achieved later.
 
     reason: one sentence that gives the numbers.
-    predicted_gain: part of the step time. What the plan saves by its own account, times the trust in
+    predicted_gain: fraction of the step time. What the plan saves by its own account, times the trust in
         it; below 0 if it makes steps longer.
     predicted_saved_seconds: what that amounts to over the horizon.
     migration_seconds: how long the busiest rank's bytes take over its links.
@@ -53,9 +53,9 @@ def decide(
 
     step_seconds: mean time of an engine step.
     expert_bytes_L: L sizes, bytes. One expert of each layer.
-    trust: 0 to 1. The part of earlier plans' promises that was kept.
+    trust: 0 to 1. The fraction of earlier plans' promises that was kept.
 
-    Each layer waits for its busiest rank, so the part of a step that experts take shrinks in the same
+    Each layer waits for its busiest rank, so the time that experts take in a step shrinks in the same
     proportion as the sum of the layers' imbalances. The rest of the step stays as it is.
     """
     gain = config.expert_time_fraction * plan.promised * trust

@@ -11,7 +11,7 @@ Huber's M-estimator (Huber, Robust Statistics, 1981, ch. 7) to the snapshots who
 comparable. `d` absorbs what drifts by itself. The standard error is widened where successive
 deviations are correlated.
 
-Letters of its own: `N` snapshots, `F` features (1, tokens by phase, and the moment: what a, b, c and d
+Letters of this module: `N` snapshots, `F` features (1, tokens by phase, and the moment: what a, b, c and d
 are multiplied by); others as in `placement.py`.
 """
 
@@ -32,13 +32,13 @@ SNAPSHOTS_KEPT = 64
 _LEAST_SNAPSHOTS = 5
 """On each side of a commit; with fewer, nothing is said."""
 _LEAST_TO_SPARE = 6
-"""Snapshots beyond as many as there are numbers to fit."""
+"""How many more snapshots there must be than numbers to fit."""
 _LIKE = 0.1
-"""How far tokens per step may lie outside the range of the other side, as a part of its bounds."""
+"""How far tokens per step may lie outside the range of the other side, as a fraction of its bounds."""
 _HUBER = 1.345
 """Standard deviations beyond which a snapshot pulls no harder: 95 % efficiency on normal errors."""
 _ROUNDS = 30
-"""At most so many iterations of the fit; a handful is usual."""
+"""The most iterations of the fit; a handful is usual."""
 _CERTAIN = 3.0
 """Standard errors. More than the usual two, because a commit is judged again after every plan."""
 
@@ -47,7 +47,7 @@ _CERTAIN = 3.0
 class MeasuredGain:
     """What a commit saved.
 
-    gain: part of the step time; below 0 if steps take longer since.
+    gain: fraction of the step time; below 0 if steps have taken longer since.
     standard_error: of `gain`.
     """
 
@@ -60,7 +60,7 @@ class MeasuredGain:
         return self.gain - 2 * self.standard_error, self.gain + 2 * self.standard_error
 
     def part_kept(self, promised: float) -> float:
-        """The part of `promised` that was kept; infinite if all of it may well have been."""
+        """The fraction of `promised` that was kept; infinite if all of it may well have been."""
         surely_below = self.gain + _CERTAIN * self.standard_error < promised
         return self.gain / promised if surely_below and promised > 0 else math.inf
 

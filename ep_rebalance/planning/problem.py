@@ -19,7 +19,7 @@ class Budget:
     """Bounds on what one plan may change.
 
     max_moved_slots: slots. In all layers and on all ranks together.
-    max_arrivals: experts. On one rank in one layer; the staging memory has room for so many.
+    max_arrivals: experts. On one rank in one layer; the staging memory must have room for them.
     """
 
     max_moved_slots: int
@@ -51,7 +51,7 @@ class Problem:
 class Plan:
     """A target placement with the quotas to serve it with.
 
-    quotas_LP: float64 [L, P]. The part of its expert's tokens that a slot receives; the quotas of an
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that a slot receives; the quotas of an
         expert's slots sum to 1.
     unmoved_quotas_LP: float64 [L, P]. The same for the current placement, fitted to the same load.
     imbalance_before_L: float64 [L], max/mean rank cost. Predicted on the window without the plan.
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def promised(self) -> float:
-        """The part that the plan saves of the busiest ranks' cost, summed over layers, on the window."""
+        """The fraction of the busiest ranks' cost, summed over layers, that the plan saves on the window."""
         return float(1.0 - self.imbalance_after_L.sum() / self.imbalance_before_L.sum())
 
 

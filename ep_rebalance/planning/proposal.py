@@ -26,10 +26,10 @@ from ep_rebalance.topology import Topology
 class Proposal:
     """A plan and the decision on it.
 
-    achieved_gain: part of the step time. What the last committed plan saved, compared with the
+    achieved_gain: fraction of the step time. What the last committed plan saved, compared with the
         placement before it, by the cost of load that it had not seen; None if nothing new is known.
     measured_gain: the same by the server's own step times; None while these do not tell.
-    trust: 0 to 1. The part of the plan's promise that the decision believed.
+    trust: 0 to 1. The fraction of the plan's promise that the decision believed.
     """
 
     plan: Plan

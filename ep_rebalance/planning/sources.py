@@ -1,6 +1,6 @@
 """Sources: which replica fills each slot whose expert changes.
 
-Letters of its own: `F` fetches, see `Fetches`; others as in `placement.py`.
+Letters of this module: `F` fetches, see `Fetches`; others as in `placement.py`.
 """
 
 from __future__ import annotations

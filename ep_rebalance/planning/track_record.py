@@ -31,7 +31,7 @@ class Promise:
     """A committed plan, and the placement that it replaced, both with quotas fitted to one window.
 
     before_quotas_LP, after_quotas_LP: float64 [L, P]. As in `Plan`.
-    predicted: the part that it was to save of the busiest ranks' cost, summed over layers.
+    predicted: the fraction of the busiest ranks' cost, summed over layers, that it was to save.
     """
 
     before: Placement
@@ -41,7 +41,7 @@ class Promise:
     predicted: float
 
     def achieved(self, load: WindowLoad, cost: CostModel) -> float:
-        """The part that it saved on `load`, which came after the commit; below 0 if the cost rose."""
+        """The fraction that it saved on `load`, which came after the commit; below 0 if the cost rose."""
         before_L = mean_imbalance_L(cost, load, self.before, self.before_quotas_LP)
         after_L = mean_imbalance_L(cost, load, self.after, self.after_quotas_LP)
         return float(1.0 - after_L.sum() / before_L.sum())
@@ -57,7 +57,7 @@ class TrackRecord:
     achieved: what they saved.
     newest_predicted: what the newest promise was to save.
     newest_achieved: what it saved, by the cost of later load.
-    newest_part: the part of it that was kept at most, by step times; infinite if they do not tell.
+    newest_part: the fraction of it that was kept at most, by step times; infinite if they do not tell.
     """
 
     predicted: float = 0.0
@@ -68,7 +68,7 @@ class TrackRecord:
 
     @property
     def trust(self) -> float:
-        """The part of a promise that is believed, 0.1 to 1: achieved / predicted, where both begin at
+        """The fraction of a promise that is believed, 0.1 to 1: achieved / predicted, where both begin at
         `_FULL_TRUST`.
         """
         predicted, achieved = self.predicted + self.newest_predicted, self.achieved + self._newest

@@ -4,7 +4,7 @@ A snapshot with few tokens says little. Imbalance is therefore that of recent sn
 each weighs as much as its tokens, and older ones fade. All of it is one compiled pass, because it runs
 between two engine steps.
 
-Letters of its own: `K` kinds of imbalance (as served, as loaded, then as served in each phase); others
+Letters of this module: `K` kinds of imbalance (as served, as loaded, then as served in each phase); others
 as in `placement.py`.
 """
 
@@ -22,7 +22,7 @@ from ep_rebalance.migration.commit import Served
 from ep_rebalance.placement import Placement
 
 HALF_LIFE_SNAPSHOTS = 4
-"""A snapshot counts half after so many more with tokens."""
+"""A snapshot counts half once this many more with tokens have followed."""
 
 _FADE = 0.5 ** (1 / HALF_LIFE_SNAPSHOTS)
 _SERVED, _CONTIGUOUS, _PHASES = 0, 1, 2
@@ -59,7 +59,7 @@ class RankBalance:
     """What the snapshots of one model add up to.
 
     served: recent imbalance as served.
-    contiguous: recent imbalance that the placement which the engine loaded would have had.
+    contiguous: the same for the placement that the engine loaded, had it stayed.
     phases: recent imbalance as served, by phase; a phase without tokens in a snapshot does not fade.
     recent_LR: float64 [L, R], tokens. In recent snapshots.
     recent_LE: float64 [L, E], tokens. In recent snapshots.

@@ -21,7 +21,7 @@ from ep_rebalance.planning.incremental.relief import relief_of
 from ep_rebalance.planning.incremental.swaps import best_swap
 
 _TRIED_IN_VAIN = 3
-"""A layer is left as it is after so many ranks in a row could not be relieved."""
+"""A layer is left as it is once this many ranks in a row could not be relieved."""
 
 
 @compiled
@@ -91,7 +91,7 @@ def _next_change(
 
 @compiled
 def _costliest(layer: LayerState, growth: float) -> int:
-    """The costliest rank whose square has grown by `growth` since it was tried in vain; -1 if none."""
+    """The costliest rank whose square has grown by `growth` since relieving it last failed; -1 if none."""
     costliest = -1
     for rank in range(layer.square_R.size):
         if layer.square_R[rank] > layer.failed_square_R[rank] + growth and (

@@ -9,7 +9,7 @@ it. The vector of a rank is the sum of what it gets, and the planner minimises
 
 From products of rank vectors with load vectors any change is scored in a handful of look-ups.
 
-Letters of its own: `V` coordinates of a load vector, `N` nodes; others as in `placement.py`.
+Letters of this module: `V` coordinates of a load vector, `N` nodes; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LayerInputs(NamedTuple):
     own_E: float64 [E]. As returned by `load_vectors`.
     square_E: float64 [E]. Squared lengths of the vectors.
     rest_E: float64 [E]. Their lengths without the first coordinate, which is the mean.
-    part_EC: float64 [E, max_replicas + 2]. The part of an expert's load on each of its ranks, by the
+    part_EC: float64 [E, max_replicas + 2]. The share of an expert's load on each of its ranks, by the
         number of its replicas. Column 0 has no meaning; no expert ends up in the last one, which the
         first half of a swap may reach.
     fetch_RE: float64 [R, E], moves within a node. Price of bringing the expert to the rank; 0 where

@@ -29,12 +29,12 @@ def load_vectors(
     weight_W: float64 [W]. A sample counts this many times its total.
 
     vectors_EV is float64 [E, 1 + W], in units of the mean rank load. own_E is float64 [E], in units of
-    its square: the part of an expert's variance that its vector leaves out, because it has nothing to
-    do with other experts.
+    its square: what an expert's vector leaves out of its variance, because it has nothing to do with other
+    experts.
 
     What noise alone explains is removed, as James and Stein do for means and Ledoit and Wolf for
     covariances: the spread of the means over the experts, the variances over the samples and the
-    covariances are each shrunk by the part that noise is expected to contribute. Few or uncertain
+    covariances are each shrunk by the fraction that noise is expected to contribute. Few or uncertain
     samples therefore look even, and an even load leaves nothing to gain. Without any load everything
     is zero.
     """
@@ -122,7 +122,7 @@ def _shrink_spread(
 
 @compiled
 def _signal_part(observed: float, noise: float, experts: int) -> float:
-    """The part of a sum of squares over experts that noise does not explain.
+    """The fraction of a sum of squares over experts that noise does not explain.
 
     observed: the sum of squares.
     noise: what noise alone is expected to contribute to it.

@@ -29,7 +29,7 @@ On 32 ranks, two ranks that swap experts must each come about 2 % of the mean ra
 """
 
 _LEAST_RANKS = 8
-"""On fewer ranks a move must gain as much as on so many."""
+"""On fewer ranks than this, a move must gain as much as on this many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

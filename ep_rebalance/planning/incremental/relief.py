@@ -4,7 +4,7 @@ Inner loops run over experts, ranks or slots, never along what is summed up, so 
 cannot change the order of a sum. They call nothing: handing over a tuple of arrays costs more than
 the arithmetic of a candidate.
 
-Letters of its own: `N` spare slots of all ranks, ordered by expert: those whose expert has another
+Letters of this module: `N` spare slots of all ranks, ordered by expert: those whose expert has another
 replica. `S` are the slots of the relieved rank. Others as in `placement.py`.
 """
 
@@ -20,7 +20,9 @@ from ep_rebalance.planning.incremental.layer import LayerInputs, LayerState
 
 
 class Relief(NamedTuple):
-    """Parts are fractions of an expert's load; gains are in units of the squared mean rank load.
+    """What is looked up while changes for one rank are compared.
+
+    A part is a fraction of an expert's load. Gains are in units of the squared mean rank load.
 
     rank: the rank to relieve.
     product_E: float64 [E]. Inner product of the rank's vector with every load vector.
