@@ -1,8 +1,28 @@
 """Placement: which logical expert sits in each slot. The only owner of the placement invariants.
 
-Letters: `L` MoE layers, `E` logical experts, `P` slots, `R` ranks, `S = P / R` slots per rank. Slot
-`p` belongs to rank `p // S`, as in vLLM's linear expert placement
+Slot `p` belongs to rank `p // S`, as in vLLM's linear expert placement
 (vllm/model_executor/layers/fused_moe/expert_map_manager.py).
+
+Capitals at the end of an array's name are its axes, in order: `load_LE` is [L, E].
+
+    A  phases, in the order of `load.window.PHASES`; the counters on the device have one row more
+    L  MoE layers
+    E  logical experts
+    P  slots, counted over all ranks
+    R  expert-parallel ranks
+    S  slots of one rank: S = P / R
+    C  replicas of one expert, or how many it has
+    W  samples of the load window, oldest first
+    T  tokens of this rank
+    K  experts of one token (top-k)
+    H  columns of a hidden state
+    M  rows that arrived, in `all_to_all/` and `kernels/`; moves, in `migration/`
+    N  any number of things of one kind; the docstring says which
+    X  any number of entries that belong to the things of another axis
+
+A digit is an axis of that length: `changes_N4` is [N, 4]. Only `first_N1` is [N + 1]: thing `n` has
+the entries `first_N1[n]` to `first_N1[n + 1]`. A module that needs another letter, or one of these
+for something else, says so.
 """
 
 from __future__ import annotations
@@ -15,15 +35,17 @@ from numpy.typing import NDArray
 
 
 class PlacementError(ValueError):
-    """The slots do not form a placement; the text names the layer and what is wrong in it."""
+    """The slots do not form a placement. The message names the layer and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """slots_LP: int32 [L, P], the logical expert in each slot of each layer. Read-only.
+    """Which logical expert sits in each slot of each layer.
 
-    Always true: every expert has a slot in every layer, no rank holds an expert twice, and every
-    rank holds the same number of slots. Raises PlacementError otherwise.
+    slots_LP: int32 [L, P]. Read-only.
+
+    In every layer each expert has at least one slot, and no rank holds an expert twice; all ranks
+    have the same number of slots. Raises PlacementError otherwise.
     """
 
     slots_LP: NDArray[np.int32]
@@ -63,17 +85,17 @@ class Placement:
     def contiguous(
         cls, *, num_layers: int, num_experts: int, num_ranks: int, num_redundant: int = 0
     ) -> Placement:
-        """The placement that vLLM loads: experts in order, then the first ones again.
+        """The placement that vLLM loads: all experts in order, then the first `num_redundant` again.
 
-        Same as `EplbState.build_initial_global_physical_to_logical_map` for every layer.
+        The same as `EplbState.build_initial_global_physical_to_logical_map` in every layer.
         """
         slots_P = np.arange(num_experts + num_redundant, dtype=np.int32) % num_experts
         return cls(np.tile(slots_P, (num_layers, 1)), num_experts, num_ranks)
 
     @classmethod
     def round_robin(cls, *, num_layers: int, num_experts: int, num_ranks: int) -> Placement:
-        """Expert `e` on rank `e % R`, as vLLM's `--expert-placement-strategy round_robin` loads them
-        (vllm/model_executor/layers/fused_moe/expert_map_manager.py).
+        """Expert `e` on rank `e % R`, as loaded with vLLM's
+        `--expert-placement-strategy round_robin`.
         """
         slots_P = np.arange(num_experts, dtype=np.int32).reshape(-1, num_ranks).T.ravel()
         return cls(np.tile(slots_P, (num_layers, 1)), num_experts, num_ranks)
@@ -105,16 +127,18 @@ class Placement:
 
     @property
     def max_replicas(self) -> int:
-        """Most replicas that any placement of these sizes can give one expert."""
+        """The most replicas that any placement of these sizes can give to one expert."""
         return min(self.num_redundant + 1, self.num_ranks)
 
     def replica_counts_LE(self) -> NDArray[np.int32]:
-        """int32 [L, E], slots that each expert has."""
+        """int32 [L, E], how many slots hold each expert."""
         return _replica_counts_LE(self.slots_LP, self.num_experts)
 
     def replica_slots(self, layer: int) -> NDArray[np.int32]:
-        """int32 [E, max_replicas], the slots of each expert in ascending order, then -1."""
+        """int32 [E, max_replicas], the slots of each expert in ascending order, filled up with -1."""
         slots_P = self.slots_LP[layer]
+        # Sorted by expert, the slots of one expert are neighbours: each one's column is its distance
+        # from the first of them.
         by_expert_P = np.argsort(slots_P, kind="stable")
         experts_P = slots_P[by_expert_P]
         first_P = np.searchsorted(experts_P, experts_P)
@@ -134,7 +158,7 @@ class Placement:
         return int(np.count_nonzero(self.slots_LP != other.slots_LP))
 
     def even_quotas_LP(self) -> NDArray[np.float64]:
-        """float64 [L, P], one over the number of replicas of the slot's expert."""
+        """float64 [L, P], the same quota for all replicas of an expert."""
         counts_LE = self.replica_counts_LE()
         return 1.0 / np.take_along_axis(counts_LE, self.slots_LP.astype(np.int64), axis=1)
 
@@ -143,8 +167,10 @@ class Placement:
         load_LE: NDArray[np.floating | np.integer],
         quotas_LP: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """float64 [..., L, P], tokens of each slot under `load_LE` [..., L, E] and the quotas
-        (even if None).
+        """float64 [..., L, P], tokens that each slot computes.
+
+        load_LE: [..., L, E], tokens of each logical expert.
+        quotas_LP: float64 [L, P]. The share of its expert's tokens that a slot receives; even if None.
         """
         quotas = self.even_quotas_LP() if quotas_LP is None else quotas_LP
         experts = np.broadcast_to(self.slots_LP, (*load_LE.shape[:-2], *self.slots_LP.shape))
@@ -156,7 +182,7 @@ class Placement:
         load_LE: NDArray[np.floating | np.integer],
         quotas_LP: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """float64 [..., L, R], tokens that each rank computes."""
+        """float64 [..., L, R], tokens that each rank computes; arguments as in `slot_load_LP`."""
         slot_load = self.slot_load_LP(load_LE, quotas_LP)
         by_rank = slot_load.reshape(*slot_load.shape[:-1], self.num_ranks, self.slots_per_rank)
         load: NDArray[np.float64] = by_rank.sum(axis=-1)
@@ -165,14 +191,16 @@ class Placement:
 
 def _replica_counts_LE(slots_LP: NDArray[np.int32], num_experts: int) -> NDArray[np.int32]:
     layers = len(slots_LP)
+    # One bincount for all layers: expert e of layer l is counted in cell l * E + e.
     cells_LP = slots_LP + num_experts * np.arange(layers)[:, None]
     counts = np.bincount(cells_LP.ravel(), minlength=layers * num_experts)
     return counts.reshape(layers, num_experts).astype(np.int32)
 
 
 def imbalance_L(rank_load_LR: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [..., L], max over mean rank load [..., L, R]: 1 is even; 1 also where a layer saw no
-    tokens.
+    """float64 [..., L], the busiest rank's load over the mean; 1 where a layer saw no tokens.
+
+    rank_load_LR: float64 [..., L, R], in any unit.
     """
     mean_L = rank_load_LR.mean(axis=-1)
     busiest_L = rank_load_LR.max(axis=-1)

@@ -1,4 +1,4 @@
-"""Which ranks share a node, how fast the links between them are, and which ranks share their tokens."""
+"""Topology: which ranks share a node, how fast their links are, and which ranks route the same tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LINKS: tuple[Link, ...] = ("local", "intranode", "internode")
 class Topology:
     """EP ranks grouped into nodes.
 
-    node_of_rank: node number of each EP rank, length R.
-    bytes_per_second: what one rank can move over each kind of link.
-    ranks_per_source: neighbouring ranks that route the same tokens: those of a tensor-parallel group
-        without sequence parallelism, else 1. Together they are one *source* of tokens.
+    node_of_rank: R numbers, from 0. The node of each EP rank.
+    bytes_per_second: one number for each of `LINKS`. What one rank can move over such a link.
+    ranks_per_source: how many neighbouring ranks route the same tokens: those of a tensor-parallel
+        group without sequence parallelism, else 1. Together they are one *source* of tokens.
     """
 
     node_of_rank: tuple[int, ...]
@@ -43,7 +43,10 @@ class Topology:
 
     @classmethod
     def node_by_node(cls, num_ranks: int, ranks_per_node: int) -> Topology:
-        """Ranks fill one node after the other; the last may have fewer. Raises ValueError."""
+        """Ranks fill one node after another; the last node may have fewer.
+
+        Raises ValueError if `ranks_per_node` is below 1.
+        """
         if ranks_per_node < 1:
             raise ValueError(f"ranks_per_node must be 1 or more, not {ranks_per_node}")
         return cls(node_of_rank=tuple(rank // ranks_per_node for rank in range(num_ranks)))
@@ -58,7 +61,7 @@ class Topology:
 
     @property
     def source_of_rank(self) -> tuple[int, ...]:
-        """Number of the source that each rank belongs to, length R."""
+        """The source that each rank belongs to: R numbers, from 0."""
         return tuple(rank // self.ranks_per_source for rank in range(self.num_ranks))
 
     def link(self, source: int, destination: int) -> Link:
@@ -69,5 +72,5 @@ class Topology:
         return "intranode" if same_node else "internode"
 
     def seconds(self, num_bytes: float, link: Link) -> float:
-        """Time that `num_bytes` take over a link of that kind."""
+        """How long `num_bytes` take over a link of that kind."""
         return num_bytes / self.bytes_per_second[LINKS.index(link)]

@@ -1,4 +1,4 @@
-"""What comes between the halves of an expert: `act(gate) * up`, as a reference and in a kernel."""
+"""Activation: what comes between the halves of an expert, `act(gate) * up`, in torch and in a kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ActivationName = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
 
 
 def activation_name(text: str) -> ActivationName:
-    """Raises ValueError for one that there is no kernel for."""
+    """`text`, if it names an activation that there is a kernel for. Raises ValueError otherwise."""
     for name in get_args(ActivationName):
         if name == text:
             return cast(ActivationName, name)
@@ -22,10 +22,13 @@ def activation_name(text: str) -> ActivationName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """What comes between the halves: `act(gate) * up`.
+    """What comes between the halves of an expert: `act(gate) * up`.
 
-    `swiglu_oai` is gpt-oss's: gate at most `limit`, up within it, `gate * sigmoid(alpha * gate) * (up + 1)`.
-    interleaved: rows of the first weights are gate, up, gate, up ... instead of all gates, then all ups.
+    name: `swiglu_oai` is that of gpt-oss, gate * sigmoid(alpha * gate) * (up + 1), with gate at most
+        `limit` and up between -`limit` and `limit`.
+    interleaved: whether the rows of the first weights are gate, up, gate, up ... instead of all gates
+        followed by all ups.
+    alpha, limit: of `swiglu_oai`.
     """
 
     name: ActivationName = "silu"
@@ -35,7 +38,7 @@ class Activation:
 
 
 def activate(first: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """[rows, 2 I] to [rows, I]."""
+    """[rows, I], from the result [rows, 2 I] of the first weights."""
     gate, up = (first[:, ::2], first[:, 1::2]) if activation.interleaved else first.chunk(2, dim=1)
     if activation.name == "silu":
         return torch.nn.functional.silu(gate) * up
@@ -56,6 +59,7 @@ def activate_tile(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, NAME: tl.c
         up = tl.clamp(up, -LIMIT, LIMIT)
         result = gate * tl.sigmoid(ALPHA * gate) * (up + 1.0)
     elif NAME == "gelu_tanh":
+        # 0.5 (1 + tanh(z)) = sigmoid(2 z), with z = sqrt(2 / pi) (gate + 0.044715 gate^3)
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         result = gate * tl.sigmoid(2.0 * inner) * up
     else:

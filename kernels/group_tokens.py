@@ -1,8 +1,11 @@
 """Group (token, expert) pairs by the slot that computes them, each group in blocks of equal size.
 
-What vLLM's `moe_align_block_size` (csrc/moe/moe_align_sum_kernels.cu) does in two launches, for the
-slots of one rank and in one: every program counts all pairs and then places those of one slot, so
-that nothing is cleared before and no two programs wait for each other. Pairs keep their order.
+This does for the slots of one rank, in one launch, what takes two in vLLM's `moe_align_block_size`
+(csrc/moe/moe_align_sum_kernels.cu). Every program counts all pairs and then places those of one slot,
+so that nothing needs to be cleared first and no program waits for another. Pairs keep their order.
+
+    row of a pair = first row of its slot + number of earlier pairs of the same slot
+    first row of slot s = block_rows * sum over slots s' < s of ceil(pairs of s' / block_rows)
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """N pairs in blocks of `block_rows` rows, all of a block for one slot.
+    """N pairs in blocks of `block_rows` rows; all rows of a block are for one slot.
 
-    pair_of_row: int32 [blocks * block_rows], the pair that a row computes; N for rows that fill a block
-    up. slot_of_block: int32 [blocks], counted from 0 on this rank. num_blocks: int32 [1], how many are
-    used; what lies behind them is undefined.
+    pair_of_row: int32 [blocks * block_rows]. The pair that a row computes; N in rows that only fill up a
+        block.
+    slot_of_block: int32 [blocks]. The slot of each block, counted from 0 on this rank.
+    num_blocks: int32 [1]. How many blocks are used; the content of the others is undefined.
     """
 
     pair_of_row: torch.Tensor
@@ -31,16 +35,17 @@ class Groups:
 
 
 def max_blocks(num_pairs: int, num_slots: int, block_rows: int) -> int:
-    """Most blocks that any routing needs: each slot fills at most one block in part."""
+    """The most blocks that any routing needs: each slot leaves at most one block partly filled."""
     return num_pairs // block_rows + min(num_slots, num_pairs)
 
 
 def group_tokens(
     slots_N: torch.Tensor, *, num_slots: int, block_rows: int, first_slot: int = 0
 ) -> Groups:
-    """Group the pairs of slots `first_slot .. first_slot + num_slots`; all others are left out.
+    """Group the pairs of the `num_slots` slots from `first_slot` on; all others are left out.
 
-    slots_N: integer, of any shape; pair n is its n-th element. block_rows: a power of two.
+    slots_N: integer, of any shape. The slot of each pair; pair `n` is the n-th element.
+    block_rows: a power of two.
     """
     if torch.compiler.is_compiling():
         tensors = _operation(slots_N, num_slots, block_rows, first_slot)
@@ -74,7 +79,7 @@ def groups_of(
 def group_tokens_torch(
     slots_N: torch.Tensor, *, num_slots: int, block_rows: int, first_slot: int = 0
 ) -> Groups:
-    """Reference of `group_tokens`."""
+    """The reference for `group_tokens`."""
     local_N = slots_N.reshape(-1).long() - first_slot
     num_pairs = local_N.numel()
     here = ((local_N >= 0) & (local_N < num_slots)).nonzero().squeeze(1)
@@ -136,7 +141,10 @@ def _kernel(
     BLOCK_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """BINS: a power of two, more than num_slots. Program s places the pairs of slot s."""
+    """Program `s` places the pairs of slot `s`.
+
+    BINS: a power of two, more than `num_slots`.
+    """
     slot = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     bins = tl.arange(0, BINS)
@@ -158,6 +166,7 @@ def _kernel(
         pair = start + lane
         local = tl.load(slots_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32) - first_slot
         mine = (pair < num_pairs) & (local == slot)
+        # `before` includes the pair itself, hence the - 1 below.
         before = tl.cumsum(mine.to(tl.int32), 0)
         tl.store(pair_of_row_ptr + first_row + placed + before - 1, pair, mask=mine)
         placed += tl.sum(mine.to(tl.int32))
@@ -172,7 +181,7 @@ def _kernel(
 
 
 def options(num_pairs: int) -> dict[str, int]:
-    """CHUNK, the pairs that a program looks at in one go, and warps of a launch."""
+    """CHUNK, which is how many pairs a program looks at in one go, and the warps of a launch."""
     chunk = min(4096, max(128, 1 << (num_pairs - 1).bit_length()))
     return {"CHUNK": chunk, "num_warps": 8 if num_pairs > 1024 else 4}
 

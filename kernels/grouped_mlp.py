@@ -1,8 +1,11 @@
 """The experts of one rank: gate and up, activation, down, over groups of very different sizes.
 
-Two persistent launches. Tiles are numbered over the blocks of all groups together, and every program
-takes the next one, so an expert with half of the tokens is spread over the GPU like any other load.
-Rows are computed one by one: a row's result does not depend on the rows beside it.
+    between = act(x gate^T + bias) * (x up^T + bias)
+    result = (between down^T + bias) * weight of the pair
+
+Each line is one persistent launch. Tiles are numbered over the blocks of all groups together, and
+program `i` of `n` takes tiles i, i + n, i + 2 n ..., so that an expert with half of the tokens is spread
+over the GPU like any other load. The result of a row does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -41,10 +44,14 @@ from ep_rebalance.kernels.tiles import MlpTiles, Tiles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
-    """Of all slots of a rank, as vLLM lays them out.
+    """The weights of all slots of a rank, as vLLM lays them out.
 
-    gate_up: [S, 2 I, H]; down: [S, H, I]; biases [S, 2 I] and [S, H]. In 8-bit floats both have scales,
-    float32 [S, 2 I / 128, H / 128] and [S, H / 128, I / 128].
+    gate_up: [S, 2 I, H].
+    down: [S, H, I].
+    gate_up_bias: [S, 2 I].
+    down_bias: [S, H].
+    gate_up_scales: float32 [S, 2 I / 128, H / 128]. If the weights are 8-bit floats.
+    down_scales: float32 [S, H / 128, I / 128]. If the weights are 8-bit floats.
     """
 
     gate_up: torch.Tensor
@@ -56,12 +63,12 @@ class ExpertWeights:
 
     @property
     def intermediate(self) -> int:
-        """I."""
+        """I, the rows of gate and of up."""
         return int(self.down.shape[2])
 
     @property
     def fp8(self) -> bool:
-        """Whether they are 8-bit floats with scales."""
+        """Whether the weights are 8-bit floats with scales."""
         return self.gate_up_scales is not None
 
 
@@ -77,13 +84,16 @@ def grouped_mlp(
     row_scales: torch.Tensor | None = None,
     pair_weights_N: torch.Tensor | None = None,
 ) -> None:
-    """Write each grouped pair's result to its row of `out_NH`; other rows are left as they are.
+    """Write the result of each grouped pair to its row of `out_NH`; other rows stay as they are.
 
-    rows_MH: [M, H]; pair n is of row `n // pairs_per_row`. row_scales: of 8-bit rows, as of
-    `quantize_rows`. pair_weights_N: float32, multiplied into the results. Sums are float32; the values
-    between the halves have the dtype of `rows_MH`.
+    rows_MH: [M, H]. Pair `n` computes row `n // pairs_per_row`.
+    out_NH: [N, H], contiguous.
+    row_scales: float32 [M, H / 128]. The scales of 8-bit rows, see `quantize_rows`.
+    pair_weights_N: float32 [N]. Factors of the results.
 
-    Raises ValueError if groups and tiles, or the tensors' shapes, do not fit each other.
+    Sums are float32. The values between the halves have the dtype of `rows_MH`.
+
+    Raises ValueError if groups and tiles, or the shapes of tensors, do not match.
     """
     _check(rows_MH, groups, weights, out_NH, tiles, pairs_per_row, row_scales)
     if torch.compiler.is_compiling():
@@ -167,7 +177,7 @@ def grouped_mlp_torch(
     row_scales: torch.Tensor | None = None,
     pair_weights_N: torch.Tensor | None = None,
 ) -> None:
-    """Reference of `grouped_mlp`."""
+    """The reference for `grouped_mlp`."""
     if row_scales is not None:
         rows_MH = dequantize_rows(rows_MH, row_scales, torch.float32)
     blocks = int(groups.num_blocks)
@@ -226,7 +236,7 @@ def _operation(
     pairs_per_row: int,
     tiles: list[int],
 ) -> None:
-    """`grouped_mlp` for torch.compile, with everything one by one; tiles: as of `MlpTiles.numbers`."""
+    """`grouped_mlp` for torch.compile, with all fields one by one; tiles: see `MlpTiles.numbers`."""
     chosen = MlpTiles.of_numbers(tiles)
     grouped_mlp(
         rows_MH,
@@ -263,7 +273,11 @@ def _(*_: object) -> None:
 
 @jit
 def _place(tile, num_blocks, column_tiles, TOGETHER: tl.constexpr):
-    """(block, column tile) of a tile: TOGETHER columns of one block, then of the next block."""
+    """(block, column tile) of a tile.
+
+    Tiles go through TOGETHER column tiles of the first block, then of the next one, and after the last
+    block start over with the next column tiles. The last of these groups may have fewer columns.
+    """
     per_group = num_blocks * TOGETHER
     group = tile // per_group
     width = tl.minimum(TOGETHER, column_tiles - group * TOGETHER)
@@ -324,6 +338,8 @@ def _gate_up_kernel(
         up_ptrs = weight_ptrs + up_row[None, :] * hidden
         gate = tl.zeros([ROWS, COLUMNS], tl.float32)
         up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        # gate = sum_k x[:, k] gate[:, k]^T, and up alike. In 8-bit floats each product over the DEPTH
+        # elements of a scale is multiplied by the scales of both sides.
         for k in range(0, hidden, DEPTH):
             in_k = k + depth < hidden
             x = tl.load(row_ptrs + k, mask=used[:, None] & in_k[None, :], other=0.0)
@@ -353,6 +369,7 @@ def _gate_up_kernel(
         place = pair.to(tl.int64)[:, None] * intermediate + column[None, :]
         keep = used[:, None] & inside[None, :]
         if FP8:
+            # COLUMNS is GROUP here, so that the tile has one scale in each row.
             quantized, scale = quantize_group(between, LARGEST, SMALLEST_SCALE, INTERPRETED)
             tl.store(between_ptr + place, quantized, mask=keep)
             scale_place = pair.to(tl.int64) * (intermediate // GROUP) + column_tile
@@ -403,6 +420,7 @@ def _down_kernel(
         weight_ptrs = weight_ptr + slot * hidden * intermediate + depth[:, None]
         weight_ptrs += column[None, :] * intermediate
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        # total = sum_k between[:, k] down[:, k]^T, with scales as in `_gate_up_kernel`
         for k in range(0, intermediate, DEPTH):
             in_k = k + depth < intermediate
             x = tl.load(row_ptrs + k, mask=used[:, None] & in_k[None, :], other=0.0)
@@ -493,7 +511,7 @@ def _launch(
 
 
 def options(tiles: Tiles) -> dict[str, int]:
-    """A launch's options under Triton's names."""
+    """The options of a launch under Triton's names."""
     return {
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
@@ -506,6 +524,6 @@ def options(tiles: Tiles) -> dict[str, int]:
 
 
 def _grid(rows_MH: torch.Tensor, tiles: Tiles, groups: Groups, columns: int) -> tuple[int]:
-    """As many programs as run at the same time; fewer for few tiles."""
+    """As many programs as run at the same time, or as there are tiles if these are fewer."""
     most = len(groups.slot_of_block) * triton.cdiv(columns, tiles.columns)
     return (max(1, min(most, tiles.programs * processors(rows_MH.device))),)

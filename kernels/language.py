@@ -1,4 +1,4 @@
-"""Triton where it is installed: the kernels' modules also hold their torch references, which run without."""
+"""Triton, if it is installed; kernel modules also hold torch references, which run without it."""
 
 from __future__ import annotations
 
@@ -22,34 +22,36 @@ __all__ = [
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the CPU engine needs none
+except ImportError:  # the CPU engine does not need it
     triton = tl = None
 
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
-"""TRITON_INTERPRET=1: kernels run on CPU tensors, one program after the other."""
+"""With TRITON_INTERPRET=1 kernels run on CPU tensors, one program after another."""
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`triton.jit`; without Triton the function as it is, which nobody calls."""
+    """`triton.jit`; without Triton, the undecorated function, which is then never called."""
     if triton is None:
         return function if function is not None else lambda undecorated: undecorated
     return triton.jit(function, **options)
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether an operation on this tensor launches its kernel and not its torch reference."""
+    """Whether an operation on this tensor launches its kernel rather than its torch reference."""
     return triton is not None and (tensor.is_cuda or INTERPRETED)
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, the programs of a persistent grid; a few in the interpreter."""
+    """How many streaming multiprocessors the device has, for the grid of a persistent kernel; a few in
+    the interpreter.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 3
 
 
 # Triton 3.9's interpreter multiplies bfloat16 as if it were integers, and its casts to bfloat16 and to
-# 8-bit floats lose the carry. With INTERPRETED the next functions come to the right values without it.
+# 8-bit floats lose the carry. With INTERPRETED the next functions avoid both.
 
 
 @jit
@@ -73,7 +75,8 @@ def as_stored(value, pointer, INTERPRETED: tl.constexpr):
 def as_float8(value, INTERPRETED: tl.constexpr):
     """A float32 tile of at most 448 as float8e4nv."""
     if INTERPRETED:
-        # Below 2**-6 there are steps of 2**-9, to which adding a number with such steps rounds.
+        # Below 2**-6 the values are multiples of 2**-9. At 1.5 * 2**14 so are those of float32, so
+        # that the addition rounds to them.
         denormal = (value + 24576.0) - 24576.0
         value = tl.where(tl.abs(value) < 0.015625, denormal, _rounded(value, 20))
     return value.to(tl.float8e4nv)
@@ -81,7 +84,7 @@ def as_float8(value, INTERPRETED: tl.constexpr):
 
 @jit
 def _rounded(value, BITS: tl.constexpr):
-    """To nearest, ties to even, leaving out the last BITS bits of the mantissa."""
+    """`value` without the last BITS bits of its mantissa, rounded to nearest, ties to even."""
     bits = value.to(tl.int32, bitcast=True)
     half = ((1 << (BITS - 1)) - 1) + ((bits >> BITS) & 1)
     return ((bits + half) & -(1 << BITS)).to(tl.float32, bitcast=True)

@@ -1,7 +1,8 @@
 """Rows in 8-bit floating point with one scale per group of 128 columns, and back.
 
-The format of DeepSeek-V3's activations (arXiv 2412.19437, section 3.3): `float8_e4m3fn`, each group
-divided by its largest magnitude over 448.
+This is the format of DeepSeek-V3's activations (arXiv 2412.19437, section 3.3): `float8_e4m3fn`, with
+
+    scale = max |x| / 448 over the group          quantized = x / scale
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ import torch
 from ep_rebalance.kernels.language import INTERPRETED, as_float8, jit, runs_triton, tl
 
 GROUP = 128
-"""Columns of one scale."""
+"""How many columns share a scale."""
 
 LARGEST = 448.0
-"""Largest finite `float8_e4m3fn`."""
+"""The largest finite `float8_e4m3fn`."""
 
 BLOCK = 16
-"""Groups that a program takes."""
+"""How many groups a program quantises."""
 
 SMALLEST_SCALE = 1e-10
 """Keeps a group of zeros from dividing by zero."""
 
 
 def quantize_rows(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8_e4m3fn [M, H], scales float32 [M, H / 128]).
+    """(quantized_MH, scales): float8_e4m3fn [M, H] and float32 [M, H / 128].
 
-    Raises ValueError if H does not divide by 128.
+    Raises ValueError if H is not a multiple of 128.
     """
     if rows_MH.shape[1] % GROUP:
         raise ValueError(f"{rows_MH.shape[1]} columns do not divide into groups of {GROUP}")
@@ -37,7 +38,7 @@ def quantize_rows(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_rows_torch(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reference of `quantize_rows`."""
+    """The reference for `quantize_rows`."""
     groups = rows_MH.float().unflatten(1, (-1, GROUP))
     scales = (groups.abs().amax(2) / LARGEST).clamp(min=SMALLEST_SCALE)
     scaled = (groups / scales.unsqueeze(2)).clamp(-LARGEST, LARGEST)
@@ -47,7 +48,10 @@ def quantize_rows_torch(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def dequantize_rows(
     quantized_MH: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The rows that were quantised, [M, H], as far as 8 bits hold them."""
+    """[M, H], the rows that were quantised, as precise as 8 bits are.
+
+    quantized_MH, scales: as returned by `quantize_rows`.
+    """
     groups = quantized_MH.float().unflatten(1, (-1, GROUP))
     return (groups * scales.unsqueeze(2)).flatten(1).to(dtype)
 
@@ -71,7 +75,7 @@ def _(rows_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_group(
     value, LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """(float8e4nv, scale of each row) of a float32 tile [rows, GROUP]."""
+    """(quantised tile, scale of each row) of a float32 tile [rows, GROUP]."""
     scale = tl.maximum(tl.max(tl.abs(value), axis=1) / LARGEST, SMALLEST_SCALE)
     scaled = value / scale[:, None]
     return as_float8(tl.clamp(scaled, -LARGEST, LARGEST), INTERPRETED), scale

@@ -1,8 +1,8 @@
 """Count a step's tokens per logical expert and send each to a slot, in one pass over the top-k ids.
 
-Where vLLM's `eplb_map_to_physical_and_record` counts per slot and picks a replica by a blind hash from
-a table 1024 wide, this counts per logical expert and phase, and picks by quota from the replicas there
-are.
+vLLM's `eplb_map_to_physical_and_record` counts per slot, and picks a replica by a blind hash from a
+table 1024 wide. This kernel counts per logical expert and phase, and picks by quota from the replicas
+that exist.
 """
 
 from __future__ import annotations
@@ -14,29 +14,27 @@ import torch
 from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
 
 HASH_STEP = 40503
-"""Odd, near 2**16 times the golden ratio: consecutive tokens fall evenly over the 16-bit hash range
-(Knuth).
+"""An odd number near 2**16 / golden ratio, so that consecutive tokens spread evenly over the 16-bit
+hash range (Knuth).
 """
 
 PREFILL, DECODE, IGNORED = 0, 1, 2
-"""Rows of the count tensor. What a token is not to be counted for lands in IGNORED, without a
-branch.
-"""
+"""Rows of the count tensor. Tokens that are not to be counted land in IGNORED, without a branch."""
 
 HISTOGRAM_PAIRS = 8192
-"""From so many (token, expert) pairs on a block counts in shared memory before it adds to the counts."""
+"""With this many (token, expert) pairs or more, a block counts in shared memory first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTables:
-    """One layer's counters and dispatch tables. Written in place only: CUDA graphs hold the
-    addresses.
+    """One layer's counters and dispatch tables.
 
-    counts_AE: int64 [3, E], tokens per logical expert since the last snapshot; rows PREFILL,
-    DECODE, IGNORED.
-    replica_slots_EC: int32 [E, C], slots of each expert (C replicas at most), -1 where there are
-    fewer.
-    thresholds_EC: int32 [E, C], ascending: cumulative quota in 1/65536; 65536 from the last used one on.
+    They are only ever written in place, because CUDA graphs hold their addresses.
+
+    counts_AE: int64 [3, E], tokens. Per logical expert since the last snapshot; the rows are PREFILL,
+        DECODE and IGNORED.
+    replica_slots_EC: int32 [E, C]. The slots of each expert, filled up with -1.
+    thresholds_EC: int32 [E, C], 1/65536. Cumulative quotas, ascending; 65536 from the last replica on.
     """
 
     counts_AE: torch.Tensor
@@ -47,13 +45,17 @@ class LayerTables:
 def route_and_count(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
-    """The slot of each of a token's experts; [T, K], dtype of `topk_ids_TK`. Adds to the counts.
+    """[T, K], of the dtype of `topk_ids_TK`: the slot for each expert of each token, which is counted.
 
-    topk_ids_TK: integer [T, K], logical ids. Those below 0 are padding: handed on as they are and not
-    counted. Those of E and more, which no router gives, become -1 and are not counted either.
-    phase_T: int8 [T], PREFILL, DECODE or IGNORED; tokens behind its end are IGNORED.
-    offset: int64 [1], differs from step to step, so that short batches do not favour one replica.
-    The tables must be contiguous. Kernel and reference give equal bits.
+    topk_ids_TK: integer [T, K]. Logical ids. Those below 0 are padding, which is passed on as it is and
+        not counted. Those of E or more, which no router gives, become -1 and are not counted either.
+    phase_T: int8 [T] or shorter. PREFILL, DECODE or IGNORED; tokens beyond its end are IGNORED.
+    tables: contiguous. Their counts are added to.
+    offset: int64 [1]. It differs from step to step, so that short batches do not favour one replica.
+
+    With hash = (t * HASH_STEP + offset) mod 65536, token `t` goes to replica `j` of its expert, where `j`
+    is the number of the expert's thresholds that are at most hash. Kernel and reference give the same
+    bits.
     """
     if torch.compiler.is_compiling():
         slots_TK: torch.Tensor = _operation(
@@ -75,7 +77,7 @@ def route_and_count(
 def count_experts(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor
 ) -> None:
-    """Only add to the counts; arguments as of `route_and_count`."""
+    """Add to the counts without routing; arguments as in `route_and_count`."""
     if runs_triton(topk_ids_TK) and not torch.compiler.is_compiling():
         _launch(topk_ids_TK, phase_T, counts_AE)
     else:
@@ -85,13 +87,13 @@ def count_experts(
 def route_and_count_torch(
     topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Reference of `route_and_count`."""
+    """The reference for `route_and_count`."""
     count_torch(topk_ids_TK, phase_T, tables.counts_AE)
     return route_torch(topk_ids_TK, tables, offset)
 
 
 def count_torch(topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: torch.Tensor) -> None:
-    """Reference of `count_experts`."""
+    """The reference for `count_experts`."""
     num_tokens, num_experts = topk_ids_TK.shape[0], counts_AE.shape[1]
     if phase_T.shape[0] != num_tokens:
         without = num_tokens - phase_T.shape[0]
@@ -105,7 +107,7 @@ def count_torch(topk_ids_TK: torch.Tensor, phase_T: torch.Tensor, counts_AE: tor
 def route_torch(
     topk_ids_TK: torch.Tensor, tables: LayerTables, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Only the slots."""
+    """The slots alone, without counting."""
     num_tokens, (num_experts, num_replicas) = topk_ids_TK.shape[0], tables.replica_slots_EC.shape
     known_TK = topk_ids_TK.long().clamp(0, num_experts - 1)
     if num_replicas == 1:
@@ -154,7 +156,7 @@ SIZES = ("num_pairs", "num_phases", "num_experts", "top_k", "num_replicas", "fir
 
 
 def _launch_metadata(grid, kernel, args):
-    """Bytes that one launch moves, for Proton: ids in, slots out, phases, and all tables once."""
+    """The bytes that one launch moves, for Proton: ids in, slots out, phases, and all tables once."""
     routes = args["slots_ptr"] is not None
     pairs = args["num_pairs"] * args["topk_ids_ptr"].itemsize * (1 + routes)
     phases = args["num_pairs"] // args["top_k"] * args["phase_ptr"].itemsize
@@ -186,11 +188,14 @@ def _kernel(
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """BINS: 0 adds every pair to the counts by itself; else a power of two of at least 3 E, and the
-    block adds each bin once. first_step: the largest power of two below num_replicas, or 0. slots_ptr:
-    None only counts.
+    """One program takes BLOCK (token, expert) pairs.
 
-    Nothing is compiled for a size or an alignment: a variant would be compiled while a step waits.
+    slots_ptr: None to count only.
+    first_step: the largest power of two below `num_replicas`, or 0.
+    BINS: 0 to add every pair to the counts by itself. Otherwise a power of two, at least 3 E, and the
+        block adds each bin once.
+
+    Sizes and alignments are not specialised on: a new variant would be compiled while a step waits.
     """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = pair < num_pairs
@@ -200,6 +205,7 @@ def _kernel(
     token = pair // top_k
     marked = known & (token < num_phases)
     phase = tl.load(phase_ptr + token, mask=marked, other=IGNORED).to(tl.int32)
+    # counts[phase, expert] += 1
     place = phase * num_experts + expert
     if BINS:
         counted = tl.histogram(place, BINS, mask=known)
@@ -213,7 +219,8 @@ def _kernel(
     if slots_ptr is not None:
         token_hash = (token * HASH_STEP + tl.load(offset_ptr).to(tl.int32)) & 0xFFFF
         row = expert * num_replicas
-        # How many thresholds lie at or below the hash, one bit of the number after the other.
+        # choice = number of thresholds <= hash, found by binary search from the highest bit down: a
+        # probe is taken if the probe-th threshold is still at most the hash.
         choice = tl.zeros([BLOCK], tl.int32)
         step = first_step
         while step > 0:
@@ -227,7 +234,7 @@ def _kernel(
 
 
 def options(num_pairs: int, num_experts: int) -> dict[str, int]:
-    """BLOCK, BINS and warps of a launch; a histogram pays where a block holds many more pairs than bins."""
+    """BLOCK, BINS and warps of a launch. A histogram pays if a block has many more pairs than bins."""
     if num_pairs < HISTOGRAM_PAIRS:
         return {"BLOCK": 256, "BINS": 0, "num_warps": 4}
     return {"BLOCK": 2048, "BINS": triton.next_power_of_2(3 * num_experts), "num_warps": 16}
@@ -241,7 +248,7 @@ def _launch(
     offset: torch.Tensor | None = None,
     slots_TK: torch.Tensor | None = None,
 ) -> None:
-    """Fill `slots_TK`; without the last three only count."""
+    """Count, and fill `slots_TK`; without the last three arguments, count only."""
     num_pairs, num_experts = topk_ids_TK.numel(), counts_AE.shape[1]
     num_replicas = 1 if tables is None else tables.replica_slots_EC.shape[1]
     if num_pairs:

@@ -1,4 +1,4 @@
-"""The tile sizes of the grouped MLP: measured for a GPU where there is a table, else by a rule.
+"""Tile sizes of the grouped MLP: from a table of measurements if there is one for the GPU, else by rule.
 
 `benchmarks/kernels.py --tune` writes `kernels/tuned/NAME.json` for the GPU that it runs on.
 """
@@ -17,9 +17,13 @@ TABLES = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """One kernel's launch. rows, columns: of the result that a program computes at a time; depth:
-    elements of a row that it multiplies at a time; columns_together: column tiles that follow each
-    other while the rows stay in cache; programs: on each processor at the same time.
+    """How one kernel is launched.
+
+    rows, columns: of the result. What a program computes at a time.
+    depth: elements of a row. What it multiplies at a time.
+    columns_together: column tiles that follow one another while the rows stay in cache.
+    programs: how many run on each processor at the same time.
+    warps, stages: `num_warps` and `num_stages` of the launch.
     """
 
     rows: int
@@ -33,24 +37,24 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpTiles:
-    """Of both halves; `rows` is the same in both, since they share the groups."""
+    """The tiles of both halves; `rows` is the same in both, because they share the groups."""
 
     gate_up: Tiles
     down: Tiles
 
     @property
     def rows(self) -> int:
-        """Rows of a block of `group_tokens`."""
+        """How many rows a block of `group_tokens` has."""
         return self.gate_up.rows
 
     @property
     def numbers(self) -> list[int]:
-        """All of both, as `of_numbers` takes them."""
+        """The fields of both halves, one after another, as `of_numbers` takes them."""
         return [*astuple(self.gate_up), *astuple(self.down)]
 
     @classmethod
     def of_numbers(cls, numbers: list[int]) -> MlpTiles:
-        """Inverse of `numbers`."""
+        """The inverse of `numbers`."""
         names = [field.name for field in fields(Tiles)]
         halves = (numbers[: len(names)], numbers[len(names) :])
         gate_up, down = (Tiles(**dict(zip(names, half, strict=True))) for half in halves)
@@ -66,7 +70,7 @@ def mlp_tiles(
     fp8: bool,
     device: torch.device,
 ) -> MlpTiles:
-    """What to launch for `num_pairs` pairs on `num_slots` slots of that shape."""
+    """The tiles for `num_pairs` pairs on `num_slots` slots, with experts of this shape."""
     mean_rows = num_pairs / max(num_slots, 1)
     measured = _measured(device, num_slots, hidden, intermediate, fp8)
     if measured:
@@ -75,12 +79,14 @@ def mlp_tiles(
 
 
 def rule(mean_rows: float, *, fp8: bool) -> MlpTiles:
-    """For a GPU without a table: short blocks that waste few rows where groups are small and the
-    weights are what takes the time, large ones where arithmetic does.
+    """The tiles for a GPU without a table.
 
-    `gate_up` keeps two accumulators, so it takes half the columns or twice the warps of `down`, and in
-    8-bit floats, whose tiles are as wide and deep as a scale, at most 64 rows. Registers and shared
-    memory of all of them on an H100: `benchmarks/kernel_resources.py`.
+    mean_rows: (token, expert) pairs. How many a slot has on average.
+
+    Where groups are small, reading weights takes the time, and short blocks waste few rows; where
+    arithmetic takes it, blocks are large. `gate_up` keeps two accumulators, so it gets half the columns
+    or twice the warps of `down`. In 8-bit floats a tile is as wide and as deep as a scale, so it has at
+    most 64 rows. `benchmarks/kernel_resources.py` prints registers and shared memory on an H100.
     """
     rows = next((rows for rows in (16, 32, 64) if mean_rows <= rows), 64 if fp8 else 128)
     large = rows == 128
@@ -106,17 +112,17 @@ def rule(mean_rows: float, *, fp8: bool) -> MlpTiles:
 
 
 def shape_key(*, num_slots: int, hidden: int, intermediate: int, fp8: bool) -> str:
-    """The name of a layer's shape in a table."""
+    """The key of a layer's shape in a table."""
     return f"S={num_slots},H={hidden},I={intermediate}{',fp8' if fp8 else ''}"
 
 
 def table_name(device_name: str) -> str:
-    """File name of a GPU's table."""
+    """The file name of a GPU's table."""
     return "".join(c if c.isalnum() else "_" for c in device_name) + ".json"
 
 
 def write_table(device_name: str, measured: dict[str, dict[float, MlpTiles]]) -> Path:
-    """Write the best tiles for each shape and mean number of rows per slot; returns the file."""
+    """Write the best tiles by shape and by mean number of rows per slot; returns the file."""
     TABLES.mkdir(exist_ok=True)
     path = TABLES / table_name(device_name)
     rows = {
@@ -131,7 +137,7 @@ def write_table(device_name: str, measured: dict[str, dict[float, MlpTiles]]) ->
 def _measured(
     device: torch.device, num_slots: int, hidden: int, intermediate: int, fp8: bool
 ) -> dict[float, MlpTiles]:
-    """By mean rows of a slot; empty where nothing was measured."""
+    """The tiles by mean rows of a slot; empty if nothing was measured."""
     if device.type != "cuda":
         return {}
     key = shape_key(num_slots=num_slots, hidden=hidden, intermediate=intermediate, fp8=fp8)

@@ -1,7 +1,7 @@
-"""A token's result from the outputs of its experts: summed in top-k order, in float32.
+"""A token's result: the weighted outputs of its experts, summed in top-k order in float32.
 
 Each addition is one fused multiply-add, as in vLLM's CPU kernel (csrc/cpu/cpu_fused_moe.cpp), so that
-the sum is the same bits wherever the outputs were computed.
+the sum has the same bits wherever the outputs were computed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ def weighted_sum(
 ) -> torch.Tensor:
     """float32 [T, H], the sum over k of `weights[t, k] * outputs[position[t, k]]`.
 
-    outputs_NH: unweighted. position_TK: int64 [T, K], rows of `outputs_NH`; -1 adds nothing, whatever its
-    weight. weights_TK: float32. Kernel and reference give equal bits.
+    outputs_NH: [N, H]. One unweighted output for each pair.
+    position_TK: int64 [T, K]. Rows of `outputs_NH`; -1 adds nothing, whatever its weight.
+    weights_TK: float32 [T, K].
+
+    Kernel and reference give the same bits.
     """
     if torch.compiler.is_compiling():
         total: torch.Tensor = _operation(outputs_NH, position_TK, weights_TK)
@@ -30,7 +33,7 @@ def weighted_sum(
 def weighted_sum_torch(
     outputs_NH: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Reference of `weighted_sum`."""
+    """The reference for `weighted_sum`."""
     if not len(outputs_NH):
         return outputs_NH.new_zeros(len(position_TK), outputs_NH.shape[1], dtype=torch.float32)
     nothing_TK = position_TK < 0
@@ -70,6 +73,8 @@ def _kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = column < hidden
+    # total[h] = fma(outputs[row_k, h], weight_k, total[h]) for k = 0, 1, ...; where row_k is -1 nothing
+    # is read, since `columns` is 0, and zeros are added.
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(position_ptr + token * TOP_K + k)
@@ -86,7 +91,7 @@ def _kernel(
 
 
 def block(hidden: int) -> int:
-    """Columns that a program sums."""
+    """How many columns a program sums."""
     return min(1024, 1 << (hidden - 1).bit_length())
 
 

@@ -1,7 +1,9 @@
-"""Load memory: what was seen before the window, summed up by likeness.
+"""Load memory: what was seen before the window, in sums of similar samples.
 
-Kinds of traffic come back, and experts that were busy together then will be again. A handful of sums
-stands for them: when there is one too many, the two that are most alike become one.
+Kinds of traffic come back, and experts that were busy together will be so again. A handful of sums
+stands for them: when there is one too many, the two that are most alike are merged.
+
+Letters of this module: `X` the experts of all layers, flattened; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from numpy.typing import NDArray
 from ep_rebalance.load.window import WindowLoad
 
 LOADS = 8
-"""Sums that are kept. Planning takes as long as there are samples."""
+"""How many sums are kept. The time to plan grows with their number."""
 
 HALF_LIFE_SAMPLES = 400.0
-"""Samples after which a load counts half, so that traffic that ended is forgotten."""
+"""A load counts half after this many more samples, so that traffic that has ended is forgotten."""
 
 
 class LoadHistory:
-    """Grows by `add`; `joined` puts it beside the window."""
+    """What was seen before the window: `add` extends it, and `joined` puts it before a window."""
 
     def __init__(self) -> None:
         self._loads: list[NDArray[np.float64]] = []
@@ -27,10 +29,11 @@ class LoadHistory:
         self._added = 0
 
     def add(self, load: WindowLoad) -> None:
-        """Remember every sample of `load`, however old it is.
+        """Remember every sample of `load`, whatever its weight.
 
-        Likeness is Ward's (1963): the least growth of the squared distances of expert shares from
-        the mean of their sum, tokens counted.
+        The two sums that are most alike are those that Ward (1963) would merge: merging them adds least
+        to the squared distances of the experts' shares from the mean shares of their sum, each weighted
+        by its tokens.
         """
         for tokens_LE, steps in zip(load.tokens_WLE, load.steps_W, strict=True):
             self._remember(tokens_LE, float(steps))
@@ -47,13 +50,17 @@ class LoadHistory:
             self._steps[first] += self._steps.pop(second)
 
     def joined(self, recent: WindowLoad, share: float) -> WindowLoad:
-        """`recent` with the memory before it, which makes up `share` of the weighted tokens; less
-        while there were fewer samples in it than in `recent`."""
+        """`recent`, with the memory as further samples before it.
+
+        share: 0 or more, below 1. The fraction of all weighted tokens that the memory makes up; less
+            for as long as it has seen fewer samples than there are in `recent`.
+        """
         if not self._loads or share <= 0.0:
             return recent
         memory_WLE = np.stack(self._loads)
         weighted = float(recent.weight_W @ recent.tokens_WLE.sum(axis=(1, 2)))
         filled = min(1.0, self._added / len(recent.weight_W))
+        # weight * memory / (weight * memory + recent) = share, solved for weight
         weight = filled * share / (1.0 - share) * weighted / memory_WLE.sum()
         return WindowLoad(
             tokens_WLE=np.concatenate([memory_WLE, recent.tokens_WLE]),
@@ -63,7 +70,8 @@ class LoadHistory:
 
 
 def _most_alike(tokens_WLE: NDArray[np.float64]) -> tuple[int, int]:
-    """Two indices, the smaller first."""
+    """The indices of the two samples to merge, the smaller one first."""
+    # Ward's growth for sums of a and b tokens: |share_a - share_b|^2 / (1 / a + 1 / b).
     total_W = tokens_WLE.sum(axis=(1, 2))
     shares_WX = tokens_WLE.reshape(len(total_W), -1) / total_W[:, None]
     products_WW = shares_WX @ shares_WX.T

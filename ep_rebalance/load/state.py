@@ -1,9 +1,9 @@
-"""Placement and load on disk: what a restart begins from.
+"""State file: the placement and the load on disk, from which a restart begins.
 
-One `.npz` file: arrays and a JSON header, written whole or not at all (temporary file, fsync,
-rename), read without pickle. The archive's comment is a digest of all bytes before it, checked before
-anything is parsed. A file that does not fit the model or the ranks is refused with the reason, and
-never overwritten.
+It is one `.npz` file with arrays and a JSON header, written whole or not at all (temporary file, fsync,
+rename) and read without pickle. The archive's comment is a digest of all bytes before it, which is
+checked before anything is parsed. A file that does not fit the model or the ranks is refused with the
+reason, and never overwritten.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _MAX_BYTES = 1 << 30
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a saved placement belongs to.
+    """The model and layout that a saved placement belongs to.
 
-    config_hash: over the model's configuration, so that a moved or renamed checkpoint is still the
-    same model.
+    config_hash: hash of the model's configuration, by which a checkpoint that was moved or renamed is
+        still the same model.
     """
 
     model: str
@@ -59,7 +59,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SavedState:
-    """load_LE: float64 [L, E], tokens per logical expert in the window when the state was saved."""
+    """The content of a state file.
+
+    quotas_LP: float64 [L, P]. The quotas with which `placement` was served.
+    load_LE: float64 [L, E], tokens. Per logical expert in the window when the state was saved.
+    """
 
     header: Header
     placement: Placement
@@ -68,7 +72,7 @@ class SavedState:
 
 
 def save_state(path: Path, state: SavedState) -> None:
-    """Replace the file at once. Raises OSError if the folder cannot be written."""
+    """Write the file, or replace it atomically. Raises OSError if that fails."""
     arrays: dict[str, Any] = {
         "header": np.frombuffer(msgspec.json.encode(state.header), dtype=np.uint8),
         "slots_LP": state.placement.slots_LP,
@@ -132,9 +136,10 @@ def check_writable(path: Path) -> None:
 
 
 def _sealed(arrays: dict[str, Any]) -> bytes:
-    """The file's bytes: an archive that ends with the digest of what comes before."""
+    """The bytes of the file: an archive that ends with the digest of everything before it."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
+    # An archive's comment is its end; zeros stand in for the digest.
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = b"0" * _DIGEST_BYTES
     content = buffer.getvalue()[:-_DIGEST_BYTES]
@@ -146,11 +151,12 @@ def _digest(content: bytes) -> bytes:
 
 
 def _unsealed(path: Path) -> bytes:
+    """The bytes of the file, if their digest is right. Raises ValueError otherwise."""
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
     data = path.read_bytes()
     if not data.startswith(b"PK"):
-        raise ValueError("it is no archive of arrays")
+        raise ValueError("it is not an archive of arrays")
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if not _HEX.issuperset(digest):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Engine steps of one rank: how many, how long, and which of them moved experts.
+"""Step times: how many engine steps one rank took, how long they were, and which moved experts.
 
-The host only launches a step's work on an accelerator, so the time that it spends on a step says
-little. What a step takes is the interval between the ends of two steps, as long as the engine had
-work all the time: where a request is in both.
+On an accelerator the host only launches the work of a step, so the time that it spends on one says
+little. A step takes as long as the interval between its end and the end of the step before it,
+provided that the engine had work all the time, which it had if some request is in both.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from collections import deque
 from dataclasses import dataclass
 
 STEPS_KEPT = 65_536
+"""How many busy steps are kept for `StepTimes.take_recent`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """One engine step of this rank: when, and whether it also moved experts.
+    """One engine step of this rank.
 
-    began: end of the step before if this one continued it, else when its inputs were prepared.
-    began, ended: seconds of `time.perf_counter`, on Linux the same clock in all processes.
+    began: seconds. When the previous step ended if this one continued it, otherwise when the inputs of
+        this one were prepared.
+    ended: seconds.
+    migrated: whether the step also moved experts.
+
+    Times are those of `time.perf_counter`, which on Linux is the same clock in all processes.
     """
 
     began: float
@@ -32,10 +37,13 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSum:
-    """Steps since the snapshot before.
+    """The steps since the previous snapshot.
 
-    continued: steps that continued the one before, and their intervals. alone: all other steps in
-    which this rank had tokens, and the host's time from their inputs to their end.
+    steps: all of them, with or without tokens on this rank.
+    continued: those that continued the step before them.
+    continued_seconds: the intervals from end to end of these.
+    alone: all other steps in which this rank had tokens.
+    alone_seconds: the host's time from the inputs of these to their end.
     """
 
     steps: int = 0
@@ -54,14 +62,16 @@ class StepTimes:
         self._reset()
 
     def begin(self) -> None:
-        """A step has been computed; its time is not known yet."""
+        """Count a step that has been computed; how long it took is not known yet."""
         self._steps += 1
 
     def end(self, started: float | None, ended: float, *, continues: bool, migrated: bool) -> None:
-        """The same step is over.
+        """Add the time of the same step once it has ended.
 
-        started: None if this rank had no tokens in it. continues: some request was in the step before
-        as well; believed only if that step ended here.
+        started: seconds. None if this rank had no tokens in the step.
+        ended: seconds.
+        continues: whether some request was also in the step before; that counts only if this rank had
+            tokens in that step.
         """
         before, self._busy_since = self._busy_since, None if started is None else ended
         if started is None:
@@ -77,7 +87,7 @@ class StepTimes:
         self._recent.append(step)
 
     def take_sum(self) -> StepSum:
-        """What a snapshot reports; the next sum begins at zero."""
+        """The sums since the last call, which the next snapshot reports."""
         total = StepSum(
             steps=self._steps,
             continued=self._continued,

@@ -1,6 +1,6 @@
 """Load window: the recent snapshots of expert load, kept for the planner.
 
-Letters: `A` phases, `L` MoE layers, `E` logical experts, `W` snapshots in the window.
+Letters of this module: `G` groups of samples; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSample:
-    """What one snapshot adds.
+    """What one snapshot adds to the window.
 
-    counts_ALE: int64 [A, L, E], tokens per logical expert summed over all ranks, `A` in the order
-        of PHASES; a token counts once for each expert it was routed to.
-    steps: engine steps that the snapshot sums up.
-    step_seconds: mean time of one of them; 0 where none could be timed.
-    generation: of the placement that served it.
-    load_LE: int64 [L, E], phases together.
+    counts_ALE: int64 [A, L, E], tokens. Per logical expert, summed over all ranks; a token counts once
+        for each expert that it was routed to. Phases are in the order of PHASES.
+    steps: engine steps that the snapshot covers.
+    step_seconds: mean time of one of them; 0 if none could be timed.
+    generation: number of the placement that served them.
+    load_LE: int64 [L, E], tokens. All phases together.
     routed: tokens that the busiest layer routed, each counted once for each of its experts.
     """
 
@@ -47,7 +47,7 @@ class LoadSample:
         object.__setattr__(self, "routed", int(self.load_LE.sum(axis=1).max()))
 
     def load_of(self, phases: Sequence[str]) -> NDArray[np.int64]:
-        """int64 [L, E]."""
+        """int64 [L, E], tokens of these phases per logical expert."""
         if set(phases) == set(PHASES):
             return self.load_LE
         load_LE: NDArray[np.int64] = self.counts_ALE[[PHASES.index(phase) for phase in phases]].sum(
@@ -60,10 +60,10 @@ class LoadSample:
 class WindowLoad:
     """The window as a planner sees it.
 
-    tokens_WLE: float64 [W, L, E], tokens per logical expert in each sample, oldest first; a token
-        counts once for each expert it was routed to.
-    weight_W: float64 [W], what a sample counts for its age; the newest 1.
-    steps_W: float64 [W], engine steps that it sums up.
+    tokens_WLE: float64 [W, L, E], tokens. Per logical expert in each sample, oldest first; a token
+        counts once for each expert that it was routed to.
+    weight_W: float64 [W]. How much a sample counts, by its age; 1 for the newest.
+    steps_W: float64 [W]. Engine steps that a sample covers.
     """
 
     tokens_WLE: NDArray[np.float64]
@@ -72,13 +72,13 @@ class WindowLoad:
 
     @property
     def load_LE(self) -> NDArray[np.float64]:
-        """float64 [L, E], tokens per logical expert, samples weighted by their age."""
+        """float64 [L, E], tokens per logical expert, with the samples weighted."""
         load_LE: NDArray[np.float64] = np.einsum("w,wle->le", self.weight_W, self.tokens_WLE)
         return load_LE
 
 
 class LoadWindow:
-    """The last `snapshots` snapshots that carried tokens; idle ones say nothing and are not kept."""
+    """The last `snapshots` snapshots with tokens; idle ones say nothing and are not kept."""
 
     def __init__(self, snapshots: int) -> None:
         if snapshots < 1:
@@ -90,7 +90,7 @@ class LoadWindow:
         return len(self._samples)
 
     def append(self, sample: LoadSample) -> None:
-        """Add the newest snapshot, dropping the oldest if full.
+        """Add the newest snapshot; drop the oldest one if the window is full.
 
         Raises ValueError if its layers or experts differ from those already in the window.
         """
@@ -104,7 +104,7 @@ class LoadWindow:
             self._since_plan += 1
 
     def plan_is_due(self, limits: WindowConfig, interval_snapshots: int) -> bool:
-        """Whether enough was seen since the plan before, and at all."""
+        """Whether enough was seen, both since the previous plan and in all."""
         return (
             self._since_plan >= interval_snapshots
             and len(self) >= limits.min_snapshots
@@ -112,7 +112,7 @@ class LoadWindow:
         )
 
     def begin_plan(self) -> int:
-        """How many of `samples` are later than the plan before; counting begins anew."""
+        """How many of `samples` came after the previous plan; the count starts again from 0."""
         unseen, self._since_plan = self._since_plan, 0
         return min(unseen, len(self))
 
@@ -121,7 +121,7 @@ class LoadWindow:
         self._since_plan = 0
 
     def samples(self) -> tuple[LoadSample, ...]:
-        """The snapshots that it keeps, oldest first."""
+        """The snapshots in the window, oldest first."""
         return tuple(self._samples)
 
     @property
@@ -131,7 +131,7 @@ class LoadWindow:
 
     @property
     def step_seconds(self) -> float:
-        """Mean time of an engine step in the window; 0 while none was timed."""
+        """Mean time of an engine step in the window; 0 if none was timed."""
         timed = [sample for sample in self._samples if sample.step_seconds]
         steps = sum(sample.steps for sample in timed)
         seconds = sum(sample.steps * sample.step_seconds for sample in timed)
@@ -145,11 +145,14 @@ def window_load(
     half_life: float = math.inf,
     max_samples: int = 8,
 ) -> WindowLoad:
-    """What a planner gets of `samples`, oldest first.
+    """The load of `samples`, oldest first, as a planner gets it.
 
-    phases: whose tokens count. half_life: snapshots after which one counts half. max_samples: the
-    older half of a longer window is summed up in groups, since planning takes as long as there are
-    samples. Raises ValueError without samples: layers and experts are unknown.
+    phases: those whose tokens count.
+    half_life: snapshots. A snapshot of this age counts half.
+    max_samples: if there are more samples, older ones are summed in groups, because the time to plan
+        grows with their number. The newer half stay single.
+
+    Raises ValueError if there are no samples: layers and experts are then unknown.
     """
     if not samples:
         raise ValueError("the load window holds no snapshot with tokens yet")
@@ -164,7 +167,10 @@ def window_load(
 
 
 def _group(count: int, most: int) -> list[NDArray[np.intp]]:
-    """Indices 0..count-1 in order, in `most` groups at most; the newer half stand alone."""
+    """Indices 0..count-1 in order, in at most `most` groups.
+
+    If there are more indices than groups, half of the groups hold one of the newest indices each.
+    """
     alone = count if count <= most else most // 2
     old, new = np.arange(count - alone), np.arange(count - alone, count)
     groups = np.array_split(old, most - alone) if old.size else []

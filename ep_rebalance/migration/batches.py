@@ -1,5 +1,9 @@
-"""What a migration consists of, as columns: tens of thousands of objects would take longer to make
-than to work out.
+"""Batches: what a migration consists of.
+
+Moves and transfers are kept as columns, because making tens of thousands of objects would take longer
+than working them out.
+
+Letters: `M` moves, `N` rounds, `X` transfers; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ from ep_rebalance.topology import LINKS, Link
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """One expert of one layer on its way into a slot; slot numbers count over all ranks.
+    """One expert of one layer on its way into a slot.
 
-    staging: place in the destination rank's staging memory, from 0 in each batch.
+    src_slot, dst_slot: counted over all ranks.
+    staging: place in the destination rank's staging memory, counted from 0 in each batch.
     """
 
     layer: int
@@ -35,7 +40,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moves(Fetches):
-    """The moves of a batch, in the order of layers and slots; every field is int64 [M]."""
+    """The moves of a batch, in the order of layers and slots; every field is int64 [M], see `Move`."""
 
     staging: IntArray
 
@@ -57,11 +62,13 @@ class Moves(Fetches):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rounds:
-    """All-to-alls, one after the other; each has at most one transfer of each move.
+    """All-to-alls, one after another, with at most one transfer for each move.
 
-    first_N1: int64 [N + 1]; round n makes transfers `first_N1[n]` to `first_N1[n + 1]`.
-    move, start, stop: int64 [X]; a transfer is the bytes `start` to `stop` of the packed expert that
-        the move moves.
+    A transfer is a byte range of the packed expert that its move brings.
+
+    first_N1: int64 [N + 1]. Round `n` makes the transfers `first_N1[n]` to `first_N1[n + 1]`.
+    move: int64 [X]. Index of the move that a transfer belongs to.
+    start, stop: int64 [X], bytes. The range of the packed expert.
     """
 
     first_N1: IntArray
@@ -77,7 +84,7 @@ class Rounds:
 class Batch:
     """Whole layers whose moves fit into the staging memory together.
 
-    itinerary: the part of the rank that the migration was worked out for, None if for none.
+    itinerary: what one rank does, if the migration was worked out for a rank.
     """
 
     layers: tuple[int, ...]
@@ -86,15 +93,15 @@ class Batch:
     itinerary: Itinerary | None = None
 
     def arrivals(self, rank: int) -> tuple[Move, ...]:
-        """The moves into slots of one rank."""
+        """The moves into the slots of `rank`."""
         return tuple(self.moves[i] for i in np.flatnonzero(self.moves.dst_rank == rank).tolist())
 
     def num_moves(self, link: Link) -> int:
-        """Moves over links of that kind."""
+        """How many moves go over links of that kind."""
         return int(np.count_nonzero(self.moves.over(link)))
 
     def num_bytes(self, link: Link | None = None) -> int:
-        """Bytes over links of that kind; over all of them if None."""
+        """Bytes that go over links of that kind; over all links if None."""
         bytes_X = self.rounds.stop - self.rounds.start
         if link is not None:
             bytes_X = bytes_X[self.moves.over(link)[self.rounds.move]]
@@ -103,9 +110,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Migration:
-    """The way from `source` to `target`; a layer whose quotas alone change is in no batch.
+    """The way from `source` to `target`.
 
-    quotas_LP: float64 [L, P], the quotas to serve `target` with.
+    quotas_LP: float64 [L, P]. The quotas to serve `target` with.
+    batches: in order. A layer of which only the quotas change is in none of them.
     """
 
     source: Placement
@@ -123,9 +131,9 @@ class Migration:
 
     @property
     def num_steps(self) -> int:
-        """Engine steps that it takes: one for each round, and one for each batch's vote."""
+        """How many engine steps it takes: one for each round, and one for the vote on each batch."""
         return self.num_rounds + len(self.batches)
 
     def num_bytes(self, link: Link | None = None) -> int:
-        """Bytes over links of that kind; over all of them if None."""
+        """Bytes that go over links of that kind; over all links if None."""
         return sum(batch.num_bytes(link) for batch in self.batches)

@@ -1,7 +1,9 @@
 """Itinerary: what one rank sends and receives in each round, and where it lies on the wire.
 
-Worked out with the schedule, off the step path, so that a round costs no more than its launches, and
-so that nothing is left in it that one rank could fail at alone.
+It is worked out with the schedule, off the step path. A round then costs no more than its launches,
+and leaves nothing to work out in which one rank could fail alone.
+
+Letters: `N` rounds, `M` moves, `X` transfers and in `legs_X6` legs; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from ep_rebalance.compiled import compiled
 from ep_rebalance.planning.sources import Fetches, IntArray
 
 CHECKSUM_BYTES = 16
-"""On the wire every range is padded to this, and behind an expert's last range is its checksum."""
+"""On the wire every byte range is padded to a multiple of this, and an expert's last range is followed
+by its checksum."""
 
 
 class Leg(NamedTuple):
     """A byte range of a packed expert on its way from or to this rank.
 
-    place: the local slot that it is read from, or the place in the staging memory that it goes to.
-    start, stop: bytes of the packed expert. offset: where they begin on the wire. checksum: where the
-    expert's checksum is on the wire, or -1 if this is not its last range.
+    place: the local slot that it is read from, or the place in the staging memory where it goes.
+    start, stop: bytes of the packed expert.
+    offset: bytes. Where the range begins on the wire.
+    checksum: bytes. Where the expert's checksum is on the wire; -1 if this is not its last range.
     """
 
     layer: int
@@ -37,11 +41,11 @@ class Leg(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Legs:
-    """One direction of an itinerary: N rounds, R ranks, X legs.
+    """One direction of an itinerary.
 
-    bytes_NR: int64 [N, R], on the wire to or from each peer; the wire is laid out by peer.
-    first_N1: int64 [N + 1]; round n has legs `first_N1[n]` to `first_N1[n + 1]`.
-    legs_X6: int64 [X, 6], the fields of `Leg`.
+    bytes_NR: int64 [N, R], bytes. On the wire to or from each peer; the wire is laid out by peer.
+    first_N1: int64 [N + 1]. Round `n` has the legs `first_N1[n]` to `first_N1[n + 1]`.
+    legs_X6: int64 [X, 6]. The fields of `Leg`.
     """
 
     bytes_NR: IntArray
@@ -49,26 +53,54 @@ class Legs:
     legs_X6: IntArray
 
     def splits(self, number: int) -> list[int]:
-        """Bytes to or from each peer in one round."""
+        """Bytes to or from each peer in round `number`."""
         splits: list[int] = self.bytes_NR[number].tolist()
         return splits
 
     def of_round(self, number: int) -> Iterator[Leg]:
+        """The legs of round `number`."""
         first, last = self.first_N1[number : number + 2]
         return map(Leg._make, self.legs_X6[first:last].tolist())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Itinerary:
-    """One rank's part in the rounds of a batch.
+    """What one rank does in the rounds of a batch.
 
-    busiest_bytes: most that any rank sends or receives in a round, on the wire; the same on all ranks.
+    busiest_bytes: bytes on the wire. The most that any rank sends or receives in a round; the same on
+        all ranks.
     """
 
     rank: int
     sends: Legs
     receives: Legs
     busiest_bytes: int
+
+
+class _Transfers(NamedTuple):
+    """The transfers of all ranks, round by round.
+
+    first_N1: int64 [N + 1]. Round `n` has the transfers `first_N1[n]` to `first_N1[n + 1]`.
+    transfers_3X: int64 [3, X]. Move, first byte and end of each.
+    wire_X: int64 [X], bytes. On the wire.
+    """
+
+    first_N1: IntArray
+    transfers_3X: IntArray
+    wire_X: IntArray
+
+
+class _Ends(NamedTuple):
+    """The moves as seen from one end.
+
+    here_M: int64 [M]. The rank at this end.
+    peer_M: int64 [M]. The rank at the other end.
+    place_M: int64 [M]. As `Leg.place`, at this end.
+    """
+
+    here_M: IntArray
+    peer_M: IntArray
+    place_M: IntArray
 
 
 def itinerary(
@@ -81,16 +113,23 @@ def itinerary(
     slots_per_rank: int,
     expert_bytes_L: IntArray,
 ) -> Itinerary:
-    """The part of `rank`. rounds: as of `fill_rounds`, with the moves' numbers."""
+    """What `rank` does in the rounds of a batch.
+
+    staging_M: int64 [M]. The place of each move in its destination's staging memory.
+    rounds: as returned by `fill_rounds` for these moves.
+    expert_bytes_L: int64 [L], bytes. Packed size of one expert of each layer.
+    """
     first_N1, transfers_3X = rounds
     bytes_M = expert_bytes_L[moves.layer]
     src_M, dst_M = moves.src_rank, moves.dst_rank
     local_slot_M = moves.src_slot % slots_per_rank
     wire_X = _wire_bytes(transfers_3X, bytes_M)
+    transfers = _Transfers(first_N1, transfers_3X, wire_X)
     ways = []
-    for here_M, peer_M, place_M in ((src_M, dst_M, local_slot_M), (dst_M, src_M, staging_M)):
-        of_rank = (rank, here_M, peer_M, moves.layer, place_M, bytes_M)
-        bytes_NR, leg_first_N1, legs_X6 = _legs(*of_rank, first_N1, transfers_3X, wire_X, num_ranks)
+    for ends in (_Ends(src_M, dst_M, local_slot_M), _Ends(dst_M, src_M, staging_M)):
+        bytes_NR, leg_first_N1, legs_X6 = _legs(
+            rank, ends, moves.layer, bytes_M, transfers, num_ranks
+        )
         ways.append(Legs(bytes_NR=bytes_NR, first_N1=leg_first_N1, legs_X6=legs_X6))
     busiest = int(_busiest(src_M, dst_M, first_N1, transfers_3X, wire_X, num_ranks))
     return Itinerary(rank=rank, sends=ways[0], receives=ways[1], busiest_bytes=busiest)
@@ -98,7 +137,8 @@ def itinerary(
 
 @compiled
 def _wire_bytes(transfers_3X: IntArray, bytes_M: IntArray) -> IntArray:
-    """Bytes of each transfer on the wire."""
+    """int64 [X], bytes of each transfer on the wire."""
+    # ceil(size / CHECKSUM_BYTES) units, and one more behind the last range of an expert
     wire_X = np.empty(transfers_3X.shape[1], np.int64)
     for transfer in range(wire_X.size):
         move, start, stop = transfers_3X[:, transfer]
@@ -110,17 +150,15 @@ def _wire_bytes(transfers_3X: IntArray, bytes_M: IntArray) -> IntArray:
 @compiled
 def _legs(
     rank: int,
-    here_M: IntArray,
-    peer_M: IntArray,
+    ends: _Ends,
     layer_M: IntArray,
-    place_M: IntArray,
     bytes_M: IntArray,
-    first_N1: IntArray,
-    transfers_3X: IntArray,
-    wire_X: IntArray,
+    transfers: _Transfers,
     num_ranks: int,
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """The fields of `Legs`, where `here_M` is the rank at this end of each move."""
+    """The fields of `Legs` for `rank`, which is at this end of its moves."""
+    here_M, peer_M, place_M = ends
+    first_N1, transfers_3X, wire_X = transfers
     rounds, legs = first_N1.size - 1, 0
     for move in transfers_3X[0]:
         legs += here_M[move] == rank
@@ -134,6 +172,7 @@ def _legs(
             move = transfers_3X[0, transfer]
             if here_M[move] == rank:
                 bytes_NR[number, peer_M[move]] += wire_X[transfer]
+        # The wire is laid out by peer, and for each peer by transfer.
         offset_R = np.cumsum(bytes_NR[number]) - bytes_NR[number]
         for transfer in range(first, last):
             move, start, stop = transfers_3X[:, transfer]
@@ -143,8 +182,8 @@ def _legs(
             offset_R[peer_M[move]] += wire_X[transfer]
             legs_X6[leg, 0], legs_X6[leg, 1] = layer_M[move], place_M[move]
             legs_X6[leg, 2], legs_X6[leg, 3], legs_X6[leg, 4] = start, stop, offset
-            ends = stop == bytes_M[move]
-            legs_X6[leg, 5] = offset_R[peer_M[move]] - CHECKSUM_BYTES if ends else -1
+            is_last = stop == bytes_M[move]
+            legs_X6[leg, 5] = offset_R[peer_M[move]] - CHECKSUM_BYTES if is_last else -1
             leg += 1
         leg_first_N1[number + 1] = leg
     return bytes_NR, leg_first_N1, legs_X6
@@ -159,6 +198,7 @@ def _busiest(
     wire_X: IntArray,
     num_ranks: int,
 ) -> int:
+    """The most bytes that any rank sends or receives in a round, on the wire."""
     busiest = 0
     for number in range(first_N1.size - 1):
         sent_R, received_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)

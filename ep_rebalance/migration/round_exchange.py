@@ -1,9 +1,9 @@
 """One round of a migration: a single `all_to_all_single` of bytes between two engine steps.
 
-Every rank has the splits of every round before the first one begins, so nothing is negotiated and
-nothing can pair wrongly. A rank that fails at anything of its own still takes part in every
-collective, with what is in its buffer; it reports the fault in the vote that ends the batch, and the
-checksums would show it too.
+Every rank knows the splits of every round before the first one begins, so nothing is negotiated and
+nothing can pair wrongly. A rank that fails in its own work still takes part in every collective, with
+whatever is in its buffer. It reports the fault in the vote that ends the batch, and the checksums
+would reveal it too.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 class StagingFull(RuntimeError):
-    """A batch does not fit into the buffers that were reserved at start."""
+    """A batch does not fit into the buffers that were reserved at the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What ranks voted at the end of a batch: how many saw which fault."""
+    """What the ranks voted at the end of a batch: how many of them saw each fault.
+
+    transport: ranks on which a round failed.
+    checksum: ranks on which an expert arrived damaged.
+    replaced: ranks whose weights the engine replaced in the meantime.
+    """
 
     transport: int
     checksum: int
@@ -48,8 +53,8 @@ class Faults:
 class RoundExchange:
     """Moves packed experts into this rank's staging memory, round by round.
 
-    max_bytes: most expert bytes that a rank sends, and receives, in one round.
-    staging_slots: experts that the staging memory holds.
+    max_bytes: bytes of experts. The most that a rank sends, and receives, in one round.
+    staging_slots: how many experts the staging memory holds.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class RoundExchange:
         self.size = dist.get_world_size(group)
         self._memory = memory
         largest, smallest = max(memory.expert_bytes_L), min(memory.expert_bytes_L)
+        # Whole experts, two that are cut for each peer, and a few to spare. On the wire each range is
+        # padded by less than CHECKSUM_BYTES and may be followed by a checksum.
         transfers = max_bytes // smallest + 2 * self.size + 8
         capacity = max_bytes + transfers * 2 * CHECKSUM_BYTES
         self._send = torch.zeros(capacity, dtype=torch.uint8, device=memory.device)
@@ -79,8 +86,10 @@ class RoundExchange:
         self._transport_failed = False
 
     def warm_up(self) -> None:
-        """On all ranks in the same order, before serving: connect to every peer, compile and load
-        every kernel of a migration. Weights and staging stay as they are.
+        """Connect to every peer, and compile and load every kernel of a migration.
+
+        To be called before serving, on all ranks in the same order. Weights and staging memory stay
+        as they are.
         """
         self._memory.warm_up(self.staging[0])
         self._send.zero_()
@@ -96,7 +105,7 @@ class RoundExchange:
         self._votes.result()
 
     def begin_batch(self, batch: Batch) -> None:
-        """Forget the faults of the batch before. Raises StagingFull, on all ranks or on none."""
+        """Forget the faults of the previous batch. Raises StagingFull on all ranks or on none."""
         busiest = _itinerary(batch).busiest_bytes
         if busiest > self._send.numel():
             raise StagingFull(
@@ -105,7 +114,7 @@ class RoundExchange:
         self._transport_failed = False
 
     def replace_memory(self, memory: ExpertMemory) -> None:
-        """Other tensors hold this rank's experts. Raises ValueError if an expert's size is another."""
+        """Use other tensors as this rank's experts. Raises ValueError if an expert's size differs."""
         if memory.expert_bytes_L != self._memory.expert_bytes_L:
             raise ValueError(
                 f"experts of {memory.expert_bytes_L} bytes do not fit in the place of "
@@ -114,10 +123,10 @@ class RoundExchange:
         self._memory = memory
 
     def exchange(self, batch: Batch, number: int) -> None:
-        """Send and receive the byte ranges of one round; they are in `staging` when the stream gets
-        there.
+        """Send and receive the byte ranges of round `number`.
 
-        Raises what the all-to-all raised if it did so twice: this rank is out of step then.
+        They are in `staging` once the stream has reached this point. If the all-to-all raises twice,
+        so does this: the rank is then out of step.
         """
         part = _itinerary(batch)
         self._attempt("experts were not packed", self._pack, part, number)
@@ -126,10 +135,11 @@ class RoundExchange:
         self._attempt("experts were not unpacked", self._unpack, part, number)
 
     def vote(self, batch: Batch, *, replaced: bool = False) -> Download:
-        """Check every expert that arrived and add up all ranks' faults; read them with `faults_of`.
+        """Check every expert that arrived, and sum all ranks' faults; `faults_of` reads them.
 
-        replaced: whether the engine replaced this rank's weights, so that what it sent is void.
-        Raises what the all-reduce raised if it did so twice: this rank is out of step then.
+        replaced: whether the engine replaced this rank's weights, which voids what it sent.
+
+        If the all-reduce raises twice, so does this: the rank is then out of step.
         """
         self._attempt("arrived experts were not checked", self._check, batch)
         self._take_part(self._add_up_faults, replaced)
@@ -138,11 +148,11 @@ class RoundExchange:
 
     @staticmethod
     def faults_of(vote: Download) -> Faults:
-        """The same on every rank."""
+        """What all ranks voted; the same on every rank."""
         return Faults(*vote.result().tolist())
 
     def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> None:
-        """What this rank can fail at alone: the vote will tell the others."""
+        """Do what this rank can fail at alone; if it does, the vote tells the others."""
         try:
             work(*arguments)
         except Exception:
@@ -150,8 +160,10 @@ class RoundExchange:
             self._transport_failed = True
 
     def _take_part(self, collective: Callable[..., None], *arguments: Any) -> None:
-        """Issue a collective that the others wait in. One that raises was not issued, and this rank's
-        next one would pair with it: so it is issued again.
+        """Issue a collective in which the others wait.
+
+        One that raised was not issued. It is issued again, because otherwise this rank's next
+        collective would pair with the one that the others are waiting in.
         """
         try:
             collective(*arguments)
@@ -188,7 +200,8 @@ class RoundExchange:
                 self._expected[leg.place : leg.place + 1].copy_(expected)
 
     def _check(self, batch: Batch) -> None:
-        """Whether a checksum of an expert that arrived is another than its sender's."""
+        """Find out whether the checksum of any expert that arrived differs from its sender's."""
+        # Places where nothing arrived are equal, and so count as whole.
         self._damaged.zero_()
         self._arrived.copy_(self._expected)
         for move in batch.arrivals(self.rank):
@@ -207,5 +220,5 @@ def _itinerary(batch: Batch) -> Itinerary:
 
 
 def _checksum(wire: torch.Tensor, position: int) -> torch.Tensor:
-    """int64 [1], a view."""
+    """int64 [1], a view of the wire at byte `position`."""
     return wire[position : position + 8].view(torch.int64)

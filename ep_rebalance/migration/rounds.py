@@ -1,4 +1,7 @@
-"""Which bytes of which moves go in which round."""
+"""Rounds: which bytes of which moves travel together.
+
+Letters: `M` moves, `N` rounds, `X` transfers; others as in `placement.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,21 @@ from ep_rebalance.compiled import compiled
 from ep_rebalance.planning.sources import IntArray
 
 CHUNK_BYTES = 256
-"""An expert is cut at multiples of this, so that its parts stay aligned and none is tiny."""
+"""Experts are cut at multiples of this, so that their parts stay aligned and few are tiny."""
 
 
 @compiled
 def fill_rounds(
     src_rank_M: IntArray, dst_rank_M: IntArray, bytes_M: IntArray, num_ranks: int, max_bytes: int
 ) -> tuple[IntArray, IntArray]:
-    """Rounds filled greedily: the moves at the ranks with most left to send or receive come first.
+    """Fill rounds greedily: first with the moves of the ranks that have most left to send or receive.
 
-    Returns where each round's transfers begin, [N + 1], and of each transfer its move and the bytes
-    that it starts and stops at, [3, X]; in a round by move.
+    src_rank_M, dst_rank_M: int64 [M]. The ranks of each move.
+    bytes_M: int64 [M], bytes. Size of the packed expert that each move brings.
+    max_bytes: bound on what a rank sends, and on what it receives, in one round.
+
+    Returns (first_N1, transfers_3X): int64 [N + 1], where the transfers of each round begin, and
+    int64 [3, X], the move, first byte and end of each transfer; within a round in the order of moves.
     """
     chunk = min(CHUNK_BYTES, max_bytes)
     left_M, size_M = bytes_M.copy(), np.zeros_like(bytes_M)
@@ -49,7 +56,7 @@ def fill_rounds(
 def _by_urgency(
     src_rank_M: IntArray, dst_rank_M: IntArray, left_M: IntArray, num_ranks: int
 ) -> IntArray:
-    """Moves with bytes left; first those whose busier rank has most left, equals by number."""
+    """The moves with bytes left; first those whose busier rank has most left, ties by number."""
     send_R, receive_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
     for move in range(left_M.size):
         send_R[src_rank_M[move]] += left_M[move]
@@ -72,7 +79,11 @@ def _fill_round(
     chunk: int,
     size_M: IntArray,
 ) -> None:
-    """Bytes of each move in the next round, into `size_M`."""
+    """Write to `size_M` how many bytes of each move go in the next round.
+
+    order: the moves with bytes left, most urgent first.
+    chunk: bytes. Unless it is the rest of an expert, a size is a multiple of this.
+    """
     send_R, receive_R = np.full(num_ranks, max_bytes), np.full(num_ranks, max_bytes)
     size_M[:] = 0
     for move in order:

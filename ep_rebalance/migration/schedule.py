@@ -1,4 +1,4 @@
-"""Schedule: the difference of two placements, cut into batches and rounds."""
+"""Schedule: the difference between two placements, cut into batches and rounds."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def schedule(
     staging_slots: int,
     rank: int | None = None,
 ) -> Migration:
-    """Cut the difference of two placements into batches and rounds.
+    """Cut the difference between two placements into batches and rounds.
 
-    Compiled but for a few small operations per batch, and without the interpreter lock there.
-
-    expert_bytes_L: packed size of one expert of each layer.
+    quotas_LP: float64 [L, P]. The quotas to serve `target` with.
+    expert_bytes_L: L sizes, bytes. One packed expert of each layer.
     max_bytes_per_round: bound on what a rank sends, and on what it receives, in one round. A copy
         within a rank counts as both.
-    staging_slots: experts that the staging memory of a rank holds.
+    staging_slots: how many experts the staging memory of a rank holds.
     rank: whose itinerary the batches carry; none if None.
 
-    Raises ValueError if the sizes do not fit each other or a layer alone overflows the staging
-    memory.
+    Except for a few small operations per batch this is compiled code, which runs without the
+    interpreter lock.
+
+    Raises ValueError if the sizes do not match, or if a single layer overflows the staging memory.
     """
     _check_sizes(source, target, topology, expert_bytes_L, max_bytes_per_round)
     bytes_L = np.array(expert_bytes_L, dtype=np.int64)
@@ -50,9 +51,10 @@ def schedule(
 
 
 def compile_schedule() -> None:
-    """Compile all of it, so that nothing is compiled while the engine serves; every rank needs it.
+    """Compile all scheduling code, so that nothing is compiled while the engine serves.
 
-    Takes seconds the first time on a machine; later starts load the cached code.
+    Every rank needs it. It takes seconds the first time on a machine; later starts load the cached
+    code.
     """
     source = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=2)
     target = Placement(source.slots_LP[:, [0, 2, 1, 3]], 4, 2)
@@ -101,7 +103,7 @@ def _arrivals_LR(source: Placement, target: Placement) -> NDArray[np.int64]:
 
 
 def _batch_layers(arrivals_LR: NDArray[np.int64], staging_slots: int) -> Iterator[tuple[int, ...]]:
-    """Consecutive layers with moves, as many as every rank's staging memory holds at once."""
+    """Runs of layers with moves, each as long as the staging memory of every rank allows."""
     layers: list[int] = []
     staged_R = np.zeros(arrivals_LR.shape[1], dtype=np.int64)
     for layer in np.flatnonzero(arrivals_LR.any(axis=1)).tolist():
@@ -144,7 +146,7 @@ def _stage_moves(
 
 @compiled
 def _places(dst_rank_M: IntArray, num_ranks: int) -> IntArray:
-    """Number of each move among those into the same rank."""
+    """int64 [M], the number of each move among those into the same rank."""
     staged_R, place_M = np.zeros(num_ranks, np.int64), np.empty_like(dst_rank_M)
     for move, rank in enumerate(dst_rank_M):
         place_M[move] = staged_R[rank]

@@ -11,10 +11,13 @@ from ep_rebalance.compiled import compiled
 def align(
     target_slots: NDArray[np.int32], current_slots: NDArray[np.int32], num_ranks: int
 ) -> NDArray[np.int32]:
-    """`target_slots` permuted within each rank: as many slots as possible equal `current_slots`.
+    """`target_slots` permuted within each rank, so that as many as possible equal `current_slots`.
 
-    Both int32 [..., P] of one shape; experts that arrive fill the slots left over, in their given
-    order. Raises ValueError if the shapes differ or the ranks do not divide the slots.
+    target_slots: int32 [..., P]. The expert in each slot; those that arrive fill the slots that are
+        left over, in this order.
+    current_slots: int32, of the same shape.
+
+    Raises ValueError if the shapes differ or the slots do not divide evenly among the ranks.
     """
     if target_slots.shape != current_slots.shape or target_slots.shape[-1] % num_ranks:
         raise ValueError(
@@ -28,7 +31,7 @@ def align(
 
 @compiled
 def _align_ranks(target_NS: NDArray[np.int32], current_NS: NDArray[np.int32]) -> NDArray[np.int32]:
-    """One row for each rank of each layer."""
+    """N is the ranks of all layers: one row for each rank in each layer."""
     aligned_NS = np.full_like(target_NS, -1)
     for row in range(target_NS.shape[0]):
         _align_rank(target_NS[row], current_NS[row], aligned_NS[row])

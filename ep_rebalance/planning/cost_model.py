@@ -1,9 +1,9 @@
 """Cost model: what a rank's work costs, in tokens or in seconds.
 
-Token counts say enough where experts are bound by arithmetic, as in prefill. In decode a rank mostly
-reads weights: what it costs is the experts that it must read, however few tokens each has, so that
-more replicas of a hot expert cost more (METRO, arXiv 2512.09277). `RooflineCost` takes the longer of
-the two times, reading the activated experts and computing the tokens.
+Token counts are enough where experts are bound by arithmetic, as in prefill. In decode a rank mostly
+reads weights. Its cost is then the number of experts that it must read, however few tokens each of
+them has, so that more replicas of a hot expert cost more (METRO, arXiv 2512.09277). `RooflineCost`
+takes the longer of two times: reading the activated experts, and computing the tokens.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ep_rebalance.placement import Placement, imbalance_L
 
 
 class CostModel(Protocol):
-    """Costs are in any unit that can be compared between ranks."""
+    """What a rank's work costs, in any unit that can be compared between ranks."""
 
     def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
-        """float64 [W, L, E], cost of each expert with one replica."""
+        """float64 [W, L, E], cost of each expert if it has a single replica."""
         ...
 
     def replica_part_EC(
         self, load: WindowLoad, layer: int, max_replicas: int
     ) -> NDArray[np.float64]:
-        """float64 [E, max_replicas + 2], part of that which each of `c` replicas costs; column 0 is
-        0.
+        """float64 [E, max_replicas + 2], the share of that cost that each replica bears; column `c`
+        is for `c` replicas, and column 0 is 0.
         """
         ...
 
@@ -45,7 +45,7 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
-    """A rank costs the tokens that it computes."""
+    """The cost of a rank is the number of tokens that it computes."""
 
     def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
         return load.tokens_WLE
@@ -63,10 +63,13 @@ class TokenCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RooflineCost:
-    """A rank costs the seconds that the slower of reading weights and computing tokens takes.
+    """The cost of a rank is the longer of two times: reading weights, and computing tokens.
 
-    expert_bytes_L: size of one expert of each layer. flops_per_byte: arithmetic for a token per byte
-    of an expert's weights: 2 operations a parameter, so 1 for two-byte weights.
+    expert_bytes_L: L sizes, bytes. One expert of each layer.
+    memory_bytes_per_second: how fast weights are read.
+    flops_per_second: how fast tokens are computed.
+    flops_per_byte: operations that one token takes for each byte of an expert's weights: 2 for each
+        parameter, so 1 for two-byte weights.
     """
 
     expert_bytes_L: Sequence[int]
@@ -81,6 +84,7 @@ class RooflineCost:
     def replica_part_EC(
         self, load: WindowLoad, layer: int, max_replicas: int
     ) -> NDArray[np.float64]:
+        # part[e, c] = sum_w weight steps seconds(tokens / c) / sum_w weight steps seconds(tokens)
         tokens_WE = _per_step(load)[:, layer]
         counts_C = np.arange(1, max_replicas + 2)
         seconds_WEC = self._slower(tokens_WE[:, :, None] / counts_C, self._bytes_L[layer])
@@ -97,6 +101,7 @@ class RooflineCost:
         tokens_WLP = placement.slot_load_LP(_per_step(load), quotas_LP)
         read_WLP, computed_WLP = self._seconds(tokens_WLP, self._bytes_L[:, None])
         by_rank = (*tokens_WLP.shape[:2], placement.num_ranks, placement.slots_per_rank)
+        # Reading and computing overlap over all experts of a rank, not expert by expert.
         seconds_WLR = np.maximum(
             read_WLP.reshape(by_rank).sum(3), computed_WLP.reshape(by_rank).sum(3)
         )
@@ -116,8 +121,13 @@ class RooflineCost:
     def _seconds(
         self, tokens: NDArray[np.float64], expert_bytes: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of reading, and of computing; an expert with `n` tokens a step on average is read in
-        `1 - exp(-n)` of the steps."""
+        """Seconds of reading and of computing in a step.
+
+        tokens: of an expert in a step, on average.
+        expert_bytes: of its weights.
+
+        With `n` tokens a step on average, an expert is read in 1 - exp(-n) of the steps (Poisson).
+        """
         read = (1.0 - np.exp(-tokens)) * expert_bytes / self.memory_bytes_per_second
         computed = tokens * expert_bytes * self.flops_per_byte / self.flops_per_second
         return read, computed
@@ -126,14 +136,14 @@ class RooflineCost:
 def mean_imbalance_L(
     cost: CostModel, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """float64 [L], max/mean rank cost of each sample, averaged over the samples by their weight."""
+    """float64 [L], max/mean rank cost of each sample, averaged over the samples by weight."""
     cost_WLR = cost.rank_cost_WLR(load, placement, quotas_LP)
     mean_L: NDArray[np.float64] = np.average(imbalance_L(cost_WLR), axis=0, weights=load.weight_W)
     return mean_L
 
 
 def cost_model(config: RebalanceConfig, expert_bytes_L: Sequence[int]) -> CostModel:
-    """What `planner.objective` and `hardware` ask for."""
+    """The cost model that the settings `planner.objective` and `hardware` ask for."""
     hardware = config.hardware
     if config.planner.objective == "tokens":
         return TokenCost()
@@ -149,6 +159,7 @@ def cost_model(config: RebalanceConfig, expert_bytes_L: Sequence[int]) -> CostMo
 
 @cache
 def _even_parts(experts: int, max_replicas: int) -> NDArray[np.float64]:
+    # part[e, c] = 1 / c
     part_C = np.append(0.0, 1.0 / np.arange(1, max_replicas + 2))
     return np.tile(part_C, (experts, 1))
 

@@ -19,13 +19,13 @@ Outcome = Literal["accepted", "no_gain", "over_budget"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What was decided, and the numbers to hold against what is achieved later.
+    """What was decided, and the numbers to compare with what is achieved later.
 
-    reason: one sentence with the numbers.
-    predicted_gain: part of the step time saved, below 0 if the plan makes it longer; what the plan
-        promises, times the trust in it.
-    predicted_saved_seconds: over the horizon.
-    migration_seconds: time of the busiest rank's bytes over its links.
+    reason: one sentence that gives the numbers.
+    predicted_gain: fraction of the step time. What the plan saves by its own account, times the trust in
+        it; below 0 if it makes steps longer.
+    predicted_saved_seconds: what that amounts to over the horizon.
+    migration_seconds: how long the busiest rank's bytes take over its links.
     """
 
     outcome: Outcome
@@ -49,11 +49,14 @@ def decide(
     config: DecisionConfig,
     trust: float = 1.0,
 ) -> Decision:
-    """Accept `plan` if its gain is large enough, and large enough for what the migration costs.
+    """Accept `plan` if its gain is large enough, both by itself and for what its migration costs.
 
-    Each layer waits for its busiest rank, so the expert part of a step shrinks as the sum of the
-    imbalances over the layers does; the rest of the step stays as it is. trust: part of earlier
-    plans' promises that was kept.
+    step_seconds: mean time of an engine step.
+    expert_bytes_L: L sizes, bytes. One expert of each layer.
+    trust: 0 to 1. The fraction of earlier plans' promises that was kept.
+
+    Each layer waits for its busiest rank, so the time that experts take in a step shrinks in the same
+    proportion as the sum of the layers' imbalances. The rest of the step stays as it is.
     """
     gain = config.expert_time_fraction * plan.promised * trust
     saved = gain * step_seconds * config.horizon_steps
@@ -71,8 +74,7 @@ def decide(
 def migration_seconds(
     target: Placement, current: Placement, topology: Topology, expert_bytes_L: Sequence[int]
 ) -> float:
-    """Time that the busiest rank needs to send, or to receive, its experts with nothing in their
-    way."""
+    """How long the busiest rank sends, or receives, if nothing else is on its links."""
     fetches = choose_sources(
         current,
         target,

@@ -19,11 +19,11 @@ from ep_rebalance.planning.problem import Problem
 
 
 def plan_greedy(problem: Problem) -> Placement:
-    """A placement made anew from the total load, slots then aligned with the current ones.
+    """A placement made from scratch from the total load, then aligned with the current one.
 
-    It is there to compare with, so the budget is ignored: it may change every slot, and the staging
-    memory must hold all slots of a rank. Topology and cost model are ignored as well, and ties go
-    to the lowest id whatever the seed. A layer without load stays as it is.
+    It serves as a baseline, so it ignores the budget: it may change every slot, and the staging
+    memory must hold all slots of a rank. It also ignores topology and cost model, and ties go to
+    the lowest id whatever the seed. A layer without load stays as it is.
     """
     current, load_LE = problem.current, problem.load.load_LE
     slots_LP = current.slots_LP.copy()
@@ -41,10 +41,12 @@ def plan_greedy(problem: Problem) -> Placement:
 def _replica_counts(
     load_E: NDArray[np.float64], num_slots: int, num_ranks: int
 ) -> NDArray[np.int64]:
+    """int64 [E], replicas that sum to `num_slots`, from 1 to `num_ranks` each."""
     replicas_E = np.ones(load_E.size, np.int64)
     for _ in range(num_slots - load_E.size):
         hottest = -1
         for expert in range(load_E.size):
+            # load / replicas > load[hottest] / replicas[hottest], without the divisions
             if replicas_E[expert] < num_ranks and (
                 hottest < 0
                 or load_E[expert] * replicas_E[hottest] > load_E[hottest] * replicas_E[expert]
@@ -61,8 +63,11 @@ def _pack(
     heaviest_E: NDArray[np.int64],
     num_ranks: int,
 ) -> NDArray[np.int32]:
-    """int32 [R, S], the experts on each rank; `weight_E` is the load of one replica, by which the
-    experts are ordered in `heaviest_E`."""
+    """int32 [R, S], the experts on each rank.
+
+    weight_E: float64 [E], tokens. Load of one replica of each expert.
+    heaviest_E: int64 [E]. The experts by weight, heaviest first.
+    """
     slots_per_rank = replicas_E.sum() // num_ranks
     experts_RS = np.full((num_ranks, slots_per_rank), -1, np.int32)
     filled_R = np.zeros(num_ranks, np.int64)
@@ -85,7 +90,7 @@ def _lightest_rank(
     load_R: NDArray[np.float64],
     expert: int,
 ) -> int:
-    """The rank with the lowest load that has a slot free and not this expert; -1 if there is none."""
+    """The least loaded rank that has a free slot and lacks this expert; -1 if there is none."""
     lightest = -1
     for rank in range(load_R.size):
         if filled_R[rank] == experts_RS.shape[1] or expert in experts_RS[rank]:
@@ -103,10 +108,11 @@ def _make_room(
     weight_E: NDArray[np.float64],
     expert: int,
 ) -> int:
-    """Free a slot on a rank without `expert` and return that rank.
+    """Free a slot on a rank that lacks `expert`, and return that rank.
 
-    All ranks with free slots hold `expert`. Any full rank without it has more experts than such a
-    rank has others, so at least one of them can go there; the one nearest in load is taken.
+    It is called when every rank with a free slot holds `expert`. A full rank that lacks it has S
+    experts; the rank with the free slot has at most S - 1, one of which is `expert`. So at least two
+    of those S can go there, and the one nearest in load does.
     """
     free = np.argmax(filled_R < experts_RS.shape[1])
     best_rank, best_slot, best_distance = -1, -1, np.inf

@@ -1,14 +1,18 @@
 """Measured gain: what a commit did to the server's own step times.
 
-Balance in tokens need not be time: a decode step that reads the same weights takes as long however
-its tokens are spread. Steps before and after a commit differ in what they carry, though, and in how
-long their contexts are. A snapshot's mean step is therefore taken for
+Balance in tokens need not save time: a decode step that reads the same weights takes equally long
+however its tokens are spread. But steps before and after a commit also differ in what they carry and
+in how long their contexts are. The mean step of a snapshot is therefore modelled as
 
-    (a + b * prefill tokens + c * decode tokens + d * moment) * (1 - gain after the commit)
+    seconds = (a + b * prefill tokens + c * decode tokens + d * moment) * (1 - gain * after)
 
-and fitted by Huber's M-estimator (Huber, Robust Statistics, 1981, ch. 7) to all snapshots that carried
-alike. `d` takes up what drifts by itself. The error is widened where one snapshot's deviation goes on
-into the next.
+where `after` is 1 for snapshots after the commit and 0 for those before it. The model is fitted by
+Huber's M-estimator (Huber, Robust Statistics, 1981, ch. 7) to the snapshots whose tokens are
+comparable. `d` absorbs what drifts by itself. The standard error is widened where successive
+deviations are correlated.
+
+Letters of this module: `N` snapshots, `F` features (1, tokens by phase, and the moment: what a, b, c and d
+are multiplied by); others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -24,41 +28,51 @@ from numpy.typing import NDArray
 from ep_rebalance.load.window import LoadSample
 
 SNAPSHOTS_KEPT = 64
-"""On each side of a commit, nearest to it."""
+"""On each side of a commit, those nearest to it."""
 _LEAST_SNAPSHOTS = 5
-"""On each side."""
+"""On each side of a commit; with fewer, nothing is said."""
 _LEAST_TO_SPARE = 6
-"""Snapshots beyond the numbers that are fitted."""
+"""How many more snapshots there must be than numbers to fit."""
 _LIKE = 0.1
-"""Part by which tokens per step may lie outside those of the other side."""
+"""How far tokens per step may lie outside the range of the other side, as a fraction of its bounds."""
 _HUBER = 1.345
-"""Deviations, in standard ones, from which a snapshot pulls no harder: 95 % efficiency."""
+"""Standard deviations beyond which a snapshot pulls no harder: 95 % efficiency on normal errors."""
 _ROUNDS = 30
-"""Most steps of the fit; a handful is usual."""
+"""The most iterations of the fit; a handful is usual."""
 _CERTAIN = 3.0
-"""Standard errors. More than the usual two, since the same commit is looked at after every plan."""
+"""Standard errors. More than the usual two, because a commit is judged again after every plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredGain:
-    """gain: part of the step time that a commit saved, below 0 if it cost some."""
+    """What a commit saved.
+
+    gain: fraction of the step time; below 0 if steps have taken longer since.
+    standard_error: of `gain`.
+    """
 
     gain: float
     standard_error: float
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Between which it lies with a probability of about 95 %."""
+        """The gain lies between these with a probability of about 95 %."""
         return self.gain - 2 * self.standard_error, self.gain + 2 * self.standard_error
 
     def part_kept(self, promised: float) -> float:
-        """Of a gain that it is surely below; infinite where that may well have been reached."""
+        """The fraction of `promised` that was kept; infinite if all of it may well have been."""
         surely_below = self.gain + _CERTAIN * self.standard_error < promised
         return self.gain / promised if surely_below and promised > 0 else math.inf
 
 
 class MeanStep(NamedTuple):
-    """Of one snapshot. moment: number of the snapshot. prefill, decode: (token, expert) pairs."""
+    """The mean step of one snapshot.
+
+    moment: number of the snapshot.
+    prefill: (token, expert) pairs in a step, over all layers.
+    decode: the same of tokens in decode.
+    seconds: how long a step took.
+    """
 
     moment: int
     prefill: float
@@ -67,7 +81,7 @@ class MeanStep(NamedTuple):
 
 
 class StepHistory:
-    """Mean steps on both sides of the newest commit."""
+    """The mean steps before and after the newest commit."""
 
     def __init__(self) -> None:
         self._generation: int | None = None
@@ -76,8 +90,9 @@ class StepHistory:
         self._after: list[MeanStep] = []
 
     def add(self, samples: Sequence[LoadSample]) -> None:
-        """More snapshots, oldest first. The first one of a generation is left out: the migration's own
-        steps are in it."""
+        """Add snapshots, oldest first. The first one of each generation is left out, because it
+        includes steps of the migration itself.
+        """
         for sample in samples:
             self._moment += 1
             if sample.generation != self._generation:
@@ -88,12 +103,12 @@ class StepHistory:
                 self._after.append(MeanStep(self._moment, prefill, decode, sample.step_seconds))
 
     def gain(self) -> MeasuredGain | None:
-        """Of the newest commit; None while too few comparable steps were seen."""
+        """What the newest commit gained; None while there are too few comparable snapshots."""
         return measured_gain(self._before, self._after[:SNAPSHOTS_KEPT])
 
 
 def measured_gain(before: Sequence[MeanStep], after: Sequence[MeanStep]) -> MeasuredGain | None:
-    """What the steps of `after` saved against those of `before`; None if they do not tell."""
+    """What steps save since the commit between `before` and `after`; None if that cannot be told."""
     if not before or not after:
         return None
     before_N4, after_N4 = _alike(np.array(before, dtype=np.float64), np.array(after, np.float64))
@@ -107,7 +122,7 @@ def measured_gain(before: Sequence[MeanStep], after: Sequence[MeanStep]) -> Meas
 def _alike(
     before_N4: NDArray[np.float64], after_N4: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Those whose tokens lie within the range of the other side's."""
+    """The rows of both sides whose tokens lie within the range of the other side."""
     sides = (before_N4[:, 1:3], after_N4[:, 1:3])
     least_2 = np.max([tokens_N2.min(axis=0) for tokens_N2 in sides], axis=0) * (1 - _LIKE)
     most_2 = np.min([tokens_N2.max(axis=0) for tokens_N2 in sides], axis=0) * (1 + _LIKE)
@@ -116,7 +131,7 @@ def _alike(
 
 
 def _features(steps_N4: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [N, F] of order 1, those that vary: a constant, tokens by phase, the moment."""
+    """float64 [N, F], of order 1: a constant and, where they vary, tokens by phase and the moment."""
     varying_N3 = steps_N4[:, [1, 2, 0]] - steps_N4[:, [1, 2, 0]].mean(axis=0)
     largest_3 = np.abs(varying_N3).max(axis=0)
     chosen = largest_3 > 1e-6 * steps_N4[:, [1, 2, 0]].max(axis=0)
@@ -126,7 +141,7 @@ def _features(steps_N4: NDArray[np.float64]) -> NDArray[np.float64]:
 def _fitted(
     features_NF: NDArray[np.float64], after_N: NDArray[np.float64], seconds_N: NDArray[np.float64]
 ) -> MeasuredGain | None:
-    """after_N: 1 after the commit, 0 before."""
+    """after_N: float64 [N]. 1 after the commit, 0 before it."""
     to_spare = len(seconds_N) - features_NF.shape[1] - 1
     told = _told_by_commit(features_NF, after_N)
     if to_spare < _LEAST_TO_SPARE or told is None:
@@ -140,6 +155,8 @@ def _fitted(
         pull_N = _pull(off_N)
         if abs(gain - previous) < 1e-9:
             break
+    # Huber's variance of an estimate, with psi the clipped deviation:
+    # sum psi(off)^2 / (N - F - 1) / mean(psi')^2 / told, and psi' is 1 where nothing was clipped.
     clipped_N = pull_N * off_N
     variance = float(clipped_N @ clipped_N) / to_spare / float(np.mean(pull_N == 1.0)) ** 2
     return MeasuredGain(
@@ -155,10 +172,13 @@ def _improved(
     gain: float,
     pull_N: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], float]:
-    """One Gauss-Newton step in relative deviations, each pulling as hard as it may.
+    """(level_N, gain) after one Gauss-Newton step in relative deviations, weighted by `pull_N`.
 
-    level_N: seconds of each snapshot's mean step but for the gain.
+    level_N: float64 [N], seconds. What each snapshot's mean step would take without the gain.
+    pull_N: float64 [N], 0 to 1. How hard each snapshot may pull.
     """
+    # seconds / level = features.x (1 - gain after) / level, linearised at `gain` and level, is
+    # features.x (1 - gain after) / level - (new gain - gain) after. Solved for x and the new gain.
     of_level_NF = features_NF * ((1.0 - gain * after_N) / level_N)[:, None]
     design_NF = np.column_stack([of_level_NF, -after_N])
     target_N = seconds_N / level_N - gain * after_N
@@ -169,14 +189,18 @@ def _improved(
 
 
 def _pull(off_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 for an ordinary deviation, less for one that is too large to be believed in full."""
+    """float64 [N], 1 for an ordinary deviation, and less the further one lies beyond it."""
+    # min(1, k / |off|), with the standard deviation estimated as 1.4826 times the median of |off|.
     ordinary = _HUBER * max(1.4826 * float(np.median(np.abs(off_N))), 1e-9)
     pull_N: NDArray[np.float64] = ordinary / np.maximum(np.abs(off_N), ordinary)
     return pull_N
 
 
 def _told_by_commit(features_NF: NDArray[np.float64], after_N: NDArray[np.float64]) -> float | None:
-    """Snapshots' worth of what only the commit explains; None if tokens or time explain it as well."""
+    """How many snapshots' worth of information only the commit explains; None if tokens or time
+    explain nearly all of it too.
+    """
+    # |after - its projection on the features|^2, which divides the variance of the fitted gain.
     explained_F, *_ = np.linalg.lstsq(features_NF, after_N, rcond=None)
     rest_N = after_N - features_NF @ explained_F
     told = float(rest_N @ rest_N)
@@ -184,7 +208,10 @@ def _told_by_commit(features_NF: NDArray[np.float64], after_N: NDArray[np.float6
 
 
 def _widening(off_N: NDArray[np.float64]) -> float:
-    """Of the variance, where one deviation goes on into the next."""
+    """Factor of the variance where successive deviations are correlated.
+
+    (1 + r) / (1 - r) for a first-order autoregression whose lag-one correlation is r.
+    """
     total = float(off_N @ off_N)
     follows = float(off_N[1:] @ off_N[:-1]) / total if total else 0.0
     follows = min(max(follows, 0.0), 0.9)

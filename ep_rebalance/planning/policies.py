@@ -1,4 +1,4 @@
-"""What follows from a policy: its planner and its need of staging memory. And the one way to a plan."""
+"""What follows from the choice of a policy: its planner, its staging memory, and how a plan is made."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ def keep_current(problem: Problem) -> Placement:
 
 
 def planner_of(name: str) -> Planner:
-    """The planner of a policy, imported now. Raises ImportError without the package that it needs."""
+    """The planner of a policy, imported on demand.
+
+    Raises ImportError if a package that it needs is missing.
+    """
     planner: Planner = resolve_name(POLICIES[name].planner)
     return planner
 
 
 def own_planners() -> dict[str, Planner]:
-    """By name, those that need no other package."""
+    """The planners that need no other package, by the name of their policy."""
     return {name: planner_of(name) for name, policy in POLICIES.items() if not policy.needs}
 
 
 def staging_slots(settings: PlannerConfig, slots_per_rank: int) -> int:
-    """Experts that staging holds: two layers' arrivals, or for a policy without a bound a whole
-    rank's.
+    """How many experts the staging memory must hold: the arrivals of two layers, or all slots of a
+    rank if the policy does not bound its arrivals.
     """
     if POLICIES[settings.policy].bounded_arrivals:
         return 2 * settings.max_arrivals_per_rank_and_layer
@@ -45,8 +48,8 @@ def make_plan(planner: Planner, problem: Problem) -> Plan:
     """Run the planner and predict what its placement does on the same window.
 
     Both imbalances use quotas fitted to the window's total, so that their difference is what moving
-    adds; the mean over samples sees the load vary under fixed quotas, but both are optimistic about
-    load to come.
+    experts adds. They are means over the samples, in which load varies while quotas stay; still,
+    both are optimistic about load to come.
     """
     target = planner(problem)
     quotas_LP = split_quotas(target, problem.load.load_LE)
@@ -66,9 +69,9 @@ def make_plan(planner: Planner, problem: Problem) -> Plan:
 
 
 def compile_planner() -> None:
-    """Compile all of the planning, so that none of it is compiled while the engine serves.
+    """Compile all planning code, so that nothing is compiled while the engine serves.
 
-    Takes seconds the first time on a machine; later starts load the cached code.
+    This takes seconds the first time on a machine; later starts load the cached code.
     """
     tokens_WLE = np.arange(1, 25, dtype=np.float64).reshape(3, 1, 8) ** 2
     problem = Problem(

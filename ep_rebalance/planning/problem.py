@@ -1,4 +1,4 @@
-"""What a planner is given and what comes of it."""
+"""What a planner is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ep_rebalance.topology import Topology
 class Budget:
     """Bounds on what one plan may change.
 
-    max_moved_slots: over all layers and ranks.
-    max_arrivals: on one rank in one layer; what the staging memory holds.
+    max_moved_slots: slots. In all layers and on all ranks together.
+    max_arrivals: experts. On one rank in one layer; the staging memory must have room for them.
     """
 
     max_moved_slots: int
@@ -28,11 +28,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
-    """All that a planner may know.
+    """Everything that a planner may know.
 
     cost: what is to be balanced.
-    internode_token_price: cost of a token that crosses a node boundary, in those of computing it.
-    seed: of every tie. threads: layers that are planned at the same time; does not change the plan.
+    internode_token_price: what a token costs that crosses a node boundary, as a multiple of what it
+        costs to compute it.
+    seed: for planners that break ties at random.
+    threads: how many layers to plan at the same time; the plan does not depend on it.
     """
 
     load: WindowLoad
@@ -49,11 +51,12 @@ class Problem:
 class Plan:
     """A target placement with the quotas to serve it with.
 
-    quotas_LP: float64 [L, P], part of its expert's tokens that a slot receives; sums to 1 over an
-    expert's slots.
-    unmoved_quotas_LP: the same for the current placement, fitted to the same load.
-    imbalance_before_L, imbalance_after_L: float64 [L], max/mean rank cost predicted on the window
-        without and with the plan.
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that a slot receives; the quotas of an
+        expert's slots sum to 1.
+    unmoved_quotas_LP: float64 [L, P]. The same for the current placement, fitted to the same load.
+    imbalance_before_L: float64 [L], max/mean rank cost. Predicted on the window without the plan.
+    imbalance_after_L: float64 [L], max/mean rank cost. Predicted on the window with the plan.
+    moved_slots: slots whose expert the plan changes.
     """
 
     placement: Placement
@@ -65,7 +68,7 @@ class Plan:
 
     @property
     def promised(self) -> float:
-        """Part of the busiest ranks' cost, summed over layers, that the plan saves on the window."""
+        """The fraction of the busiest ranks' cost, summed over layers, that the plan saves on the window."""
         return float(1.0 - self.imbalance_after_L.sum() / self.imbalance_before_L.sum())
 
 
@@ -73,7 +76,7 @@ class Planner(Protocol):
     """A pure function: no clock, no torch, no unseeded randomness."""
 
     def __call__(self, problem: Problem) -> Placement:
-        """A placement within the budget, slots aligned with the current one: an expert that stays
-        on a rank stays in its slot.
+        """A placement within the budget, aligned with the current one: an expert that stays on a
+        rank stays in its slot.
         """
         ...

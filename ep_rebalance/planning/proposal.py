@@ -1,7 +1,7 @@
-"""Proposal: from the window to a plan and what the decision says of it.
+"""Proposal: from the window to a plan, and the decision whether to carry it out.
 
-The same in the server and in replay. It remembers the loads and the step times that came before the
-window, and the last plan, so that later windows can tell whether the plan kept its promise.
+The same code runs in the server and in a replay. It remembers the loads and step times from before the
+window, and the last plan, so that later windows can tell whether that plan kept its promise.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ep_rebalance.topology import Topology
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A plan and what the decision said of it.
+    """A plan and the decision on it.
 
-    achieved_gain: part of the step time that the last committed plan saved by the cost of load that it
-        had not seen, against the placement before it; None if there is nothing new to tell.
-    measured_gain: part that it saved by the server's own step times; None while they do not tell.
-    trust: part of the plan's promise that the decision believed.
+    achieved_gain: fraction of the step time. What the last committed plan saved, compared with the
+        placement before it, by the cost of load that it had not seen; None if nothing new is known.
+    measured_gain: the same by the server's own step times; None while these do not tell.
+    trust: 0 to 1. The fraction of the plan's promise that the decision believed.
     """
 
     plan: Plan
@@ -41,14 +41,14 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedProposal:
-    """A proposal and the seconds that it took."""
+    """A proposal and how many seconds it took."""
 
     proposal: Proposal
     seconds: float
 
 
 class Proposer:
-    """Asked for one proposal after the other."""
+    """Makes one proposal after another, and learns from each what the next one is worth."""
 
     def __init__(
         self,
@@ -80,7 +80,12 @@ class Proposer:
         unseen: int,
         step_seconds: float,
     ) -> Proposal:
-        """A plan from `samples`, oldest first; the newest `unseen` are later than the plan before."""
+        """A plan from `samples`, and the decision on it.
+
+        samples: oldest first.
+        unseen: how many of the newest samples came after the plan before.
+        step_seconds: mean time of an engine step in the window.
+        """
         newest = samples[len(samples) - unseen :]
         later = window_load(newest, phases=self._settings.phases) if newest else None
         achieved = self._learn(later, current)
@@ -110,7 +115,7 @@ class Proposer:
         )
 
     def _learn(self, load: WindowLoad | None, current: Placement) -> float | None:
-        """Hold the last plan against what came after it, if it was carried out."""
+        """Judge the last plan by the load that came after it, if it was carried out."""
         promise, self._promise = self._promise, None
         if promise is None or promise.after != current or load is None or not load.load_LE.any():
             self._record = self._record.faded()
@@ -121,7 +126,7 @@ class Proposer:
         return self._decision.expert_time_fraction * achieved
 
     def _measure(self, current: Placement) -> MeasuredGain | None:
-        """Hold the plan that is served against the step times before and after its commit."""
+        """Judge the plan that is served by the step times before and after its commit."""
         promise = self._judged
         if promise is None or promise.after != current:
             return None
@@ -147,13 +152,12 @@ class Proposer:
 
 
 def planned_load(settings: PlannerConfig, samples: Sequence[LoadSample]) -> WindowLoad:
-    """The load that quotas are made for, and plans but for what is remembered; from `samples`, oldest
-    first."""
+    """The load of `samples`, oldest first. Quotas are fitted to it; plans also see what is remembered."""
     return window_load(samples, phases=settings.phases, half_life=settings.half_life_snapshots)
 
 
 def plan_budget(settings: PlannerConfig, current: Placement) -> Budget:
-    """At least one swap, however few slots there are."""
+    """The budget of one plan; it allows at least one swap, however few slots there are."""
     slots = current.slots_LP.size
     return Budget(
         max_moved_slots=max(2, int(slots * settings.max_moved_fraction)),

@@ -1,10 +1,10 @@
 """Quotas: how the tokens of an expert are split over its replicas.
 
-The split that keeps the busiest rank lowest is a linear programme; pouring the load of one
-replicated expert after the other over its ranks like water, until nothing changes, reaches its
-optimum. (Each pour minimises the sum of squared rank loads over one expert's quotas, and the split
-of least squares also has the lowest maximum.) Experts with two replicas, which most are, are poured
-a little beyond the level until the changes are small.
+The split that keeps the busiest rank lowest is the optimum of a linear programme. It is reached by
+pouring the load of each replicated expert in turn over its ranks, like water, until nothing
+changes: each pour minimises the sum of squared rank loads over one expert's quotas, and the split
+with the least squares also has the lowest maximum. Most replicated experts have two replicas; these
+are poured a little beyond the level, until changes are small.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ep_rebalance.placement import Placement
 
 _MAX_SWEEPS = 200
 _TOLERANCE = 1e-4
-"""Change of a rank load in one sweep, as part of the mean rank load, that ends the pouring."""
+"""Pouring ends when no rank load changes by more than this part of the mean in one sweep."""
 _BEYOND = 1.5
-"""Successive over-relaxation: long chains of ranks, each sharing an expert with the next, come to a
-level several times as fast."""
+"""Successive over-relaxation: long chains of ranks, each of which shares an expert with the next,
+level out several times as fast."""
 
 
 def split_quotas(
@@ -28,7 +28,9 @@ def split_quotas(
 ) -> NDArray[np.float64]:
     """float64 [L, P], the split of each expert's tokens that keeps the busiest rank lowest.
 
-    Sums to 1 over an expert's slots. An expert without load is split evenly.
+    load_LE: [L, E], tokens. An expert without any is split evenly.
+
+    The quotas of an expert's slots sum to 1.
     """
     quotas_LP = placement.even_quotas_LP()
     if placement.num_redundant:
@@ -55,7 +57,7 @@ def _pour_layer(
     num_ranks: int,
     quotas_P: NDArray[np.float64],
 ) -> None:
-    """Improves `quotas_P` in place: one expert after the other is split anew, all else fixed."""
+    """Improve `quotas_P` in place: split one expert at a time anew while the others stay."""
     slots_per_rank = slots_P.size // num_ranks
     rank_load_R = np.zeros(num_ranks)
     for slot in range(slots_P.size):
@@ -68,6 +70,7 @@ def _pour_layer(
         )
         if change <= smallest_change:
             break
+    # Over-relaxed pairs are a little off their level; a plain sweep puts them on it.
     _sweep(load_E, replicated, slots, first, slots_per_rank, 1.0, rank_load_R, quotas_P)
 
 
@@ -82,14 +85,18 @@ def _sweep(
     rank_load_R: NDArray[np.float64],
     quotas_P: NDArray[np.float64],
 ) -> float:
-    """Split each expert anew; pairs go `beyond` times as far as to the level. Returns the largest
-    change of a rank's load."""
+    """Split each expert anew; returns the largest change of a rank's load.
+
+    replicated, slots, first: as returned by `_replicated`.
+    beyond: how far an expert with two replicas is poured, as a multiple of the way to its level.
+    """
     change = 0.0
     for index in range(replicated.size):
         begin, end, load = first[index], first[index + 1], load_E[replicated[index]]
         if end - begin == 2:
             one, other = slots[begin], slots[begin + 1]
             here, there = one // slots_per_rank, other // slots_per_rank
+            # here + x = there - x where both ranks are level: x = (there - here) / 2
             poured = load * quotas_P[one]
             level = poured + 0.5 * beyond * (rank_load_R[there] - rank_load_R[here])
             level = min(max(level, 0.0), load)
@@ -98,6 +105,7 @@ def _sweep(
             rank_load_R[there] -= level - poured
             change = max(change, abs(level - poured))
             continue
+        # The floor of a rank is its load without this expert.
         floors = np.empty(end - begin)
         for j in range(begin, end):
             floors[j - begin] = rank_load_R[slots[j] // slots_per_rank] - load * quotas_P[slots[j]]
@@ -115,8 +123,9 @@ def _sweep(
 def _replicated(
     load_E: NDArray[np.float64], slots_P: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Experts that have load and several replicas, their slots one expert after the other, and
-    where the slots of each begin."""
+    """The experts that have both load and several replicas; their slots, expert by expert; and where
+    the slots of each begin, with their total at the end.
+    """
     replicas_E = np.zeros(load_E.size, np.int64)
     for expert in slots_P:
         replicas_E[expert] += 1
@@ -139,7 +148,9 @@ def _replicated(
 
 @compiled
 def _water_level(floors: NDArray[np.float64], volume: float) -> float:
-    """Height of `volume` poured over `floors`; guessed too high, then without the dry ones."""
+    """The level at which `volume` settles over `floors`: sum of max(level - floor, 0) = volume."""
+    # Over n wet floors the level is (volume + their sum) / n. It begins with all floors wet; leaving
+    # out those that are above the level lowers it further.
     level = np.inf
     while True:
         wet, total = 0, volume

@@ -1,4 +1,7 @@
-"""Sources: which replica each changed slot is filled from."""
+"""Sources: which replica fills each slot whose expert changes.
+
+Letters of this module: `F` fetches, see `Fetches`; others as in `placement.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fetches:
-    """Slots to fill and the slots to fill them from; slot numbers count over all ranks.
+    """Slots to fill, and the slots to fill them from.
 
-    Every field is int64 [F]. link: indices into LINKS.
+    Every field is int64 [F].
+
+    src_slot, dst_slot: counted over all ranks.
+    link: index into LINKS.
     """
 
     layer: IntArray
@@ -34,7 +40,7 @@ class Fetches:
         return len(self.layer)
 
     def over(self, link: Link) -> NDArray[np.bool_]:
-        """bool [F], those over links of that kind."""
+        """bool [F], which of them go over links of that kind."""
         over: NDArray[np.bool_] = self.link == LINKS.index(link)
         return over
 
@@ -47,10 +53,13 @@ def choose_sources(
     topology: Topology,
     expert_bytes_L: Sequence[int] | IntArray,
 ) -> Fetches:
-    """A fetch for each slot of `layers` that differs, in the order of layers and slots.
+    """One fetch for each slot of `layers` that differs, in the order of layers and slots.
 
-    The nearest replica in `source` serves: on the rank itself, then on its node, then elsewhere.
-    Among equals it is the one whose rank has the fewest bytes to send so far.
+    expert_bytes_L: [L], bytes. Size of one expert of each layer.
+
+    An expert is fetched from its nearest replica in `source`: on the rank itself, else on its node,
+    else on another. Of several equally near it is the one whose rank has the fewest bytes to send so
+    far.
     """
     columns_7F = _nearest(
         source.slots_LP,
@@ -93,7 +102,7 @@ def _nearest(
             if expert == source_LP[layer, dst_slot]:
                 continue
             dst_rank = dst_slot // slots_per_rank
-            src_rank, src_slot, link = -1, -1, 3
+            src_rank, src_slot, link = -1, -1, 3  # farther than any link
             for slot in slots[first_E[expert] : first_E[expert + 1]]:
                 rank = slot // slots_per_rank
                 distance = 0 if rank == dst_rank else 1 if node_R[rank] == node_R[dst_rank] else 2
@@ -121,9 +130,11 @@ def _changes(source_LP: NDArray[np.int32], target_LP: NDArray[np.int32], layers:
 
 @compiled
 def _replicas(slots_P: NDArray[np.int32], num_experts: int) -> tuple[IntArray, IntArray]:
-    """The slots of expert 0 in ascending order, of expert 1 and so on; where each expert's begin,
-    [E + 1].
+    """The slots of expert 0 in ascending order, then those of expert 1 and so on; and where each
+    expert's slots begin, [E + 1].
     """
+    # A counting sort. Counts are two places ahead, so that while slots are filled in `first_E[e + 1]`
+    # is where the next slot of `e` goes, and in the end it is where those of `e + 1` begin.
     first_E = np.zeros(num_experts + 2, np.int64)
     for expert in slots_P:
         first_E[expert + 2] += 1

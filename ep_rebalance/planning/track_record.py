@@ -1,10 +1,10 @@
-"""Track record: what committed plans promised, and what came of it on load they had not seen.
+"""Track record: what committed plans promised, and what became of it on load they had not seen.
 
-A plan is made from the past, and load that shifts faster than the window makes its promises hollow.
-The decision takes every promise for the part of it that earlier ones kept, so that a planner that is
-being fooled stops moving experts, and begins again when moving would have paid. A promise has two
-judges: the cost of later load, which tells soon, and the server's step times, which tell whether that
-cost is time at all.
+A plan is made from the past, and if load shifts faster than the window, its promise is hollow. The
+decision therefore believes a promise only as far as earlier ones were kept: a planner that is being
+fooled stops moving experts, and starts again once moving would have paid. A promise is judged twice:
+by the cost of later load, which is known soon, and by the server's step times, which show whether
+that cost is time at all.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel, mean_imbalance_L
 
 _FULL_TRUST = 0.02
-"""Gain that is believed before anything is known: as if one plan had promised and kept it."""
+"""A gain that is believed in advance, as if an earlier plan had promised and kept it."""
 _REMEMBERED = 0.7
-"""Weight of what is known when one more outcome is added, or when a plan was not carried out."""
+"""What earlier outcomes still count when another is added, or when a plan is not carried out."""
 _LEAST_TRUST = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Promise:
-    """A committed plan, and the placement that it replaced with the quotas fitted to the same
-    window.
+    """A committed plan, and the placement that it replaced, both with quotas fitted to one window.
 
-    predicted: part of the summed busiest ranks' cost that it was to save.
+    before_quotas_LP, after_quotas_LP: float64 [L, P]. As in `Plan`.
+    predicted: the fraction of the busiest ranks' cost, summed over layers, that it was to save.
     """
 
     before: Placement
@@ -41,7 +41,7 @@ class Promise:
     predicted: float
 
     def achieved(self, load: WindowLoad, cost: CostModel) -> float:
-        """Part that it saved on `load`, which was seen after the commit; below 0 if it cost more."""
+        """The fraction that it saved on `load`, which came after the commit; below 0 if the cost rose."""
         before_L = mean_imbalance_L(cost, load, self.before, self.before_quotas_LP)
         after_L = mean_imbalance_L(cost, load, self.after, self.after_quotas_LP)
         return float(1.0 - after_L.sum() / before_L.sum())
@@ -49,10 +49,15 @@ class Promise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackRecord:
-    """Sums over earlier promises, older ones counted less.
+    """Sums over earlier promises, in which older ones count less.
 
-    predicted, achieved: but for the newest promise, whose own are kept apart, since step times may still
-    tell that it was hollow. newest_part: of it that they say was kept; infinite if they tell nothing.
+    The newest promise is kept apart, because step times may yet show that it was hollow.
+
+    predicted: what all promises but the newest were to save.
+    achieved: what they saved.
+    newest_predicted: what the newest promise was to save.
+    newest_achieved: what it saved, by the cost of later load.
+    newest_part: the fraction of it that was kept at most, by step times; infinite if they do not tell.
     """
 
     predicted: float = 0.0
@@ -63,14 +68,19 @@ class TrackRecord:
 
     @property
     def trust(self) -> float:
-        """Part of a promise that is believed, 0.1 to 1."""
+        """The fraction of a promise that is believed, 0.1 to 1: achieved / predicted, where both begin at
+        `_FULL_TRUST`.
+        """
         predicted, achieved = self.predicted + self.newest_predicted, self.achieved + self._newest
         kept = (achieved + _FULL_TRUST) / (predicted + _FULL_TRUST)
         return float(min(max(kept, _LEAST_TRUST), 1.0))
 
     def with_outcome(self, predicted: float, achieved: float) -> TrackRecord:
-        """One more promise, held against the cost of load. A loss counts for no more than the gain that
-        was promised, or one bad window would silence the planner for long."""
+        """The record with one more promise, judged by the cost of later load.
+
+        A loss counts no more than the gain that was promised; otherwise one bad window would silence
+        the planner for a long time.
+        """
         faded = self.faded()
         return TrackRecord(
             predicted=faded.predicted + faded.newest_predicted,
@@ -80,11 +90,11 @@ class TrackRecord:
         )
 
     def with_measured(self, part: float) -> TrackRecord:
-        """Step times say that at most `part` of the newest promise was kept."""
+        """The record once step times show that at most `part` of the newest promise was kept."""
         return replace(self, newest_part=max(part, -1.0))
 
     def faded(self) -> TrackRecord:
-        """After a plan that was not carried out."""
+        """The record after a plan that was not carried out: everything in it counts less."""
         return TrackRecord(
             predicted=_REMEMBERED * self.predicted,
             achieved=_REMEMBERED * self.achieved,
@@ -95,7 +105,7 @@ class TrackRecord:
 
     @property
     def _newest(self) -> float:
-        """What the newest promise achieved, by the judge who gives less."""
+        """What the newest promise achieved, by the stricter of its two judges."""
         if math.isinf(self.newest_part):
             return self.newest_achieved
         return min(self.newest_achieved, self.newest_part * self.newest_predicted)

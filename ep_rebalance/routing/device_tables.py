@@ -1,6 +1,6 @@
-"""Counts and dispatch tables on the device: what the forward pass reads and writes.
+"""Counters and dispatch tables on the device: what the forward pass reads and writes.
 
-All memory is reserved here once; afterwards it is only written in place. Nothing on the step path waits
+All memory is reserved once; after that it is only written in place. Nothing on the step path waits
 for the device.
 """
 
@@ -29,18 +29,18 @@ from ep_rebalance.topology import Topology
 logger = logging.getLogger(__name__)
 
 HASH_STRIDE = 20_011
-"""Added to the hash offset each step: coprime to 65536, so that every offset comes up."""
+"""Added to the hash offset in each step. It is coprime to 65536, so that every offset comes up."""
 
 _OFFSET_BYTES = 8
 _TABLES_AT_A_TIME = 3
-"""A migration's, a split's, and a split's that is being worked out."""
+"""Those of a migration, those of a split, and those of a split that is being worked out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DispatchTables:
     """How one rank dispatches all layers of a placement; on the host, ready to be uploaded.
 
-    slots_LEC, thresholds_LEC: int32 [L, E, C], as of `dispatch_thresholds`.
+    slots_LEC, thresholds_LEC: int32 [L, E, C]. See `dispatch_thresholds`.
     """
 
     slots_LEC: torch.Tensor
@@ -48,11 +48,14 @@ class DispatchTables:
 
 
 class RoutingTables:
-    """Counters and dispatch tables of all layers, and the phase of each token of the step that runs.
+    """Counters and dispatch tables of all layers, and the phase of each token in the current step.
 
     topology, rank: where the tokens are that it routes.
-    counts_LAE: int64 [L, 3, E]; phase_T: int8 [max_tokens], IGNORED but for the tokens that a real
-    step marks; offset: int64 [1], that of the hash.
+    counts_here: whether this rank counts its tokens; see `mark_tokens`.
+
+    counts_LAE: int64 [L, 3, E], tokens. By phase, with a third row for tokens that do not count.
+    phase_T: int8 [max_tokens]. IGNORED except for the tokens that a real step marks.
+    offset: int64 [1]. The offset of the tokens' hash.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class RoutingTables:
             )
             for layer in range(layers)
         )
-        # One upload a step: the offset and the phases behind it.
+        # The offset with the phases behind it, so that a step uploads once.
         size = _OFFSET_BYTES + max_tokens
         self._step = torch.full((size,), IGNORED, dtype=torch.int8, device=device)
         self._uploads = UploadRing((size,), torch.int8, device)
@@ -93,15 +96,18 @@ class RoutingTables:
         self._topology, self._rank = topology, rank
 
     def mark_tokens(self, phases_T: NDArray[np.integer]) -> None:
-        """Set the phase of the coming step's tokens; all others stay IGNORED.
+        """Set the phases of the coming step's tokens; all others stay IGNORED.
 
-        Every token must be counted on exactly one rank: where ranks share their tokens (tensor
-        parallelism without sequence parallelism) only one of them is built with `counts_here`. Tokens
-        behind the first max_tokens are routed, not counted, and logged once.
+        phases_T: [T]. PREFILL, DECODE or IGNORED for each token.
+
+        Every token must be counted on exactly one rank. Where ranks route the same tokens (tensor
+        parallelism without sequence parallelism), only one of them is built with `counts_here`.
+        Tokens beyond `max_tokens` are routed but not counted, which is logged once.
         """
         counted_T = self._countable(phases_T)
         before, self._marked = self._marked, len(counted_T)
         length = _OFFSET_BYTES + max(before, self._marked)
+        # Only as much is uploaded as this step marks, or the one before left marked.
         step = self._uploads.next().numpy()
         step[:_OFFSET_BYTES].view(np.int64)[0] = self._steps * HASH_STRIDE % HASH_RANGE
         step[_OFFSET_BYTES : _OFFSET_BYTES + self._marked] = counted_T
@@ -116,22 +122,24 @@ class RoutingTables:
         self._steps += 1
 
     def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> torch.Tensor:
-        """Count one layer's top-k ids and turn them into slots.
+        """[T, K], the slot for each of one layer's top-k ids, which are also counted.
 
-        first_token: where this rank's rows start in the batch that `mark_tokens` described.
+        topk_ids_TK: [T, K]. Logical experts; see `route_and_count`.
+        first_token: where these rows start in the batch that `mark_tokens` described.
         """
         phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
         return route_and_count(topk_ids_TK, phase_T, self.layers[layer], self.offset)
 
     def count(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> None:
-        """Count only."""
+        """Count the ids without routing them; arguments as in `route`."""
         phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
         count_experts(topk_ids_TK, phase_T, self.layers[layer].counts_AE)
 
     def warm_up(self) -> None:
-        """Compile all that a step may run and reserve what is uploaded from, which takes seconds.
+        """Compile whatever a step may run, and reserve what is uploaded from. It takes seconds.
 
-        Before serving, on a stream that counts nothing else; counts and phases stay as they are.
+        To be called before serving, on a stream that counts nothing else. Counts and phases stay as
+        they are.
         """
         for dtype in (torch.int32, torch.int64):
             for pairs in (1, HISTOGRAM_PAIRS):
@@ -144,7 +152,12 @@ class RoutingTables:
     def dispatch_tables(
         self, placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> DispatchTables:
-        """What `serve` and `split` take; takes milliseconds, in any thread."""
+        """The tables that `serve` and `split` take.
+
+        quotas_LP: float64 [L, P]. As in `dispatch_thresholds`.
+
+        It takes milliseconds, and any thread may call it.
+        """
         tables = dispatch_thresholds(
             placement,
             range(placement.num_layers),
@@ -162,13 +175,13 @@ class RoutingTables:
             self._thresholds_LEC[layer].copy_(tables.thresholds_LEC[layer], non_blocking=True)
 
     def split(self, tables: DispatchTables) -> None:
-        """Split tokens anew over the replicas that are there, in place and in stream order."""
+        """Split tokens anew over the replicas that are served, in place and in stream order."""
         self._thresholds_LEC.copy_(tables.thresholds_LEC, non_blocking=True)
 
     def set_dispatch(
         self, layers: Sequence[int], placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> None:
-        """Work tables out and serve them; not for the step path."""
+        """Work out the tables and serve them; too slow for the step path."""
         self.serve(layers, self.dispatch_tables(placement, quotas_LP))
 
     def _countable(self, phases_T: NDArray[np.integer]) -> NDArray[np.integer]:

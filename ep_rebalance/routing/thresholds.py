@@ -1,10 +1,12 @@
 """Dispatch: which replica a token goes to, so that the replicas receive their quotas.
 
 Tokens come from a *source*: a rank, or the ranks that route the same tokens and must split them alike.
-A token stays in its source if a rank there holds the expert, as far as the quotas allow; else it goes
-to a replica nearby, as far as theirs allow; else to any. Nearby is the source's node. Where sources
-span nodes, these nodes count as one, with all that are joined to them in this way. Each source is
-taken to bring the same part of every expert's tokens.
+As far as quotas allow, a token stays in its source if a rank there holds the expert. Otherwise it goes
+to a replica in the *vicinity*, again as far as quotas allow, and otherwise to any replica. The vicinity
+is the node of the source; nodes that a source spans count as one, together with all nodes that are
+joined to them in this way. Every source is assumed to bring the same share of every expert's tokens.
+
+Letters of this module: `N` nodes; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
 HASH_RANGE = 1 << 16
-"""Tokens carry a hash in 0..HASH_RANGE-1; thresholds divide that range."""
+"""Tokens have a hash in 0..HASH_RANGE-1, and thresholds divide that range."""
 
 
 def dispatch_thresholds(
@@ -30,13 +32,14 @@ def dispatch_thresholds(
     topology: Topology,
     rank: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """How `rank` picks replicas in `layers`: (slots, thresholds), both int32
-    [len(layers), E, max_replicas]; the same for all ranks of a source.
+    """(slots, thresholds), how `rank` picks replicas in `layers`; the same for all ranks of a source.
 
-    quotas_LP: float64 [L, P], of all layers. A token of expert `e` with hash `u` in 0..65535 goes to
-    the first replica `j` with `u < thresholds[e, j]`. Unused entries have slot -1 and threshold 65536
-    and are never reached. Over all sources the slots receive their quotas, to 1/65536 of each
-    source's tokens.
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot receives, in all layers.
+
+    Both are int32 [len(layers), E, max_replicas]. A token of expert `e` with hash `u` in 0..65535 goes
+    to the first replica `j` with `u < thresholds[e, j]`. Unused entries have slot -1 and threshold
+    65536, and are never reached. Over all sources the slots receive their quotas, to within 1/65536 of
+    each source's tokens.
     """
     chosen = list(layers)
     shape = len(chosen), placement.num_experts, placement.max_replicas
@@ -57,7 +60,7 @@ def dispatch_thresholds(
 
 
 def _vicinity_R(topology: Topology) -> NDArray[np.int64]:
-    """The node of each rank, or the first of those that sources join to it."""
+    """int64 [R], the node of each rank, or the first of the nodes that sources join to it."""
     nodes, size = topology.node_of_rank, topology.ranks_per_source
     vicinity_N = np.arange(topology.num_nodes)
     for spanned in {tuple(set(nodes[i : i + size])) for i in range(0, len(nodes), size)}:
@@ -69,7 +72,7 @@ def _vicinity_R(topology: Topology) -> NDArray[np.int64]:
 
 @compiled
 def _set_slots(slots_LP: NDArray[np.int32], slots: NDArray[np.int32]) -> None:
-    """`Placement.replica_slots` of every layer."""
+    """Fill `slots` with `Placement.replica_slots` of every layer."""
     for layer in range(slots_LP.shape[0]):
         count_E = np.zeros(slots.shape[1], np.int64)
         for slot in range(slots_LP.shape[1]):
@@ -101,6 +104,7 @@ def _set_thresholds(
                 quota[j] = quotas_LP[layer, own_slots[j]]
             ranks = own_slots // slots_per_rank
             total = np.cumsum(_shares(ranks, quota, source_R, vicinity_R, source))
+            # thresholds[j] = 65536 (shares[0] + ... + shares[j]); the last one stays 65536 exactly.
             for j in range(count - 1):
                 thresholds[layer, expert, j] = np.rint(total[j] * HASH_RANGE)
 
@@ -113,12 +117,17 @@ def _shares(
     vicinity_R: NDArray[np.int64],
     source: int,
 ) -> NDArray[np.float64]:
-    """Part of the tokens of one expert at `source` that each of its replicas receives.
+    """float64 [C], the share of one expert's tokens at `source` that each replica receives.
 
-    A source keeps what its own replicas' quotas allow. What sources of a vicinity have left is spread
-    over the capacity left there, and what is left of that over the capacity left anywhere; both add up
-    to the same over all sources, so every quota is met.
+    ranks: int32 [C]. The rank of each replica.
+    quota: float64 [C]. The share of all tokens of the expert that each replica receives.
+
+    A source keeps what the quotas of its own replicas allow. What the sources of a vicinity have left
+    is spread over the capacity that is left there, and what then remains over the capacity that is left
+    anywhere. Tokens left and capacity left are equal when summed over all sources, so every quota is
+    met.
     """
+    # A source brings 1 / num_sources of all tokens, so `kept` of all is kept * num_sources of its own.
     num_sources = source_R[-1] + 1
     kept = _kept(quota, source_R[ranks], num_sources)
     free = quota - kept
@@ -148,7 +157,12 @@ def _shares(
 def _kept(
     quota: NDArray[np.float64], sources: NDArray[np.int64], num_sources: int
 ) -> NDArray[np.float64]:
-    """What each replica receives from its own source, whose replicas share it by their quotas."""
+    """float64 [C], the share of all tokens that each replica receives from its own source.
+
+    sources: int64 [C]. The source in which each replica is.
+    """
+    # min(room, 1 / num_sources) for the replicas of a source together, divided by their quotas; `room`
+    # is the sum of these.
     kept = np.zeros(quota.size)
     for j in range(quota.size):
         room = 0.0
@@ -168,8 +182,14 @@ def _near_part(
     vicinity_R: NDArray[np.int64],
     vicinity: int,
 ) -> tuple[float, float]:
-    """Part of a vicinity's free capacity that it takes itself, and part of its sources' tokens that
-    finds room there, for each unit of free capacity."""
+    """(flow / capacity, flow / demand / capacity) of a vicinity: the fraction of its free capacity that its
+    own sources fill, and the share of their remaining tokens that each unit of that capacity gets.
+
+    kept, free: float64 [C]. What each replica receives from its own source, and what is left of its
+        quota.
+    """
+    # demand: what the vicinity's sources have left, of all tokens; they bring in proportion to its
+    # ranks. flow = min(demand, capacity).
     demand, capacity = np.sum(vicinity_R == vicinity) / vicinity_R.size, 0.0
     for j in range(ranks.size):
         if vicinity_R[ranks[j]] == vicinity:

@@ -1,15 +1,17 @@
 """Rank balance: how evenly the EP ranks were loaded lately, and would have been without rebalancing.
 
-One snapshot says little when it holds few tokens. Imbalance is therefore that of recent snapshots
-together, each weighing what its tokens weigh; older ones fade. All of it is one compiled pass, since
-it happens between two engine steps.
+A snapshot with few tokens says little. Imbalance is therefore that of recent snapshots taken together:
+each weighs as much as its tokens, and older ones fade. All of it is one compiled pass, because it runs
+between two engine steps.
 
-Letters: `K` kinds of imbalance: as served, as loaded (contiguous), then as served by phase.
+Letters of this module: `K` kinds of imbalance (as served, as loaded, then as served in each phase); others
+as in `placement.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 
 HALF_LIFE_SNAPSHOTS = 4
-"""Snapshots with tokens after which one counts half."""
+"""A snapshot counts half once this many more with tokens have followed."""
 
 _FADE = 0.5 ** (1 / HALF_LIFE_SNAPSHOTS)
 _SERVED, _CONTIGUOUS, _PHASES = 0, 1, 2
@@ -28,14 +30,17 @@ _SERVED, _CONTIGUOUS, _PHASES = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecentImbalance:
-    """busiest_L, mean_L: float64, tokens of the busiest rank and of the mean rank, summed over recent
-    snapshots."""
+    """Sums over recent snapshots.
+
+    busiest_L: float64 [L], tokens. On the busiest rank of each snapshot.
+    mean_L: float64 [L], tokens. On a rank on average.
+    """
 
     busiest_L: NDArray[np.float64]
     mean_L: NDArray[np.float64]
 
     def of_layers(self) -> list[float]:
-        """Max over mean per layer; 1 where a layer saw no tokens, [] before the first tokens."""
+        """Max over mean of each layer: 1 where it saw no tokens. Empty before the first tokens."""
         if not self.mean_L.any():
             return []
         safe_L = np.where(self.mean_L > 0, self.mean_L, 1.0)
@@ -43,19 +48,25 @@ class RecentImbalance:
         return ratios
 
     def overall(self) -> float | None:
-        """Max summed over layers over mean summed over layers: layers wait one after the other."""
+        """Max over mean, both summed over the layers, because a step waits in every one of them; None
+        before the first tokens.
+        """
         mean = self.mean_L.sum()
         return float(self.busiest_L.sum() / mean) if mean else None
 
 
 class RankBalance:
-    """What snapshots add up to, for one model.
+    """What the snapshots of one model add up to.
 
-    served, contiguous: as served, and as the placement that the engine loaded would have had it.
-    phases: as served, each phase alone; one without tokens in a snapshot does not fade.
-    recent_LR, recent_LE: float64, tokens of recent snapshots per rank and per logical expert.
-    tokens_ALE: int64, routed tokens since the start; rank_tokens_LR: int64, by rank; busiest_tokens: by
-    placement, those of each layer's busiest rank, layers summed.
+    served: recent imbalance as served.
+    contiguous: the same for the placement that the engine loaded, had it stayed.
+    phases: recent imbalance as served, by phase; a phase without tokens in a snapshot does not fade.
+    recent_LR: float64 [L, R], tokens. In recent snapshots.
+    recent_LE: float64 [L, E], tokens. In recent snapshots.
+    tokens_ALE: int64 [A, L, E], tokens. Routed since the start.
+    rank_tokens_LR: int64 [L, R], tokens. Computed since the start.
+    busiest_tokens: tokens of each layer's busiest rank since the start, summed over the layers; as
+        served and as loaded.
     """
 
     def __init__(self, contiguous: Placement) -> None:
@@ -69,65 +80,74 @@ class RankBalance:
         self.tokens_ALE = np.zeros((len(PHASES), layers, experts), dtype=np.int64)
         self.rank_tokens_LR = np.zeros((layers, ranks), dtype=np.int64)
         self.busiest_tokens = {"served": 0, "contiguous": 0}
-        self._busiest_KL, self._mean_KL = np.zeros((2, _PHASES + len(PHASES), layers))
-        kinds = [
-            RecentImbalance(*rows) for rows in zip(self._busiest_KL, self._mean_KL, strict=True)
-        ]
+        busiest_KL, mean_KL = np.zeros((2, _PHASES + len(PHASES), layers))
+        kinds = [RecentImbalance(*rows) for rows in zip(busiest_KL, mean_KL, strict=True)]
         self.served, self.contiguous = kinds[_SERVED], kinds[_CONTIGUOUS]
         self.phases = dict(zip(PHASES, kinds[_PHASES:], strict=True))
-        self._served = self._loaded = _Slots.of(Served.initial(contiguous))
-        self.add(self.tokens_ALE.copy(), self._loaded.served)  # compiled before any step
-
-    def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
-        """One snapshot with tokens, that `served` computed."""
-        if self._served.served is not served:
-            self._served = _Slots.of(served)
-        busiest_served, busiest_contiguous = _add_snapshot(
-            counts_ALE,
-            self._served.slots_LP,
-            self._served.quotas_LP,
-            self._loaded.slots_LP,
-            self._loaded.quotas_LP,
+        self._sums = _Sums(
             self.tokens_ALE,
             self.recent_LE,
             self.recent_LR,
             self.rank_tokens_LR,
-            self._busiest_KL,
-            self._mean_KL,
+            busiest_KL,
+            mean_KL,
+        )
+        loaded = Served.initial(contiguous)
+        self._served, self._served_slots = loaded, _Slots.of(loaded)
+        self._loaded_slots = self._served_slots
+        self.add(self.tokens_ALE.copy(), loaded)  # compiled before any step
+
+    def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
+        """Add a snapshot with tokens, which `served` computed."""
+        if self._served is not served:
+            self._served, self._served_slots = served, _Slots.of(served)
+        busiest_served, busiest_contiguous = _add_snapshot(
+            counts_ALE, self._served_slots, self._loaded_slots, self._sums
         )
         self.busiest_tokens["served"] += round(busiest_served)
         self.busiest_tokens["contiguous"] += round(busiest_contiguous)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Slots:
-    """What is served, in arrays of its own: machine code depends on who may write to an array."""
+class _Slots(NamedTuple):
+    """A placement and its quotas in writable arrays of their own.
 
-    served: Served
+    Numba compiles another variant for read-only arrays, and would do so between two engine steps.
+    """
+
     slots_LP: NDArray[np.uint32]
     quotas_LP: NDArray[np.float64]
 
     @classmethod
     def of(cls, served: Served) -> _Slots:
-        return cls(served, served.placement.slots_LP.astype(np.uint32), served.quotas_LP.copy())
+        return cls(served.placement.slots_LP.astype(np.uint32), served.quotas_LP.copy())
+
+
+class _Sums(NamedTuple):
+    """What a snapshot is added to, in place; the arrays of `RankBalance`.
+
+    busiest_KL, mean_KL: float64 [K, L]. `RecentImbalance` of each kind.
+    """
+
+    tokens_ALE: NDArray[np.int64]
+    recent_LE: NDArray[np.float64]
+    recent_LR: NDArray[np.float64]
+    rank_tokens_LR: NDArray[np.int64]
+    busiest_KL: NDArray[np.float64]
+    mean_KL: NDArray[np.float64]
 
 
 @compiled
 def _add_snapshot(
-    counts_ALE: NDArray[np.int64],
-    slots_LP: NDArray[np.uint32],
-    quotas_LP: NDArray[np.float64],
-    loaded_LP: NDArray[np.uint32],
-    loaded_quotas_LP: NDArray[np.float64],
-    tokens_ALE: NDArray[np.int64],
-    recent_LE: NDArray[np.float64],
-    recent_LR: NDArray[np.float64],
-    rank_tokens_LR: NDArray[np.int64],
-    busiest_KL: NDArray[np.float64],
-    mean_KL: NDArray[np.float64],
+    counts_ALE: NDArray[np.int64], served: _Slots, loaded: _Slots, sums: _Sums
 ) -> tuple[float, float]:
-    """Layer by layer, while it is in the cache. Returns the busiest ranks' tokens of this snapshot, as
-    served and as loaded."""
+    """Add a snapshot layer by layer, while each is in the cache.
+
+    Returns the tokens of the busiest ranks in this snapshot, summed over layers, as served and as
+    loaded.
+    """
+    tokens_ALE, recent_LE, recent_LR, rank_tokens_LR, busiest_KL, mean_KL = sums
+    slots_LP, quotas_LP = served
+    loaded_LP, loaded_quotas_LP = loaded
     phases, layers, experts = counts_ALE.shape
     kinds, ranks = len(busiest_KL), recent_LR.shape[1]
     load_E, load_KR = np.empty(experts), np.zeros((kinds, ranks))
@@ -141,6 +161,7 @@ def _add_snapshot(
                 tokens_ALE[phase, layer, expert] += counts_E[expert]
                 load_E[expert] += counts_E[expert]
             _sum_ranks(counts_E, slots_LP[layer], quotas_LP[layer], load_KR[_PHASES + phase])
+            # Ranks' loads are linear in the tokens, so those of the phases add up.
             load_KR[_SERVED] += load_KR[_PHASES + phase]
         _sum_ranks(load_E, loaded_LP[layer], loaded_quotas_LP[layer], load_KR[_CONTIGUOUS])
         _fade_in(recent_LE[layer], load_E)
@@ -164,6 +185,7 @@ def _sum_ranks(
     quotas_P: NDArray[np.float64],
     load_R: NDArray[np.float64],
 ) -> None:
+    # load_R[r] = sum over the slots p of rank r of load_E[slots_P[p]] * quotas_P[p]
     slots = len(slots_P) // len(load_R)
     for rank in range(len(load_R)):
         tokens = 0.0

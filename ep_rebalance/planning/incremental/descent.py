@@ -1,5 +1,7 @@
-"""Descent on one layer's sum of squared rank loads: the costliest rank is relieved first, by the
-swap or exchange that gains most for what it moves."""
+"""Descent on the sum of squared rank loads of one layer.
+
+The costliest rank is relieved first, by the swap or exchange that gains most for what it moves.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from ep_rebalance.planning.incremental.relief import relief_of
 from ep_rebalance.planning.incremental.swaps import best_swap
 
 _TRIED_IN_VAIN = 3
-"""Ranks that are tried in vain, one after the other, before a layer is left as it is."""
+"""A layer is left as it is once this many ranks in a row could not be relieved."""
 
 
 @compiled
@@ -32,14 +34,16 @@ def improve_layer(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The changes that improve a layer, each on top of those before it.
 
-    least_gain_per_move: least gain for a move within a node, in units of the mean square load of an even
-        rank.
+    slots_P: int32 [P]. The expert in each slot, as in `describe_experts`.
+    max_moved: slots. Bound on all changes together.
+    max_arrivals: experts. Bound on what arrives on one rank.
+    least_gain_per_move: in units of the squared mean rank load. A move within a node must gain more.
 
-    Returns int64 [N, 4] and float64 [N, 2]: for each change the slots moved and (slot, other,
-    expert) as in `Change`, and its gain and gain per move. After each of them `max_arrivals` holds on every
-    rank and `max_moved` for their sum.
+    Returns int64 [N, 4] and float64 [N, 2] for N changes: (moved, slot, other, expert) and (gain,
+    gain_per_move), as in `Change`. Both bounds hold after each change.
     """
     layer = start_layer(experts, slots_P)
+    # Some changes bring experts back to where they were, so `max_moved` alone bounds nothing.
     limit = 4 * slots_P.size
     changes_N4, gains_N2 = np.empty((limit, 4), np.int64), np.empty((limit, 2))
     count = 0
@@ -62,9 +66,12 @@ def _next_change(
     max_arrivals: int,
     least_gain_per_move: float,
 ) -> Change:
-    """For the costliest rank that can be relieved. One that could not is tried again only after it
-    became costlier by what a move must gain. After a few the layer is done, since it waits for its
-    costliest ranks; ranks below the average are not tried."""
+    """The best change for the costliest rank that can be relieved; its slot is -1 if there is none.
+
+    A rank that could not be relieved is tried again only once its cost has grown by what a move must
+    gain. After a few such ranks the layer is done, because it waits for its costliest ranks anyway.
+    Ranks below the average are not tried.
+    """
     left = max_moved - layer.arrivals_R.sum()
     average = layer.square_R.mean()
     nothing = Change(least_gain_per_move, 0.0, 0, -1, -1, -1)
@@ -84,7 +91,7 @@ def _next_change(
 
 @compiled
 def _costliest(layer: LayerState, growth: float) -> int:
-    """Of the ranks whose square has grown by `growth` since they were tried in vain; -1 if none."""
+    """The costliest rank whose square has grown by `growth` since relieving it last failed; -1 if none."""
     costliest = -1
     for rank in range(layer.square_R.size):
         if layer.square_R[rank] > layer.failed_square_R[rank] + growth and (

@@ -1,10 +1,16 @@
 """Exchanges: a slot of an expert with several replicas is given to another expert.
 
-Where `a` comes and `b` goes, a rank `l` turns into `l + u + v`, with `u` and `v` multiples of their
-load vectors, and |l + u + v|^2 = |l + u|^2 + |l + v|^2 - |l|^2 + 2 u.v: the gain is that of `a`
-alone, that of `b` alone and the products -2 u.v. Wherever one of the two puts more load, the other
-puts less, so -u.v is a.b times a factor above 0; and a.b is at most the product of the means and that
-of the lengths of the rests.
+Where `a` arrives and `b` leaves, the vector `l` of a rank turns into `l + u + v`, with `u` a multiple
+of the load vector of `a` and `v` one of that of `b`. Since
+
+    |l + u + v|^2 = |l + u|^2 + |l + v|^2 - |l|^2 + 2 u.v
+
+the gain is that of `a` alone, plus that of `b` alone, minus 2 u.v on every rank. Where one of the two
+puts more load, the other puts less, so -u.v is a.b times a positive factor, and by Cauchy and Schwarz
+
+    a.b <= mean_a mean_b + rest_a rest_b
+
+which bounds the gain of most candidates without computing a.b.
 """
 
 from __future__ import annotations
@@ -30,7 +36,12 @@ def best_copy(
     max_arrivals: int,
     best: Change,
 ) -> Change:
-    """`best`, or one more replica elsewhere of an expert of the rank, if it has a higher gain per move."""
+    """`best`, or a change with a higher gain per move that gives an expert of the relieved rank one
+    more replica elsewhere.
+
+    left: slots that may still change in the layer.
+    max_arrivals: experts. Bound on what arrives on one rank.
+    """
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     held_RE, slots_P, fetch_RE = layer.held_RE, layer.slots_P, experts.fetch_RE
     spare_N, freed_N = relief.spare_N, relief.freed_N
@@ -48,6 +59,7 @@ def best_copy(
             gain = copied + freed_N[n] - 2.0 * part * product_R[rank]
             if nodes_NE[node_R[rank], a] == 0:
                 gain += traffic_E[a]
+            # gain / max(fetches, 1) must exceed the best one.
             least = best.gain_per_move * max(fetch_RE[rank, a] - fetch_RE[rank, b], 1.0)
             product = mean_E[a] * mean_E[b] + rest_E[a] * rest_E[b]
             # -u.v is part * part_b * a.b on the slot's rank, less * more * a.b on ranks with both.
@@ -69,7 +81,11 @@ def best_drop(
     max_arrivals: int,
     best: Change,
 ) -> Change:
-    """`best`, or another expert in one of the rank's own slots whose expert is elsewhere too."""
+    """`best`, or a change with a higher gain per move that gives a slot of the relieved rank, whose
+    expert has another replica, to another expert.
+
+    left, max_arrivals: as in `best_copy`.
+    """
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     held_E, product_E, replicas_E = layer.held_RE[relief.rank], relief.product_E, layer.replicas_E
     nodes_E, traffic_E = layer.nodes_NE[experts.node_R[relief.rank]], experts.traffic_E
@@ -103,7 +119,7 @@ def best_drop(
 
 @compiled
 def _shared_ranks(layer: LayerState, a: int, b: int) -> int:
-    """Ranks that hold both."""
+    """How many ranks hold both experts."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     shared = 0
     for index in range(layer.replicas_E[b]):
@@ -122,7 +138,7 @@ def _better(
     max_arrivals: int,
     best: Change,
 ) -> Change:
-    """`best`, or `a` in `slot` if that is allowed and has a higher gain per move."""
+    """`best`, or expert `a` in `slot` if that is allowed and has a higher gain per move."""
     rank, b = slot * layer.arrivals_R.size // layer.slots_P.size, layer.slots_P[slot]
     moved = moved_by(experts, rank, a, b)
     gain_per_move = gain / max(fetched_by(experts, rank, a, b), 1.0)

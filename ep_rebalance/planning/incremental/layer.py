@@ -1,8 +1,15 @@
 """One layer while the incremental planner works on it.
 
-An expert with `c` replicas puts `part_EC[e, c]` of its load vector on each rank that holds it; a
-rank is the sum of what it gets, and the objective is the sum of the ranks' squares. Products of rank
-vectors with load vectors score any change in a handful of look-ups.
+An expert `e` with `c` replicas puts `part_EC[e, c]` of its load vector `v_e` on each rank that holds
+it. The vector of a rank is the sum of what it gets, and the planner minimises
+
+    sum over ranks of |l_r|^2                  l_r = sum over its experts of part_EC[e, c] v_e
+    + sum over experts of c part_EC[e, c]^2 own_E[e]
+    - sum over experts of traffic_E[e] (nodes that hold e)
+
+From products of rank vectors with load vectors any change is scored in a handful of look-ups.
+
+Letters of this module: `V` coordinates of a load vector, `N` nodes; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +26,21 @@ from ep_rebalance.planning.incremental.load_vectors import load_vectors
 class LayerInputs(NamedTuple):
     """What does not change while a layer is planned.
 
-    vectors_EV, own_E: as `load_vectors` returns them; vectors_VE is the transpose, laid out by rows.
-    square_E: squares of the vectors. rest_E: their lengths without the first coordinate, the mean.
-    part_EC: float64 [E, C + 2], part of an expert's load on each of its ranks, by number of
-        replicas; column 0 means nothing, the last is only passed through.
-    fetch_RE: cost of giving the expert to the rank in units of a move within a node; 0 where the
-        rank holds it before any change.
-    traffic_E: what the objective gains for each node more that holds the expert.
+    Loads are in units of the mean rank load, so squares, products and gains are in units of its
+    square.
+
+    vectors_EV: float64 [E, V]. As returned by `load_vectors`.
+    vectors_VE: float64 [V, E]. Its transpose, with contiguous rows.
+    own_E: float64 [E]. As returned by `load_vectors`.
+    square_E: float64 [E]. Squared lengths of the vectors.
+    rest_E: float64 [E]. Their lengths without the first coordinate, which is the mean.
+    part_EC: float64 [E, max_replicas + 2]. The share of an expert's load on each of its ranks, by the
+        number of its replicas. Column 0 has no meaning; no expert ends up in the last one, which the
+        first half of a swap may reach.
+    fetch_RE: float64 [R, E], moves within a node. Price of bringing the expert to the rank; 0 where
+        the rank held it before any change.
+    traffic_E: float64 [E]. What the objective gains with each further node that holds the expert.
+    node_R: int64 [R]. The node of each rank.
     """
 
     vectors_EV: NDArray[np.float64]
@@ -40,16 +55,19 @@ class LayerInputs(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """Changed in place by `apply_change`.
+    """What changes while a layer is planned; `apply_change` updates it in place.
 
-    replicas_E, holders_EC: how many slots hold each expert, and which (the first `replicas_E`).
-    held_RE: whether a rank holds the expert.
-    nodes_NE: how many ranks of a node hold the expert.
-    load_VR: the rank vectors, one in each column; square_R are their squares.
-    product_P: product of the slot's load vector with its rank's vector.
-    arrivals_R: experts on a rank that were not there before.
-    stale_R: ranks whose square and products are out of date.
-    failed_square_R: the rank's square when relieving it was last tried in vain; 0 before.
+    slots_P: int64 [P]. The expert in each slot.
+    replicas_E: int64 [E]. How many slots hold each expert.
+    holders_EC: int64 [E, max_replicas + 2]. Which slots these are, in the first `replicas_E` columns.
+    held_RE: bool [R, E]. Whether a rank holds the expert.
+    nodes_NE: int64 [N, E]. How many ranks of a node hold the expert.
+    load_VR: float64 [V, R]. The rank vectors, one in each column.
+    square_R: float64 [R]. Their squared lengths.
+    product_P: float64 [P]. Inner product of a slot's load vector with the vector of its rank.
+    arrivals_R: int64 [R], experts. On the rank now, but not before any change.
+    stale_R: bool [R]. Whether the rank's square and products are out of date.
+    failed_square_R: float64 [R]. The rank's square when relieving it last failed; 0 before.
     """
 
     slots_P: NDArray[np.int64]
@@ -66,11 +84,14 @@ class LayerState(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A swap gives `slot` the `expert` of the slot `other` and the other way round; an exchange
-    gives `slot` one more replica of `expert`, and `other` is -1. No change has a `slot` of -1.
+    """A swap or an exchange.
 
-    moved: slots that differ from the origin afterwards, less those before.
-    gain_per_move: gain for each of them, fetches from other nodes counted dearer.
+    A swap gives `slot` the `expert` of the slot `other`, and `other` the expert of `slot`. An exchange
+    gives `slot` one more replica of `expert`; `other` is -1. If `slot` is -1 there is no change.
+
+    gain_per_move: gain / max(price of its fetches, 1), where a fetch within a node costs 1.
+    gain: by how much the objective falls.
+    moved: slots. How many more differ from the layer before any change.
     """
 
     gain_per_move: float
@@ -91,9 +112,15 @@ def describe_experts(
     internode_price: float,
     token_price: float,
 ) -> LayerInputs:
-    """cost_WE, weight_W: as for `load_vectors`. internode_price: of a move from another node, in
-    those within one. token_price: of a token that crosses a node boundary, in those of computing
-    it."""
+    """The inputs of a layer.
+
+    cost_WE, weight_W: as in `load_vectors`.
+    part_EC: as in `LayerInputs`.
+    slots_P: int32 [P]. The expert in each slot before any change.
+    node_R: int64 [R]. The node of each rank.
+    internode_price: moves within a node. What a move from another node costs.
+    token_price: tokens. What a token that crosses a node boundary costs, in tokens computed.
+    """
     num_ranks, num_nodes = node_R.size, node_R.max() + 1
     vectors_EV, own_E = load_vectors(cost_WE, weight_W, num_ranks)
     square_E = np.sum(vectors_EV**2, axis=1)
@@ -107,6 +134,8 @@ def describe_experts(
                 fetch_RE[rank, expert] = 1.0
     for slot in range(slots_P.size):
         fetch_RE[slot * num_ranks // slots_P.size, slots_P[slot]] = 0.0
+    # Tokens come evenly from all nodes, so each further node that holds an expert keeps 1 / nodes of
+    # its tokens from crossing. The slope of l^2 at the mean load of 1 turns load into squares: 2.
     return LayerInputs(
         vectors_EV,
         vectors_EV.T.copy(),
@@ -124,8 +153,7 @@ def describe_experts(
 def start_layer(experts: LayerInputs, slots_P: NDArray[np.int32]) -> LayerState:
     """The layer before any change: nothing has arrived, no rank was tried.
 
-    slots_P: int32 [P], the expert in each slot, as `experts` was described with. Loads are in units
-    of the mean rank load, so squares and products are in units of its square.
+    slots_P: int32 [P]. The expert in each slot; the same as in `describe_experts`.
     """
     num_experts, width = experts.vectors_EV.shape
     num_ranks, num_nodes = experts.node_R.size, experts.node_R.max() + 1
@@ -149,7 +177,10 @@ def start_layer(experts: LayerInputs, slots_P: NDArray[np.int32]) -> LayerState:
 
 @compiled
 def _fill(experts: LayerInputs, layer: LayerState) -> None:
-    """Who holds what, and the loads. Calls nothing: this is done for every layer of every plan."""
+    """Set who holds what, and the rank vectors.
+
+    It calls nothing, for speed: it runs for every layer of every plan.
+    """
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     slots_P, replicas_E, holders_EC = layer.slots_P, layer.replicas_E, layer.holders_EC
     held_RE, nodes_NE, node_R = layer.held_RE, layer.nodes_NE, experts.node_R
@@ -169,14 +200,16 @@ def _fill(experts: LayerInputs, layer: LayerState) -> None:
 
 @compiled
 def moved_by(experts: LayerInputs, rank: int, arrives: int, leaves: int) -> int:
-    """Slots of `rank` that differ from the origin after the replacement, less those before."""
+    """By how much the slots of `rank` that differ from the layer before any change grow in number
+    if `arrives` replaces `leaves` there: -1, 0 or 1.
+    """
     after, before = experts.fetch_RE[rank, arrives] > 0.0, experts.fetch_RE[rank, leaves] > 0.0
     return int(after) - int(before)
 
 
 @compiled
 def fetched_by(experts: LayerInputs, rank: int, arrives: int, leaves: int) -> float:
-    """Price of the replacement's fetch, less what is saved if a fetched expert leaves."""
+    """Price of fetching `arrives`, minus what is saved because `leaves` need not be fetched."""
     fetched: float = experts.fetch_RE[rank, arrives] - experts.fetch_RE[rank, leaves]
     return fetched
 
@@ -191,9 +224,9 @@ def inner_product(experts: LayerInputs, a: int, b: int) -> float:
 
 @compiled
 def apply_change(experts: LayerInputs, layer: LayerState, change: Change) -> None:
-    """Make the change in `layer`, in place, with all that depends on it but `failed_square_R`.
+    """Make the change in place, and update everything that depends on it except `failed_square_R`.
 
-    Only `slot`, `other` and `expert` are read; whether the change is allowed is not checked.
+    Only `slot`, `other` and `expert` are read. Whether the change is allowed is not checked.
     """
     arrives, leaves = change.expert, layer.slots_P[change.slot]
     if change.other >= 0:
@@ -204,8 +237,10 @@ def apply_change(experts: LayerInputs, layer: LayerState, change: Change) -> Non
 
 @compiled
 def _replace(experts: LayerInputs, layer: LayerState, slot: int, old: int, new: int) -> None:
-    """Let `slot` hold `new` in place of `old`. Between the two calls of a swap both replica counts
-    are off by one; the loads that the first leaves with them are put right by the second.
+    """Let `slot` hold `new` instead of `old`.
+
+    Between the two calls of a swap both replica counts are off by one. The second call corrects the
+    loads that the first one leaves behind.
     """
     rank = slot * layer.arrivals_R.size // layer.slots_P.size
     layer.arrivals_R[rank] += moved_by(experts, rank, new, old)
@@ -220,7 +255,11 @@ def _replace(experts: LayerInputs, layer: LayerState, slot: int, old: int, new: 
 
 @compiled
 def _add_load(experts: LayerInputs, layer: LayerState, expert: int, sign: float) -> None:
-    """Add the expert to, or take it off, all ranks that hold it, at the replica count of now."""
+    """Add the expert to all ranks that hold it, or take it off them, at its current replica count.
+
+    sign: 1 to add, -1 to take off.
+    """
+    # l_r += sign part_EC[e, c] v_e
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     factor = sign * experts.part_EC[expert, layer.replicas_E[expert]]
     for index in range(layer.replicas_E[expert]):
@@ -254,6 +293,7 @@ def _release(experts: LayerInputs, layer: LayerState, slot: int, expert: int) ->
 
 @compiled
 def _refresh_products(experts: LayerInputs, layer: LayerState) -> None:
+    # square_R[r] = |l_r|^2 and product_P[p] = l_r.v_e, for the rank r of slot p and its expert e
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     load_V = np.empty(layer.load_VR.shape[0])
     slots_P, product_P, vectors_EV = layer.slots_P, layer.product_P, experts.vectors_EV

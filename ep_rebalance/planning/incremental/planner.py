@@ -1,9 +1,9 @@
 """Incremental planner: improve the current placement by the few moves that pay best.
 
-The objective is the mean over the window's samples of the squared rank loads, so that experts which
-are busy at the same time part ways. Swaps between ranks, and redundant slots given to another
-expert, are taken in the order of their gain for each slot that they move, as long as that gain is
-worth a move and the budget lasts.
+The objective is the mean over the window's samples of the squared rank loads, so that experts that
+are busy at the same time part ways. Changes are swaps between ranks, and redundant slots given to
+another expert. They are made in the order of their gain for each slot that they move, for as long as
+that gain is worth a move and the budget lasts.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ep_rebalance.planning.incremental.layer import describe_experts
 from ep_rebalance.planning.problem import Problem
 
 MIN_GAIN_PER_RANK = 1.6e-5
-"""Least gain that is worth a moved slot, for each rank, in units of the mean square load of an even
-one. The more ranks there are, the less often a step waits for the one that is relieved. On 32 ranks,
-two that swap experts must each come about 2 % of the mean rank load closer to it."""
+"""The least gain that is worth moving a slot, divided by the number of ranks; in units of the squared
+mean rank load. The more ranks there are, the less often a step waits for the one that is relieved.
+On 32 ranks, two ranks that swap experts must each come about 2 % of the mean rank load closer to it.
+"""
 
 _LEAST_RANKS = 8
-"""Below this many, a move must gain as much as on so many."""
+"""On fewer ranks than this, a move must gain as much as on this many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Descent:
-    """Changes of one layer in the order in which they must be made, as `improve_layer` returns
-    them."""
+    """Changes of one layer, in the order in which they must be made; see `improve_layer`."""
 
     changes_N4: NDArray[np.int64]
     gains_N2: NDArray[np.float64]
@@ -47,9 +47,9 @@ class _Descent:
 
 
 def plan_incremental(problem: Problem) -> Placement:
-    """The current placement with the best changes that the budget allows, over all layers.
+    """The current placement with the best changes in all layers that the budget allows.
 
-    Ties go to the lowest ids whatever the seed. A layer without load stays.
+    Ties go to the lowest ids whatever the seed. A layer without load stays as it is.
     """
     current, cost_WLE = problem.current, problem.cost.expert_cost_WLE(problem.load)
 
@@ -81,6 +81,7 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
         max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
         problem.internode_token_price,
     )
+    # No layer can spend the budget of all, but each may make one swap.
     even_share = -(-budget.max_moved_slots // current.num_layers)
     changes_N4, gains_N2 = improve_layer(
         experts,
@@ -93,15 +94,19 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
 
 
 def _in_tokens(cost_WE: NDArray[np.float64], tokens_WE: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The costs in a unit in which they sum to the tokens, since their noise is taken for that of a
-    count."""
+    """The costs, scaled so that they sum to the tokens, because their noise is taken to be that of
+    counts.
+    """
     total = cost_WE.sum()
     return cost_WE * (tokens_WE.sum() / total) if total > 0.0 else cost_WE
 
 
 def _spend(descents: Sequence[_Descent], max_moved: int) -> list[int]:
-    """How many changes of each layer to make: always the best next one, until one does not fit the
-    budget."""
+    """How many changes to make in each layer.
+
+    The best next change of all layers is made until none is left. A layer ends with the first of its
+    changes that the rest of the budget does not cover.
+    """
     taken = [0] * len(descents)
     left = max_moved
     waiting = [

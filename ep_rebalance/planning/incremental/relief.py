@@ -1,7 +1,11 @@
 """Relief: what is looked up again and again while changes for one overloaded rank are compared.
 
-Inner loops run over experts, ranks or slots, so that no order of summation is left to the compiler,
-and call nothing: to hand a tuple of arrays over costs more than a candidate's arithmetic.
+Inner loops run over experts, ranks or slots, never along what is summed up, so that the compiler
+cannot change the order of a sum. They call nothing: handing over a tuple of arrays costs more than
+the arithmetic of a candidate.
+
+Letters of this module: `N` spare slots of all ranks, ordered by expert: those whose expert has another
+replica. `S` are the slots of the relieved rank. Others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +20,22 @@ from ep_rebalance.planning.incremental.layer import LayerInputs, LayerState
 
 
 class Relief(NamedTuple):
-    """rank: the one to relieve.
+    """What is looked up while changes for one rank are compared.
 
-    product_E: products of its vector with every load vector.
-    product_SR: products of the load vectors of its slots with every rank's vector.
-    less_E: by how much the part on each rank that holds an expert shrinks with one more replica.
-    copied_E: what the objective gains by one more replica, before anything that depends on where it
-        comes; minus infinity where all ranks hold the expert.
-    spare_N: slots whose expert has another replica; the fields below are of these.
-    freed_N: what the objective gains if the slot is emptied and the other ranks take over its part.
-    more_N: by how much the part on each of those then grows.
-    part_N: the part that the slot's rank is freed from. most_N: sum of what all other ranks get.
+    A part is a fraction of an expert's load. Gains are in units of the squared mean rank load.
+
+    rank: the rank to relieve.
+    product_E: float64 [E]. Inner product of the rank's vector with every load vector.
+    product_SR: float64 [S, R]. Inner products of its slots' load vectors with every rank's vector.
+    less_E: float64 [E], parts. By how much the part of an expert on each of its ranks shrinks with one
+        more replica.
+    copied_E: float64 [E], gain. What one more replica brings, except what depends on the rank that
+        gets it; minus infinity if all ranks hold the expert.
+    spare_N: int64 [N]. The spare slots.
+    freed_N: float64 [N], gain. What it brings to empty the slot and let the other replicas take over.
+    more_N: float64 [N], parts. By how much the part on each of their ranks then grows.
+    part_N: float64 [N], parts. What the rank of the slot is freed from.
+    most_N: float64 [N], parts. What all other ranks get together.
     """
 
     rank: int
@@ -43,11 +52,9 @@ class Relief(NamedTuple):
 
 @compiled
 def relief_of(experts: LayerInputs, layer: LayerState, rank: int) -> Relief:
-    """What `Relief` says, for the layer as it is now; it is out of date after the next change.
+    """The tables for relieving `rank` in the layer as it is now; the next change outdates them.
 
-    E are all experts, R all ranks, S the slots of `rank`, N the spare slots of all ranks, by expert.
-    Parts are fractions of an expert's load; products and gains are in units of the squared mean rank
-    load. Without redundant slots `less_E` and `copied_E` are zero and N is 0.
+    Without redundant slots N is 0, and `less_E` and `copied_E` are zero.
     """
     num_slots, num_ranks = layer.slots_P.size, layer.arrivals_R.size
     less_E, copied_E = np.zeros(layer.replicas_E.size), np.zeros(layer.replicas_E.size)
@@ -78,6 +85,7 @@ def relief_of(experts: LayerInputs, layer: LayerState, rank: int) -> Relief:
 
 @compiled
 def _set_products(experts: LayerInputs, layer: LayerState, relief: Relief) -> None:
+    # product_E[e] = l.v_e for the relieved rank's l, product_SR[i, r] = v_i.l_r for its i-th slot
     slots_per_rank = relief.product_SR.shape[0]
     for v in range(layer.load_VR.shape[0]):
         factor = layer.load_VR[v, relief.rank]
@@ -106,8 +114,9 @@ def _set_copies(
             continue
         before, part = experts.part_EC[a, count], experts.part_EC[a, count + 1]
         less_E[a] = before - part
-        # |l|^2 - |l - less a|^2 = 2 less l.a - less^2 |a|^2 on each rank `l` of the `count`, and an
-        # empty rank that takes the new replica costs part^2 |a|^2. held_E[a] is the sum of l.a.
+        # |l|^2 - |l - less a|^2 = 2 less l.a - less^2 |a|^2 on each of the `count` ranks `l`. The rank
+        # that takes the new replica costs part^2 |a|^2, if it were empty. held_E[a] is the sum of l.a.
+        # own_E weighs the number of replicas times the square of the part.
         copied_E[a] = (
             2.0 * less_E[a] * held_E[a]
             - (count * less_E[a] ** 2 + part**2) * experts.square_E[a]

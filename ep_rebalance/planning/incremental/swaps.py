@@ -25,11 +25,14 @@ def best_swap(
     max_arrivals: int,
     best: Change,
 ) -> Change:
-    """`best`, or a swap of one of the rank's experts with one of a rank below the average, if it has a
-    higher gain per move.
+    """`best`, or a swap with a higher gain per move: of an expert of the relieved rank with one of a
+    rank below the average.
 
-    left: slots that may still change. Most candidates are ruled out by the triangle inequality: two
-    load vectors are no nearer to each other than their means and the lengths of the rest.
+    left: slots that may still change in the layer.
+    max_arrivals: experts. Bound on what arrives on one rank.
+
+    Most candidates are ruled out by the triangle inequality: two load vectors are at least as far
+    apart as their means, and at least as far as the lengths of their rests.
     """
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     here, node_R, held_RE, slots_P = relief.rank, experts.node_R, layer.held_RE, layer.slots_P
@@ -50,7 +53,7 @@ def best_swap(
             fetch_a = fetch_RE[there, a] - fetch_RE[here, a]
             # With x and y the loads that `a` and `b` put on their ranks h (here) and t (there),
             # |h|^2 - |h - x + y|^2 + |t|^2 - |t + x - y|^2 = 2 (x.(h - t) + y.(t - h) - |x - y|^2),
-            # and |x - y|^2 >= means^2 + rests^2.
+            # and |x - y|^2 >= means^2 + rests^2, the differences of their means and rests.
             for other in range(there * slots_per_rank, (there + 1) * slots_per_rank):
                 gain = 2.0 * (leaves_a + leaves_P[other])
                 means, rests = mean_a - mean_P[other], rest_a - rest_P[other]
@@ -63,18 +66,9 @@ def best_swap(
                     part_b = experts.part_EC[b, layer.replicas_E[b]]
                     gain -= 2.0 * _square_distance(experts, a, part_a, b, part_b)
                     if gain > best.gain_per_move * fetched:
-                        gain_per_move = gain / fetched
-                        best = _allowed(
-                            experts,
-                            layer,
-                            slot,
-                            other,
-                            gain_per_move,
-                            gain,
-                            left,
-                            max_arrivals,
-                            best,
-                        )
+                        allowed, moved = _moved(experts, layer, slot, other, left, max_arrivals)
+                        if allowed:
+                            best = Change(gain / fetched, gain, moved, slot, other, int(b))
     return best
 
 
@@ -82,8 +76,10 @@ def best_swap(
 def _elsewhere(
     experts: LayerInputs, layer: LayerState, relief: Relief
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """For each slot: what is gained by its load going from its rank to the relieved one, before its
-    square, and the mean and the length of the rest of that load."""
+    """(leaves_P, mean_P, rest_P) for the part of an expert's load that each slot puts on its rank: half
+    the gain if it goes to the relieved rank, without its square; its mean; the length of the rest.
+    """
+    # With y that load, t the vector of its rank and h the relieved one: y.t - y.h.
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     node_R, near = experts.node_R, experts.node_R[relief.rank]
     leaves_P, mean_P = np.empty(layer.slots_P.size), np.empty(layer.slots_P.size)
@@ -100,41 +96,32 @@ def _elsewhere(
 
 @compiled
 def _nodes_gained(nodes_NE: NDArray[np.int64], expert: int, source: int, target: int) -> int:
-    """By how many nodes more have the expert at hand if a rank of node `source` gives it to one of
-    node `target`."""
+    """How many more nodes hold the expert after a rank of node `source` gives it to one of `target`."""
     if source == target:
         return 0
     return int(nodes_NE[target, expert] == 0) - int(nodes_NE[source, expert] == 1)
 
 
 @compiled
-def _allowed(
-    experts: LayerInputs,
-    layer: LayerState,
-    slot: int,
-    other: int,
-    gain_per_move: float,
-    gain: float,
-    left: int,
-    max_arrivals: int,
-    best: Change,
-) -> Change:
-    """The swap of the two slots, or `best` if it would move or bring too many experts."""
+def _moved(
+    experts: LayerInputs, layer: LayerState, slot: int, other: int, left: int, max_arrivals: int
+) -> tuple[bool, int]:
+    """Whether the bounds allow the swap of the two slots, and `moved` as in `Change`."""
     slots_per_rank = layer.slots_P.size // layer.arrivals_R.size
     here, there = slot // slots_per_rank, other // slots_per_rank
     a, b = int(layer.slots_P[slot]), int(layer.slots_P[other])
     moved_here, moved_there = moved_by(experts, here, b, a), moved_by(experts, there, a, b)
-    if (
+    allowed = (
         moved_here + moved_there <= left
         and layer.arrivals_R[here] + moved_here <= max_arrivals
         and layer.arrivals_R[there] + moved_there <= max_arrivals
-    ):
-        return Change(gain_per_move, gain, moved_here + moved_there, slot, other, b)
-    return best
+    )
+    return allowed, moved_here + moved_there
 
 
 @compiled
 def _square_distance(experts: LayerInputs, a: int, part_a: float, b: int, part_b: float) -> float:
+    # |x - y|^2 with x = part_a v_a and y = part_b v_b
     distance: float = (
         part_a**2 * experts.square_E[a]
         + part_b**2 * experts.square_E[b]
