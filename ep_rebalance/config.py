@@ -111,7 +111,7 @@ class PlannerConfig(_Section):
     deadline_seconds: float = Field(default=300.0, gt=0.0)
     """Wall time after which a plan that is still being made is reported as stuck."""
     seed: int = 0
-    """Seed of every tie that the planner breaks."""
+    """Handed to policies that break ties at random; those of the plugin break none so."""
 
     @property
     def phases(self) -> tuple[str, ...]:

@@ -163,6 +163,12 @@ def _check(
             f"8-bit weights need scaled rows and sizes that divide by {GROUP}, not {hidden} and "
             f"{intermediate}"
         )
+    depths = (tiles.gate_up.depth, tiles.down.depth)
+    if weights.fp8 and (tiles.gate_up.columns != GROUP or any(GROUP % depth for depth in depths)):
+        raise ValueError(
+            f"8-bit weights need tiles of {GROUP} columns in the first half, and depths that divide "
+            f"{GROUP}: a scale is of so many; not {tiles.gate_up.columns}, {depths[0]} and {depths[1]}"
+        )
 
 
 def grouped_mlp_torch(

@@ -33,14 +33,17 @@ class LoadHistory:
 
         The two sums that are most alike are those that Ward (1963) would merge: merging them adds least
         to the squared distances of the experts' shares from the mean shares of their sum, each weighted
-        by its tokens.
+        by its tokens. Samples without tokens have no shares and say nothing.
         """
         for tokens_LE, steps in zip(load.tokens_WLE, load.steps_W, strict=True):
-            self._remember(tokens_LE, float(steps))
+            if tokens_LE.any():
+                self._remember(tokens_LE, float(steps))
 
     def _remember(self, tokens_LE: NDArray[np.float64], steps: float) -> None:
+        fade = 0.5 ** (1.0 / HALF_LIFE_SAMPLES)
         for older_LE in self._loads:
-            older_LE *= 0.5 ** (1.0 / HALF_LIFE_SAMPLES)
+            older_LE *= fade
+        self._steps = [fade * older for older in self._steps]  # tokens per step stay what they were
         self._loads.append(tokens_LE.copy())
         self._steps.append(steps)
         self._added += 1

@@ -267,3 +267,15 @@ def test_what_does_not_fit_is_refused(change, message, device):
     out = torch.zeros(change.get("out", (16, 32)), device=device)
     with pytest.raises(ValueError, match=message):
         grouped_mlp(rows, groups, weights, Activation(), out, tiles=small_tiles())
+
+
+@pytest.mark.parametrize("tiles", [small_tiles(columns=64, depth=64), small_tiles(16, 128, 96)])
+def test_tiles_that_scales_do_not_fit_are_refused(tiles, device):
+    """They would be wrong numbers, not an error: a table of measurements may hold anything."""
+    drawn = random_weights(2, GROUP, GROUP, torch.float32, device)
+    weights = ExpertWeights(**quantized("gate_up", drawn.gate_up), **quantized("down", drawn.down))
+    groups = group_tokens(slots_on(device, [0] * 16), num_slots=2, block_rows=16)
+    rows, scales = quantize_rows(torch.ones(16, GROUP, device=device))
+    out = torch.zeros(16, GROUP, device=device)
+    with pytest.raises(ValueError, match="tiles of 128 columns"):
+        grouped_mlp(rows, groups, weights, Activation(), out, tiles=tiles, row_scales=scales)

@@ -48,10 +48,9 @@ def test_without_memory_the_recent_load_stays_as_it_is():
 def test_a_bounded_number_of_sums_holds_all_tokens_and_steps(samples):
     load = remembered(remembering(samples))
     assert len(load.tokens_WLE) == min(samples, LOADS)
-    assert load.steps_W.sum() == 4.0 * samples
-    ages_N = np.arange(samples)
-    kept = 12_000 * (0.5 ** (ages_N / HALF_LIFE_SAMPLES)).sum()
-    assert load.tokens_WLE.sum() == pytest.approx(kept)
+    kept = (0.5 ** (np.arange(samples) / HALF_LIFE_SAMPLES)).sum()
+    assert load.steps_W.sum() == pytest.approx(4.0 * kept)
+    assert load.tokens_WLE.sum() == pytest.approx(12_000 * kept)
 
 
 def test_only_loads_that_are_alike_are_summed_up():
@@ -87,3 +86,14 @@ def test_what_was_added_is_not_changed():
     for _ in range(10):
         memory.add(window(tokens_WLE))
     assert (tokens_WLE == 7.0).all()
+
+
+def test_samples_without_tokens_are_not_remembered():
+    memory, recent = LoadHistory(), window([np.ones((2, 5))])
+    for _ in range(2 * LOADS):
+        memory.add(window([np.zeros((2, 5))]))
+    assert memory.joined(recent, 0.5) is recent
+    memory.add(window([np.zeros((2, 5)), np.ones((2, 5))]))
+    joined = memory.joined(recent, 0.5)
+    assert np.isfinite(joined.weight_W).all()
+    assert len(joined.tokens_WLE) == 2

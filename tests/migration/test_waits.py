@@ -46,15 +46,13 @@ def test_rounds_and_votes_wait_for_nothing(fake_group, dtype):
     assert waits == []
 
 
-def test_a_plan_that_is_put_and_broadcast_waits_for_nothing(fake_group):
+def test_a_plan_that_is_broadcast_waits_for_nothing(fake_group):
     with recording_waits() as waits:
         plans = PlanBroadcast(group=fake_group, shape=PLACEMENT.slots_LP.shape, device=DEVICE)
         plans.warm_up()
         waits.clear()
         for _ in range(5):
-            plans.put(plan_of(PLACEMENT, PLACEMENT.even_quotas_LP()))
-            waits.end_step()
-            copy = plans.begin()
+            copy = plans.begin(plan_of(PLACEMENT, PLACEMENT.even_quotas_LP()))
             waits.end_step()
             copy.result()
     assert waits == []

@@ -224,3 +224,11 @@ def test_too_few_snapshots_tell_nothing_until_there_are_more() -> None:
     assert late.measured_gain is not None
     assert late.trust < 0.3
     assert server.generation == 1
+
+
+def test_windows_without_the_chosen_phase_propose_nothing_and_spoil_nothing() -> None:
+    asked = proposer(planner={"phase": "decode"})
+    for _ in range(3):
+        proposal = propose(asked, snapshots(FIRST_RANK_BUSY, phase="prefill"), CURRENT)
+        assert (proposal.decision.outcome, proposal.plan.moved_slots) == ("no_gain", 0)
+    assert propose(asked, snapshots(FIRST_RANK_BUSY), CURRENT).decision.accepted
