@@ -62,7 +62,7 @@ class ExpertMemory:
         """Compile and load what the methods above launch, once for each kind of layer; slots keep
         their bytes. packed: uint8, room for a packed expert; zeros afterwards.
         """
-        kinds = {slabs.kind: slabs for slabs in self._layers}
+        kinds = {slabs.sizes: slabs for slabs in self._layers}
         for slabs in kinds.values():
             warm_up(slabs, packed)
 
