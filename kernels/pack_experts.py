@@ -31,6 +31,9 @@ a register as a word does.
 
 WARPS = 8
 WORD = 4
+SMALL = 1 << 14
+"""Bytes of a slab up to which the reference takes longer for its operations than for the bytes."""
+
 _COLUMNS = 1024
 _PIECE = 256 * _COLUMNS
 """Words that the reference sums at once: what it makes of them stays in a CPU's cache."""
@@ -47,6 +50,8 @@ class Slabs:
         slot, where its part begins in a packed expert, units of ALIGNMENT that it copies as words, and
         bytes that it copies one by one; one of the last two is 0.
     block_firsts_B: int64 [B], the third column on the host, ascending.
+    small_factors_N: int64 [N] on the device, of each word of the slabs that are SMALL, one slab after
+        another, its factor in the checksum.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -54,6 +59,7 @@ class Slabs:
     packed_bytes: int
     blocks_B5: torch.Tensor
     block_firsts_B: NDArray[np.int64]
+    small_factors_N: torch.Tensor
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Slabs:
@@ -71,6 +77,7 @@ class Slabs:
             packed_bytes=position,
             blocks_B5=torch.from_numpy(blocks_B5).to(tensors[0].device),
             block_firsts_B=blocks_B5[:, 2],
+            small_factors_N=_small_factors(tensors, firsts).to(tensors[0].device),
         )
 
     @property
@@ -100,6 +107,15 @@ def _blocks(tensor: torch.Tensor, first: int) -> NDArray[np.int64]:
         ),
         axis=1,
     )
+
+
+def _small_factors(tensors: Sequence[torch.Tensor], firsts: Sequence[int]) -> torch.Tensor:
+    numbers = [
+        first // WORD + torch.arange(-(-tensor.shape[1] // WORD))
+        for tensor, first in zip(tensors, firsts, strict=True)
+        if tensor.shape[1] <= SMALL
+    ]
+    return 2 * torch.cat([torch.empty(0, dtype=torch.int64), *numbers]) + 1
 
 
 def pack_expert(
@@ -192,10 +208,15 @@ def _parts(slabs: Slabs, packed: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _checksum(slabs: Slabs, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Reference of the checksum, of an expert's slabs without padding."""
+    """Reference of the checksum, of an expert's slabs without padding. Small ones are summed together,
+    since each sum of its own takes as many operations as another.
+    """
     total = torch.zeros(1, dtype=torch.int64, device=parts[0].device)
+    small = [part for part in parts if part.numel() <= SMALL]
+    if small:
+        total += (torch.cat([_words(part) for part in small]) * slabs.small_factors_N).sum()
     for part, first in zip(parts, slabs.firsts, strict=True):
-        words = _words(part)
+        words = _words(part) if part.numel() > SMALL else part[:0]
         for position in range(0, words.numel(), _PIECE):
             piece = words[position : position + _PIECE]
             total += _weighted_sum(piece, first // WORD + position)
@@ -203,7 +224,9 @@ def _checksum(slabs: Slabs, parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _words(part: torch.Tensor) -> torch.Tensor:
-    """The same words wherever the bytes lie: bytes that do not begin or end at a word are copied."""
+    """The same words wherever the bytes lie: those that do not begin and end at a word are copied, and
+    the last word is filled with zeros.
+    """
     missing = -part.numel() % WORD
     if missing or part.storage_offset() % WORD:
         part = torch.cat((part, part.new_zeros(missing)))
@@ -214,13 +237,13 @@ def _weighted_sum(words: torch.Tensor, position: int) -> torch.Tensor:
     """Sum of word n times `2 (position + n) + 1`, from column and row sums, which are small."""
     whole = words.numel() // _COLUMNS * _COLUMNS
     tail = words[whole:]
-    total = (tail * _factors(tail, position + whole)).sum()
-    if whole:
-        grid = words[:whole].view(-1, _COLUMNS)
-        columns, rows = grid.sum(0, dtype=torch.int64), grid.sum(1, dtype=torch.int64)
-        row_numbers = torch.arange(rows.numel(), device=words.device)
-        total += (columns * _factors(columns, position)).sum()
-        total += 2 * _COLUMNS * (rows * row_numbers).sum()
+    grid = words[:whole].view(-1, _COLUMNS)
+    columns, rows = grid.sum(0, dtype=torch.int64), grid.sum(1, dtype=torch.int64)
+    row_numbers = torch.arange(rows.numel(), device=words.device)
+    total = (columns * _factors(columns, position)).sum()
+    total += 2 * _COLUMNS * (rows * row_numbers).sum()
+    if tail.numel():
+        total += (tail * _factors(tail, position + whole)).sum()
     return total
 
 
