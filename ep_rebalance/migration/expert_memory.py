@@ -1,12 +1,12 @@
 """The weights of this rank's slots as bytes.
 
 One expert of one layer is *packed* as its tensors' bytes one after another (`kernels/pack_experts.py`).
-Nothing else knows how an engine lays an expert out.
+Nothing but `expert_rows.py` knows how an engine lays an expert out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,23 +17,28 @@ from ep_rebalance.kernels.pack_experts import (
     unpack_expert,
     warm_up,
 )
+from ep_rebalance.migration.expert_rows import LayerTensors, rows_of_layers
 
 
 class ExpertMemory:
     """Read and write packed experts in the engine's own parameter storage.
 
-    tensors_per_layer: for each MoE layer the tensors of all local experts; each is contiguous with
-    the local slot as its first dimension. Raises ValueError for a tensor that is not.
+    tensors_per_layer: for each MoE layer the tensors of all local experts, with names if errors are to
+        give them. Their order, sizes and types must be the same on all ranks; layers may differ. Local
+        experts are the outermost dimension in memory, wherever a permuted view has them.
+    slots: local ones; left out, the first dimension of the first tensor.
+
+    Raises ValueError for a tensor of which an expert is no block of bytes.
     """
 
-    def __init__(self, tensors_per_layer: Sequence[Sequence[torch.Tensor]]) -> None:
-        self.slots = tensors_per_layer[0][0].shape[0]
-        self._layers = [
-            Slabs.of([_slot_bytes(tensor, self.slots) for tensor in layer])
-            for layer in tensors_per_layer
-        ]
+    def __init__(
+        self, tensors_per_layer: Sequence[LayerTensors], *, slots: int | None = None
+    ) -> None:
+        self.slots = _slots_of(tensors_per_layer) if slots is None else slots
+        rows_of_L = rows_of_layers(tensors_per_layer, self.slots)
+        self._layers = [Slabs.of(rows) for rows in rows_of_L]
         self.expert_bytes_L = tuple(slabs.packed_bytes for slabs in self._layers)
-        self.device = tensors_per_layer[0][0].device
+        self.device = rows_of_L[0][0].device
 
     def read(
         self,
@@ -62,15 +67,16 @@ class ExpertMemory:
         """Compile and load what the methods above launch, once for each kind of layer; slots keep
         their bytes. packed: uint8, room for a packed expert; zeros afterwards.
         """
-        kinds = {slabs.kind: slabs for slabs in self._layers}
+        kinds = {slabs.sizes: slabs for slabs in self._layers}
         for slabs in kinds.values():
             warm_up(slabs, packed)
 
 
-def _slot_bytes(tensor: torch.Tensor, slots: int) -> torch.Tensor:
-    if tensor.shape[0] != slots or not tensor.is_contiguous():
+def _slots_of(tensors_per_layer: Sequence[LayerTensors]) -> int:
+    layer = tensors_per_layer[0]
+    first = next(iter(layer.values() if isinstance(layer, Mapping) else layer), None)
+    if first is None or not first.ndim:
         raise ValueError(
-            f"an expert tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} is not "
-            f"contiguous with {slots} local experts in its first dimension"
+            "experts cannot be moved: the first tensor does not count them; pass slots"
         )
-    return tensor.detach().reshape(slots, -1).view(torch.uint8)
+    return int(first.shape[0])

@@ -99,16 +99,21 @@ def test_layers_have_sizes_of_their_own():
     assert memory.expert_bytes_L == (16, 128)
 
 
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        pytest.param([torch.zeros(4, 6).t()], id="not contiguous"),
-        pytest.param([torch.zeros(4, 2), torch.zeros(5, 2)], id="other number of slots"),
-    ],
-)
-def test_tensors_that_are_not_one_block_per_expert_are_refused(tensors):
-    with pytest.raises(ValueError, match="contiguous"):
-        ExpertMemory([tensors])
+def test_a_scale_that_each_expert_has_once_moves_with_it():
+    layer = {"weight": random_tensors([(4, 8)], torch.uint8)[0], "alpha": torch.rand(SLOTS)}
+    expected = layer["weight"][0].clone(), layer["alpha"][0].clone()
+    memory = ExpertMemory([layer])
+    memory.write(0, 2, pack(memory, 0))
+    assert torch.equal(layer["weight"][2], expected[0])
+    assert torch.equal(layer["alpha"][2], expected[1])
+
+
+def test_local_experts_are_counted_by_the_first_tensor_or_said():
+    columns_first = torch.zeros(SLOTS, 5, 2).permute(2, 1, 0)
+    assert ExpertMemory([[torch.zeros(SLOTS, 2), columns_first]]).slots == SLOTS
+    assert ExpertMemory([[columns_first]], slots=SLOTS).expert_bytes_L == (48,)
+    with pytest.raises(ValueError, match=r"tensor 0 of layer 0, of shape \(2, 5, 3\)"):
+        ExpertMemory([[columns_first]])
 
 
 @pytest.mark.parametrize(("shapes", "dtype"), SHAPES)
