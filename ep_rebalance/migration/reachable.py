@@ -221,11 +221,13 @@ def _function(name: str, found: types.FunctionType) -> Iterator[tuple[str, objec
 
 
 def _attributes(found: object) -> dict[str, object]:
-    """By name. A module's parameters, buffers and children are attributes of it, as they look."""
-    attributes = dict(getattr(found, "__dict__", {}))
+    """By name. A module's parameters, buffers and children are attributes of it, and come first."""
+    own: dict[str, Any] = dict(getattr(found, "__dict__", {}))
+    attributes: dict[str, object] = {}
     if isinstance(found, torch.nn.Module):
         for table in ("_parameters", "_buffers", "_modules"):
-            attributes |= attributes.pop(table, {})
+            attributes |= own.pop(table, {})
+    attributes |= own
     for klass in filter(_has_own_attributes, type(found).__mro__):
         for slot, descriptor in vars(klass).items():
             if isinstance(descriptor, types.MemberDescriptorType) and slot not in attributes:
