@@ -75,8 +75,8 @@ def reach(root: object, leaves: Leaves) -> Reached:
                 tensors.append(NamedTensor(name, found.data))
             elif not is_traceable_wrapper_subclass(found):  # whose parts are attributes
                 hidden.append(Hidden(name, f"tensor of layout {found.layout} on {found.device}"))
-        elif isinstance(found, np.ndarray) and not found.dtype.hasobject:
-            tensors.append(NamedTensor(name, torch.from_numpy(np.ascontiguousarray(found))))
+        elif isinstance(found, np.ndarray) and _torch_can_write(found):
+            tensors.append(NamedTensor(name, torch.from_numpy(found)))
         elif not _is_open(found):
             hidden.append(Hidden(name, _type_name(found)))
         queue.extend(_inside(name, found))
@@ -89,6 +89,11 @@ def _has_bytes(tensor: torch.Tensor) -> bool:
         and not tensor.is_meta
         and not is_traceable_wrapper_subclass(tensor)
     )
+
+
+def _torch_can_write(array: np.ndarray[Any, Any]) -> bool:
+    whole = all(step >= 0 and step % array.itemsize == 0 for step in array.strides)
+    return whole and array.flags.writeable and array.dtype.kind in "biuf"
 
 
 _PLAIN: tuple[type, ...] = (
@@ -143,10 +148,8 @@ _OPEN_BASES: frozenset[type] = frozenset(
         types.MethodType,
         types.BuiltinFunctionType,
         types.MethodWrapperType,
-        types.CellType,
         functools.partial,
         functools.partialmethod,
-        np.ndarray,
         *torch.Tensor.__mro__,
         torch.Size,
     }

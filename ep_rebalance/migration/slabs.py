@@ -205,7 +205,8 @@ def _slab(views: Sequence[_View], start: int, stop: int, experts: int) -> Slab:
     """start, stop: addresses of the first expert's bytes."""
     named = min(views, key=attrgetter("order")).named
     storage = named.tensor.untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8, device=named.tensor.device).set_(storage)
+    with torch.inference_mode(False):  # else nothing but inference could write it later
+        whole = torch.empty(0, dtype=torch.uint8, device=named.tensor.device).set_(storage)
     bytes_EB = whole.as_strided(
         (experts, stop - start), (views[0].step, 1), start - storage.data_ptr()
     )

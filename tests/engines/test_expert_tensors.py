@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 from types import SimpleNamespace
 
 import loaded_models
@@ -15,7 +16,11 @@ from loaded_models import LoadedModel
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.engines.vllm import expert_tensors
 from ep_rebalance.engines.vllm.expert_proof import compute_once, prove_layer
-from ep_rebalance.engines.vllm.expert_tensors import find_expert_tensors, refuse_unmovable
+from ep_rebalance.engines.vllm.expert_tensors import (
+    find_expert_tensors,
+    refuse_differences,
+    refuse_unmovable,
+)
 from ep_rebalance.migration.proof import Verdict
 
 EXPERTS, HIDDEN, INTERMEDIATE = 16, 128, 128
@@ -251,6 +256,31 @@ def test_a_value_of_the_rank_that_is_spread_over_experts_is_to_be_compared(fp8_b
     method.limit.fill_(8.0)
     changed = {tensor.name: tensor.fingerprint for tensor in find(fp8_block)[0].common}
     assert {name for name in common if common[name] != changed[name]} == {"quant_method.limit"}
+
+
+def test_ranks_that_hold_other_values_are_refused_with_the_name(checkpoint):
+    model = checkpoint("ct_wna16")
+    found = find(model)
+    ours = [layer.summary for layer in found]
+    refuse_differences(found, [ours, json.loads(json.dumps(ours))])
+    experts_of(model, 2).quant_method.limit = torch.tensor(7.0)
+    theirs = [layer.summary for layer in find(model)]
+    with pytest.raises(
+        ConfigurationError, match=r"EP ranks 0 and 1 in quant_method\.limit"
+    ) as raised:
+        refuse_differences(found, [ours, theirs])
+    assert "model.layers.2.mlp.experts" in raised.value.reason
+    experts_of(model, 1).w13_weight_shape.data.fill_(1)
+    theirs = [layer.summary for layer in find(model)]
+    with pytest.raises(ConfigurationError, match="EP ranks 0 and 2 in w13_weight_shape"):
+        refuse_differences(found, [ours, ours, theirs])
+
+
+def test_ranks_with_other_kernels_are_refused(checkpoint):
+    found, others = find(checkpoint("ct_fp8")), find(checkpoint("fp8_tensor"))
+    summaries = [[layer.summary for layer in layers] for layers in (found, others)]
+    with pytest.raises(ConfigurationError, match="kernel, expert's part of w13_weight_scale"):
+        refuse_differences(found, summaries)
 
 
 def test_tables_of_slots_and_what_belongs_to_logical_experts_are_left_alone(fp8_block):

@@ -165,6 +165,8 @@ def test_what_holds_no_tensor_is_passed_over():
 def test_what_is_compiled_is_named_with_its_type():
     cached = functools.cache(len)
     cached("abc")
+    read_only = np.zeros(2)
+    read_only.flags.writeable = False
     root = SimpleNamespace(
         opaque=itertools.count(),
         cached=cached,
@@ -172,6 +174,8 @@ def test_what_is_compiled_is_named_with_its_type():
         sparse=torch.zeros(2).to_sparse(),
         members={SimpleNamespace} | {frozenset()},
         objects={(tensor(),)},
+        backwards=np.zeros(2)[::-1],
+        constant=read_only,
     )
     hidden = {found.name: found.type for found in reach(root, never).hidden}
     assert hidden == {
@@ -181,6 +185,8 @@ def test_what_is_compiled_is_named_with_its_type():
         "sparse": "tensor of layout torch.sparse_coo on cpu",
         "members": "builtins.set",
         "objects": "builtins.set",
+        "backwards": "numpy.ndarray",
+        "constant": "numpy.ndarray",
     }
 
 

@@ -175,6 +175,14 @@ def test_slabs_that_are_all_alike_are_told():
     assert not split(experts=1, alpha=torch.ones(1)).slabs[0].uniform
 
 
+def test_slabs_found_during_inference_can_be_written_later():
+    weight = numbered(EXPERTS, 2)
+    with torch.inference_mode():
+        (slab,) = split(weight=weight).slabs
+    slab.bytes_EB.zero_()
+    assert not weight.any()
+
+
 def test_fingerprints_tell_bytes_types_and_shapes_apart():
     column_major = numbered(3, 2).t()
     tensors = [

@@ -38,10 +38,11 @@ def _ring(layer: Any) -> torch.Tensor:
 
 
 class _Trial:
-    """Tokens of this rank for its own experts.
+    """Tokens of this rank for its own experts, always the same.
 
     They go past the router, by `FusedMoEMethodBase.apply` (vllm/model_executor/layers/fused_moe/
-    fused_moe_method_base.py), as `RoutedExperts.forward_modular` calls it.
+    fused_moe_method_base.py), as `RoutedExperts.forward_modular` calls it. Tensor-parallel ranks that
+    share their tokens have those of all of them, and each looks at its own.
     """
 
     def __init__(self, layer: Any, vllm_config: Any) -> None:
@@ -50,12 +51,17 @@ class _Trial:
         config = self._experts.moe_config
         ids_TK = _ring(layer)
         tokens, top_k = ids_TK.shape
+        ranks, place = _ranks_of_shared_tokens(config)
+        first_rank = config.moe_parallel_config.ep_rank - place
+        self._own = slice(place * tokens, (place + 1) * tokens)
+        self._first_slot_R11 = tokens * torch.arange(
+            first_rank, first_rank + ranks, dtype=torch.int32, device=ids_TK.device
+        ).view(-1, 1, 1)
         generator = torch.Generator().manual_seed(_SEED)
         hidden_TH = torch.randn(tokens, config.hidden_dim, generator=generator)
         weights_TK = 0.5 + torch.rand(tokens, top_k, generator=generator)
-        self._hidden_TH = hidden_TH.to(ids_TK.device, config.in_dtype)
-        self._weights_TK = weights_TK.to(ids_TK.device)
-        self._first_slot = config.moe_parallel_config.ep_rank * tokens
+        self._hidden_TH = hidden_TH.to(ids_TK.device, config.in_dtype).repeat(ranks, 1)
+        self._weights_TK = weights_TK.to(ids_TK.device).repeat(ranks, 1)
         self._ids_dtype = self._experts.quant_method.topk_indices_dtype or torch.int32
 
     @torch.inference_mode()
@@ -64,13 +70,27 @@ class _Trial:
         from vllm.forward_context import set_forward_context
 
         experts = self._experts
-        with set_forward_context(None, self._vllm_config, num_tokens=len(ids_TK)):
+        slots_TK = (ids_TK + self._first_slot_R11).flatten(0, 1)
+        with set_forward_context(None, self._vllm_config, num_tokens=len(slots_TK)):
             output: torch.Tensor = experts.quant_method.apply(
                 layer=experts,
                 x=self._hidden_TH.clone(),  # some kernels write over it
                 topk_weights=self._weights_TK.clone(),
-                topk_ids=(ids_TK + self._first_slot).to(self._ids_dtype),
+                topk_ids=slots_TK.to(self._ids_dtype),
                 shared_experts=None,
                 shared_experts_input=None,
             )
-        return output.clone()
+        return output[self._own].clone()
+
+
+def _ranks_of_shared_tokens(config: Any) -> tuple[int, int]:
+    """How many ranks have the same tokens, and which of them this one is.
+
+    config: vLLM's FusedMoEConfig.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    if config.is_sequence_parallel:
+        return 1, 0
+    return int(group.world_size), int(group.rank_in_group)

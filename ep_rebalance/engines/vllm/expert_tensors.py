@@ -9,7 +9,7 @@ and then ranks must hold the same. What can be neither seen nor moved is named w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,15 @@ class LayerTensors:
 
     @property
     def signature(self) -> tuple[str, tuple[tuple[str, int], ...]]:
-        """Layers of one signature are packed and computed alike. All ranks must have the same."""
+        """Layers of one signature are packed and computed alike."""
         return self.scheme, tuple((slab.name, slab.size) for slab in self.slabs)
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What must be the same on all ranks, short enough to be sent around: texts by name."""
+        sizes = {f"expert's part of {slab.name}": f"{slab.size} bytes" for slab in self.slabs}
+        common = {tensor.name: tensor.fingerprint for tensor in self.common}
+        return {"kernel": self.scheme} | sizes | common
 
 
 def find_expert_tensors(layers: Sequence[Any]) -> tuple[LayerTensors, ...]:
@@ -96,6 +103,27 @@ def refuse_unmovable(layers: Sequence[LayerTensors]) -> None:
             raise ConfigurationError(
                 f"the experts of layer {layer.layer!r} cannot move: {reasons}.", _OTHER_KERNEL
             )
+
+
+def refuse_differences(
+    layers: Sequence[LayerTensors], summaries: Sequence[Sequence[Mapping[str, str]]]
+) -> None:
+    """Raises ConfigurationError if a rank's layer has not what rank 0's has: an expert that moved there
+    would compute something else. With the same summaries it raises the same on all ranks.
+
+    summaries: `LayerTensors.summary` of each layer, by rank.
+    """
+    for number, layer in enumerate(layers):
+        first = summaries[0][number]
+        for rank, others in enumerate(summaries):
+            names = {**first, **others[number]}
+            differing = [name for name in names if first.get(name) != others[number].get(name)]
+            if differing:
+                raise ConfigurationError(
+                    f"layer {layer.layer!r} differs between EP ranks 0 and {rank} in "
+                    f"{', '.join(differing)}, which does not move with an expert.",
+                    _OTHER_KERNEL,
+                )
 
 
 _OBSERVE = "use mode=observe, which moves nothing."
@@ -147,6 +175,14 @@ def _of_layer(experts: Any) -> LayerTensors:
         raise ConfigurationError(f"layer {experts.layer_name!r}: {error}.", _OTHER_KERNEL) from None
     if not split.slabs:
         refusals.append(Refusal("", "no tensor holds one expert after another"))
+    device = next(experts.parameters()).device if split.slabs else None
+    refusals += [
+        Refusal(
+            slab.name, f"it lies on {slab.bytes_EB.device} and not with the weights on {device}"
+        )
+        for slab in split.slabs
+        if slab.bytes_EB.device != device
+    ]
     uniform = [slab for slab in split.slabs if slab.uniform]
     return LayerTensors(
         layer=experts.layer_name,
