@@ -47,6 +47,7 @@ class _Trial:
 
     def __init__(self, layer: Any, vllm_config: Any) -> None:
         self._experts = layer.routed_experts
+        self._experts._ensure_moe_quant_config_init()  # as `MoERunner` does it before each call
         self._vllm_config = vllm_config
         config = self._experts.moe_config
         ids_TK = _ring(layer)
