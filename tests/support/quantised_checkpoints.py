@@ -26,7 +26,7 @@ BESIDE_WEIGHTS = (
     "tokenizer_config.json",
 )
 WEIGHTS = "model.safetensors"
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.\w+\.weight")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.\w+\.weight")
 
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 BLOCK = 128
@@ -51,6 +51,14 @@ def fp8_block(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def fp8_per_tensor(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     scale = weight.abs().max() / LARGEST_FP8
     return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+
+
+def fp8_static(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """With a scale of activations, the larger the later the expert: ranks have not the same maximum."""
+    expert = _EXPERT.fullmatch(name)
+    assert expert is not None
+    scale = torch.tensor(1.0 + int(expert[2]))
+    return {**fp8_per_tensor(name, weight), f"{name.removesuffix('weight')}input_scale": scale}
 
 
 def fp8_per_row(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -157,6 +165,11 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     ),
     "fp8_tensor": Checkpoint(
         "FP8, a scale for each projection of an expert", [fp8_per_tensor] * LAYERS, _fp8()
+    ),
+    "fp8_static": Checkpoint(
+        "the same, with a scale of activations for each projection (nothing was calibrated)",
+        [fp8_static] * LAYERS,
+        _fp8(activation_scheme="static"),
     ),
     "ct_fp8": Checkpoint(
         "compressed-tensors FP8, a scale for each row",
