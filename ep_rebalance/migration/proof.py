@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ep_rebalance.migration.slabs import Slab
+from ep_rebalance.migration.slabs import SlabTensor
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 """int32 [T, K] of local experts: outputs [T, hidden] of always the same tokens, a tensor of its own."""
@@ -70,7 +70,7 @@ def ring_ids(experts: int, top_k: int) -> torch.Tensor:
     return (first_T1 + torch.arange(min(top_k, experts), dtype=torch.int32)) % experts
 
 
-def prove_moves(compute: Compute, slabs: Sequence[Slab], ids_TK: torch.Tensor) -> Proof:
+def prove_moves(compute: Compute, slabs: Sequence[SlabTensor], ids_TK: torch.Tensor) -> Proof:
     """Try it. Every slab holds the same bytes afterwards.
 
     `compute` is called as often on each rank that has as many slabs, whatever comes out: it may be
@@ -116,8 +116,8 @@ def _verdict(noise: float, moved: float, missed: float, restored: float, allowed
 
 
 def _leaving_behind(
-    slab: Slab,
-    slabs: Sequence[Slab],
+    slab: SlabTensor,
+    slabs: Sequence[SlabTensor],
     base: torch.Tensor,
     compute: Compute,
     following_TK: torch.Tensor,
@@ -128,7 +128,7 @@ def _leaving_behind(
 
 
 @contextmanager
-def _moved_on(slabs: Sequence[Slab]) -> Iterator[None]:
+def _moved_on(slabs: Sequence[SlabTensor]) -> Iterator[None]:
     """Each expert is where the next one was, in these slabs."""
     steps = range(len(slabs[0].bytes_EB) - 1) if slabs else range(0)
     try:
@@ -140,7 +140,7 @@ def _moved_on(slabs: Sequence[Slab]) -> Iterator[None]:
             _exchange(slabs, 0, expert + 1)
 
 
-def _exchange(slabs: Sequence[Slab], one: int, other: int) -> None:
+def _exchange(slabs: Sequence[SlabTensor], one: int, other: int) -> None:
     for slab in slabs:
         kept = slab.bytes_EB[one].clone()
         slab.bytes_EB[one].copy_(slab.bytes_EB[other])

@@ -24,8 +24,8 @@ class NamedTensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slab:
-    """What all local experts have of one tensor.
+class SlabTensor:
+    """A tensor cut into slabs, one for each local expert.
 
     name: of the tensor.
     bytes_EB: uint8 [local experts, bytes of one], a view of the engine's own memory. Rows are contiguous;
@@ -37,7 +37,7 @@ class Slab:
 
     @property
     def size(self) -> int:
-        """Bytes of one expert."""
+        """Bytes of a slab."""
         return int(self.bytes_EB.shape[1])
 
     @property
@@ -60,7 +60,7 @@ class Split:
     slabs: what moves with an expert. common: what cannot be cut by expert, and so stays. Both by name.
     """
 
-    slabs: tuple[Slab, ...]
+    slabs: tuple[SlabTensor, ...]
     common: tuple[NamedTensor, ...]
 
 
@@ -73,7 +73,7 @@ def split_by_expert(found: Sequence[NamedTensor], experts: int) -> Split:
     views = [
         _View.of(order, named, experts) for order, named in enumerate(found) if named.tensor.numel()
     ]
-    slabs: list[Slab] = []
+    slabs: list[SlabTensor] = []
     covered: list[_View] = []
     for device in dict.fromkeys(view.named.tensor.device for view in views):
         cut = [view for view in views if view.on(device) and view.step]
@@ -179,7 +179,7 @@ def _sharing_rows(views: Sequence[_View]) -> list[list[_View]]:
     return groups
 
 
-def _slabs_of(group: Sequence[_View], experts: int) -> list[Slab]:
+def _slabs_of(group: Sequence[_View], experts: int) -> list[SlabTensor]:
     """One slab if the storage is nothing but these rows, padding and all; else one for each run of
     bytes in a row, since what lies between them may be another's.
 
@@ -201,7 +201,7 @@ def _end_of_row(views: Sequence[_View]) -> int:
     return max(view.start + view.row for view in views)
 
 
-def _slab(views: Sequence[_View], start: int, stop: int, experts: int) -> Slab:
+def _slab(views: Sequence[_View], start: int, stop: int, experts: int) -> SlabTensor:
     """start, stop: addresses of the first expert's bytes."""
     named = min(views, key=attrgetter("order")).named
     storage = named.tensor.untyped_storage()
@@ -210,4 +210,4 @@ def _slab(views: Sequence[_View], start: int, stop: int, experts: int) -> Slab:
     bytes_EB = whole.as_strided(
         (experts, stop - start), (views[0].step, 1), start - storage.data_ptr()
     )
-    return Slab(name=named.name, bytes_EB=bytes_EB)
+    return SlabTensor(name=named.name, bytes_EB=bytes_EB)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -301,6 +302,15 @@ def test_ranks_that_hold_other_values_are_refused_with_the_name(checkpoint):
         refuse_differences(found, [ours, ours, theirs])
 
 
+def test_what_one_rank_refuses_is_refused_by_all(fp8_block):
+    found = find(fp8_block)
+    ours = [layer.summary for layer in found]
+    experts_of(fp8_block).quant_method.hidden = itertools.count()
+    theirs = [layer.summary for layer in find(fp8_block)]
+    with pytest.raises(ConfigurationError, match="EP ranks 0 and 1 in refusals"):
+        refuse_differences(found, [ours, theirs])
+
+
 def test_ranks_with_other_kernels_are_refused(checkpoint):
     found, others = find(checkpoint("ct_fp8")), find(checkpoint("fp8_tensor"))
     summaries = [[layer.summary for layer in layers] for layers in (found, others)]
@@ -331,8 +341,6 @@ def test_names_that_are_left_alone_are_still_vllms(vllm):
 
 
 def test_what_cannot_be_seen_is_refused_with_its_name(fp8_block):
-    import itertools
-
     kernel = experts_of(fp8_block, 2).quant_method.moe_kernel.fused_experts
     kernel.cache = itertools.count()
     with pytest.raises(ConfigurationError, match="cannot be seen") as raised:
@@ -370,8 +378,9 @@ def test_emulated_nvfp4_is_refused(fp8_block):
 def test_layers_that_share_their_experts_memory_are_refused(fp8_block):
     first, second = (experts_of(fp8_block, layer) for layer in (0, 1))
     second.w13_weight = first.w13_weight
-    with pytest.raises(ConfigurationError, match="in the same memory"):
-        find(fp8_block)
+    with pytest.raises(ConfigurationError, match="in the same memory as one of") as raised:
+        refuse_unmovable(find(fp8_block))
+    assert "'model.layers.1.mlp.experts' cannot move: w13_weight" in raised.value.reason
 
 
 def test_views_that_disagree_where_an_expert_begins_are_refused(fp8_block):
@@ -379,7 +388,7 @@ def test_views_that_disagree_where_an_expert_begins_are_refused(fp8_block):
     memory = torch.zeros(EXPERTS + 1, 4)
     experts.one, experts.other = memory[:EXPERTS], memory[1:]
     with pytest.raises(ConfigurationError, match="do not agree where an expert begins"):
-        find(fp8_block)
+        refuse_unmovable(find(fp8_block))
 
 
 def test_a_layer_without_experts_of_its_own_is_refused():

@@ -34,7 +34,7 @@ def prove_layer(layer: Any, tensors: LayerTensors, vllm_config: Any) -> Proof:
 def _ring(layer: Any) -> torch.Tensor:
     experts = layer.routed_experts
     ids_TK = ring_ids(int(experts.local_num_experts), int(experts.top_k))
-    return ids_TK.to(next(experts.parameters()).device)
+    return ids_TK.to(experts.moe_config.device)
 
 
 class _Trial:

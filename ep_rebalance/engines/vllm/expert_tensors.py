@@ -10,12 +10,13 @@ and then ranks must hold the same. What can be neither seen nor moved is named w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.migration.reachable import reach
-from ep_rebalance.migration.slabs import Slab, fingerprint, split_by_expert
+from ep_rebalance.migration.slabs import SlabTensor, Split, fingerprint, split_by_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class LayerTensors:
     layer: str
     scheme: str
     experts: int
-    slabs: tuple[Slab, ...]
+    slabs: tuple[SlabTensor, ...]
     common: tuple[CommonTensor, ...]
     refusals: tuple[Refusal, ...]
 
@@ -69,39 +70,39 @@ class LayerTensors:
         """What must be the same on all ranks, short enough to be sent around: texts by name."""
         sizes = {f"expert's part of {slab.name}": f"{slab.size} bytes" for slab in self.slabs}
         common = {tensor.name: tensor.fingerprint for tensor in self.common}
-        return {"kernel": self.scheme} | sizes | common
+        return {"kernel": self.scheme, "refusals": self.reasons} | sizes | common
+
+    @property
+    def reasons(self) -> str:
+        """Of all refusals."""
+        return "; ".join(
+            f"{refusal.name or self.scheme}: {refusal.reason}" for refusal in self.refusals
+        )
 
 
 def find_expert_tensors(layers: Sequence[Any]) -> tuple[LayerTensors, ...]:
     """Of vLLM's `MixtureOfExperts.moe_layers`, loaded and run once: some kernels make copies only then.
 
-    Raises ConfigurationError if the experts of two layers share memory, or if it cannot be told where
-    an expert begins.
+    Raises nothing, so that ranks can tell each other what they refuse.
     """
-    found = tuple(_of_layer(layer.routed_experts) for layer in layers)
+    found = []
     owner: dict[tuple[str, int], str] = {}
-    for layer in found:
+    for layer in (_of_layer(layer.routed_experts) for layer in layers):
+        shared = []
         for slab in layer.slabs:
             place = str(slab.bytes_EB.device), slab.bytes_EB.data_ptr()
-            other = owner.setdefault(place, layer.layer)
-            if other != layer.layer:
-                raise ConfigurationError(
-                    f"layers {other!r} and {layer.layer!r} hold their experts' {slab.name!r} in the same "
-                    "memory.",
-                    _OBSERVE,
-                )
-    return found
+            if (other := owner.setdefault(place, layer.layer)) != layer.layer:
+                shared.append(Refusal(slab.name, f"it is in the same memory as one of {other!r}"))
+        found.append(replace(layer, refusals=(*layer.refusals, *shared)))
+    return tuple(found)
 
 
 def refuse_unmovable(layers: Sequence[LayerTensors]) -> None:
     """Raises ConfigurationError if a layer has a refusal. It names the first layer, and all its reasons."""
     for layer in layers:
         if layer.refusals:
-            reasons = "; ".join(
-                f"{refusal.name or layer.scheme}: {refusal.reason}" for refusal in layer.refusals
-            )
             raise ConfigurationError(
-                f"the experts of layer {layer.layer!r} cannot move: {reasons}.", _OTHER_KERNEL
+                f"the experts of layer {layer.layer!r} cannot move: {layer.reasons}.", _OTHER_KERNEL
             )
 
 
@@ -121,13 +122,14 @@ def refuse_differences(
             if differing:
                 raise ConfigurationError(
                     f"layer {layer.layer!r} differs between EP ranks 0 and {rank} in "
-                    f"{', '.join(differing)}, which does not move with an expert.",
+                    f"{', '.join(differing)}: an expert that moved would not compute the same there.",
                     _OTHER_KERNEL,
                 )
 
 
-_OBSERVE = "use mode=observe, which moves nothing."
-_OTHER_KERNEL = f"choose another kernel with --moe-backend, or {_OBSERVE}"
+_OTHER_KERNEL = (
+    "choose another kernel with --moe-backend, or use mode=observe, which moves nothing."
+)
 
 _NOT_OF_EXPERTS = frozenset(
     {
@@ -169,17 +171,16 @@ def _of_layer(experts: Any) -> LayerTensors:
         Refusal(hidden.name, f"what a {hidden.type} holds cannot be seen")
         for hidden in reached.hidden
     ]
+    split = Split((), ())
     try:
         split = split_by_expert(reached.tensors, local)
+        if not split.slabs:
+            refusals.append(Refusal("", "no tensor holds one expert after another"))
     except ValueError as error:
-        raise ConfigurationError(f"layer {experts.layer_name!r}: {error}.", _OTHER_KERNEL) from None
-    if not split.slabs:
-        refusals.append(Refusal("", "no tensor holds one expert after another"))
-    device = next(experts.parameters()).device if split.slabs else None
+        refusals.append(Refusal("", str(error)))
+    device = max(split.slabs, key=attrgetter("size")).bytes_EB.device if split.slabs else None
     refusals += [
-        Refusal(
-            slab.name, f"it lies on {slab.bytes_EB.device} and not with the weights on {device}"
-        )
+        Refusal(slab.name, f"it lies on {slab.bytes_EB.device}, the weights on {device}")
         for slab in split.slabs
         if slab.bytes_EB.device != device
     ]
