@@ -51,7 +51,6 @@ from ep_rebalance.telemetry.events import (
     MigrationEnded,
     PlanEnded,
     SnapshotTaken,
-    StepEnded,
     WeightsReplaced,
 )
 from ep_rebalance.telemetry.journal import Journal, initial_status
@@ -148,6 +147,7 @@ class Rebalancer:
         return self.journal.report(
             self.served,
             self.config.metrics,
+            steps=self._steps,
             paused=self._control.paused,
             lost_trace_records=0 if self._recorder is None else self._recorder.lost,
         )
@@ -188,7 +188,6 @@ class Rebalancer:
         self._counts.end_step()
         self.step_times.begin()
         self._steps += 1
-        self._tell(StepEnded(self._steps))
         self._advance()
         self.migrator.read_stalls()
         migrated = self.migrator.take_actions() > 0

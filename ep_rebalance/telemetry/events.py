@@ -12,13 +12,6 @@ from ep_rebalance.telemetry.metrics import Activity, PlanOutcome
 
 
 @dataclass(frozen=True, slots=True)
-class StepEnded:
-    """steps: of the engine, this one included."""
-
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
 class ActivityBegan:
     activity: Activity
 
@@ -106,8 +99,7 @@ class GotUnstuck:
 
 
 Event = (
-    StepEnded
-    | ActivityBegan
+    ActivityBegan
     | SnapshotTaken
     | PlanProposed
     | PlanEnded

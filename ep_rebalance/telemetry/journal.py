@@ -29,7 +29,6 @@ from ep_rebalance.telemetry.events import (
     QuotasChanged,
     RoundStalled,
     SnapshotTaken,
-    StepEnded,
     WeightsReplaced,
 )
 from ep_rebalance.telemetry.imbalance import RankBalance
@@ -66,10 +65,20 @@ class Journal:
         self._before = Before()
 
     def report(
-        self, served: Served, metrics: MetricsConfig, *, paused: bool, lost_trace_records: int
+        self,
+        served: Served,
+        metrics: MetricsConfig,
+        *,
+        steps: int,
+        paused: bool,
+        lost_trace_records: int,
     ) -> Status:
-        """The status as of now, with what only optional metrics show if they are on."""
+        """The status as of now, with what only optional metrics show if they are on.
+
+        steps: of the engine. They are told here and not as events: there are too many.
+        """
         status, balance = self.status, self._balance
+        status.steps = steps
         status.reported_timestamp = time.time()
         status.paused = int(paused)
         status.lost_trace_records = lost_trace_records
@@ -109,8 +118,6 @@ class Journal:
         """Write what happened into the status; nothing else changes what it counts."""
         status = self.status
         match event:
-            case StepEnded(steps):
-                status.steps = steps
             case ActivityBegan(activity):
                 status.activity = activity
             case SnapshotTaken(sample, served):
