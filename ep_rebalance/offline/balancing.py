@@ -205,27 +205,31 @@ class ReplayedServer:
         )
 
     def _migrate(self) -> Steps:
-        """The snapshot in which the last round falls is served with what was committed."""
         migration = self._migration
         assert migration is not None
         end = yield from self._end_of(migration)
-        layers = _layers(migration, end)
-        placement = migration.source.replaced(layers, migration.target)
-        served = self._served.with_layers(layers, placement, migration.quotas_LP)
+        served = _after(self._served, migration, end.batches)
         if not end.abandoned:
             served = served.with_quotas(migration.quotas_LP)
         self._served = served.numbered(migration.source)
         self._note_migration(migration, end)
 
     def _end_of(self, migration: Migration) -> Generator[None, None, MigrationEnd]:
-        """A server takes no snapshot while experts move: those that come meanwhile are joined."""
+        """A server takes no snapshot while experts move: those that come meanwhile are joined.
+
+        A snapshot is served with the batches whose last step falls into it, or fell before it.
+        """
+        last_step_B = np.cumsum([len(batch.rounds) + 1 for batch in migration.batches])
         while True:
             yield
             assert self._incoming is not None
             if self._as_recorded and self._incoming.ended is not None:
                 return self._incoming.ended
-            if self._incoming.steps >= migration.num_steps:
-                return MigrationEnd(batches=len(migration.batches), abandoned=False)
+            batches = int(np.searchsorted(last_step_B, self._incoming.steps, side="right"))
+            if batches == len(migration.batches):
+                return MigrationEnd(batches=batches, abandoned=False)
+            so_far = _after(self._served, migration, batches)
+            self.placement, self.quotas_LP = so_far.placement, so_far.quotas_LP
 
     def _note(self, outcome: str, reason: str) -> None:
         assert self._proposal is not None
@@ -261,12 +265,19 @@ class ReplayedServer:
                 served_at=self._incoming.step,
                 moved=sum(len(batch.moves) for batch in committed),
                 bytes={link: size for link, size in bytes_of.items() if size},
-                layers=_layers(migration, end),
+                layers=_layers(migration, end.batches),
                 placement=self._served.placement,
             )
         )
 
 
-def _layers(migration: Migration, end: MigrationEnd) -> tuple[int, ...]:
-    """Those whose experts were committed."""
-    return tuple(layer for batch in migration.batches[: end.batches] for layer in batch.layers)
+def _layers(migration: Migration, batches: int) -> tuple[int, ...]:
+    """Those of the first batches."""
+    return tuple(layer for batch in migration.batches[:batches] for layer in batch.layers)
+
+
+def _after(served: Served, migration: Migration, batches: int) -> Served:
+    """What is served once so many batches are committed."""
+    layers = _layers(migration, batches)
+    placement = migration.source.replaced(layers, migration.target)
+    return served.with_layers(layers, placement, migration.quotas_LP)
