@@ -46,6 +46,7 @@ class Session:
         self._model = model
         self._moves_experts = config.mode != "observe"
         self._rank = dist.get_rank(model.group)
+        _check_slots(config, model)
         self._counts = RoutingTables(
             placement=model.placement,
             max_tokens=model.max_tokens,
@@ -199,6 +200,15 @@ class Session:
         placement = Placement(slots_LP, loaded.num_experts, loaded.num_ranks)
         self.rebalancer.migrator.restore(placement, quotas_LP, generation)
         logger.info("ep_rebalance: took up the saved placement of generation %d", generation)
+
+
+def _check_slots(config: RebalanceConfig, model: EngineModel) -> None:
+    wanted, there = config.planner.redundant_experts, model.placement.num_redundant
+    if config.mode != "observe" and wanted != there:
+        raise ConfigurationError(
+            f"planner.redundant_experts={wanted}, and the engine loaded {there} redundant slots.",
+            "set them alike; an adapter has to load as many as the setting says.",
+        )
 
 
 def _planner(config: RebalanceConfig) -> Planner:
