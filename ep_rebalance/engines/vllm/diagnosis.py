@@ -11,7 +11,7 @@ from ep_rebalance.engines.vllm.contract import check_version
 
 
 def checks() -> list[tuple[str, Check]]:
-    """By name. Importing vLLM takes seconds."""
+    """(name, check) pairs. Running them imports vLLM, which takes seconds."""
     return [("vLLM", engine), ("seams", contracts)]
 
 
@@ -28,7 +28,7 @@ def engine() -> Finding:
 
 
 def contracts() -> Iterator[Finding]:
-    """One line for all that hold, one for each that does not."""
+    """One finding for each contract that does not hold, and one for the sum of them."""
     held = stated = 0
     for seam in seams.every():
         for contract in filter(lambda contract: contract.applies, seam.CONTRACTS):
@@ -60,5 +60,5 @@ def architecture(names: Sequence[str]) -> Finding:
         check="architecture",
         verdict="warning",
         found=f"vLLM has no model for {', '.join(names) or 'an unnamed architecture'}",
-        remedy="install the plugin that brings it; by way of Transformers it was never tried",
+        remedy="install the plugin that brings it; models run through Transformers were never tried",
     )
