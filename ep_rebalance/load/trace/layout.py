@@ -1,6 +1,7 @@
 """How records lie in a trace, version by version.
 
-There are two kinds, each of a size that the head tells. Integers and floats are little-endian.
+There are two kinds of records, each of a size that follows from the head. Integers and floats are
+little-endian.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _FLAGS = (
     *("planned", "scheduled", "proposed", "fitted"),
     *("paused", "plan_asked", "replaced"),
 )
-"""Bits of a snapshot's `flags`, from the lowest; of `Agreed`. Version 1 has the first two."""
+"""Fields of `Agreed` in a snapshot's `flags`, from the lowest bit. Version 1 has the first two."""
 _ABANDONED = 1 << len(_FLAGS)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The structured types of a trace's records, multiples of 8 bytes long."""
+    """The structured types of a trace's records. Their sizes are multiples of 8 bytes."""
 
     snapshot: np.dtype[np.void]
     placement: np.dtype[np.void]
@@ -57,19 +58,19 @@ class Layout:
         )
 
     def of_kind(self, kind: int) -> np.dtype[np.void] | None:
-        """None if there is no such kind."""
+        """The type of records of a kind; None if there is no such kind."""
         return {_SNAPSHOT: self.snapshot, _PLACEMENT: self.placement}.get(kind)
 
 
 def _since_version_2(head: TraceHead) -> list[Any]:
     if head.version == 1:
         return []
-    layers = -(-head.layers // 8) * 8
+    layers = -(-head.layers // 8) * 8  # one byte for each layer, rounded up to keep the alignment
     return [("unscheduled_ranks", "<i8"), ("batches", "<i8"), ("reloaded", "u1", layers)]
 
 
 def encode_record(record: Record, layout: Layout) -> bytes:
-    """In the newest version."""
+    """A record's bytes, in the newest version."""
     if isinstance(record, RecordedPlacement):
         return _encode_placement(record, layout.placement)
     return _encode_snapshot(record, layout.snapshot)
@@ -109,7 +110,7 @@ def _encode_placement(change: RecordedPlacement, layout: np.dtype[np.void]) -> b
 
 
 def decode_record(record: np.void, head: TraceHead) -> Record:
-    """Raises PlacementError for slots that cannot be."""
+    """The record in a whole, checked array element. Raises PlacementError for slots that cannot be."""
     numbers: dict[str, Any] = {
         "time": float(record["time"]),
         "step": int(record["step"]),
@@ -129,7 +130,7 @@ def decode_record(record: np.void, head: TraceHead) -> Record:
 
 
 def _agreed(record: np.void, version: int) -> Agreed:
-    """What version 1 does not tell went as it should."""
+    """What the ranks agreed on. Version 1 recorded less; what it lacks is taken to have gone well."""
     flags = int(record["flags"])
     told: dict[str, Any] = {name: bool(flags >> bit & 1) for bit, name in enumerate(_FLAGS)}
     if version == 1:
