@@ -1,4 +1,4 @@
-"""Events: what stages tell of, each once. `Journal.apply` alone turns them into the status and the log."""
+"""Events: what stages report, each event once. `Journal.apply` turns them into the status and the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ep_rebalance.telemetry.metrics import Activity, PlanOutcome
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """steps: of the engine, this one included."""
+    """An engine step ended.
+
+    steps: number of the engine's steps, including this one.
+    """
 
     steps: int
 
@@ -25,7 +28,10 @@ class ActivityBegan:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotTaken:
-    """sample: counted while `served` was served."""
+    """All ranks have a snapshot.
+
+    sample: counted while `served` was served.
+    """
 
     sample: LoadSample
     served: Served
@@ -40,7 +46,10 @@ class PlanProposed:
 
 @dataclass(frozen=True, slots=True)
 class PlanEnded:
-    """What became of a plan that experts never moved for."""
+    """A plan ended without a migration.
+
+    reason: a sentence, or part of one, for the log and the status.
+    """
 
     outcome: PlanOutcome
     reason: str
@@ -53,11 +62,15 @@ class MigrationBegan:
 
 @dataclass(frozen=True, slots=True)
 class RoundStalled:
+    """Serving waited for a migration round."""
+
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class CommitStalled:
+    """Serving waited for a commit."""
+
     seconds: float
 
 
@@ -68,8 +81,10 @@ class BatchCommitted:
 
 @dataclass(frozen=True, slots=True)
 class MigrationEnded:
-    """seconds: from the first round to the last commit.
-    fault: why the rest was given up, or "" if all batches are served.
+    """A migration ended.
+
+    seconds: from the first round to the last commit.
+    fault: why the rest was given up; "" if all batches are served.
     proposal: what was carried out; None on every rank but 0.
     """
 
@@ -85,7 +100,7 @@ class GenerationServed:
 
 @dataclass(frozen=True, slots=True)
 class QuotasChanged:
-    """Tokens are split otherwise; no expert moved."""
+    """Tokens are split differently over the replicas; no expert moved."""
 
 
 @dataclass(frozen=True, slots=True)
