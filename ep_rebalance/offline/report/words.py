@@ -29,7 +29,7 @@ def migrations_of(one: Replayed) -> str:
 
 
 def ranges_of(numbers: Sequence[int]) -> str:
-    """`0-3, 7` of 0, 1, 2, 3, 7."""
+    """Numbers as ranges: `0-3, 7` for 0, 1, 2, 3, 7."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:
