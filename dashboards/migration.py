@@ -173,8 +173,8 @@ _HEALTH = Row(
     panels=(
         timeseries(
             "Failures",
-            "abandoned: given up before all experts had moved. failed: an error in planning, or in working out "
-            "the rounds.",
+            "abandoned: given up before all experts had moved. failed: an error in planning, or in working "
+            "out the rounds.",
             (
                 Query(
                     expr="sum by (outcome) (increase("

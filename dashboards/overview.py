@@ -131,8 +131,8 @@ _WORTH = Row(
             "Promised and kept",
             "Fraction of the step time that the last plan was predicted to save, what it saved by the token "
             "model on load that it had not seen, and what the last commit saved by the server's own step "
-            "times, with the ends of its 95 % interval. If the latter two stay below the prediction, balanced "
-            "tokens do not save as much time here as assumed.",
+            "times, with the ends of its 95 % interval. If the latter two stay below the prediction, "
+            "balanced tokens do not save as much time here as assumed.",
             (
                 Query(
                     expr=f"max({ours('predicted_gain_ratio')})", legend="promised", colour=WITHOUT
