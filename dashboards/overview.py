@@ -24,6 +24,7 @@ _TILES = Row(
         stat(
             "State",
             "What the balancer is doing now.",
+            # Three flags as bits of one number, which the mappings put into words.
             f"max({ours('migrating')} + 2 * {ours('paused')} + 4 * {ours('stuck')})",
             mappings=names(
                 (0, "Watching", GOOD),

@@ -84,7 +84,7 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> di
 
 def _environment_value(name: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return yaml.safe_load(value)  # so that numbers, booleans and lists get their types
     except yaml.YAMLError:
         raise ConfigurationError(
             f"the environment variable {name}={value!r} is not a YAML value.",

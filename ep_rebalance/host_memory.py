@@ -54,6 +54,7 @@ class UploadRing:
     ) -> None:
         self._buffers = [host_buffer(shape, dtype, device) for _ in range(depth)]
         self._uploaded = [torch.Event(device) for _ in range(depth)] if pins(device) else []
+        # Whether a buffer's event was recorded, so that there is something to wait for.
         self._used = [False] * depth
         self._turn = 0
 

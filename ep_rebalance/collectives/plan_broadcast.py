@@ -38,6 +38,7 @@ class PlanBroadcast:
 
         Returns the download of int64 [2, L, P], to be read with `read_plan` in a later step.
         """
+        # All of it in stream order: upload, broadcast, download. The host waits for none of them here.
         if plan is not None:
             self._put(plan)
         dist.broadcast(self._wire_2LP, src=self._source, group=self._group)

@@ -59,6 +59,7 @@ def _all(model_name: str, config: Path | None) -> Iterator[tuple[str, Check]]:
 def _engine() -> Iterable[Finding]:
     if find_spec("vllm") is None:
         return [_no_engine()]
+    # By name: engines are a layer above the commands, which may not import them.
     diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
     return run_checks(diagnosis.checks())
 

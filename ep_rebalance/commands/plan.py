@@ -76,6 +76,7 @@ def _remembered(records: Iterable[Record]) -> WindowLoad:
             memory.add(last)
     if last is None:
         raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
+    # The last snapshot is in the memory, too. On its own it gets the rest, since no share may be 1.
     return memory.joined(last, 0.99)
 
 

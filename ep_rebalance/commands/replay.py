@@ -108,7 +108,7 @@ def run_replay(
     """
     with explained():
         if report is not None:
-            check_report(report)
+            check_report(report)  # now, rather than after minutes of replaying
         readers = open_traces(traces)
         head = completed(readers[0].head)
         if head.ep_size == 1 and not ep_size:

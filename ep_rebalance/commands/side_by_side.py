@@ -61,6 +61,7 @@ def _replay_in_processes(
     progress: Progress,
     tasks: list[Any],
 ) -> list[Replayed]:
+    # Not forked: this process has threads, such as that of the progress bars, whose locks would be copied.
     context = multiprocessing.get_context("spawn")
     # Progress in shared memory. Without a lock, since each process writes only its own element.
     done = context.Array("Q", len(scenarios), lock=False)

@@ -53,11 +53,12 @@ def fetch_status(server: str, api_key: str) -> dict[str, Any]:
             request.add_header("Authorization", f"Bearer {api_key}")
         with urllib.request.urlopen(request, timeout=10) as response:
             payload = response.read()
+        # Only to check it: what is shown may include fields that this version does not know.
         decode(payload)
         answer: dict[str, Any] = json.loads(payload)
         return answer
     except (OSError, http.client.HTTPException, ValueError, msgspec.MsgspecError) as error:
-        if isinstance(error, urllib.error.HTTPError):
+        if isinstance(error, urllib.error.HTTPError):  # it is a response, too, with a connection
             error.close()
         raise NoStatus(f"{url} did not answer with a status: {error}") from None
 

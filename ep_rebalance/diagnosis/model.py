@@ -73,6 +73,7 @@ def architecture(name: str) -> Iterator[Finding]:
     if find_spec("vllm") is None:
         yield Finding(check="architecture", verdict="skipped", found="vLLM is not installed")
         return
+    # By name: engines are a layer above this one, which may not import them.
     diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
     yield diagnosis.architecture(names)
 

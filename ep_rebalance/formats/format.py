@@ -89,7 +89,7 @@ def replace_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-            os.fchmod(handle, 0o644)
+            os.fchmod(handle, 0o644)  # `mkstemp` lets nobody else read it
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -91,6 +91,7 @@ def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
     wrong |= numbers >= 2.0**32
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        # The index in the file, which lacks that of the snapshot if there is only one.
         where = "".join(f"[{i}]" for i in index[3 - np.ndim(value) :])
         raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, not a number of tokens")
     return numbers.astype(np.uint32)
@@ -146,6 +147,7 @@ def write_trace(
         config={},
         origin=f"{load.origin}; its timing is made up",
     )
+    # In the folder of the target, since a file can be replaced atomically only within a file system.
     with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
         # Bounds that are never reached, since the trace is to be one file.
         writer = TraceWriter(Path(folder), "load", head, max_file_bytes=1 << 50, max_bytes=1 << 51)

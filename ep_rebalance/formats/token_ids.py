@@ -29,6 +29,7 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
     check_array_size(path)
     keys = reading.keys
     layers = top_k = experts = tokens = 0
+    # Everything is checked and measured first, since counts are read only as they are asked for.
     for name, ids_TLK in _arrays(path, keys):
         _check(path, name, ids_TLK)
         if layers and (layers, top_k) != ids_TLK.shape[1:]:

@@ -173,7 +173,9 @@ def _cut_parts(head: TraceHead, mean: RecordedSnapshot, times: ModelledSteps) ->
     return StepParts(
         experts=experts,
         transfers=head.layers * sent / slowest,
-        rest=_contiguous_parts(head, mean, times).rest,
+        rest=_contiguous_parts(
+            head, mean, times
+        ).rest,  # attention and the like, as with whole experts
     )
 
 
@@ -208,6 +210,7 @@ def _explain(
     causes = [_what_rebalancing_does(ours, saved)]
     load_LE = mean.counts_ALE.sum(axis=0)
     hottest = float((load_LE.max(axis=1) / (load_LE.sum(axis=1) / ranks)).mean())
+    # What is still uneven after rebalancing is often one expert, which only a replica can split.
     if ours.mean_imbalance > 1.15:
         causes.append(
             f"{slots} experts a rank: the hottest one alone is {hottest:.2f} of a rank's mean load"

@@ -146,17 +146,21 @@ class ReplayedServer:
                 return self._migration
             case Migrate():
                 yield from self._migrate()
-            case Tell(PlanEnded(outcome, reason)):
+            case Tell(
+                PlanEnded(outcome, reason)
+            ):  # other events are for a status, which a replay has not
                 self._note(outcome, reason)
         return None
 
     def _next(self) -> Generator[None, None, Snapshot]:
+        # The snapshot in which a migration ended is still there: it was served with the new placement.
         if self._incoming is None:
             yield
         assert self._incoming is not None
         recorded, self._incoming = self._incoming, None
         self._step = recorded.step
         self.placement, self.quotas_LP = self._served.placement, self._served.quotas_LP
+        # Generations are those of the replay, which may have come to other placements.
         sample = replace(recorded, generation=self._served.generation).sample()
         agreed = self._agreed(recorded.agreed)
         if agreed.planned and self._planning:

@@ -50,6 +50,7 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             hidden_size=4096,
             bytes_per_parameter=2.0,
         ),
+        # 17 / 32 bytes a parameter, MXFP4: 32 numbers of 4 bits have a scale of 8 bits.
         "gpt-oss-120b": ModelShape(
             title="gpt-oss-120b",
             layers=36,

@@ -60,6 +60,7 @@ class AsRecorded(Contiguous):
     def change(self, change: RecordedPlacement) -> None:
         """Serve the placement from the next snapshot on."""
         self.placement = change.placement
+        # The server drops quotas that it is fitting when another placement is served.
         self._next_LP, self._fitted_LP = change.quotas_LP, None
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:

@@ -149,6 +149,7 @@ def replay(
         served_before.snapshot(record)  # the step times in the trace are those of this placement
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
         was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
+        # Recorded times are kept if the replay decides as the server did, or decides nothing by them.
         as_recorded = timed_as_recorded or not isinstance(serving, ReplayedServer)
         serving.snapshot(record if as_recorded else _timed(record, scenario, serving, was))
         if counts_LE.any():
@@ -295,6 +296,7 @@ def _server(
     as_recorded: bool,
 ) -> ReplayedServer:
     config = with_planner(scenario.config, policy=SERVER_POLICIES[scenario.policy])
+    # Experts of unknown size count as a byte, so that no bound on bytes holds a migration up.
     known = all(head.expert_bytes)
     expert_bytes_L = head.expert_bytes if known else [1] * head.layers
     return ReplayedServer(

@@ -208,6 +208,7 @@ class ModelledSteps:
         compute_LR = self._cost.rank_cost_WLR(load, served.placement, served.quotas_LP)[0] / steps
         transfer_LR = self._seconds_per_pair * served.tokens_LR / steps
         alone_LE = self._cost.expert_cost_WLE(load)[0] / steps
+        # A step with even load: each rank has 1 / R of the work. rest solves even / (even + rest) = fraction.
         even = float(alone_LE.sum() / self.topology.num_ranks + transfer_LR.mean(axis=1).sum())
         return StepParts(
             experts=float(compute_LR.max(axis=1).sum()),
@@ -233,6 +234,7 @@ class ModelledSteps:
         `top_k` balls fall into so many urns.
         """
         ranks, nodes = self.topology.num_ranks, self.topology.num_nodes
+        # One in `nodes` of the nodes that are hit is the token's own; the same for ranks.
         crossings = _urns_hit(nodes, self.top_k) * (1.0 - 1.0 / nodes)
         arrivals = _urns_hit(ranks, self.top_k) * (1.0 - 1.0 / ranks)
         numbers = min(self.bytes_per_parameter, _COMBINE_BYTES) + _COMBINE_BYTES

@@ -82,6 +82,7 @@ class Journal:
         status.lost_trace_records = lost_trace_records
         status.imbalance = balance.served.of_layers()
         status.contiguous_imbalance = balance.contiguous.of_layers()
+        # Merged, so that `predicted` stays as the last migration set it.
         status.overall_imbalance |= _known(
             {"served": balance.served.overall(), "contiguous": balance.contiguous.overall()}
         )
@@ -90,6 +91,7 @@ class Journal:
         )
         status.rank_tokens = balance.rank_tokens_LR.sum(axis=0).tolist()
         status.busiest_rank_tokens = dict(balance.busiest_tokens)
+        # A token is counted K times in each of L layers: pairs = tokens * K * L.
         pairs_A = balance.tokens_ALE.sum(axis=(1, 2)).tolist()
         status.phase_tokens = {
             phase: pairs // self._pairs_per_token
@@ -160,6 +162,7 @@ class Journal:
         proposal, status = timed.proposal, self.status
         status.plan_seconds.add(timed.seconds)
         status.last_decision = proposal.decision.reason
+        # The gains are those of the last commit: this plan's load shows what it achieved.
         if proposal.achieved_gain is not None:
             status.achieved_gain = proposal.achieved_gain
             if status.commits:

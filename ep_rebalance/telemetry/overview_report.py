@@ -68,6 +68,7 @@ def _over_mean(load_LX: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _hottest(load_LE: NDArray[np.float64], placement: Placement) -> list[HotExpert]:
     count = min(HOTTEST, load_LE.size)
+    # The others need not be sorted.
     cells = np.argpartition(-load_LE.ravel(), count - 1)[:count]
     layers, experts = np.unravel_index(cells, load_LE.shape)
     found = [

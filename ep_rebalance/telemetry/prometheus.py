@@ -100,6 +100,7 @@ class _Histogram(_NoBirthday, Histogram):
 def _create(metric: Metric, registry: CollectorRegistry) -> Any:
     labels = (*COMMON_LABELS, *metric.labels)
     if metric.kind == "gauge":
+        # With several API servers, the client's default mode adds a label with the process's id.
         return Gauge(
             metric.full_name, metric.help, labels, registry=registry, multiprocess_mode="mostrecent"
         )

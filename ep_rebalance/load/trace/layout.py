@@ -154,5 +154,5 @@ def _encode(kind: int, layout: np.dtype[np.void], values: Mapping[str, Any]) -> 
     record["kind"] = kind
     for name, value in values.items():
         record[name] = value
-    record["checksum"] = checksum_of_record(record.tobytes())
+    record["checksum"] = checksum_of_record(record.tobytes())  # which leaves this field out
     return record.tobytes()

@@ -44,7 +44,7 @@ class TraceReader:
         with self.path.open("rb") as file:
             file.seek(offset)
             while block := file.read(max(_BLOCK_BYTES, self._layout.placement.itemsize)):
-                data, at = rest + block, 0
+                data, at = rest + block, 0  # a record may begin in one block and end in the next
                 while (record := self._record(data, at, offset)) is not None:
                     yield self._decode(record, offset + at)
                     at += record.dtype.itemsize
@@ -101,4 +101,5 @@ def check_same_load(first: TraceHead, other: TraceHead, name: str) -> None:
 
 
 def _beginning(reader: TraceReader) -> tuple[float, str]:
+    # Not by name alone: files of several folders may have the same numbers.
     return next((record.time for record in reader), 0.0), reader.path.name

@@ -75,10 +75,10 @@ class TraceWriter:
         self.close()
         data = encode_head(self._head) + encode_record(self._placement, self._layout)
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
-        file = os.fdopen(handle, "wb", buffering=0)
+        file = os.fdopen(handle, "wb", buffering=0)  # unbuffered: each record is one write
         try:
             file.write(data)
-            os.fchmod(handle, 0o644)
+            os.fchmod(handle, 0o644)  # `mkstemp` lets nobody else read it
             self._publish(temporary)
         except BaseException:
             file.close()

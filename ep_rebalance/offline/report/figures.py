@@ -55,6 +55,7 @@ def _timeline(
             "unifiedhovertitle": {"text": "Step %{x:,d}"},
         },
         "yaxis": {"title": {"text": title}, "hoverformat": hover},
+        # For the ticks at commits, which stay at the bottom whatever the range of the lines.
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
     }
     return {"data": list(traces), "layout": layout}
