@@ -95,7 +95,9 @@ def _trace(readers: Sequence[TraceReader]) -> tuple[dict[str, Any], RenderableTy
         *_trace_rows(summary, timed=not head.origin),
     ]
     if left_over:
-        rows.append(("at the end", f"{left_over} bytes of a record that is not finished"))
+        rows.append(
+            ("at the end", f"{left_over} bytes of a record that is being written, or was cut off")
+        )
     return found, _table(f"trace of {head.model}", rows)
 
 
