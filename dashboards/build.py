@@ -46,6 +46,7 @@ def stale(folder: Path) -> list[str]:
 
 
 def write(folder: Path) -> None:
+    """Write all generated files below `folder`, which holds the alert rules."""
     for name, text in generated(folder).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

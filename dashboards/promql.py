@@ -66,10 +66,12 @@ def _selector(name: str, labels: dict[str, str]) -> str:
 
 
 def rate(selector: str) -> str:
+    """Growth of each series per second, at the resolution of the panel."""
     return f"rate({selector}[$__rate_interval])"
 
 
 def quantile(part: float, buckets: str) -> str:
+    """A quantile of a histogram, from a selector of its buckets, over all its series."""
     return f"histogram_quantile({part}, sum by (le) ({rate(buckets)}))"
 
 

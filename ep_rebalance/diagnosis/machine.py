@@ -32,6 +32,7 @@ def checks() -> list[tuple[str, Check]]:
 
 
 def python() -> Finding:
+    """Whether this Python is new enough."""
     found = platform.python_version()
     if sys.version_info < _LEAST_PYTHON:
         return Finding(
@@ -73,6 +74,7 @@ def memory() -> Finding:
 
 
 def accelerators() -> Iterator[Finding]:
+    """One finding for each accelerator that torch can use, or a warning that there is none."""
     devices = _devices()
     if not devices:
         yield Finding(

@@ -43,6 +43,7 @@ def plugin() -> Finding:
 
 
 def packages() -> Iterator[Finding]:
+    """Which packages are installed. Only those that are always needed are a problem if they are missing."""
     found = {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)}
     there = ", ".join(f"{name} {number}" for name, number in found.items() if number)
     missing = [name for name in _NEEDED if found[name] is None]

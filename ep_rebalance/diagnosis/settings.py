@@ -26,6 +26,7 @@ def observes(file: Path | None) -> bool:
 
 
 def settings(file: Path) -> Iterator[Finding]:
+    """Whether the settings are valid, and the paths in them usable."""
     try:
         config = load_config(read_config_file(file))
     except ConfigurationError as error:

@@ -92,6 +92,7 @@ class Replayed:
 
     @property
     def mean_balancedness(self) -> float:
+        """The mean over the snapshots of the trace."""
         return float(self.balancedness_N.mean())
 
     @property

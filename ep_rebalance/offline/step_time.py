@@ -124,6 +124,10 @@ class RankLoad:
     def of(
         cls, counts_LE: NDArray[np.integer], placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> RankLoad:
+        """The load of a placement.
+
+        counts_LE: [L, E], tokens. Of all phases.
+        """
         return cls(
             placement=placement,
             quotas_LP=quotas_LP,
@@ -194,6 +198,7 @@ class ModelledSteps:
     load_factor: float = 1.0
 
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
+        """See `StepTime`. What the recorded server made of the snapshot does not matter."""
         return self.parts(snapshot, served).total
 
     def parts(self, snapshot: RecordedSnapshot, served: RankLoad) -> StepParts:

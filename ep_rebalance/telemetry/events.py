@@ -23,6 +23,8 @@ class StepEnded:
 
 @dataclass(frozen=True, slots=True)
 class ActivityBegan:
+    """The loop does something else from now on."""
+
     activity: Activity
 
 
@@ -57,6 +59,8 @@ class PlanEnded:
 
 @dataclass(frozen=True, slots=True)
 class MigrationBegan:
+    """The first round of a migration is next."""
+
     migration: Migration
 
 
@@ -76,6 +80,8 @@ class CommitStalled:
 
 @dataclass(frozen=True, slots=True)
 class BatchCommitted:
+    """A batch's experts are served in their new slots on this rank."""
+
     batch: Batch
 
 
@@ -95,6 +101,8 @@ class MigrationEnded:
 
 @dataclass(frozen=True, slots=True)
 class GenerationServed:
+    """A migration, a restored placement or a reload is served under this number, which may be the old one."""
+
     generation: int
 
 

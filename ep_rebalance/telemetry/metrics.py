@@ -288,6 +288,7 @@ class Observations(msgspec.Struct):
     values: list[float] = []
 
     def add(self, value: float) -> None:
+        """Add a value, and drop the oldest one if there are too many."""
         self.values.append(value)
         if len(self.values) > OBSERVATIONS_KEPT:
             self.values.pop(0)

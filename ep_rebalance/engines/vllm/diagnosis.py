@@ -16,6 +16,7 @@ def checks() -> list[tuple[str, Check]]:
 
 
 def engine() -> Finding:
+    """Whether the installed vLLM is a supported version."""
     import vllm
     from vllm.platforms import current_platform
 

@@ -47,6 +47,7 @@ def ep_size(parallel: Any) -> int:
 
 
 def no_experts(model: str) -> ConfigurationError:
+    """The error for a model without experts, to be raised by whoever finds it out first."""
     return ConfigurationError(
         f"model {model!r} has no Mixture-of-Experts layers.",
         "serve it without --plugin ep_rebalance.",

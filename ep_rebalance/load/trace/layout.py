@@ -45,6 +45,7 @@ class Layout:
 
     @classmethod
     def of(cls, head: TraceHead) -> Layout:
+        """The layout of a trace's records, in the version that its head names."""
         slots = (head.layers, head.slots)
         padding = [("padding", "V4")] if head.layers * head.slots % 2 else []
         numbers = [("time", "<f8"), ("step", "<i8"), ("generation", "<i8")]

@@ -69,6 +69,7 @@ def _times_mean(one: Replayed) -> str:
 
 
 def reading_hints(head: TraceHead, one: Replayed) -> list[str]:
+    """What a reader should know about the numbers, a sentence or two each."""
     timing = (
         f"This load was not recorded by a server ({head.origin}): which experts are busy is as real as its "
         "source, but seconds, and how soon a plan is made, are not."

@@ -13,6 +13,7 @@ LINK_TITLES: Mapping[str, str] = MappingProxyType(
 
 
 def percent(part: float, digits: int = 1) -> str:
+    """A fraction as a percentage. What rounds to 0 has no sign."""
     return f"{round(100 * part, digits) + 0.0:.{digits}f}\N{NO-BREAK SPACE}%"
 
 

@@ -133,6 +133,7 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
     def is_supported_config(
         cls: type[mk.FusedMoEExperts], moe_config: Any, *args: Any, **kwargs: Any
     ) -> tuple[bool, str | None]:
+        """(whether it can be used, why not). vLLM passes the class itself, as `cls`."""
         if moe_config.activation.value == "silu" and moe_config.swiglu_limit is not None:
             return False, "kernel does not clamp SiLU"
         supported: tuple[bool, str | None] = mk.FusedMoEExperts.is_supported_config(
@@ -158,8 +159,10 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # vLLM's letters: M rows, K hidden columns. What we need of the second workspace is room for the
-        # pairs' outputs before they are summed.
+        """Shapes of vLLM's two workspaces and of the output, for M rows with K columns.
+
+        The second workspace holds the pairs' outputs before they are summed; the first is not used.
+        """
         if self._pairs_stay_apart:
             return (0,), (0,), (M, topk, K)
         return (0,), (M, topk, K), (M, K)
@@ -182,6 +185,7 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
+        """Compute `output`: a row for each row, or for each of its pairs if these are kept apart."""
         weights = ExpertWeights(
             gate_up=w1, down=w2, gate_up_bias=self.w1_bias, down_bias=self.w2_bias
         )

@@ -98,6 +98,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         self._pairs_stay_apart = False
 
     def post_init_setup(self, fused_experts: mk.FusedMoEExperts) -> None:
+        """Called by vLLM with the expert kernel that it selected."""
         if isinstance(fused_experts, GroupedExperts):
             fused_experts.keep_pairs_apart()
             self._pairs_stay_apart = True
@@ -131,6 +132,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         quant_config: Any,
         defer_input_quant: bool = False,
     ) -> mk.PrepareResultType:
+        """Send this rank's tokens. Returns rows, ids and weights for the expert kernel, in vLLM's form."""
         hidden, weights, slots = (self._share(t) for t in (a1, topk_weights, topk_ids))
         if apply_router_weight_on_input:
             hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
@@ -149,6 +151,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: mk.TopKWeightAndReduce,
     ) -> None:
+        """Bring the experts' outputs home and write each token's sum to `output`."""
         assert self._dispatched is not None
         dispatched, self._dispatched = self._dispatched, None
         outputs = self._one_row_per_pair(dispatched, fused_expert_output)
