@@ -82,8 +82,8 @@ class PlannerConfig(_Section):
         json_schema_extra={"enum": list(POLICIES)},
     )
     objective: Literal["tokens", "time"] = "tokens"
-    """What is balanced: `tokens` per rank, or `time`: by the figures in `hardware`, what a rank takes to read
-    its activated experts or to compute its tokens, whichever is longer (for decode).
+    """What is balanced: each rank's `tokens`, or the `time` that it takes to read its activated experts or to
+    compute its tokens, whichever is longer, by the figures in `hardware` (for decode).
     """
     phase: PhaseChoice = "all"
     """Whose tokens count: `all`, `prefill` or `decode`."""
@@ -104,8 +104,8 @@ class PlannerConfig(_Section):
     max_arrivals_per_rank_and_layer: int = Field(default=2, gt=0)
     """Most slots of one layer that a plan may change on one rank. Sizes the staging memory."""
     internode_token_price: float = Field(default=0.02, ge=0.0)
-    """What it costs a token to cross a node boundary, as a multiple of computing it: of placements that
-    balance equally well, the one with replicas on more nodes is better.
+    """Cost of sending a token across a node boundary, as a multiple of the cost of computing it. Of
+    placements that balance equally well, the one with replicas on more nodes is better.
     """
     threads: int = Field(default=1, gt=0)
     """Layers that are planned at the same time, each on its own core; the plan does not depend on it."""

@@ -1,4 +1,4 @@
-"""What every exchange takes and returns."""
+"""The interface of all exchanges: what they take and return."""
 
 from __future__ import annotations
 

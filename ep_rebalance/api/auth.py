@@ -1,4 +1,4 @@
-"""Who may read, and who may change anything. vLLM's own `--api-key` guards only /v1."""
+"""Access: who may read, and who may change anything. vLLM's own `--api-key` guards only /v1."""
 
 from __future__ import annotations
 

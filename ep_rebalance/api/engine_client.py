@@ -1,4 +1,4 @@
-"""What the API server asks the engine, in bounded time and at a bounded rate."""
+"""Asks the engine on behalf of the API server, in bounded time and at a bounded rate."""
 
 from __future__ import annotations
 

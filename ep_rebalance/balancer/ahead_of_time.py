@@ -1,4 +1,4 @@
-"""What is compiled before serving, if possible while the engine loads its weights."""
+"""Compilation ahead of time: before serving, and if possible while the engine loads its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine hands over about a model that it has loaded."""
+"""Engine model: what an engine hands over about a model that it has loaded."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class BalancingLoop:
         agreed = yield from self._until(lambda agreed: agreed.planned)
         if agreed.replaced:
             return (yield from self._give_up("abandoned", WEIGHTS_REPLACED))
-        yield from _tell(GotUnstuck())  # an overdue plan is overdue no more
+        yield from _tell(GotUnstuck())  # in case the plan was overdue
         if agreed.proposed and agreed.paused:
             reason = "an operator paused before it could begin"
             return (yield from self._give_up("abandoned", reason))

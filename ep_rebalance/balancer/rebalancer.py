@@ -129,7 +129,7 @@ class Rebalancer:
 
         What is served and what is counted stay as they are.
         """
-        # Each warm-up makes collectives, so their order is the same on all ranks.
+        # Most of these make collectives, so their order must be the same on all ranks.
         compile_all()
         self._counts.warm_up()
         self._snapshots.warm_up()

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Finding: the result of a check, and how checks are run."""
 
 from __future__ import annotations
 

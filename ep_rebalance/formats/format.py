@@ -1,4 +1,4 @@
-"""What the commands know about a file format."""
+"""Format: what the commands know about a kind of file."""
 
 from __future__ import annotations
 

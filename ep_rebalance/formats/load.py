@@ -1,4 +1,4 @@
-"""What all recordings become: counts for each snapshot, and a trace made of them."""
+"""Foreign load: other engines' recordings as counts for each snapshot, and the trace made of them."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from ep_rebalance.offline.step_time import ModelledSteps, RankLoad, StepParts
 from ep_rebalance.placement import Placement
 
 _SHARE = 0.4
-"""From this fraction of a layer's time on, something is named as what the layer waits for."""
+"""Something that takes more than this fraction of a layer's time is named as what the layer waits for."""
 _WORTH = 0.01
-"""From this fraction of the step time on, what rebalancing saves is called worth it."""
+"""Rebalancing is called worth it if it saves at least this fraction of the step time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +210,7 @@ def _explain(
     causes = [_what_rebalancing_does(ours, saved)]
     load_LE = mean.counts_ALE.sum(axis=0)
     hottest = float((load_LE.max(axis=1) / (load_LE.sum(axis=1) / ranks)).mean())
-    # What is still uneven after rebalancing is often one expert, which only a replica can split.
+    # One expert can have more load than a rank should: no placement helps then, only replicas or fewer ranks.
     if ours.mean_imbalance > 1.15:
         causes.append(
             f"{slots} experts a rank: the hottest one alone is {hottest:.2f} of a rank's mean load"

@@ -36,7 +36,7 @@ class Timing:
 
 
 _LEAD = 4.0
-"""By how much the log-weight of a burst's domain exceeds what it would be otherwise."""
+"""Added to the log-weight of the domain that the last burst jumped to."""
 
 TIMINGS: Mapping[str, Timing] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""What a replay compares: the server's policies, and what they are compared with."""
+"""Replay policies: the server's policies, and the peers that they are compared with."""
 
 from __future__ import annotations
 
@@ -109,4 +109,4 @@ REPLAY_POLICIES: Mapping[str, ReplayPolicy] = MappingProxyType(
 SERVER_POLICIES: Mapping[str, str] = MappingProxyType(
     {name: entry.setting for name, entry in REPLAY_POLICIES.items() if entry.setting}
 )
-"""By name, those that plan in the server's loop: what its settings call them."""
+"""The policies that plan in the server's loop, and what `planner.policy` calls each."""

@@ -1,4 +1,4 @@
-"""What is seen from outside: a table of metrics, and the status that all of it comes from.
+"""Metrics: a table of everything that is seen from outside, and the status that it all comes from.
 
 The engine's rank 0 keeps a `Status`. The API server polls it for Prometheus, and for `GET
 /ep_rebalance/status`.

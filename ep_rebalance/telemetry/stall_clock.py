@@ -20,7 +20,7 @@ from ep_rebalance.host_memory import pins
 
 
 class TimingEvent(Protocol):
-    """What is used of a `torch.Event` that keeps time."""
+    """The part of a timing `torch.Event` that is used here."""
 
     def record(self) -> None: ...
 

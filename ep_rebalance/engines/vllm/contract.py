@@ -1,4 +1,4 @@
-"""What we rely on in vLLM, checked at start.
+"""Contracts: what we rely on in vLLM, checked at start.
 
 A seam states the functions that it wraps with the parameters that it passes or reads, and what vLLM
 asks of each object of ours that it holds instead of its own. If something is missing, the server does

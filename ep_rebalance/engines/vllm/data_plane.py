@@ -1,4 +1,4 @@
-"""Who carries tokens and computes experts: what `data_plane` means in vLLM, and what cannot work."""
+"""Data plane: who carries tokens and computes experts in vLLM, and which settings cannot work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM must offer, for `ep-rebalance doctor`."""
+"""Checks for `ep-rebalance doctor`: does the installed vLLM offer what we rely on?"""
 
 from __future__ import annotations
 

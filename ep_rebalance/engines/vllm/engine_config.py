@@ -1,4 +1,4 @@
-"""What an engine's configuration says: our settings in it, the model, and the size of the EP group."""
+"""Reads an engine's configuration: our settings in it, the model, and the size of the EP group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the ranks of the EP group are."""
+"""vLLM's EP group, and the nodes that its ranks are on."""
 
 from __future__ import annotations
 

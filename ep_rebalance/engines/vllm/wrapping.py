@@ -1,4 +1,4 @@
-"""How a seam puts itself around a method of vLLM."""
+"""Wraps a method of vLLM; most seams do so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How records lie in a trace, version by version.
+"""Layout: how the bytes of records lie in a trace, in each version.
 
 There are two kinds of records, each of a size that follows from the head. Integers and floats are
 little-endian.

@@ -58,7 +58,7 @@ _ACTIVATIONS: dict[str, tuple[ActivationName, bool]] = {
     "swigluoai": ("swiglu_oai", True),
     "swigluoai_uninterleave": ("swiglu_oai", False),
 }
-"""By vLLM's name: ours, and whether gate and up columns alternate in the weights."""
+"""For each of vLLM's names: our name, and whether gate and up columns alternate in the weights."""
 
 
 def install() -> None:
