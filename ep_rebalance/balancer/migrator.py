@@ -85,9 +85,8 @@ class Migrator:
     ) -> None:
         self.served = Served.initial(placement)
         self.agreed_reloads = 0
-        self._told: list[
-            tuple[int, ...]
-        ] = []  # layers of each reload that `served` does not reflect
+        # Layers of each reload that `served` does not reflect.
+        self._told: list[tuple[int, ...]] = []
         self._may_move = True
         self._loaded = self.served
         self._actions = 0

@@ -63,9 +63,8 @@ class DaemonThread:
         def carry_out() -> None:
             try:
                 future.set_result(job(*arguments))
-            except (
-                BaseException
-            ) as error:  # uncaught, it would end the thread: no later job would run
+            except BaseException as error:
+                # Uncaught, it would end the thread, and no later job would run.
                 future.set_exception(error)
 
         self._jobs.put(carry_out)

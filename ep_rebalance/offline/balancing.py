@@ -146,10 +146,9 @@ class ReplayedServer:
                 return self._migration
             case Migrate():
                 yield from self._migrate()
-            case Tell(
-                PlanEnded(outcome, reason)
-            ):  # other events are for a status, which a replay has not
+            case Tell(PlanEnded(outcome, reason)):
                 self._note(outcome, reason)
+        # Other events concern the status, and a replay has none.
         return None
 
     def _next(self) -> Generator[None, None, Snapshot]:
