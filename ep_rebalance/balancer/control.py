@@ -51,5 +51,5 @@ class Control:
         if action == "rebalance" and self.paused:
             return "it is paused; resume it first"
         if action == "rebalance" and (self.plan_asked or busy):
-            return "it does so already"
+            return "a plan is already requested or under way"
         return ""

@@ -187,7 +187,7 @@ class Migrator:
                 staging_slots=staging_slots,
             )
         except RuntimeError:  # torch's out of memory is one
-            logger.exception("ep_rebalance: no memory to take up a saved placement with")
+            logger.exception("ep_rebalance: not enough memory to restore the saved placement")
         # Also a rank that failed takes part, so that the others do not wait for it in their exchange.
         lacking = torch.tensor([int(exchange is None)], device=memory.device)
         dist.all_reduce(lacking, group=self._group)

@@ -160,7 +160,7 @@ class PlannerThread:
             )
             return PreparedMigration.of(migration, counts)
         except Exception:
-            logger.exception("ep_rebalance: the rounds were not worked out")
+            logger.exception("ep_rebalance: the rounds could not be worked out")
             raise
 
     def _fit_split(

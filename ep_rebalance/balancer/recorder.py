@@ -131,4 +131,4 @@ class Recorder:
         self.lost += 1
         if self.recording:
             self.recording = False
-            logger.warning("ep_rebalance: the trace is not written any more: %s", error)
+            logger.warning("ep_rebalance: the trace is no longer written: %s", error)

@@ -151,7 +151,7 @@ class Session:
         except Exception:
             # This rank still takes part in exchanges and votes, or the others would wait for it.
             logger.exception(
-                "ep_rebalance: experts of another size or form cannot be moved any more"
+                "ep_rebalance: experts now have another size or layout, so none are moved any more"
             )
             self.rebalancer.migrator.refuse_moves()
 

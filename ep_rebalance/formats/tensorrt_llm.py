@@ -94,7 +94,7 @@ def _tensors(path: Path) -> dict[str, NDArray[Any]]:
     try:
         from safetensors.numpy import load_file
     except ImportError:
-        raise FormatError(path, "", "needs the package safetensors, which is not here") from None
+        raise FormatError(path, "", "needs safetensors, which is not installed here") from None
     try:
         found: dict[str, NDArray[Any]] = load_file(path)
     except OSError:

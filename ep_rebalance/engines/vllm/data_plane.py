@@ -51,7 +51,7 @@ def _check_engine_on_cpu(vllm_config: Any) -> None:
         )
     if vllm_config.model_config.quantization is not None:
         raise ConfigurationError(
-            "data_plane.all_to_all=engine: on CPU vLLM's quantised experts take every slot for their own.",
+            "data_plane.all_to_all=engine: on CPU vLLM's quantised experts treat every slot as their rank's.",
             "drop it, or set data_plane.all_to_all=ours.",
         )
 
@@ -96,7 +96,7 @@ def _check_graphs(exchange: Exchange, *, tokens_are_shared: bool) -> None:
     if exchange.in_graphs == "never":
         raise ConfigurationError(
             f"data_plane.buffers={exchange.name} reads numbers of rows on the host, which CUDA graphs "
-            "cannot.",
+            "do not allow.",
             f"{instead}--enforce-eager.",
         )
     raise ConfigurationError(

@@ -106,8 +106,8 @@ def _check_alike(told: list[Mapping[str, Any]]) -> None:
         lacking = [rank for rank, keys in enumerate(keys_R) if key not in keys]
         if lacking:
             raise ConfigurationError(
-                f"EP rank {', '.join(map(str, lacking))} of {len(told)} says nothing of {key!r}, and others "
-                "do: they run another ep-rebalance of the same version.",
+                f"EP rank {', '.join(map(str, lacking))} of {len(told)} says nothing about {key!r}, and "
+                "others do: they run another ep-rebalance of the same version.",
                 _ONE_BUILD,
             )
     _check_equal(told, "sources", _ONE_BUILD)

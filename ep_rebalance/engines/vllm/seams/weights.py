@@ -97,7 +97,7 @@ def _save(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) 
     attachment = attachment_of(worker.model_runner)
     if attachment is not None and attachment.session.has_moved_experts:
         raise RuntimeError(
-            "ep_rebalance: experts have moved, and whoever reads the saved slots would take them for others. "
+            "ep_rebalance: experts have moved, and whoever reads the saved slots would mix them up. "
             "Remedy: save before serving, or with mode=observe."
         )
     return original(worker, *args, **kwargs)
