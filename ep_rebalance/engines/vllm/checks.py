@@ -66,8 +66,8 @@ def _check_parallel(parallel: Any) -> None:
         )
     if parallel.enable_fault_tolerance:
         raise ConfigurationError(
-            "--enable-fault-tolerance keeps serving without a rank that died, and the others, which count and "
-            "move experts together with it, would wait for it.",
+            "--enable-fault-tolerance keeps serving without a rank that died, and the others, which count "
+            "and move experts together with it, would wait for it.",
             "drop --enable-fault-tolerance and --fault-tolerance-config.",
         )
     if parallel.enable_elastic_ep or parallel.use_ubatching:
