@@ -94,8 +94,8 @@ class PlannerConfig(_Section):
     half_life_snapshots: float = Field(default=3.0, gt=0.0)
     """Snapshots after which load counts half in a plan."""
     remembered_share: float = Field(default=0.4, ge=0.0, lt=1.0)
-    """Fraction of the load that a plan is made for which comes from earlier kinds of traffic, since they
-    return; 0 forgets them.
+    """Fraction of a plan's load that stands for earlier kinds of traffic, since these tend to return; 0
+    forgets them.
     """
     interval_snapshots: int = Field(default=8, gt=0)
     """Snapshots between two plans."""

@@ -1,8 +1,8 @@
 """Seam: from the router's logical expert ids to slots.
 
 Target: `BaseRouter._apply_eplb_mapping`. Why: it is the one method that every router calls with its
-logical ids, after routed experts are captured and before the kernels run. Can go when vLLM has a hook
-for it.
+logical ids, after routed experts are captured and before the kernels run. On platforms other than GPUs,
+vLLM's own mapping does nothing there. Can go when vLLM has a hook for it.
 """
 
 from __future__ import annotations
