@@ -118,14 +118,14 @@ class WeightsReplaced:
 
 @dataclass(frozen=True, slots=True)
 class GotStuck:
-    """Something takes too long; serving goes on with the placement as it is."""
+    """The loop cannot go on for now; serving goes on with the placement as it is."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class GotUnstuck:
-    """What took too long is over."""
+    """The loop goes on."""
 
 
 Event = (

@@ -216,7 +216,8 @@ METRICS: tuple[Metric, ...] = (
         name="stuck",
         kind="gauge",
         field="stuck",
-        help="1 while a plan is overdue; serving goes on with the placement as it is.",
+        help="1 while a plan is overdue, or weights were replaced on some ranks and not yet on others;"
+        " serving goes on with the placement as it is.",
     ),
     Metric(
         name="reported_timestamp_seconds",
