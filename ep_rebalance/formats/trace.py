@@ -1,4 +1,4 @@
-"""This plugin's traces (load/trace.py), for the placement that was served last."""
+"""This plugin's traces (load/trace/), read for the placement that was served last."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
 
 
 def recognises(path: Path) -> bool:
-    """By the name."""
+    """Recognises a file by its name."""
     return path.suffix == SUFFIX
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """The last one. Layers are numbered from `reading.first_moe_layer` on."""
+    """The last placement, its layers numbered from `reading.first_moe_layer` on."""
     changes = [record for record in TraceReader(path) if isinstance(record, RecordedPlacement)]
     return reading.numbered(changes[-1].placement)
 

@@ -498,7 +498,7 @@ def test_a_plan_can_be_asked_for_and_is_made_once(two_ranks: Ranks):
     assert_in_step([seen for seen, *_ in answers])
     _, idle, refusals, status = answers[0]
     assert idle == 0
-    assert refusals == ["", "it does so already"]
+    assert refusals == ["", "a plan is already requested or under way"]
     assert (sum(status.plans.values()), status.generation) == (1, 1)
     assert [commit.generation for commit in status.commits] == [1]
     assert status.commits[0].experts == sum(status.migrated_experts.values())
