@@ -147,12 +147,13 @@ class Migrator:
         generation: the number to serve it under.
 
         Raises RuntimeError, on all ranks or on none, if experts did not arrive whole or memory for them
-        is short.
+        is short. Batches that were committed before that stay in service, under the next generation.
         """
         assert self._memory is not None, "mode observe moves nothing"
         exchange = self._roomy_exchange(placement.slots_per_rank, self._memory)
+        source = self.served.placement
         migration = schedule(
-            self.served.placement,
+            source,
             placement,
             quotas_LP,
             topology=self._topology,
@@ -168,6 +169,7 @@ class Migrator:
             for number in range(len(batch.rounds)):
                 exchange.exchange(batch, number)
             if faults := exchange.faults_of(exchange.vote(batch)):
+                self._serve(self.served.numbered(source))
                 raise RuntimeError(f"the saved placement could not be taken up: {faults}")
             self._commit(commit, exchange)
         self._take_up(prepared.split)

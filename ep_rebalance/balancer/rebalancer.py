@@ -293,7 +293,7 @@ class Rebalancer:
         try:
             self.migrator.restore(before.placement, before.quotas_LP, self.served.generation)
         except RuntimeError as error:
-            logger.exception("ep_rebalance: the experts stay where they were loaded")
+            logger.exception("ep_rebalance: not all experts are where the state file has them")
             self._tell(PlanEnded("abandoned", str(error)))
 
     def _work_out_rounds(self) -> Steps:

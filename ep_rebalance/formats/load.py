@@ -97,6 +97,17 @@ def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
     return numbers.astype(np.uint32)
 
 
+def slots_of(path: Path, place: str, value: Any) -> NDArray[np.int32]:
+    """int32 [L, P], from nested lists or an array of that shape. place: where `value` lies in the file.
+
+    Raises FormatError that names the first number that cannot be an expert's.
+    """
+    found_1LP = counts_of(path, place, value)
+    if np.ndim(value) != 2:
+        raise FormatError(path, place, f"has {np.ndim(value)} dimensions, not [layers][slots]")
+    return found_1LP[0].astype(np.int32)
+
+
 def sampled(
     load: ForeignLoad, *, snapshots: int, tokens: int, top_k: int, seed: int
 ) -> ForeignLoad:

@@ -29,6 +29,7 @@ from ep_rebalance.formats.load import (
     check_array_size,
     counts_of,
     read_text,
+    slots_of,
 )
 from ep_rebalance.placement import Placement, PlacementError
 
@@ -108,9 +109,9 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     found = _read_json(path)
     if not isinstance(found, dict) or "physical_to_logical_map" not in found:
         raise FormatError(path, "", "holds no physical_to_logical_map")
-    slots_LP = counts_of(path, "physical_to_logical_map", found["physical_to_logical_map"])[0]
+    slots_LP = slots_of(path, "physical_to_logical_map", found["physical_to_logical_map"])
     try:
-        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, num_ranks)
+        placement = Placement(slots_LP, int(slots_LP.max()) + 1, num_ranks)
     except PlacementError as error:
         raise FormatError(path, "physical_to_logical_map", str(error)) from None
     return reading.numbered(placement)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from numpy.typing import NDArray
 
@@ -31,6 +30,7 @@ from ep_rebalance.formats.load import (
     check_array_size,
     counts_of,
     read_text,
+    slots_of,
 )
 from ep_rebalance.placement import Placement, PlacementError
 
@@ -142,11 +142,11 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     if not all(isinstance(layer, int) for layer in rows):
         raise FormatError(path, "initial_global_assignments", "is not by layer number")
     layers = tuple(sorted(rows))
-    slots_LP = counts_of(path, "initial_global_assignments", [rows[layer] for layer in layers])[0]
+    slots_LP = slots_of(path, "initial_global_assignments", [rows[layer] for layer in layers])
     if found.get("num_slots", slots_LP.shape[1]) != slots_LP.shape[1]:
         raise FormatError(path, "num_slots", f"is not the {slots_LP.shape[1]} slots of the layers")
     try:
-        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, num_ranks)
+        placement = Placement(slots_LP, int(slots_LP.max()) + 1, num_ranks)
     except PlacementError as error:
         raise FormatError(path, "initial_global_assignments", str(error)) from None
     return placement, layers

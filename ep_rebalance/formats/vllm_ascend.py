@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from ep_rebalance.formats.format import (
     Format,
@@ -20,7 +19,7 @@ from ep_rebalance.formats.format import (
     Writing,
     replace_text,
 )
-from ep_rebalance.formats.load import FormatError, counts_of, read_text
+from ep_rebalance.formats.load import FormatError, read_text, slots_of
 from ep_rebalance.placement import Placement, PlacementError
 
 
@@ -96,10 +95,10 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
                 f"does not list devices 0..{layer.device_count - 1}",
             )
         rows.append([expert for device in devices for expert in device.device_expert])
-    slots_LP = counts_of(path, "device_expert", rows)[0]
+    slots_LP = slots_of(path, "device_expert", rows)
     ranks = found.layer_list[0].device_count
     try:
-        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, ranks)
+        placement = Placement(slots_LP, int(slots_LP.max()) + 1, ranks)
     except PlacementError as error:
         raise FormatError(path, "", str(error)) from None
     return placement, tuple(layer.layer_id for layer in found.layer_list)

@@ -252,7 +252,7 @@ class Journal:
             )
 
     def _note_stuck(self, reason: str) -> None:
-        if not self.status.stuck:
+        if not self.status.stuck and self._rank == 0:
             logger.error("ep_rebalance: stuck: %s", reason)
         self.status.stuck = 1
         self.status.message = reason

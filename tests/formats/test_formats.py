@@ -73,6 +73,8 @@ def test_dense_layers_get_the_trivial_row():
         ("a.json", "{", "not JSON"),
         ("a.json", "[" * 100_000, "a.json"),
         ("a.json", '{"physical_to_logical_map": [[0, 1], [0]]}', "ragged"),
+        ("a.json", '{"physical_to_logical_map": [[[0, 1]], [[1, 0]]]}', "3 dimensions"),
+        ("a.yaml", "initial_global_assignments: {0: [[0, 1]], 1: [[1, 0]]}", "3 dimensions"),
         ("a.json", '{"physical_to_logical_map": [[0, 5], [1, 0]]}', "no slot holds expert"),
         ("a.json", '{"physical_to_logical_map": [[0, -1]]}', "[0][1] is -1"),
         (

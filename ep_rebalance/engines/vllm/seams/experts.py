@@ -61,6 +61,10 @@ _ACTIVATIONS: dict[str, tuple[ActivationName, bool]] = {
 """For each of vLLM's names: our name, and whether gate and up columns alternate in the weights."""
 
 
+_SWIGLU_OAI = (1.702, 1.0, 7.0)
+"""Its alpha, beta (added to the up projection) and limit in gpt-oss."""
+
+
 def install() -> None:
     """Make vLLM try our class first where the configuration asks for it."""
     oracle = importlib.import_module(_ORACLE)
@@ -136,6 +140,10 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         """(whether it can be used, why not). vLLM passes the class itself, as `cls`."""
         if moe_config.activation.value == "silu" and moe_config.swiglu_limit is not None:
             return False, "kernel does not clamp SiLU"
+        if moe_config.activation.value == "swigluoai_uninterleave":
+            given = (moe_config.swiglu_alpha, moe_config.swiglu_beta, moe_config.swiglu_limit)
+            if given != _SWIGLU_OAI:
+                return False, f"kernel computes SwiGLU-OAI of {_SWIGLU_OAI} only, not of {given}"
         supported: tuple[bool, str | None] = mk.FusedMoEExperts.is_supported_config(
             cls, moe_config, *args, **kwargs
         )
@@ -228,16 +236,7 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         )
 
     def _activation(self, activation: Any) -> Activation:
+        # vLLM's `swigluoai` kernel takes no parameters; `is_supported_config` holds the other one to the
+        # same (vllm/model_executor/layers/fused_moe/activation.py).
         name, interleaved = _ACTIVATIONS[activation.value]
-        given = self.activation_config
-        if name != "swiglu_oai":
-            return Activation(name=name)
-        standard = Activation()
-        # 1.0 is what vLLM holds if nothing set alpha. Its `swigluoai` kernel then computes with 1.702, as
-        # ours does (vllm/model_executor/layers/fused_moe/activation.py).
-        return Activation(
-            name=name,
-            interleaved=interleaved,
-            alpha=standard.alpha if given.alpha == 1.0 else given.alpha,
-            limit=standard.limit if given.clamp_limit is None else given.clamp_limit,
-        )
+        return Activation(name=name, interleaved=interleaved)
