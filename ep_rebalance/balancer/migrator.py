@@ -7,7 +7,7 @@ next one begins. What is served changes nowhere else, and on every rank in the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -201,7 +201,7 @@ class Migrator:
         """The engine wrote all slots of `layers` on this rank anew, in the order in which it loads them.
 
         Tokens go there from now on. `served` stays what all ranks agree on; until `serve_loaded`
-        nothing is committed on this rank, and it votes every batch down.
+        nothing is committed to these layers on this rank, and it votes every batch down.
         """
         self._told.append(layers)
         self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
@@ -266,13 +266,15 @@ class Migrator:
 
     def _commit(self, commit: Commit, exchange: RoundExchange) -> None:
         assert self._memory is not None
-        if self._holds_loaded:  # since the vote; staging holds what was loaded before
+        layers = self._not_replaced(commit.batch.layers)
+        if not layers:  # since the vote; staging holds what was loaded before
             self.served = commit.serves(self.served)
             return
         with self._commit_stalls.stall():
             self.served = commit_batch(
                 commit,
                 self.served,
+                layers=layers,
                 staging=exchange.staging,
                 memory=self._memory,
                 counts=self._counts,
@@ -283,9 +285,16 @@ class Migrator:
 
     def _take_up(self, split: Split) -> None:
         if self._holds_loaded:
+            every = range(self.served.placement.num_layers)
+            self._counts.serve(self._not_replaced(every), split.tables)
             self.served = self.served.with_quotas(split.quotas_LP)
         else:
             self.served = commit_split(split, self.served, self._counts)
+
+    def _not_replaced(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """Those of `layers` that this rank serves as `served` says."""
+        replaced = {layer for told in self._told for layer in told}
+        return tuple(layer for layer in layers if layer not in replaced)
 
     def _serve(self, served: Served) -> None:
         """Under a number that may be new."""

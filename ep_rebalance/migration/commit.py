@@ -6,6 +6,7 @@ experts arrived whole. Until then nothing that the forward pass reads has been t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,16 +72,22 @@ def commit_batch(
     commit: Commit,
     served: Served,
     *,
+    layers: Sequence[int],
     staging: torch.Tensor,
     memory: ExpertMemory,
     counts: RoutingTables,
     rank: int,
 ) -> Served:
-    """Serve the batch's layers anew; returns what is served from now on."""
+    """Serve the batch's layers anew; returns what is served from now on.
+
+    layers: those of the batch that this rank writes.
+    """
     for move in commit.batch.arrivals(rank):
+        if move.layer not in layers:
+            continue
         packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
         memory.write(move.layer, move.dst_slot % memory.slots, packed)
-    counts.serve(commit.batch.layers, commit.split.tables)
+    counts.serve(layers, commit.split.tables)
     return commit.serves(served)
 
 
