@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
+import signal
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +136,49 @@ def test_a_new_file_begins_with_the_placement_of_its_time(tmp_path: Path) -> Non
         writer.write(snapshot)
     writer.close()
     assert same(records_of(writer.files()[1])[0], contiguous(head, 4, 9))
+
+
+@contextlib.contextmanager
+def room_for(path: Path, more: int) -> Iterator[None]:
+    """No file may grow beyond what `path` has and `more` bytes: a write ends there, as on a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_behind_a_record_that_found_no_room_nothing_is_written(tmp_path: Path) -> None:
+    head = head_of()
+    writer = TraceWriter(tmp_path, "load", head)
+    seen = list(snapshots(head, 6))
+    for record in (contiguous(head), *seen[:2]):
+        writer.write(record)
+    (first,) = writer.files()
+    with (
+        room_for(first, Layout.of(head).snapshot.itemsize // 2),
+        pytest.raises(OSError, match="too large"),
+    ):
+        writer.write(seen[2])
+    for record in (contiguous(head, 1), *seen[3:]):
+        writer.write(record)
+    writer.close()
+    kept = [records_of(path) for path in writer.files()]
+    assert [len(records) for records in kept] == [3, 4]
+    assert all(same(*pair) for pair in zip(kept[1][1:], seen[3:], strict=True))
+
+
+def test_a_file_whose_beginning_found_no_room_does_not_appear(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(b"")
+    writer = TraceWriter(tmp_path, "load", head_of())
+    writer.write(contiguous(head_of()))
+    with room_for(path, 100), pytest.raises(OSError, match="too large"):
+        writer.write(*snapshots(head_of(), 1))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 """Writes a trace: each record by one write, so that a file whose writer died ends at its last whole one.
+So does one on a disk that is full: what was written in part is the end of its file.
 
 Every file begins with the placement, so that older ones can be deleted.
 """
@@ -75,7 +76,7 @@ class TraceWriter:
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
         file = os.fdopen(handle, "wb", buffering=0)
         try:
-            file.write(data)
+            _write_all(file, data)
             os.fchmod(handle, 0o644)
             self._publish(temporary)
         except BaseException:
@@ -97,7 +98,12 @@ class TraceWriter:
 
     def _append(self, data: bytes) -> None:
         assert self._file is not None
-        self._file.write(data)
+        try:
+            _write_all(self._file, data)
+        except OSError:
+            self._file.close()
+            self._file = None
+            raise
         self._size += len(data)
 
     def _delete_oldest(self) -> None:
@@ -109,3 +115,10 @@ class TraceWriter:
                 return
             total -= file.stat().st_size
             file.unlink(missing_ok=True)
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    """An unbuffered file takes what there is room for, and only the next write says that there is none."""
+    written = 0
+    while written < len(data):
+        written += file.write(memoryview(data)[written:])
