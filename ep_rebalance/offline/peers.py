@@ -52,13 +52,19 @@ class AsRecorded(Contiguous):
     def __init__(self, placement: Placement, config: RebalanceConfig) -> None:
         super().__init__(placement)
         self._next_LP = self.quotas_LP
+        self._since: tuple[int, int, float] | None = None
         self._fitted_LP: NDArray[np.float64] | None = None
         self._settings = config.planner
         self._window = LoadWindow(config.window.snapshots)
 
     def change(self, change: RecordedPlacement) -> None:
-        """Serve the placement from the next snapshot on."""
-        self.placement = change.placement
+        """Serve the placement from the next snapshot on; each file repeats the newest, with the quotas of
+        its beginning.
+        """
+        since = change.generation, change.step, change.time
+        if since == self._since:
+            return
+        self._since, self.placement = since, change.placement
         self._next_LP, self._fitted_LP = change.quotas_LP, None
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
@@ -68,6 +74,8 @@ class AsRecorded(Contiguous):
             return
         sample = snapshot.sample()
         self._window.append(sample)
+        if snapshot.ended is not None:
+            self._fitted_LP = None
         if snapshot.agreed.fitted and self._fitted_LP is not None:
             self._next_LP, self._fitted_LP = self._fitted_LP, None
         if self._fitted_LP is None and sample.routed:
