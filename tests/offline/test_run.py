@@ -182,6 +182,33 @@ def test_quotas_are_fitted_anew_after_a_migration_that_moved_nothing() -> None:
     assert (served.quotas_LP == split_quotas(served.placement, load_LE)).all()
 
 
+class LongSteps:
+    """Of another machine than the recorded one."""
+
+    def seconds(self, *_: object) -> float:
+        return 0.05
+
+
+def test_with_steps_of_another_length_a_plan_that_the_server_refused_is_carried_out() -> None:
+    head = head_of(redundant=2, expert_bytes=[10**9] * 2)
+    refused = Agreed(planned=True, fitted=True)
+    records = [
+        contiguous(head),
+        *(replace(s, step_seconds=1e-9, agreed=refused) for s in snapshots(head, 80)),
+    ]
+    recorded = Scenario(
+        policy="ours",
+        planner=planner_of("incremental"),
+        config=load_config(head.config),
+        topology=Topology.single_node(2),
+        step_time=MeasuredSteps(fraction=0.5),
+    )
+    assert {plan.outcome for plan in replay(head, records, recorded).plans} == {"over_budget"}
+    one = replay(head, records, replace(recorded, step_time=LongSteps()))
+    assert one.commits
+    assert "failed" not in {plan.outcome for plan in one.plans}
+
+
 def test_several_files_are_one_trace(path: Path, tmp_path: Path) -> None:
     parts = records_of(path)
     halves = [parts[:31], [parts[0], *parts[31:]]]
