@@ -1,4 +1,4 @@
-"""This plugin's traces (load/trace.py), for the placement that was served last."""
+"""This plugin's traces (load/trace/), for the placement that was served last."""
 
 from __future__ import annotations
 
