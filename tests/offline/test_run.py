@@ -173,7 +173,11 @@ def test_quotas_are_fitted_anew_after_a_migration_that_moved_nothing() -> None:
     """The server forgets those that it was fitting when a migration begins."""
     head = head_of(redundant=2)
     first, second, third = snapshots(head, 3)
-    second = replace(second, ended=MigrationEnd(batches=0, abandoned=True))
+    second = replace(
+        second,
+        counts_ALE=9 * second.counts_ALE[:, :, ::-1],
+        ended=MigrationEnd(batches=0, abandoned=True),
+    )
     third = replace(third, agreed=Agreed(fitted=True))
     served = AsRecorded(contiguous(head).placement, load_config())
     for snapshot in (first, second, third, third):
