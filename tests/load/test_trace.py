@@ -30,6 +30,7 @@ from ep_rebalance.load.trace import (
     check_same_load,
     read_records,
 )
+from ep_rebalance.load.trace.checksums import checksum_of_head
 from ep_rebalance.load.trace.head import encode_head
 from ep_rebalance.load.trace.layout import Layout
 
@@ -206,6 +207,17 @@ def test_impossible_heads_are_refused(tmp_path: Path, changes, reason) -> None:
     path = tmp_path / f"x{SUFFIX}"
     path.write_bytes(encode_head(msgspec.structs.replace(head_of(), **changes)))
     with pytest.raises(TraceError, match=reason):
+        TraceReader(path)
+
+
+def test_a_head_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """With the right checksum, as of a writer that is not ours."""
+    text = msgspec.json.encode(head_of(model="tiny")).replace(b"tiny", b"t\xe5ny")
+    text += b" " * (-len(text) % 8)
+    sizes = np.array([len(text), checksum_of_head(text)], "<u8")
+    path = tmp_path / f"x{SUFFIX}"
+    path.write_bytes(b"EPTRACE\n" + sizes.tobytes() + text)
+    with pytest.raises(TraceError, match="does not say what a head must"):
         TraceReader(path)
 
 
