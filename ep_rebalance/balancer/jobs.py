@@ -114,13 +114,13 @@ class RankJobs:
 
     def _take_proposal(self, job: Future[TimedProposal]) -> bool:
         """Keep rank 0's plan. Returns whether it is to be carried out."""
-        try:
-            timed = job.result()
-        except Exception as error:
-            logger.exception("ep_rebalance: planning failed; serving goes on unchanged")
+        error = job.exception()
+        if error is not None:  # also what ends a thread, and must not end this one
+            logger.error("ep_rebalance: planning failed; serving goes on unchanged", exc_info=error)
             reason = f"the planner raised {type(error).__name__}: {error}"
             self._tell(PlanEnded("failed", reason))
             return False
+        timed = job.result()
         self._tell(PlanProposed(timed))
         self.proposal = timed.proposal
         return timed.proposal.decision.accepted

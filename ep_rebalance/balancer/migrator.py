@@ -7,7 +7,7 @@ one begins. What is served changes only here, and on every rank in the same step
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -216,7 +216,7 @@ class Migrator:
         """The engine wrote all slots of `layers` on this rank anew, in the order in which it loads them.
 
         From now on this rank sends its tokens there. `served` stays what all ranks agree on. Until
-        `serve_loaded`, nothing is committed on this rank, and it votes every batch down.
+        `serve_loaded`, nothing is committed to these layers on this rank, and it votes every batch down.
         """
         self._told.append(layers)
         self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
@@ -279,15 +279,17 @@ class Migrator:
 
     def _commit(self, commit: Commit, exchange: RoundExchange) -> None:
         assert self._memory is not None
-        # Replaced since the vote: staging holds experts of the old weights. Others commit, so `served`
-        # must still follow; `serve_loaded` will correct it on all ranks.
-        if self._holds_loaded:
+        # Layers replaced since the vote keep what the engine wrote: staging holds experts of the old weights.
+        # Others commit, so `served` must still follow; `serve_loaded` will correct it on all ranks.
+        layers = self._not_replaced(commit.batch.layers)
+        if not layers:
             self.served = commit.serves(self.served)
             return
         with self._commit_stalls.stall():
             self.served = commit_batch(
                 commit,
                 self.served,
+                layers=layers,
                 staging=exchange.staging,
                 memory=self._memory,
                 counts=self._counts,
@@ -298,9 +300,16 @@ class Migrator:
 
     def _take_up(self, split: Split) -> None:
         if self._holds_loaded:
+            every = range(self.served.placement.num_layers)
+            self._counts.serve(self._not_replaced(every), split.tables)
             self.served = self.served.with_quotas(split.quotas_LP)
         else:
             self.served = commit_split(split, self.served, self._counts)
+
+    def _not_replaced(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """Those of `layers` that this rank serves as `served` says."""
+        replaced = {layer for told in self._told for layer in told}
+        return tuple(layer for layer in layers if layer not in replaced)
 
     def _serve(self, served: Served) -> None:
         """Set what is served, and report its generation, which may be new."""

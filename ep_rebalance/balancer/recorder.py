@@ -121,12 +121,12 @@ class Recorder:
                     self._writer.close()
                 else:
                     self._writer.write(record)
-            except OSError as error:
+            except Exception as error:  # a thread that ends would take nothing any more
                 self._refused(error)
             finally:
                 self._waiting.task_done()
 
-    def _refused(self, error: OSError) -> None:
+    def _refused(self, error: Exception) -> None:
         """Stop recording: a full disk would refuse the next records too."""
         self.lost += 1
         if self.recording:

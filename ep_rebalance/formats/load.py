@@ -105,7 +105,8 @@ def slots_of(path: Path, place: str, value: Any) -> NDArray[np.int32]:
     found_1LP = counts_of(path, place, value)
     if np.ndim(value) != 2:
         raise FormatError(path, place, f"has {np.ndim(value)} dimensions, not [layers][slots]")
-    return found_1LP[0].astype(np.int32)
+    slots_LP: NDArray[np.int32] = found_1LP[0].astype(np.int32)
+    return slots_LP
 
 
 def sampled(

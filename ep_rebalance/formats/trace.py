@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
+from ep_rebalance.formats.load import FormatError
 from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
 
 
@@ -14,8 +15,13 @@ def recognises(path: Path) -> bool:
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """The last placement, its layers numbered from `reading.first_moe_layer` on."""
+    """The last placement, its layers numbered from `reading.first_moe_layer` on.
+
+    Raises FormatError for a file without one.
+    """
     changes = [record for record in TraceReader(path) if isinstance(record, RecordedPlacement)]
+    if not changes:
+        raise FormatError(path, "", "holds no placement: its writer died before the first record")
     return reading.numbered(changes[-1].placement)
 
 

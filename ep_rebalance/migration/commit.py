@@ -6,6 +6,7 @@ experts arrived whole. Until then nothing that the forward pass reads has been t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,7 @@ def commit_batch(
     commit: Commit,
     served: Served,
     *,
+    layers: Sequence[int],
     staging: torch.Tensor,
     memory: ExpertMemory,
     counts: RoutingTables,
@@ -87,13 +89,16 @@ def commit_batch(
     """Put a batch's experts into their slots. Returns what is served from now on.
 
     served: so far.
+    layers: those of the batch that this rank writes.
     staging: uint8, a packed expert in each row. What arrived.
     """
     # The next forward pass is queued behind these copies, so it sees all of them or none.
     for move in commit.batch.arrivals(rank):
+        if move.layer not in layers:
+            continue
         packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
         memory.write(move.layer, move.dst_slot % memory.slots, packed)
-    counts.serve(commit.batch.layers, commit.split.tables)
+    counts.serve(layers, commit.split.tables)
     return commit.serves(served)
 
 

@@ -53,13 +53,19 @@ class AsRecorded(Contiguous):
     def __init__(self, placement: Placement, config: RebalanceConfig) -> None:
         super().__init__(placement)
         self._next_LP = self.quotas_LP
+        self._since: tuple[int, int, float] | None = None
         self._fitted_LP: NDArray[np.float64] | None = None
         self._settings = config.planner
         self._window = LoadWindow(config.window.snapshots)
 
     def change(self, change: RecordedPlacement) -> None:
-        """Serve the placement from the next snapshot on."""
-        self.placement = change.placement
+        """Serve the placement from the next snapshot on. Each file repeats the newest one, with the quotas
+        that it had at first.
+        """
+        since = change.generation, change.step, change.time
+        if since == self._since:
+            return
+        self._since, self.placement = since, change.placement
         # The server drops quotas that it is fitting when another placement is served.
         self._next_LP, self._fitted_LP = change.quotas_LP, None
 
@@ -70,6 +76,8 @@ class AsRecorded(Contiguous):
             return
         sample = snapshot.sample()
         self._window.append(sample)
+        if snapshot.ended is not None:
+            self._fitted_LP = None
         if snapshot.agreed.fitted and self._fitted_LP is not None:
             self._next_LP, self._fitted_LP = self._fitted_LP, None
         if self._fitted_LP is None and sample.routed:

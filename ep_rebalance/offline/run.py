@@ -135,9 +135,8 @@ def replay(
     """
     clocked = _Clocked(scenario.planner)
     recorded, records = _beginning(records)
-    begun_as_recorded = _as_recorded(head, scenario)
-    timed_as_recorded = begun_as_recorded and isinstance(scenario.step_time, MeasuredSteps)
-    serving = _serving(head, scenario, clocked, recorded, begun_as_recorded)
+    as_recorded = _as_recorded(head, scenario)
+    serving = _serving(head, scenario, clocked, recorded, as_recorded)
     served_before = AsRecorded(recorded.placement, scenario.config)
     rows: list[tuple[float, ...]] = []
     sums_LR = np.zeros((head.layers, scenario.topology.num_ranks))
@@ -151,8 +150,8 @@ def replay(
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
         was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
         # Recorded times are kept if the replay decides as the server did, or decides nothing by them.
-        as_recorded = timed_as_recorded or not isinstance(serving, ReplayedServer)
-        serving.snapshot(record if as_recorded else _timed(record, scenario, serving, was))
+        timed = as_recorded or not isinstance(serving, ReplayedServer)
+        serving.snapshot(record if timed else _timed(record, scenario, serving, was))
         if counts_LE.any():
             served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
             rows.append(_row(record, served, scenario.step_time.seconds(record, served, was)))
@@ -249,10 +248,13 @@ _BALANCING = ("mode", "window", "planner", "hardware", "decision", "migration")
 
 
 def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
-    """Whether the scenario is the recorded server's own, so that it plans at the same moments."""
+    """Whether the scenario is the recorded server's own, so that it takes the same decisions at the same
+    moments; steps of another length lead to others.
+    """
     settings = scenario.config.as_dict()
     return (
         not head.origin
+        and isinstance(scenario.step_time, MeasuredSteps)
         and list(scenario.topology.node_of_rank) == head.node_of_rank
         and all(settings[part] == head.config.get(part) for part in _BALANCING)
         and scenario.config.mode == "rebalance"

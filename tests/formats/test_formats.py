@@ -19,11 +19,12 @@ from saved_states import PLACEMENT, STATE
 from shapes import placements
 from traces import head_of, records_of, write_trace
 
-from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
+from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, trace, vllm_ascend
 from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import FormatError
 from ep_rebalance.load.state import read_state, save_state
 from ep_rebalance.load.trace import RecordedSnapshot, TraceReader
+from ep_rebalance.load.trace.head import encode_head
 from ep_rebalance.placement import Placement
 
 COUNTS = np.arange(2 * 4 * 3).reshape(2, 4, 3) + 1
@@ -98,6 +99,13 @@ def test_malformed_placements_are_refused(tmp_path: Path, name: str, content, wo
     assert str(path) in done.stderr
     assert words in done.stderr
     assert not target.exists()
+
+
+def test_a_trace_whose_writer_died_at_once_is_one_sentence(tmp_path: Path):
+    path = tmp_path / "x.eptrace"
+    path.write_bytes(encode_head(head_of()))
+    with pytest.raises(FormatError, match="holds no placement"):
+        trace.read_placement(path, Reading())
 
 
 def test_every_source_of_a_placement_reaches_every_target(tmp_path: Path):

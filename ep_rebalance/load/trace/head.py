@@ -50,7 +50,7 @@ def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
         raise TraceError(path, 24, "the head's checksum is wrong")
     try:
         head = msgspec.json.decode(text, type=TraceHead)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TraceError(path, 24, f"the head does not say what a head must ({error})") from None
     if not whole and head.version != 1:
         raise TraceError(path, 24, "the head's checksum is of another version")

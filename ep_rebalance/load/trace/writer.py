@@ -1,4 +1,5 @@
-"""Writes traces. Each record takes one write, so a file whose writer died lacks only its last record.
+"""Writes traces. Each record takes one write, so a file whose writer died lacks only its last record. So does
+one on a disk that is full: what was written in part is the end of its file.
 
 Every file begins with the placement, so that older files can be deleted.
 """
@@ -48,7 +49,8 @@ class TraceWriter:
 
     def files(self) -> list[Path]:
         """All files of this name, oldest first."""
-        return sorted(self._folder.glob(f"{self._name}-*{SUFFIX}"))
+        found = self._folder.glob(f"{self._name}-*{SUFFIX}")
+        return sorted(path for path in found if path.stem.rpartition("-")[2].isdecimal())
 
     def write(self, record: Record) -> None:
         """Append a record; the first one of all must be a placement."""
@@ -77,7 +79,7 @@ class TraceWriter:
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
         file = os.fdopen(handle, "wb", buffering=0)  # unbuffered: each record is one write
         try:
-            file.write(data)
+            _write_all(file, data)
             os.fchmod(handle, 0o644)  # `mkstemp` lets nobody else read it
             self._publish(temporary)
         except BaseException:
@@ -100,7 +102,12 @@ class TraceWriter:
 
     def _append(self, data: bytes) -> None:
         assert self._file is not None
-        self._file.write(data)
+        try:
+            _write_all(self._file, data)
+        except OSError:
+            self._file.close()
+            self._file = None
+            raise
         self._size += len(data)
 
     def _delete_oldest(self) -> None:
@@ -112,3 +119,10 @@ class TraceWriter:
                 return
             total -= file.stat().st_size
             file.unlink(missing_ok=True)
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    """An unbuffered file takes what there is room for, and only the next write says that there is none."""
+    written = 0
+    while written < len(data):
+        written += file.write(memoryview(data)[written:])
