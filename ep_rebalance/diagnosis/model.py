@@ -1,4 +1,4 @@
-"""A checkpoint: experts, and whether they can be moved."""
+"""A checkpoint: whether it has experts, and whether they can be moved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
 
 
 def checks(name: str, settings: Path | None) -> list[tuple[str, Check]]:
-    """Of a folder or a name on the Hugging Face Hub, "" for none, to be served with these settings."""
+    """(name, check) pairs for a model.
+
+    name: a folder or a name on the Hugging Face Hub; "" for no model.
+    settings: the file with the settings to serve it with; None for none.
+    """
     if not name:
         return []
     return [
@@ -27,7 +31,10 @@ def checks(name: str, settings: Path | None) -> list[tuple[str, Check]]:
 
 
 def model(name: str, observed: bool = False) -> Iterator[Finding]:
-    """observed: mode=observe is set, which moves nothing."""
+    """Whether the model has experts, and whether its quantisation lets them be moved.
+
+    observed: whether mode=observe is set, which moves nothing.
+    """
     try:
         config = _configuration(name)
     except Exception as error:  # transformers raises a dozen kinds
@@ -56,7 +63,9 @@ def model(name: str, observed: bool = False) -> Iterator[Finding]:
 
 
 def architecture(name: str) -> Iterator[Finding]:
-    """Whether vLLM knows it; nothing for a configuration that `model` reports as unreadable."""
+    """Whether vLLM knows the architecture. No finding for a configuration that cannot be read, which
+    `model` reports.
+    """
     try:
         names = _architectures(_configuration(name))
     except Exception:  # as in `model`
@@ -64,26 +73,29 @@ def architecture(name: str) -> Iterator[Finding]:
     if find_spec("vllm") is None:
         yield Finding(check="architecture", verdict="skipped", found="vLLM is not installed")
         return
+    # By name: engines are a layer above this one, which may not import them.
     diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
     yield diagnosis.architecture(names)
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
-    """Some checkpoints give one name instead of a list."""
+    """Names of the architecture. Some checkpoints give one name instead of a list."""
     names = config.get("architectures") or []
     return [names] if isinstance(names, str) else list(names)
 
 
 def _first_number(text: Mapping[str, Any], keys: Sequence[str]) -> int:
-    """0 if there is none. Ernie's vision models give a list of equal numbers, as vLLM notes
-    (transformers_utils/model_arch_config_convertor.py).
+    """The first of these settings that the checkpoint has; 0 if it has none.
+
+    Ernie's vision models give a list of equal numbers, as vLLM notes
+    (vllm/transformers_utils/model_arch_config_convertor.py).
     """
     found = next((text[key] for key in keys if text.get(key)), 0)
     return int(found[0] if isinstance(found, list) else found)
 
 
 def _quantisation(found: Mapping[str, Any] | None, observed: bool) -> Finding:
-    """As `engines/vllm/checks.py` has it: experts of quantised models are not moved."""
+    """As in `engines/vllm/checks.py`: experts of quantised models are not moved."""
     if not found:
         return Finding(check="quantisation", verdict="ok", found="none: experts can be moved")
     method = found.get("quant_method", "unknown method")
@@ -100,7 +112,7 @@ def _quantisation(found: Mapping[str, Any] | None, observed: bool) -> Finding:
 
 
 def _configuration(name: str) -> dict[str, Any]:
-    """As written in the checkpoint: `AutoConfig` would offer to run code that comes with it."""
+    """The checkpoint's config.json. Not by `AutoConfig`, which may run code that comes with a checkpoint."""
     folder = Path(name)
     if (folder / "config.json").is_file():
         local = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -13,12 +13,12 @@ from ep_rebalance.load.state import check_writable
 
 
 def checks(file: Path | None) -> list[tuple[str, Check]]:
-    """Of a YAML or JSON file, or of nothing."""
+    """(name, check) pairs for a YAML or JSON file; none without a file."""
     return [] if file is None else [("settings", lambda: settings(file))]
 
 
 def observes(file: Path | None) -> bool:
-    """Whether they set mode=observe; False if they cannot be read, which `settings` reports."""
+    """Whether the file sets mode=observe. False if it cannot be read, which `settings` reports."""
     try:
         return file is not None and load_config(read_config_file(file)).mode == "observe"
     except ConfigurationError:
@@ -26,6 +26,7 @@ def observes(file: Path | None) -> bool:
 
 
 def settings(file: Path) -> Iterator[Finding]:
+    """Whether the settings are valid, and the paths in them usable."""
     try:
         config = load_config(read_config_file(file))
     except ConfigurationError as error:
