@@ -17,6 +17,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
+from ep_rebalance.config import ConfigurationError, QuantisationConfig
+
 Verdict = Literal["listed", "unlisted", "refused"]
 
 ANY = "any"
@@ -461,6 +463,43 @@ def kernel_class(method: Any) -> type | None:
 def pairs_of_method(method_class: str) -> tuple[Pair, ...]:
     """All entries that name it."""
     return tuple(pair for pair in PAIRS if method_class in pair.methods)
+
+
+def refuse_pair(pair: Pair, quantisation: QuantisationConfig, where: str) -> None:
+    """Raises ConfigurationError if it may not move.
+
+    where: whose experts they are, such as a layer.
+    """
+    if pair.verdict == "refused":
+        raise ConfigurationError(
+            f"the experts of {where} cannot move ({pair.name}): {pair.reason}.",
+            f"{_other_kernel(pair)}use mode=observe, which moves nothing.",
+        )
+    if pair.verdict == "unlisted" and quantisation.unlisted == "refuse":
+        raise ConfigurationError(
+            f"the experts of {where} are not on the list of those that may move ({pair.name}): "
+            f"{pair.reason}.",
+            f"{_other_kernel(pair)}set quantisation.unlisted=self_test to serve them if a trial at start "
+            "passes, or use mode=observe, which moves nothing.",
+        )
+
+
+def listed_backends(method_class: str) -> list[str]:
+    """What `--moe-backend` may name with it, some of which this machine may not have."""
+    kernels = [
+        kernel
+        for pair in pairs_of_method(method_class)
+        if pair.verdict == "listed"
+        for kernel in pair.kernels
+    ]
+    return sorted({MOE_BACKENDS[kernel] for kernel in kernels if kernel in MOE_BACKENDS})
+
+
+def _other_kernel(pair: Pair) -> str:
+    backends = listed_backends(pair.methods[0])
+    return (
+        f"choose a listed kernel with --moe-backend {' or '.join(backends)}, " if backends else ""
+    )
 
 
 def pair_table() -> str:
