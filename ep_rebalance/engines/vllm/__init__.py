@@ -6,6 +6,7 @@
 | seams/activation | checks and completes the engine's configuration | front end |
 | seams/compile_cache | keeps our settings out of the compile cache's key | front end |
 | checks, contract | what cannot be served; what is relied on in vLLM | front end |
+| quantised_schemes | what vLLM makes of a quantised checkpoint | front end |
 | worker_extension | puts the seams below into a worker, and answers its RPCs | worker |
 | seams/worker, rank_agreement, attachment | settings agreed on; model and drafter attached | worker |
 | seams/expert_loads, weights | tell us which weights were loaded or replaced | worker |
