@@ -96,8 +96,7 @@ _GLOBAL_INT8 = (
 )
 _TRTLLM = "weights and scales are shuffled expert by expert, and what is derived from them is, too"
 _UNREAD_HUMMING = (
-    "the Humming library repacks the experts, and its layouts were not read; `--moe-backend marlin` is "
-    "another kernel"
+    "the Humming library, where it is installed, repacks the experts, and its layouts were not read"
 )
 _UNREAD_AITER = "the AITER library shuffles the experts and was not read; never tried on ROCm"
 _UNREAD_XPU = "never tried on XPU"
@@ -275,7 +274,7 @@ PAIRS: tuple[Pair, ...] = (
         f"{_AWQ}, {_GPTQ}, where Marlin does not fit (moe_wna16)",
         ["MoeWNA16Method", "INCARKWNA16MoEMethod"],
         [ANY],
-        "its loader writes zero points past vLLM's own, and that was not followed with copies of experts",
+        "its loader puts zero points where the expert's number in the model says, not that within the rank",
     ),
     _unlisted(
         "compressed-tensors INT4 weights, FP8 activations",
