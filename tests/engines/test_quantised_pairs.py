@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ep_rebalance.config import ConfigurationError, QuantisationConfig
 from ep_rebalance.engines.vllm.quantised_pairs import (
     ANY,
     MOE_BACKENDS,
@@ -21,6 +22,7 @@ from ep_rebalance.engines.vllm.quantised_pairs import (
     pair_of_layer,
     pair_table,
     pairs_of_method,
+    refuse_pair,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -215,6 +217,37 @@ def test_a_method_around_another_is_looked_up_as_that():
 def test_a_layer_without_a_kernel_is_unlisted():
     found = pair_of_layer(SimpleNamespace(moe_kernel=None))
     assert (found.name, found.verdict) == ("SimpleNamespace with no kernel", "unlisted")
+
+
+@pytest.mark.parametrize(
+    ("pair", "remedy"),
+    [
+        (
+            ("Fp8MoEMethod", "HummingGroupedExperts"),
+            "--moe-backend deep_gemm or flashinfer_cutlass",
+        ),
+        (("Fp8MoEMethod", "HummingGroupedExperts"), "quantisation.unlisted=self_test"),
+        (("NoMethod", "NoExperts"), "or use mode=observe, which moves nothing."),
+        (
+            ("Any", "Nvfp4QuantizationEmulationTritonExperts"),
+            "use mode=observe, which moves nothing.",
+        ),
+        (("GptOssMxfp4MoEMethod", "MarlinExperts"), "serve it without --plugin ep_rebalance."),
+    ],
+)
+def test_a_refusal_has_the_reason_and_what_can_be_done(pair: tuple[str, str], remedy: str):
+    found = pair_of(*pair)
+    with pytest.raises(ConfigurationError) as caught:
+        refuse_pair(found, QuantisationConfig(), "layer 'x'")
+    assert "layer 'x'" in caught.value.reason
+    assert f"({found.name}): {found.reason}." in caught.value.reason
+    assert remedy in caught.value.remedy
+
+
+def test_what_is_listed_or_to_be_tried_is_not_refused():
+    refuse_pair(pair_of("Fp8MoEMethod", "MarlinExperts"), QuantisationConfig(), "layer 'x'")
+    tried = QuantisationConfig(unlisted="self_test")
+    refuse_pair(pair_of("NoMethod", "NoExperts"), tried, "layer 'x'")
 
 
 def test_entries_of_a_method_are_those_that_name_it():

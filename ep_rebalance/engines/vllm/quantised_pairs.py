@@ -35,6 +35,7 @@ class Pair:
     reason: of the verdict, a clause.
     lifts_eplb_refusal: whether vLLM refuses to build the layer with its own balancer on although nothing
         of it speaks against moves (`supports_eplb`), and we have it built all the same.
+    observable: whether mode=observe works, which moves nothing.
     """
 
     format: str
@@ -43,6 +44,7 @@ class Pair:
     verdict: Verdict
     reason: str
     lifts_eplb_refusal: bool = False
+    observable: bool = True
 
     @property
     def name(self) -> str:
@@ -130,6 +132,7 @@ def _pair(
     reason: str,
     *,
     lifts: bool = False,
+    observable: bool = True,
 ) -> Pair:
     return Pair(
         format=format,
@@ -138,6 +141,7 @@ def _pair(
         verdict=verdict,
         reason=reason,
         lifts_eplb_refusal=lifts,
+        observable=observable,
     )
 
 
@@ -179,9 +183,14 @@ PAIRS: tuple[Pair, ...] = (
         [ANY],
         _MONOLITHIC,
         "the kernel routes tokens by itself, so nothing can be counted",
+        observable=False,
     ),
     _refused(
-        "all formats", [ANY], _WITHOUT_RANKS, "vLLM has no expert parallelism with this kernel"
+        "all formats",
+        [ANY],
+        _WITHOUT_RANKS,
+        "vLLM has no expert parallelism with this kernel",
+        observable=False,
     ),
     _refused(
         "all formats",
@@ -287,6 +296,7 @@ PAIRS: tuple[Pair, ...] = (
         ["CompressedTensorsW4A8Int8MoEMethod"],
         [ANY],
         "vLLM has it on CPUs only, by a kernel without expert parallelism",
+        observable=False,
     ),
     _unlisted(
         "compressed-tensors INT4 by FlyDSL",
@@ -377,6 +387,7 @@ PAIRS: tuple[Pair, ...] = (
         ["GptOssMxfp4MoEMethod"],
         [ANY],
         "vLLM's gpt-oss does not say which of its layers hold experts (models/gpt_oss.py)",
+        observable=False,
     ),
     _unlisted(
         _CT_MXFP4,
@@ -413,6 +424,7 @@ PAIRS: tuple[Pair, ...] = (
         ["ModelOptBlockQuantMoEMethod"],
         [ANY],
         "vLLM has no expert parallelism with it",
+        observable=False,
     ),
 )
 
@@ -472,14 +484,14 @@ def refuse_pair(pair: Pair, quantisation: QuantisationConfig, where: str) -> Non
     if pair.verdict == "refused":
         raise ConfigurationError(
             f"the experts of {where} cannot move ({pair.name}): {pair.reason}.",
-            f"{_other_kernel(pair)}use mode=observe, which moves nothing.",
+            f"{_other_kernel(pair)}{_served_without_moves(pair)}",
         )
     if pair.verdict == "unlisted" and quantisation.unlisted == "refuse":
         raise ConfigurationError(
             f"the experts of {where} are not on the list of those that may move ({pair.name}): "
             f"{pair.reason}.",
             f"{_other_kernel(pair)}set quantisation.unlisted=self_test to serve them if a trial at start "
-            "passes, or use mode=observe, which moves nothing.",
+            f"passes, or {_served_without_moves(pair)}",
         )
 
 
@@ -499,6 +511,12 @@ def _other_kernel(pair: Pair) -> str:
     return (
         f"choose a listed kernel with --moe-backend {' or '.join(backends)}, " if backends else ""
     )
+
+
+def _served_without_moves(pair: Pair) -> str:
+    if pair.observable:
+        return "use mode=observe, which moves nothing."
+    return "serve it without --plugin ep_rebalance."
 
 
 def pair_table() -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from ep_rebalance.config import ConfigurationError, QuantisationConfig
+from ep_rebalance.config import QuantisationConfig
 from ep_rebalance.engines.vllm.quantised_pairs import (
     Pair,
     pair_of,
@@ -83,16 +83,8 @@ def refuse_schemes(schemes: Sequence[Scheme], quantisation: QuantisationConfig) 
 
     Everything else depends on the kernel, which is known once the model is loaded.
     """
-    possible = [scheme for scheme in schemes if _may_move(scheme, quantisation)]
-    if possible:
-        return
-    pair = _nearest(schemes[0])
-    if pair.verdict != "refused":
-        refuse_pair(pair, quantisation, f"this checkpoint ({schemes[0].format})")
-    raise ConfigurationError(
-        f"the experts of this checkpoint ({schemes[0].format}) cannot move: {pair.reason}.",
-        "serve another checkpoint, or this one without --plugin ep_rebalance.",
-    )
+    if not any(_may_move(scheme, quantisation) for scheme in schemes):
+        refuse_pair(_nearest(schemes[0]), quantisation, f"this checkpoint ({schemes[0].format})")
 
 
 def _may_move(scheme: Scheme, quantisation: QuantisationConfig) -> bool:
