@@ -61,11 +61,16 @@ def one_rank(folder: Path) -> Iterator[None]:
 
 
 def load(
-    folder: Path, additional_config: Mapping[str, Any] | None = None, **more: Any
+    folder: Path,
+    additional_config: Mapping[str, Any] | None = None,
+    *,
+    balanced: bool = False,
+    **more: Any,
 ) -> LoadedModel:
     """As a worker does it, with weights in the layout of their kernel. Where ranks have joined.
 
-    additional_config: of vLLM's configuration, as if a plugin had completed it. more: of `EngineArgs`.
+    additional_config: of vLLM's configuration, as if a plugin had completed it.
+    balanced: with `enable_eplb`, which our activation sets. more: of `EngineArgs`.
     """
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -82,6 +87,7 @@ def load(
         )
         config = arguments.create_engine_config()
         config.additional_config = {**config.additional_config, **(additional_config or {})}
+        config.parallel_config.enable_eplb = balanced
         empty_cache = torch.accelerator.empty_cache
         torch.accelerator.empty_cache = lambda: None  # as vLLM's worker on a CPU has it
         try:

@@ -38,9 +38,7 @@ logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
-_REMEDY = (
-    "choose another kernel with --moe-backend, or use mode=observe, which moves nothing."
-)
+_REMEDY = "choose another kernel with --moe-backend, or use mode=observe, which moves nothing."
 
 
 @dataclass(frozen=True, slots=True)
