@@ -88,24 +88,28 @@ def prove_move(
     ids_TK: torch.Tensor,
     *,
     group: dist.ProcessGroup,
+    host_group: dist.ProcessGroup | None = None,
 ) -> RingProof:
     """Try it, once for each kind of layer. Collective; slots hold the same bytes afterwards.
 
     memory: of this rank. Experts of the layer must be as large on all ranks, or the verdict is FAILED, and
         their first slots must hold different experts, or it is BLIND.
     compute: all ranks have the same tokens. It is called as often on each rank as long as all can go on:
-        it may be collective. A rank where it raised waits for the others in a collective of `group`; they
-        wait in one of `compute`, if it has any, until the timeout of its group.
+        it may be collective. A rank where it raised waits for the others in a collective of `host_group`;
+        they wait in one of `compute`, if it has any, until the timeout of its group.
     ids_TK: int32 [T, K], on the device. Only its shape counts: all tokens go to the expert that moves.
     group: carries what lies on the device of `memory`.
+    host_group: the same ranks, for what they tell each other; None for `group`, unless `compute` has
+        collectives of that one.
 
-    Takes memory for four experts, which it gives back. Raises only if a collective of `group` does: the
-    rank is then out of step.
+    Takes memory for four experts, which it gives back. Raises only if a collective of these groups does:
+    the rank is then out of step.
     """
     ranks = dist.get_world_size(group)
     if ranks == 1:
         return RingProof((Arrival(Verdict.ALONE),))
-    proof = _Trial(memory, layer, compute, torch.zeros_like(ids_TK), group).run()
+    ids_TK = torch.full_like(ids_TK, _SLOT)
+    proof = _Trial(memory, layer, compute, ids_TK, group, host_group).run()
     if memory.device.type == "cuda":
         torch.cuda.empty_cache()
     return proof
@@ -140,6 +144,7 @@ class _Trial:
         compute: Compute,
         ids_TK: torch.Tensor,
         group: dist.ProcessGroup,
+        host_group: dist.ProcessGroup | None,
     ) -> None:
         self._memory = memory
         self._layer = layer
@@ -147,6 +152,8 @@ class _Trial:
         self._compute = compute
         self._ids_TK = ids_TK
         self._group = group
+        self._telling = host_group or group
+        self._telling_on = memory.device if host_group is None else torch.device("cpu")
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
         self._failure = ""
@@ -204,10 +211,10 @@ class _Trial:
     def _tell(self, *numbers: float) -> torch.Tensor:
         """float64 [R, 1 + n]: of each rank whether it failed, then its numbers."""
         own = torch.tensor(
-            [float(bool(self._failure)), *numbers], dtype=torch.float64, device=self._memory.device
+            [float(bool(self._failure)), *numbers], dtype=torch.float64, device=self._telling_on
         )
         told_R = [torch.empty_like(own) for _ in range(self._size)]
-        dist.all_gather(told_R, own, group=self._group)
+        dist.all_gather(told_R, own, group=self._telling)
         return torch.stack(told_R).cpu()
 
     def _tell_alike(self, otherwise: str, numbers: Sequence[int]) -> torch.Tensor:

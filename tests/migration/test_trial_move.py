@@ -2,6 +2,7 @@
 
 import functools
 import gc
+from datetime import timedelta
 
 import pytest
 import torch
@@ -208,6 +209,36 @@ def test_a_rank_that_fails_is_known_to_all_and_keeps_nobody_waiting(
     assert own
     assert not any(others)
     assert told_alike(ranks_of[size].run(proved)).verdict is Verdict.EXACT
+
+
+def compute_together(rank, host):
+    """As `proved`, where the computation is collective and rank 1 fails in it. host: whether ranks have a
+    group for what they tell each other; else the computation has one of its own.
+    """
+    limited = dist.new_group(timeout=timedelta(seconds=1))
+    group, telling = (limited, dist.group.WORLD) if host else (dist.group.WORLD, None)
+    layer = Layer(rank)
+
+    def compute(ids_TK):
+        outputs_TH = layer.compute(ids_TK)
+        if rank == 1 and layer.calls == 3:
+            raise MemoryError("no room")
+        dist.all_reduce(torch.ones(1), group=limited)
+        return outputs_TH
+
+    before, memory, ids_TK = layer.bytes(), layer.memory(*SLABS), ring_ids(SLOTS, TOP_K)
+    proof = prove_move(memory, 1, compute, ids_TK, group=group, host_group=telling)
+    assert all(map(torch.equal, layer.bytes(), before))
+    return verdicts(proof), proof.failure
+
+
+@pytest.mark.parametrize("host", [True, False], ids=["a host group", "one group"])
+def test_ranks_that_compute_together_fail_together_within_the_timeout(host):
+    ranks = Ranks(2)
+    (first, _), (second, failure) = ranks.run(compute_together, host)
+    ranks.stop()
+    assert first == second == [Verdict.FAILED] * 2
+    assert failure == "MemoryError: no room"
 
 
 def damaged_on_the_way(rank, layer, memory, patch):
