@@ -1,13 +1,14 @@
 """The weights of this rank's slots as bytes.
 
-One expert of one layer is *packed* as its tensors' bytes one after another (`kernels/pack_experts.py`).
-Nothing but `expert_rows.py` knows how an engine lays an expert out.
+One expert of one layer is *packed* as its slabs' bytes one after another (`kernels/pack_experts.py`).
+Nothing but `slabs.py` knows how an engine lays an expert out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ep_rebalance.kernels.pack_experts import (
@@ -17,28 +18,35 @@ from ep_rebalance.kernels.pack_experts import (
     unpack_expert,
     warm_up,
 )
-from ep_rebalance.migration.expert_rows import LayerTensors, rows_of_layers
+from ep_rebalance.migration.slabs import ExpertsOfLayer, SlabTensor, slabs_of_layers
 
 
 class ExpertMemory:
     """Read and write packed experts in the engine's own parameter storage.
 
-    tensors_per_layer: for each MoE layer the tensors of all local experts, with names if errors are to
-        give them. Their order, sizes and types must be the same on all ranks; layers may differ. Local
-        experts are the outermost dimension in memory, wherever a permuted view has them.
-    slots: local ones; left out, the first dimension of the first tensor.
+    layers: of each MoE layer the slabs of all local experts, or tensors that `slabs_of_layers` cuts. Their
+        order and sizes must be the same on all ranks; layers may differ.
+    slots: local ones; left out, as many as the first slab or tensor counts.
 
-    Raises ValueError for a tensor of which an expert is no block of bytes.
+    Raises ValueError for tensors that cannot be cut, a layer without slabs, slabs on several devices, and
+    slabs that share memory otherwise than expert by expert within a layer.
     """
 
-    def __init__(
-        self, tensors_per_layer: Sequence[LayerTensors], *, slots: int | None = None
-    ) -> None:
-        self.slots = _slots_of(tensors_per_layer) if slots is None else slots
-        rows_of_L = rows_of_layers(tensors_per_layer, self.slots)
-        self._layers = [Slabs.of(rows) for rows in rows_of_L]
+    def __init__(self, layers: Sequence[ExpertsOfLayer], *, slots: int | None = None) -> None:
+        self.slabs_L = tuple(slabs_of_layers(layers, slots=slots))
+        _refuse_missing(self.slabs_L)
+        first = self.slabs_L[0][0].bytes_EB
+        self.slots = len(first) if slots is None else slots
+        self.device = first.device
+        everything = [
+            (f"{slab.name} of layer {layer}", layer, slab.bytes_EB)
+            for layer, slabs in enumerate(self.slabs_L)
+            for slab in slabs
+        ]
+        _refuse_other_forms(everything, self.slots)
+        _refuse_overlaps(everything)
+        self._layers = [Slabs.of([slab.bytes_EB for slab in slabs]) for slabs in self.slabs_L]
         self.expert_bytes_L = tuple(slabs.packed_bytes for slabs in self._layers)
-        self.device = rows_of_L[0][0].device
 
     def read(
         self,
@@ -72,11 +80,56 @@ class ExpertMemory:
             warm_up(slabs, packed)
 
 
-def _slots_of(tensors_per_layer: Sequence[LayerTensors]) -> int:
-    layer = tensors_per_layer[0]
-    first = next(iter(layer.values() if isinstance(layer, Mapping) else layer), None)
-    if first is None or not first.ndim:
+_Rows = tuple[str, int, torch.Tensor]
+"""What a slab is called, its layer, and uint8 [S, bytes]."""
+
+
+def _refuse_missing(slabs_L: Sequence[Sequence[SlabTensor]]) -> None:
+    for layer, slabs in enumerate(slabs_L):
+        if not slabs:
+            raise ValueError(
+                f"experts cannot be moved: layer {layer} has no tensor that holds them; leave it out"
+            )
+
+
+def _refuse_other_forms(everything: Sequence[_Rows], slots: int) -> None:
+    """What is not as many rows of bytes on the same device."""
+    first_name, _, first = everything[0]
+    for name, _, rows in everything:
+        if rows.device != first.device:
+            raise ValueError(
+                f"experts cannot be moved: {name} is on {rows.device} and {first_name} on {first.device}; "
+                "put them on one device"
+            )
+        if len(rows) != slots or rows.dtype != torch.uint8 or rows.stride(1) != 1:
+            raise ValueError(
+                f"experts cannot be moved: {name} is {rows.dtype} {tuple(rows.shape)} of strides "
+                f"{rows.stride()}, and not a run of bytes for each of {slots} local experts"
+            )
+
+
+def _refuse_overlaps(everything: Sequence[_Rows]) -> None:
+    """Rows that share bytes with another expert's, or with another layer's."""
+    everything = [rows for rows in everything if rows[2].untyped_storage().data_ptr()]  # not meta
+    if not everything:
+        return
+    slots = len(everything[0][2])
+    slot_S = np.arange(slots)
+    start_N = np.concatenate(
+        [rows.data_ptr() + rows.stride(0) * slot_S for _, _, rows in everything]
+    )
+    stop_N = start_N + np.repeat([rows.shape[1] for _, _, rows in everything], slots)
+    owner_N = np.concatenate([layer * slots + slot_S for _, layer, _ in everything])
+    order_N = np.argsort(start_N, kind="stable")
+    start_N, stop_N, owner_N = start_N[order_N], stop_N[order_N], owner_N[order_N]
+    # Rows that hang together are one expert's exactly if each is its predecessor's.
+    meets_N = start_N[1:] < np.maximum.accumulate(stop_N)[:-1]
+    wrong = np.flatnonzero(meets_N & (owner_N[1:] != owner_N[:-1]))
+    if len(wrong):
+        later = int(wrong[0]) + 1
+        earlier = int(stop_N[:later].argmax())
+        one, other = (everything[order_N[n] // slots][0] for n in (earlier, later))
         raise ValueError(
-            "experts cannot be moved: the first tensor does not count them; pass slots"
+            f"experts cannot be moved: {one} and {other} share memory, but not expert by expert of one "
+            "layer, so that a move of the one would change the other; give each memory of its own"
         )
-    return int(first.shape[0])

@@ -2,13 +2,14 @@
 
 A *slab* is what one expert has of one tensor. A tensor can be cut into slabs if one of its dimensions
 counts the local experts and that one has the largest stride, so that each expert's bytes lie in a run of
-their own. Shapes do not tell: scales may be column-major, views permuted or padded.
+their own. Shapes do not tell: scales may be column-major, views permuted or padded, and a dimension may be
+as long as there are experts by chance.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -53,6 +54,12 @@ class SlabTensor:
         return bool((rest == first).all())
 
 
+TensorsOfLayer = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
+"""What holds the experts of one layer, by name or without."""
+ExpertsOfLayer = Sequence[SlabTensor] | TensorsOfLayer
+"""Cut already, or not yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """The tensors of a layer.
@@ -73,18 +80,95 @@ def split_by_expert(found: Sequence[NamedTensor], experts: int) -> Split:
     views = [
         _View.of(order, named, experts) for order, named in enumerate(found) if named.tensor.numel()
     ]
+    uncut = [view for view in views if not view.step]
     slabs: list[SlabTensor] = []
-    covered: list[_View] = []
-    for device in dict.fromkeys(view.named.tensor.device for view in views):
-        cut = [view for view in views if view.on(device) and view.step]
+    for memory in dict.fromkeys(view.memory for view in views):
+        cut = [view for view in views if view.memory == memory and view.step]
         for views_of_rows in _sharing_rows(cut):
-            slabs += _slabs_of(views_of_rows, experts)
-            covered += views_of_rows
-    whole = {(view.start, view.stop): view for view in reversed(views) if not view.step}
-    common = [view.named for view in whole.values() if view.outside(covered)]
+            slabs += _slabs_of(views_of_rows, uncut, experts)
+    whole = {(view.memory, view.start, view.stop): view for view in reversed(uncut)}
+    common = [view.named for view in whole.values() if view.outside(slabs)]
     return Split(
         slabs=tuple(sorted(slabs, key=attrgetter("name"))),
         common=tuple(sorted(common, key=attrgetter("name"))),
+    )
+
+
+def slabs_of_layers(
+    layers: Sequence[ExpertsOfLayer], *, slots: int | None = None
+) -> list[tuple[SlabTensor, ...]]:
+    """The slabs of each layer. What is cut stays as it is; tensors, which all hold experts, are cut and
+    keep their order. Memory that several share is taken once, in the place of the first.
+
+    slots: local ones; left out, the first dimension of the first tensor.
+
+    Raises ValueError for a tensor of which an expert is no run of bytes.
+    """
+    experts = _counted_by_first(layers) if slots is None else slots
+    return [_slabs_of_layer(layer, number, experts) for number, layer in enumerate(layers)]
+
+
+def _counted_by_first(layers: Sequence[ExpertsOfLayer]) -> int:
+    layer = layers[0] if layers else ()
+    first = next(iter(layer.values() if isinstance(layer, Mapping) else layer), None)
+    if isinstance(first, SlabTensor):
+        first = first.bytes_EB
+    if first is None or not first.ndim:
+        raise ValueError(
+            "experts cannot be moved: the first tensor does not count them; pass slots"
+        )
+    return int(first.shape[0])
+
+
+def _slabs_of_layer(layer: ExpertsOfLayer, number: int, experts: int) -> tuple[SlabTensor, ...]:
+    if isinstance(layer, Mapping):
+        found = [NamedTensor(name, tensor) for name, tensor in layer.items()]
+    else:
+        slabs = [slab for slab in layer if isinstance(slab, SlabTensor)]
+        if len(slabs) == len(layer):
+            return tuple(slabs)
+        found = [NamedTensor(f"tensor {n}", tensor) for n, tensor in enumerate(layer)]
+    for named in found:
+        if named.tensor.layout is not torch.strided:
+            raise _refusal(named, number, f"its layout is {named.tensor.layout}, not strided")
+    try:
+        split = split_by_expert(found, experts)
+    except ValueError as error:
+        raise ValueError(
+            f"experts of layer {number} cannot be moved: {error}; give each memory of its own"
+        ) from None
+    for named in split.common:
+        raise _refusal(named, number, _why_uncut(named.tensor, experts))
+    place = {named.name: order for order, named in enumerate(found)}
+    return tuple(sorted(split.slabs, key=lambda slab: place[slab.name]))
+
+
+def _why_uncut(tensor: torch.Tensor, experts: int) -> str:
+    """A clause."""
+    counting = [axis for axis, size in enumerate(tensor.shape) if size == experts]
+    if not counting:
+        return f"it does not divide into {experts} local experts: no dimension has their number"
+    axis = max(counting, key=tensor.stride)
+    item, stride = tensor.element_size(), tensor.stride(axis)
+    others = [n for n in range(tensor.ndim) if n != axis and tensor.shape[n] > 1]
+    if any(tensor.stride(other) > stride for other in others):
+        return (
+            f"the stride of its {experts} local experts, in dimension {axis}, is not the largest, so that an "
+            "expert is no run of bytes; lay them out one after another"
+        )
+    row = item * (1 + sum((tensor.shape[n] - 1) * tensor.stride(n) for n in others))
+    return (
+        f"its experts overlap: one is {row} bytes long and the next begins {item * stride} bytes on; "
+        "give each memory of its own"
+    )
+
+
+def _refusal(named: NamedTensor, layer: int, reason: str) -> ValueError:
+    tensor = named.tensor
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return ValueError(
+        f"experts cannot be moved: {named.name} of layer {layer}, of shape {tuple(tensor.shape)} and "
+        f"strides {strides}: {reason}"
     )
 
 
@@ -126,26 +210,35 @@ class _View:
             step, row = tensor.untyped_storage().nbytes(), extent
         return cls(order, named, start=start, stop=start + extent, step=step, row=row)
 
-    def on(self, device: torch.device) -> bool:
-        return bool(self.named.tensor.device == device)
+    @property
+    def memory(self) -> tuple[torch.device, int]:
+        return _memory(self.named.tensor)
 
-    def outside(self, others: Sequence[_View]) -> bool:
-        """Whether no byte is one of the others'. Raises ValueError if some are and some are not."""
-        device = self.named.tensor.device
+    def outside(self, slabs: Sequence[SlabTensor]) -> bool:
+        """Whether no byte is an expert's. Raises ValueError if some are and some are not."""
         reached = self.start
-        met: _View | None = None
-        for other in sorted((o for o in others if o.on(device)), key=attrgetter("start")):
-            if other.start < self.stop and other.stop > self.start:
-                met = other
-                if other.start <= reached:
-                    reached = max(reached, other.stop)
+        met: SlabTensor | None = None
+        near = [slab for slab in slabs if _memory(slab.bytes_EB) == self.memory]
+        for slab in sorted(near, key=lambda slab: slab.bytes_EB.data_ptr()):
+            start = slab.bytes_EB.data_ptr()
+            stop = start + (len(slab.bytes_EB) - 1) * slab.bytes_EB.stride(0) + slab.size
+            if start < self.stop and stop > self.start:
+                met = slab
+                if start <= reached:
+                    reached = max(reached, stop)
         if met is None:
             return True
         if reached < self.stop:
             raise ValueError(
-                f"{self.named.name} lies over a part of {met.named.name} and goes on where no expert does"
+                f"{self.named.name} lies over a part of {met.name} and goes on where no expert does"
             )
         return False
+
+
+def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    """What addresses are of: a device; without data, as on device meta, one storage."""
+    storage = tensor.untyped_storage()
+    return tensor.device, 0 if storage.data_ptr() else storage._cdata
 
 
 def _step_and_row(axes: Sequence[tuple[int, int]], item: int, experts: int) -> tuple[int, int]:
@@ -179,15 +272,26 @@ def _sharing_rows(views: Sequence[_View]) -> list[list[_View]]:
     return groups
 
 
-def _slabs_of(group: Sequence[_View], experts: int) -> list[SlabTensor]:
+def _slabs_of(group: Sequence[_View], uncut: Sequence[_View], experts: int) -> list[SlabTensor]:
     """One slab if the storage is nothing but these rows, padding and all; else one for each run of
     bytes in a row, since what lies between them may be another's.
 
-    group: by their start.
+    group: by their start. uncut: all tensors that stay.
     """
     storage = group[0].named.tensor.untyped_storage()
     first, step = storage.data_ptr(), group[0].step
-    if experts > 1 and storage.nbytes() == step * experts and _end_of_row(group) - first <= step:
+    last = first + storage.nbytes()
+    lodgers = [
+        view
+        for view in uncut
+        if view.memory == group[0].memory and first < view.stop and view.start < last
+    ]
+    if (
+        experts > 1
+        and storage.nbytes() == step * experts
+        and _end_of_row(group) - first <= step
+        and all((view.start, view.stop) == (first, last) for view in lodgers)
+    ):
         return [_slab(group, first, first + step, experts)]
     runs = [[group[0]]]
     for view in group[1:]:
@@ -204,10 +308,20 @@ def _end_of_row(views: Sequence[_View]) -> int:
 def _slab(views: Sequence[_View], start: int, stop: int, experts: int) -> SlabTensor:
     """start, stop: addresses of the first expert's bytes."""
     named = min(views, key=attrgetter("order")).named
-    storage = named.tensor.untyped_storage()
+    size = stop - start
+    step = views[0].step if experts > 1 else size
+    end = start + (experts - 1) * step + size
+    storage = _storage_of([named, *(view.named for view in views)], start, end)
     with torch.inference_mode(False):  # else nothing but inference could write it later
         whole = torch.empty(0, dtype=torch.uint8, device=named.tensor.device).set_(storage)
-    bytes_EB = whole.as_strided(
-        (experts, stop - start), (views[0].step, 1), start - storage.data_ptr()
-    )
+    bytes_EB = whole.as_strided((experts, size), (step, 1), start - storage.data_ptr())
     return SlabTensor(name=named.name, bytes_EB=bytes_EB)
+
+
+def _storage_of(named: Sequence[NamedTensor], start: int, stop: int) -> torch.UntypedStorage:
+    """The first that has all of it. Raises ValueError if several share memory of which none has all."""
+    for each in named:
+        storage = each.tensor.untyped_storage()
+        if storage.data_ptr() <= start and stop <= storage.data_ptr() + storage.nbytes():
+            return storage
+    raise ValueError(f"{named[0].name} shares memory with tensors that reach beyond its storage")

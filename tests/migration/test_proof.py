@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ep_rebalance.migration.proof import Verdict, prove_moves, ring_ids
+from ep_rebalance.migration.proof import LONGEST_TEXT, Verdict, prove_moves, ring_ids
 from ep_rebalance.migration.slabs import NamedTensor, split_by_expert
 
 EXPERTS, HIDDEN, TOP_K = 6, 8, 2
@@ -155,17 +155,20 @@ def test_all_ranks_compute_equally_often_whatever_comes_out():
     assert right.calls == wrong.calls == alike.calls
 
 
-def test_slots_are_put_back_if_the_engine_fails():
+def test_an_engine_that_fails_is_a_verdict_and_slots_are_put_back():
     layer = Layer()
     before = layer.weight.clone()
 
     def compute(ids_TK):
         if layer.calls == 4:
-            raise RuntimeError("out of memory")
+            raise RuntimeError(f"out of memory\n{'.' * 1000}")
         return layer.compute(ids_TK)
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        layer.prove("weight", "scale", compute=compute)
+    proof = layer.prove("weight", "scale", compute=compute)
+    assert proof.verdict is Verdict.FAILED
+    assert not proof.verdict.allows_moves
+    assert proof.failure.startswith("RuntimeError: out of memory ...")
+    assert len(proof.failure) == LONGEST_TEXT
     assert torch.equal(layer.weight, before)
 
 

@@ -1,4 +1,11 @@
-"""The trial of moves (`migration/proof.py`) on a MoE layer of vLLM, through its real kernel."""
+"""The trials of moves (`migration/proof.py`, `migration/trial_move.py`) on a MoE layer of vLLM, through
+its real kernel.
+
+No exception leaves them on one rank alone: it becomes a verdict, and `migration/verdicts.py` tells it to
+all. A layer's kernel may be collective, where all-to-alls are part of it: a rank where it raised then keeps
+the others waiting in it, until `distributed_timeout_seconds` of vLLM's ParallelConfig or what torch has
+for the backend, and they fail, too.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +14,26 @@ from typing import Any
 import torch
 
 from ep_rebalance.engines.vllm.expert_tensors import LayerTensors
-from ep_rebalance.migration.proof import Proof, prove_moves, ring_ids
+from ep_rebalance.engines.vllm.parallel import ep_group
+from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.proof import Proof, failed, prove_moves, ring_ids
+from ep_rebalance.migration.trial_move import RingProof, prove_move
 
 _SEED = 0
 
 
-def compute_once(layer: Any, vllm_config: Any) -> None:
-    """Let the kernel make what it makes at its first call, before its tensors are looked for.
+def compute_once(layer: Any, vllm_config: Any) -> Proof | None:
+    """Let the kernel make what it makes at its first call, before its tensors are looked for. Only that it
+    failed is a finding.
 
     Collective where the layer is.
     layer: of vLLM's `moe_layers`.
     """
-    _Trial(layer, vllm_config).compute(_ring(layer))
+    try:
+        _Trial(layer, vllm_config).compute(_ring(layer))
+    except Exception as error:
+        return failed(error)
+    return None
 
 
 def prove_layer(layer: Any, tensors: LayerTensors, vllm_config: Any) -> Proof:
@@ -28,7 +43,36 @@ def prove_layer(layer: Any, tensors: LayerTensors, vllm_config: Any) -> Proof:
     forward pass and of a capture.
     layer: of vLLM's `moe_layers`. tensors: of it.
     """
-    return prove_moves(_Trial(layer, vllm_config).compute, tensors.slabs, _ring(layer))
+    try:
+        trial, ids_TK = _Trial(layer, vllm_config), _ring(layer)
+    except Exception as error:
+        return failed(error)
+    return prove_moves(trial.compute, tensors.slabs, ids_TK)
+
+
+def prove_layer_between_ranks(
+    layer: Any, number: int, memory: ExpertMemory, vllm_config: Any
+) -> RingProof:
+    """Whether the layer's experts are the same on the next EP rank. Collective, as `prove_layer`.
+
+    layer: of vLLM's `moe_layers`. number: of it in `memory`.
+    """
+    trials: list[_Trial] = []
+
+    def compute(ids_TK: torch.Tensor) -> torch.Tensor:
+        if not trials:  # made here, where it may fail and the others are told
+            trials.append(_Trial(layer, vllm_config))
+        return trials[0].compute(ids_TK)
+
+    ranks = ep_group()
+    return prove_move(
+        memory,
+        number,
+        compute,
+        _ring(layer),
+        group=ranks.device_group,
+        host_group=ranks.cpu_group,
+    )
 
 
 def _ring(layer: Any) -> torch.Tensor:

@@ -102,7 +102,7 @@ def refuse_unmovable(layers: Sequence[LayerTensors]) -> None:
     for layer in layers:
         if layer.refusals:
             raise ConfigurationError(
-                f"the experts of layer {layer.layer!r} cannot move: {layer.reasons}.", _OTHER_KERNEL
+                f"the experts of layer {layer.layer!r} cannot move: {layer.reasons}.", OTHER_KERNEL
             )
 
 
@@ -123,13 +123,12 @@ def refuse_differences(
                 raise ConfigurationError(
                     f"layer {layer.layer!r} differs between EP ranks 0 and {rank} in "
                     f"{', '.join(differing)}: an expert that moved would not compute the same there.",
-                    _OTHER_KERNEL,
+                    OTHER_KERNEL,
                 )
 
 
-_OTHER_KERNEL = (
-    "choose another kernel with --moe-backend, or use mode=observe, which moves nothing."
-)
+OTHER_KERNEL = "choose another kernel with --moe-backend, or use mode=observe, which moves nothing."
+"""Remedy where experts cannot move."""
 
 _NOT_OF_EXPERTS = frozenset(
     {
