@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ep_rebalance.config import ConfigurationError, QuantisationConfig
-from ep_rebalance.engines.port import SelfTest
 from ep_rebalance.engines.vllm.expert_proof import (
     compute_once,
     prove_layer,
@@ -33,6 +32,7 @@ from ep_rebalance.engines.vllm.quantised_pairs import pair_of_layer, refuse_pair
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.slabs import SlabTensor
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
+from ep_rebalance.telemetry.self_test import SelfTest
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,13 @@ _REMEDY = "choose another kernel with --moe-backend, or use mode=observe, which 
 class MovableExperts:
     """The experts of one rank.
 
-    slabs: reads what moves with each layer's experts, now.
+    slabs: finds what moves with each layer's experts, as it is then.
+    expert_bytes_L: bytes of one expert of each layer.
     self_test: what came of the trial of moves.
     """
 
     slabs: Callable[[], Sequence[Sequence[SlabTensor]]]
+    expert_bytes_L: tuple[int, ...]
     self_test: SelfTest
 
 
@@ -87,6 +89,7 @@ def movable_experts(
     )
     return MovableExperts(
         slabs=lambda: [layer.slabs for layer in find_expert_tensors(layers)],
+        expert_bytes_L=tuple(layer.expert_bytes for layer in found),
         self_test=SelfTest(verdicts=dict(verdicts), seconds=seconds),
     )
 
