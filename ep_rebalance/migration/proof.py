@@ -37,6 +37,7 @@ class Verdict(enum.Enum):
     EXACT = "the same bits wherever an expert is"
     WITHIN_NOISE = "no more difference than the kernel makes between two runs of the same"
     ALONE = "one local expert, which nothing can be exchanged with"
+    REPLICA = "the same bits from replicas of an expert, of which none was another's before"
     MISPLACED = "different outputs after the experts moved, so that a part of them stayed behind"
     BLIND = "no difference when tokens went to the wrong experts, so that a mistake would not show"
     UNSTEADY = "outputs that differ from run to run as much as a mistake would"
@@ -48,7 +49,7 @@ class Verdict(enum.Enum):
     @property
     def allows_moves(self) -> bool:
         """Whether nothing speaks against moves. What one rank cannot try remains to be seen."""
-        return self in (Verdict.EXACT, Verdict.WITHIN_NOISE, Verdict.ALONE)
+        return self in (Verdict.EXACT, Verdict.WITHIN_NOISE, Verdict.ALONE, Verdict.REPLICA)
 
 
 @dataclass(frozen=True, slots=True)

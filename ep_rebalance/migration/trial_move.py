@@ -10,6 +10,7 @@ the next one. Then all ranks stop together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -68,8 +69,8 @@ class RingProof:
         verdicts = [arrival.verdict for arrival in self.arrivals_R]
         refusals = [verdict for verdict in verdicts if not verdict.allows_moves]
         reasons = [verdict for verdict in refusals if verdict is not Verdict.UNTRIED]
-        worst = Verdict.WITHIN_NOISE if Verdict.WITHIN_NOISE in verdicts else verdicts[0]
-        return next(iter([*reasons, *refusals]), worst)
+        told = [v for v in (Verdict.WITHIN_NOISE, Verdict.EXACT) if v in verdicts]
+        return next(iter([*reasons, *refusals, *told, *verdicts]))
 
     @property
     def refusing_ranks(self) -> tuple[int, ...]:
@@ -92,8 +93,7 @@ def prove_move(
 ) -> RingProof:
     """Try it, once for each kind of layer. Collective; slots hold the same bytes afterwards.
 
-    memory: of this rank. Experts of the layer must be as large on all ranks, or the verdict is FAILED, and
-        their first slots must hold different experts, or it is BLIND.
+    memory: of this rank. Experts of the layer must be as large on all ranks, or the verdict is FAILED.
     compute: all ranks have the same tokens. It is called as often on each rank as long as all can go on:
         it may be collective. A rank where it raised waits for the others in a collective of `host_group`;
         they wait in one of `compute`, if it has any, until the timeout of its group.
@@ -187,7 +187,8 @@ class _Trial:
             self._attempt(lambda: self._put_back(prepared))
         whole = self._attempt(lambda: self._holds(prepared))
         restored_TH = self._attempt(lambda: self._compute(self._ids_TK))
-        arrival = self._attempt(lambda: _arrival(before, moved_TH, restored_TH))
+        replica = self._attempt(lambda: self._had_it(prepared))
+        arrival = self._attempt(lambda: _arrival(before, moved_TH, restored_TH, bool(replica)))
         if arrival is None:
             arrival = Arrival(Verdict.FAILED)
         verdict = Verdict.NOT_RESTORED if whole is False else arrival.verdict
@@ -280,6 +281,12 @@ class _Trial:
         size = self._memory.expert_bytes_L[self._layer]
         self._memory.write(self._layer, _SLOT, prepared.exchange.staging[0, :size])
 
+    def _had_it(self, prepared: _Prepared) -> bool:
+        """Whether what arrived is what our slot held before, as where replicas were loaded."""
+        arrived = torch.zeros_like(prepared.checksums_S[:1])
+        self._memory.checksum_packed(self._layer, prepared.exchange.staging[0], arrived)
+        return bool(torch.equal(arrived, prepared.checksums_S[_SLOT : _SLOT + 1]))
+
     def _put_back(self, prepared: _Prepared) -> None:
         """Past the code that is tried."""
         for slab, kept in zip(self._slabs, prepared.kept, strict=True):
@@ -299,15 +306,22 @@ def _any_failed(told_R: torch.Tensor) -> bool:
 
 
 def _arrival(
-    before: _Before, moved_TH: torch.Tensor | None, restored_TH: torch.Tensor | None
+    before: _Before,
+    moved_TH: torch.Tensor | None,
+    restored_TH: torch.Tensor | None,
+    replica: bool,
 ) -> Arrival:
-    """None for what could not be computed."""
+    """moved_TH, restored_TH: None for what could not be computed. replica: whether one arrived where there
+    was one, so that a move which did nothing would not show.
+    """
     if moved_TH is None or restored_TH is None:
         return Arrival(Verdict.FAILED, noise=before.noise)
     moved = largest_difference(before.theirs_TH, moved_TH)
     missed = float(differences_T(before.theirs_TH, before.outputs_TH).min())
     restored = largest_difference(before.outputs_TH, restored_TH)
-    verdict = verdict_of(before.noise, moved, missed, restored)
+    verdict = verdict_of(before.noise, moved, math.inf if replica else missed, restored)
+    if replica and verdict.allows_moves:
+        verdict = Verdict.REPLICA
     return Arrival(verdict, before.noise, moved, missed, restored)
 
 

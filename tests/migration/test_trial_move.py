@@ -152,8 +152,27 @@ def same_experts(rank, layer, memory, patch):
         getattr(layer, name).copy_(tensor)
 
 
-def test_equal_experts_on_all_ranks_prove_nothing(two_ranks: Ranks):
+def same_experts_and_another_common_scale(rank, layer, memory, patch):
+    same_experts(rank, layer, memory, patch)
+    other_common_scale(rank, layer, memory, patch)
+
+
+def test_replicas_that_two_ranks_were_loaded_with_speak_for_what_they_share_alone(
+    two_ranks: Ranks,
+):
     proof = told_alike(two_ranks.run(proved, same_experts))
+    assert verdicts(proof) == [Verdict.REPLICA] * 2
+    assert proof.verdict.allows_moves
+    proof = told_alike(two_ranks.run(proved, same_experts_and_another_common_scale))
+    assert verdicts(proof) == [Verdict.MISPLACED] * 2
+
+
+def outputs_ignore_the_experts(rank, layer, memory, patch):
+    layer.compute = lambda ids_TK: layer.hidden_TH.clone()
+
+
+def test_outputs_that_are_the_same_for_other_experts_prove_nothing(two_ranks: Ranks):
+    proof = told_alike(two_ranks.run(proved, outputs_ignore_the_experts))
     assert proof.verdict is Verdict.BLIND
 
 
@@ -331,4 +350,5 @@ def test_the_verdict_of_all_is_one_that_gives_the_reason():
     proof = of(Verdict.UNTRIED, Verdict.FAILED, Verdict.UNTRIED)
     assert (proof.verdict, proof.refusing_ranks) == (Verdict.FAILED, (1,))
     assert of(Verdict.EXACT, Verdict.WITHIN_NOISE).verdict is Verdict.WITHIN_NOISE
+    assert of(Verdict.REPLICA, Verdict.EXACT).verdict is Verdict.EXACT
     assert of(Verdict.EXACT, Verdict.BLIND).verdict is Verdict.BLIND
