@@ -164,7 +164,6 @@ def test_routers_of_a_joined_model_count_the_tokens_of_a_step(joined, mode):
 
 def test_a_kernel_that_routes_by_itself_is_refused_before_its_tensors_are_read(joined, monkeypatch):
     monkeypatch.setattr(Layer, "is_monolithic", True)
-    monkeypatch.setattr(Layer, "get_expert_weights", None)
     with pytest.raises(ConfigurationError, match="routes tokens by itself"):
         joined(eager())
 

@@ -22,6 +22,7 @@ from ep_rebalance.engines.vllm.expert_proof import (
     prove_layer_between_ranks,
 )
 from ep_rebalance.engines.vllm.expert_tensors import (
+    OTHER_KERNEL,
     LayerTensors,
     find_expert_tensors,
     refuse_differences,
@@ -29,6 +30,7 @@ from ep_rebalance.engines.vllm.expert_tensors import (
 )
 from ep_rebalance.engines.vllm.parallel import ep_group
 from ep_rebalance.engines.vllm.quantised_pairs import pair_of_layer, refuse_pair
+from ep_rebalance.migration import compile_schedule
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.slabs import SlabTensor
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
@@ -37,8 +39,6 @@ from ep_rebalance.telemetry.self_test import SelfTest
 logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
-
-_REMEDY = "choose another kernel with --moe-backend, or use mode=observe, which moves nothing."
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,8 @@ def _tried(
     """One layer of each kind stands for the others. Returns how many layers have which verdict."""
     alike = Counter(tensors.signature for tensors in found)
     first_of_kind = {tensors.signature: number for number, tensors in reversed([*enumerate(found)])}
-    memory = ExpertMemory([tensors.slabs for tensors in found])
+    compile_schedule()  # the move between ranks needs it
+    memory = _on_all_ranks(lambda: _memory(found), group)
     verdicts: Counter[str] = Counter()
     findings: list[Finding] = []
     for signature, number in sorted(first_of_kind.items(), key=lambda item: item[1]):
@@ -129,8 +130,15 @@ def _tried(
     return verdicts
 
 
+def _memory(found: Sequence[LayerTensors]) -> ExpertMemory:
+    try:
+        return ExpertMemory([tensors.slabs for tensors in found])
+    except ValueError as error:
+        raise ConfigurationError(f"{error}.", OTHER_KERNEL) from None
+
+
 def _refuse_failures(findings: Sequence[Finding], group: dist.ProcessGroup) -> None:
-    refuse_unproven(findings, group=group, remedy=_REMEDY)
+    refuse_unproven(findings, group=group, remedy=OTHER_KERNEL)
 
 
 def _on_all_ranks(find: Callable[[], Found], group: dist.ProcessGroup) -> Found:

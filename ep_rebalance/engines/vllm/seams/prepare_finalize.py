@@ -46,6 +46,7 @@ def install() -> None:
     """Use our all-to-all where the configuration asks for it."""
     original = getattr(importlib.import_module(_HOME), _NAME)
 
+    @functools.wraps(original)
     def make(moe: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config
 
