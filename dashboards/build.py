@@ -1,7 +1,7 @@
-"""Build: the files that are made from code, and whether those on disk are up to date.
+"""Build: generates files from code, and checks whether those on disk are up to date.
 
-`python -m ep_rebalance.dashboards.build FOLDER` writes them, as `make dashboards` does; `ep-rebalance
-dashboards --check` tells whether those of the package are up to date.
+`python -m ep_rebalance.dashboards.build FOLDER` writes them, as `make dashboards` does. `ep-rebalance
+dashboards --check` checks those of the package.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KUBERNETES_RULES = "kubernetes/prometheusrule.yaml"
 
 
 def generated(folder: Path) -> dict[str, str]:
-    """Path below `folder` and text of each generated file; the rules are read from `folder`."""
+    """The text of each generated file, by its path below `folder`. The alert rules are read from `folder`."""
     files = {
         f"grafana/{dashboard.uid}.json": json.dumps(dashboard.json(), indent=2) + "\n"
         for dashboard in DASHBOARDS
@@ -37,7 +37,7 @@ def generated(folder: Path) -> dict[str, str]:
 
 
 def stale(folder: Path) -> list[str]:
-    """Generated files in `folder` that are missing or differ from what the code makes."""
+    """Generated files that are missing in `folder`, or differ from what the code generates."""
     return [
         name
         for name, text in generated(folder).items()
@@ -46,13 +46,14 @@ def stale(folder: Path) -> list[str]:
 
 
 def write(folder: Path) -> None:
+    """Write all generated files below `folder`, which holds the alert rules."""
     for name, text in generated(folder).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(panel's title, expression) of a dashboard's JSON, those in collapsed rows included."""
+    """(panel's title, expression) of a dashboard's JSON, including panels in collapsed rows."""
     for panel in dashboard["panels"]:
         for inner in [panel, *panel.get("panels", [])]:
             for target in inner.get("targets", []):
@@ -63,7 +64,8 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def undefined_metrics(expression: str) -> set[str]:
-    """Names of ours in `expression` that no metric of the table defines. Recorded series have a colon."""
+    """Names in `expression` that look like our metrics and are not in the table."""
+    # Those with a colon are recorded series.
     names = re.findall(r"(?<![\w:])ep_rebalance_\w+(?!\w*:)", expression)
     return set(names) - SERIES.keys()
 

@@ -15,7 +15,11 @@ TAGS = ["vllm", "ep-rebalance"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Panels under a title, or none for those at the top. collapsed: what only some servers show."""
+    """Panels under a title.
+
+    title: "" for the row at the top.
+    collapsed: whether it is closed at first, since only some servers have data for it.
+    """
 
     title: str = ""
     panels: Sequence[Panel]
@@ -24,7 +28,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dashboard:
-    """uid: never changes, since links and bookmarks hold it."""
+    """A dashboard.
+
+    uid: never changes, since links and bookmarks contain it.
+    text: its description.
+    """
 
     uid: str
     title: str
@@ -32,7 +40,7 @@ class Dashboard:
     rows: Sequence[Row]
 
     def json(self) -> Json:
-        """What Grafana imports."""
+        """The dashboard in Grafana's JSON model."""
         return {
             "annotations": {"list": [_BUILT_IN, _COMMITS]},
             "description": self.text,
@@ -56,7 +64,7 @@ class Dashboard:
 
 
 def _placed(rows: Sequence[Row]) -> list[Json]:
-    """All panels with their places; those of a collapsed row lie inside it."""
+    """All panels with their positions. Grafana wants those of a collapsed row inside the row."""
     placed: list[Json] = []
     top = 0
     numbers = iter(range(1, 1000))

@@ -18,7 +18,7 @@ from ep_rebalance.dashboards.promql import increase, ours, rate
 
 
 def _stalled(window: str) -> str:
-    """Part of the time in `window` that the engine waited."""
+    """Fraction of the time in `window` that the engine waited."""
     waits = (
         f"sum(rate({ours(f'{stall}_stall_seconds_sum')}[{window}]))"
         for stall in ("round", "commit")
@@ -37,14 +37,14 @@ _TILES = Row(
         ),
         stat(
             "Bytes moved",
-            "Of these copies.",
+            "Size of these copies.",
             increase(ours("migrated_bytes_total")),
             unit="bytes",
             width=4,
         ),
         stat(
             "Time lost to moving",
-            "Part of the time shown that the engine waited for rounds and commits. The budget of a step is "
+            "Fraction of the time shown that the engine waited for rounds and commits. A step may move up to "
             "`migration.max_bytes_per_step`.",
             _stalled("$__range"),
             unit="percentunit",
@@ -62,7 +62,7 @@ _TILES = Row(
         ),
         stat(
             "Last report",
-            "Age of what is shown: the engine is asked every `metrics.poll_seconds`.",
+            "Age of what is shown: the engine is polled every `metrics.poll_seconds`.",
             f"time() - min({ours('reported_timestamp_seconds')} > 0)",
             unit="s",
             decimals=0,
@@ -98,7 +98,7 @@ _MOVED = Row(
         ),
         timeseries(
             "Bytes per second by link",
-            "Of the copies that were committed.",
+            "Size of the copies that were committed, per second.",
             (
                 Query(
                     expr=f"sum by (link) ({rate(ours('migrated_bytes_total'))})", legend="{{link}}"
@@ -132,7 +132,7 @@ _WAITS = Row(
         ),
         timeseries(
             "Part of the time lost",
-            "Of all time, what the engine waited for rounds and commits.",
+            "Fraction of the time that the engine waited for rounds and commits.",
             (
                 Query(
                     expr=_stalled("$__rate_interval"), legend="rounds and commits", colour=WITHOUT
@@ -159,7 +159,7 @@ _WAITS = Row(
         ),
         timeseries(
             "Time of a plan",
-            "In a thread beside the steps.",
+            "Planning runs in a thread of its own, beside the engine's steps.",
             percentiles(ours("plan_duration_seconds_bucket"), 0.5, 0.95),
             unit="s",
             lowest=0,
@@ -173,7 +173,8 @@ _HEALTH = Row(
     panels=(
         timeseries(
             "Failures",
-            "abandoned: given up while experts moved, what was served stayed. failed: no plan came out.",
+            "abandoned: given up before all experts had moved. failed: an error in planning, or in working "
+            "out the rounds.",
             (
                 Query(
                     expr="sum by (outcome) (increase("
@@ -188,7 +189,7 @@ _HEALTH = Row(
         ),
         timeseries(
             "Stuck, paused, moving",
-            "1 while it is so; serving goes on in all three.",
+            "1 while the state lasts; serving goes on in all three.",
             (
                 Query(expr=f"max({ours('stuck')})", legend="stuck", colour=FAULT),
                 Query(expr=f"max({ours('paused')})", legend="paused", colour=WITHOUT),
@@ -201,7 +202,7 @@ _HEALTH = Row(
         ),
         timeseries(
             "Steps and snapshots per second",
-            "A snapshot sums up `window.snapshot_steps` steps; without steps nothing is seen or planned.",
+            "A snapshot sums up `window.snapshot_steps` steps; without steps, nothing is counted or planned.",
             (
                 Query(expr=f"sum({rate(ours('steps_total'))})", legend="steps"),
                 Query(expr=f"sum({rate(ours('snapshots_total'))})", legend="snapshots"),

@@ -1,4 +1,4 @@
-"""Overview: is it working, is it worth it, and what do the server's users see of it?"""
+"""Overview: is it working, is it worth it, and what do users notice?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _TILES = Row(
     panels=(
         stat(
             "State",
-            "What the balancer does now.",
+            "What the balancer is doing now.",
+            # Three flags as bits of one number, which the mappings put into words.
             f"max({ours('migrating')} + 2 * {ours('paused')} + 4 * {ours('stuck')})",
             mappings=names(
                 (0, "Watching", GOOD),
@@ -51,7 +52,7 @@ _TILES = Row(
         ),
         stat(
             "Off the busiest rank",
-            "Part of the busiest rank's tokens that rebalancing took off it, in the time shown.",
+            "Fraction of the busiest rank's tokens that rebalancing took off it, in the time shown.",
             saved("$__range"),
             unit="percentunit",
             decimals=1,
@@ -59,8 +60,8 @@ _TILES = Row(
         ),
         stat(
             "Last plan saved",
-            "Part of the step time that the last measured plan saved by the token model, on load that came "
-            "after it.",
+            "Fraction of the step time that the last measured plan saved by the token model, on load that "
+            "came after it.",
             f"min({ours('achieved_gain_ratio')})",
             unit="percentunit",
             decimals=1,
@@ -74,14 +75,14 @@ _TILES = Row(
         ),
         stat(
             "Last change",
-            "Time since the placement changed last.",
+            "Time since the placement last changed.",
             f"time() - max({ours('last_commit_timestamp_seconds')} > 0)",
             unit="s",
             decimals=0,
         ),
         stat(
             "Failed plans",
-            "Plans that failed or were given up in the time shown. Serving went on.",
+            "Plans that failed or were abandoned in the time shown. Serving went on.",
             increase(ours("plans_total", outcome="~failed|abandoned")),
             decimals=0,
             steps=((None, GOOD), (1, FAULT)),
@@ -122,16 +123,17 @@ _WORTH = Row(
     panels=(
         timeseries(
             "Off the busiest rank",
-            "Part of the busiest rank's tokens that rebalancing took off it.",
+            "Fraction of the busiest rank's tokens that rebalancing took off it.",
             (Query(expr=saved("$__rate_interval"), legend="taken off", colour=GOOD),),
             unit="percentunit",
             width=8,
         ),
         timeseries(
             "Promised and kept",
-            "Part of the step time that the last plan was to save, what it saved by the token model on load "
-            "that it had not seen, and what the last commit saved by the server's own step times, with the "
-            "ends of its 95 % interval. Where these stay below, balance in tokens is not time here.",
+            "Fraction of the step time that the last plan was predicted to save, what it saved by the token "
+            "model on load that it had not seen, and what the last commit saved by the server's own step "
+            "times, with the ends of its 95 % interval. If the latter two stay below the prediction, "
+            "balanced tokens do not save as much time here as assumed.",
             (
                 Query(
                     expr=f"max({ours('predicted_gain_ratio')})", legend="promised", colour=WITHOUT
@@ -194,7 +196,7 @@ _SERVING = Row(
         ),
         timeseries(
             "Requests",
-            "Running and waiting. With few requests the load of a rank is chance.",
+            "Running and waiting. With few requests, the load of a rank is a matter of chance.",
             (
                 Query(expr=f"sum({vllm('num_requests_running')})", legend="running"),
                 Query(expr=f"sum({vllm('num_requests_waiting')})", legend="waiting"),
@@ -204,7 +206,7 @@ _SERVING = Row(
         ),
         timeseries(
             "Tokens by phase",
-            "Tokens that passed the MoE layers. Prefill weighs most in the balance of tokens.",
+            "Tokens that passed the MoE layers. The phase with more tokens weighs more in the balance.",
             (
                 Query(
                     expr=f"sum by (phase) ({rate(ours('phase_tokens_total'))})", legend="{{phase}}"

@@ -1,7 +1,7 @@
-"""Panels: one function for each kind that is used, as plain dictionaries of Grafana's JSON model.
+"""Panels: one function for each kind that we use, made into dictionaries of Grafana's JSON model.
 
 Colours mean the same everywhere: blue is what is served, orange what it would be without rebalancing,
-green good news, red a fault.
+green is good news, and red a fault.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """legend: with `{{label}}` in it. instant: the newest value only."""
+    """One query of a panel.
+
+    legend: names each series; `{{label}}` stands for a label's value.
+    instant: whether only the newest value is queried.
+    """
 
     expr: str
     legend: str = "__auto"
@@ -36,7 +40,14 @@ class Query:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """named: colours of series by their legend."""
+    """One panel.
+
+    text: its description; the metrics that it uses are added.
+    kind: Grafana's type of panel.
+    width, height: in units of Grafana's grid, which is 24 wide.
+    steps: (from this value on, colour).
+    named: colours of series by their legend.
+    """
 
     title: str
     text: str
@@ -57,7 +68,7 @@ class Panel:
     transformations: Sequence[Json] = ()
 
     def json(self) -> Json:
-        """Without its place and number."""
+        """The panel in Grafana's JSON model, without position and id."""
         names = metrics_in(" ".join(query.expr for query in self.queries))
         return {
             "type": self.kind,
@@ -88,7 +99,7 @@ class Panel:
         return defaults | {name: value for name, value in bounds.items() if value is not None}
 
     def _overrides(self) -> list[Json]:
-        """Colours that are fixed, by query and by name."""
+        """Fixed colours, of queries and of named series."""
         of_queries = [
             ("byFrameRefID", _letter(number), query.colour)
             for number, query in enumerate(self.queries)
@@ -179,7 +190,9 @@ def matrix(
     column: str,
     **more: Any,
 ) -> Panel:
-    """Coloured cells now: one row for each value of the label `row`, one column for each of `column`."""
+    """A table of coloured cells with the newest values: a row for each value of the label `row`, a column
+    for each of the label `column`.
+    """
     by = {"rowField": row, "columnField": column, "valueField": "Value"}
     options = {"showHeader": True, "cellHeight": "sm", "footer": {"show": False, "reducer": []}}
     place = {"kind": "table", "width": 24, "height": 14, "options": options,
@@ -192,7 +205,7 @@ def matrix(
 
 
 def bars(title: str, text: str, query: Query, **more: Any) -> Panel:
-    """One bar for each series, now."""
+    """A bar for each series, with its newest value."""
     options = {
         "displayMode": "gradient",
         "orientation": "horizontal",
@@ -204,12 +217,12 @@ def bars(title: str, text: str, query: Query, **more: Any) -> Panel:
 
 
 def percentiles(buckets: str, *parts: float) -> tuple[Query, ...]:
-    """A line for each part, e.g. 0.5 and 0.99."""
+    """Queries for lines at some quantiles, e.g. 0.5 and 0.99, of a histogram."""
     return tuple(Query(expr=quantile(part, buckets), legend=f"p{100 * part:g}") for part in parts)
 
 
 def names(*values: tuple[float, str, str]) -> list[Json]:
-    """Words and colours for exact values."""
+    """A mapping of exact values to words and colours: (value, word, colour)."""
     options = {
         f"{value:g}": {"index": index, "text": text, "color": colour}
         for index, (value, text, colour) in enumerate(values)

@@ -142,7 +142,7 @@ _OPTIONAL = Row(
         matrix(
             "Layer by rank",
             "Tokens of a rank over the mean of its layer. Needs `metrics.layer_rank_tokens: true`; the "
-            "server's own page at /ep_rebalance/ shows it without.",
+            "server's own page at /ep_rebalance/ shows the same without it.",
             Query(
                 expr=f"sum by (layer, ep_rank) ({rate(ours('layer_rank_tokens_total'))}) "
                 "/ on (layer) group_left () (avg by (layer) (sum by (layer, ep_rank) "

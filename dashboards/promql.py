@@ -1,7 +1,7 @@
-"""PromQL: expressions over our metrics and vLLM's, within what the dashboard's variables choose.
+"""PromQL: expressions over our metrics and vLLM's, restricted to what the dashboard's variables select.
 
-A name that the table of `telemetry/metrics.py` does not define, or that vLLM does not export, is an
-error while the dashboards are built, not an empty panel.
+A name that is not in the table of `telemetry/metrics.py`, or that vLLM does not export, is an error when
+the dashboards are built, and not an empty panel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ep_rebalance.telemetry.metrics import METRICS, PREFIX
 
 SCOPE = 'job=~"$job", model_name=~"$model_name", instance=~"$instance"'
 BY = "job, instance, model_name"
-"""Labels of one server: what must not be mixed before a ratio is taken."""
+"""The labels of one server. Sums over several servers must not be mixed before a ratio is taken."""
 
 VLLM = frozenset(
     {
@@ -24,18 +24,22 @@ VLLM = frozenset(
         "time_to_first_token_seconds_bucket",
     }
 )
-"""vLLM's own metrics that are shown; tests/server checks them against a live server."""
+"""The metrics of vLLM that are shown; tests/server checks them against a live server."""
 
 _SUFFIXES = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 SERIES = {
     metric.full_name + suffix: metric for metric in METRICS for suffix in _SUFFIXES[metric.kind]
 }
-"""Our metrics by all names under which they can be asked for."""
+"""Our metrics, by all names that a query can use for them."""
 
 
 def ours(name: str, **labels: str) -> str:
-    """A selector, e.g. `ours("plans_total", outcome="committed")`; a value that starts with `~` is a
-    regular expression. Raises KeyError for a name or label that the table lacks.
+    """A selector of one of our metrics, e.g. `ours("plans_total", outcome="committed")`.
+
+    name: as in a query, without PREFIX.
+    labels: values by label; one that starts with `~` is a regular expression.
+
+    Raises KeyError for a name or label that is not in the table.
     """
     full = PREFIX + name
     if full not in SERIES:
@@ -62,33 +66,36 @@ def _selector(name: str, labels: dict[str, str]) -> str:
 
 
 def rate(selector: str) -> str:
+    """Growth of each series per second, at the resolution of the panel."""
     return f"rate({selector}[$__rate_interval])"
 
 
 def quantile(part: float, buckets: str) -> str:
+    """A quantile of a histogram, from a selector of its buckets, over all its series."""
     return f"histogram_quantile({part}, sum by (le) ({rate(buckets)}))"
 
 
 def increase(selector: str) -> str:
-    """In the time shown."""
+    """By how much a counter grew in the time shown, summed over all series."""
     return f"sum(increase({selector}[$__range]))"
 
 
 def rank_share() -> str:
     """Tokens of each rank over the mean of its server's ranks."""
     tokens = rate(ours("rank_tokens_total"))
+    # `> 0` drops idle servers, whose ratio would be NaN.
     return f"{tokens} / on ({BY}) group_left () (avg by ({BY}) ({tokens}) > 0)"
 
 
 def imbalance(placement: str) -> str:
-    """Over any time: tokens of the busiest rank over those of the mean rank."""
+    """Tokens of the busiest rank over the mean of its server's ranks, which holds over any time."""
     busiest = f"sum by ({BY}) ({rate(ours('busiest_rank_tokens_total', placement=placement))})"
     mean = f"avg by ({BY}) ({rate(ours('rank_tokens_total'))})"
     return f"{busiest} / ({mean} > 0)"
 
 
 def saved(window: str) -> str:
-    """Part of the busiest rank's tokens that rebalancing took off it in `window`."""
+    """Fraction of the busiest rank's tokens that rebalancing took off it in `window`."""
     served, contiguous = (
         f"sum(increase({ours('busiest_rank_tokens_total', placement=placement)}[{window}]))"
         for placement in ("served", "contiguous")
@@ -97,6 +104,6 @@ def saved(window: str) -> str:
 
 
 def metrics_in(expression: str) -> list[str]:
-    """Metrics that are asked for, in the order in which they first come up."""
+    """The metrics that an expression uses, in the order of their first use."""
     names = re.findall(r"((?:vllm:|ep_rebalance_)\w+)\{", expression)
     return list(dict.fromkeys(re.sub(r"_(bucket|sum|count)$", "", name) for name in names))

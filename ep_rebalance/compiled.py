@@ -1,4 +1,4 @@
-"""Compilation to machine code: the one place that knows numba."""
+"""Compilation to machine code: the one module that knows numba."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """Compile at the first call with new argument types; runs without the interpreter lock.
+    """Compile a function at its first call with new argument types. It then runs without the interpreter
+    lock.
 
-    The machine code is cached on disk, or only in memory where no folder can be written.
+    The machine code is cached on disk, or only in memory if no folder can be written.
     """
     try:
         return cast("Function", numba.njit(nogil=True, cache=True)(function))
-    except RuntimeError:
+    except RuntimeError:  # numba's, if it finds no folder for its cache
         return cast("Function", numba.njit(nogil=True)(function))
 
 
 def _drop_stale_code() -> None:
-    """Numba compiles callees from other files into a function, but asks only the function's own
-    file whether its cached code is still good."""
+    """Delete cached code that is older than any file with compiled functions.
+
+    Numba compiles callees from other files into a function, but looks only at the function's own file to
+    see whether its cached code is still valid.
+    """
     folder = Path(__file__).parent
     with suppress(OSError):
         texts = ((path, path.read_text(encoding="utf-8")) for path in folder.rglob("*.py"))

@@ -1,7 +1,7 @@
-"""Configuration: one frozen model, units in the names, unknown keys are errors.
+"""Configuration: one frozen model with units in its names. Unknown keys are errors.
 
-`RebalanceConfig` travels to every process of the engine as a plain dictionary (`as_dict`), so that
-no process ever reads a file or an environment variable that another one does not see.
+`RebalanceConfig` travels to every process of the engine as a plain dictionary (`as_dict`), so that no
+process depends on a file or an environment variable that another one does not see.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ PhaseChoice = Literal["all", "prefill", "decode"]
 
 
 class ConfigurationError(ValueError):
-    """The configuration, or the engine it is to run in, cannot work: `reason` and `remedy` in one
-    text.
+    """The configuration cannot work, or not with this engine. The text has a reason and a remedy.
+
+    reason, remedy: a sentence each.
     """
 
     def __init__(self, reason: str, remedy: str) -> None:
@@ -35,7 +36,7 @@ class _Section(BaseModel):
 
 
 def _name_in(entries: Mapping[str, object]) -> AfterValidator:
-    """Of a text that is the name of one of these."""
+    """A validator for a text that must be the name of an entry."""
 
     def check(name: str) -> str:
         if name not in entries:
@@ -52,11 +53,11 @@ class WindowConfig(_Section):
     """How load is sampled."""
 
     snapshot_steps: int = Field(default=16, gt=0)
-    """Engine steps that one snapshot sums up; each snapshot costs one all-reduce."""
+    """Engine steps that a snapshot sums up; each snapshot costs one all-reduce."""
     snapshots: int = Field(default=24, gt=0)
     """Snapshots that the load window keeps."""
     min_snapshots: int = Field(default=4, gt=0)
-    """Snapshots with traffic that must be seen before the first plan."""
+    """Snapshots with traffic that must have been seen before the first plan."""
     min_tokens: int = Field(default=512, ge=0)
     """Routed tokens of one layer (each token once per chosen expert) that the window must hold before
     a plan is made; fewer say nothing about the load.
@@ -81,8 +82,8 @@ class PlannerConfig(_Section):
         json_schema_extra={"enum": list(POLICIES)},
     )
     objective: Literal["tokens", "time"] = "tokens"
-    """What is balanced: `tokens` per rank, or by the figures of `hardware` the `time` that a rank needs
-    to read the experts that it activates or to compute its tokens, whichever is longer (decode).
+    """What is balanced: each rank's `tokens`, or the `time` that it takes to read its activated experts or to
+    compute its tokens, whichever is longer, by the figures in `hardware` (for decode).
     """
     phase: PhaseChoice = "all"
     """Whose tokens count: `all`, `prefill` or `decode`."""
@@ -93,55 +94,57 @@ class PlannerConfig(_Section):
     half_life_snapshots: float = Field(default=3.0, gt=0.0)
     """Snapshots after which load counts half in a plan."""
     remembered_share: float = Field(default=0.4, ge=0.0, lt=1.0)
-    """Part of the load that a plan is made for which stands for what was seen before, since kinds of
-    traffic come back; 0 forgets it.
+    """Fraction of a plan's load that stands for earlier kinds of traffic, since these tend to return; 0
+    forgets them.
     """
     interval_snapshots: int = Field(default=8, gt=0)
     """Snapshots between two plans."""
     max_moved_fraction: float = Field(default=0.10, gt=0.0, le=1.0)
-    """Largest part of all slots that one plan may change."""
+    """Largest fraction of all slots that one plan may change."""
     max_arrivals_per_rank_and_layer: int = Field(default=2, gt=0)
     """Most slots of one layer that a plan may change on one rank. Sizes the staging memory."""
     internode_token_price: float = Field(default=0.02, ge=0.0)
-    """What a token that crosses a node boundary costs, in units of computing it: among placements of
-    equal balance the one with replicas on more nodes is better.
+    """Cost of sending a token across a node boundary, as a multiple of the cost of computing it. Of
+    placements that balance equally well, the one with replicas on more nodes is better.
     """
     threads: int = Field(default=1, gt=0)
-    """Layers that are planned at the same time, each on a core; the plan is the same."""
+    """Layers that are planned at the same time, each on its own core; the plan does not depend on it."""
     deadline_seconds: float = Field(default=300.0, gt=0.0)
     """Wall time after which a plan that is still being made is reported as stuck."""
     seed: int = 0
-    """Handed to policies that break ties at random; those of the plugin break none so."""
+    """Seed for policies that break ties at random; none of the plugin's do."""
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Those whose tokens count."""
+        """The phases whose tokens count."""
         return ("prefill", "decode") if self.phase == "all" else (self.phase,)
 
 
 class HardwareConfig(_Section):
-    """What one rank's accelerator can do; needed for `planner.objective: time` only."""
+    """What one rank's accelerator can do; needed only for `planner.objective: time`."""
 
     memory_bytes_per_second: float | None = Field(default=None, gt=0.0)
     """Memory bandwidth, e.g. 3.35e12 for an H100 SXM."""
     flops_per_second: float | None = Field(default=None, gt=0.0)
     """Peak of the expert kernels' arithmetic, e.g. 0.99e15 for an H100 SXM in bfloat16."""
     bytes_per_parameter: float = Field(default=2.0, gt=0.0)
-    """Of the experts' weights: 2 for bfloat16, 1 for 8-bit, 0.5 for 4-bit."""
+    """Size of the experts' weights: 2 for bfloat16, 1 for 8-bit, 0.5 for 4-bit."""
 
 
 class DecisionConfig(_Section):
     """When a plan is worth its migration."""
 
     horizon_steps: int = Field(default=10_000, gt=0)
-    """Engine steps over which a new placement is expected to pay."""
+    """Engine steps over which a new placement is expected to pay off."""
     min_gain: float = Field(default=0.0005, ge=0.0)
-    """Smallest predicted part of the step time saved that is acted on (hysteresis)."""
+    """Smallest fraction of the step time that a plan must be predicted to save (hysteresis)."""
     min_gain_over_cost: float = Field(default=2.0, ge=0.0)
-    """Predicted seconds saved over the horizon divided by the seconds that the migration costs."""
+    """Smallest ratio of the predicted seconds saved over the horizon to the seconds that the migration
+    costs.
+    """
     expert_time_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
-    """Part of the step that waits for the busiest rank's experts; the rest is not changed by a
-    placement.
+    """Fraction of the step that waits for the busiest rank's experts; a placement does not change the
+    rest.
     """
 
 
@@ -149,8 +152,8 @@ class AttachConfig(_Section):
     """How ranks find each other when the engine starts."""
 
     timeout_seconds: float = Field(default=120.0, gt=0.0)
-    """Longest that a rank waits for the others when its device is ready. A rank that was started without
-    the plugin is found so: the error names it.
+    """Longest time that a rank waits for the others once its device is ready. The error then names the ranks
+    that are missing, such as one that was started without the plugin.
     """
 
 
@@ -158,7 +161,7 @@ class MigrationConfig(_Section):
     """How experts move between ranks."""
 
     max_bytes_per_step: int = Field(default=4 << 20, ge=4096)
-    """Most bytes that a rank sends, and receives, in one engine step."""
+    """Most bytes that a rank sends, and most that it receives, in one engine step."""
     deadline_steps: int = Field(default=20_000, gt=0)
     """Most engine steps that a migration may take; a plan that needs more is not carried out."""
 
@@ -190,7 +193,7 @@ class DispatchConfig(_Section):
 
     combine: Literal["exact", "fast"] = "exact"
     """`exact` sums the outputs of a token's experts at its own rank in top-k order, so that the
-    result does not depend on the placement; `fast` sums what one rank computed before sending it
+    result does not depend on the placement; `fast` sums what a rank computed before sending it
     (fewer bytes).
     """
 
@@ -199,8 +202,8 @@ class DataPlaneConfig(_Section):
     """Who carries tokens to the experts and computes them. The balancer does not depend on it."""
 
     all_to_all: Literal["engine", "ours"] | None = None
-    """`engine` leaves it to vLLM's all-to-all backend; `ours` sends over torch.distributed. None is
-    `engine` on GPUs and `ours` on CPU, where vLLM's serves tensor parallelism alone.
+    """`engine` leaves it to vLLM's all-to-all backend; `ours` sends by torch.distributed. None is
+    `engine` on GPUs and `ours` on CPU, where vLLM's works only for tensor parallelism.
     """
     experts: Literal["engine", "triton"] = "engine"
     """`engine` leaves the experts to vLLM's kernels; `triton` computes them with ours, on CPU with their
@@ -208,17 +211,17 @@ class DataPlaneConfig(_Section):
     """
     buffers: Annotated[str, _name_in(EXCHANGES)] = Field(
         default="exact",
-        description="Of our all-to-all: "
+        description="How our all-to-all sends rows: "
         + "; ".join(f"`{one.name}` {one.summary}" for one in EXCHANGES.values())
         + ".",
         json_schema_extra={"enum": list(EXCHANGES)},
     )
     capacity_factor: float = Field(default=1.25, gt=0.0)
-    """Size of `fixed` buffers: 1 holds what each rank gets if all get equally much."""
+    """Size of `fixed` buffers: 1 holds what each rank gets if all get equally many rows."""
     payload: Literal["full", "fp8"] = "full"
     """Hidden states on the wire: as they are, or rounded to 8-bit floats, which changes results."""
     group_by_node: bool = False
-    """Send a token once to each node and share it out there, for links between nodes that are slow."""
+    """Send a token only once to each node and share it out there; for slow links between nodes."""
 
     @model_validator(mode="after")
     def _buffers_allow_what_is_asked(self) -> DataPlaneConfig:
@@ -243,21 +246,21 @@ class MetricsConfig(_Section):
     a second after each message, so frequent reads cost an idle server a core.
     """
     poll_timeout_seconds: float = Field(default=5.0, gt=0.0)
-    """Seconds after which one read is given up."""
+    """Seconds after which a read is given up."""
     page: bool = True
-    """Show the page at `GET /ep_rebalance/`. It costs nothing while nobody looks."""
+    """Serve the page at `GET /ep_rebalance/`. It costs nothing while nobody looks at it."""
     replicas: bool = False
     """Export `ep_rebalance_replicas`, one series per MoE layer."""
     layer_rank_tokens: bool = False
     """Export `ep_rebalance_layer_rank_tokens_total`, one series per MoE layer and EP rank, for the heat
-    map of the placement dashboard. The page at `GET /ep_rebalance/` shows one without any series.
+    map of the placement dashboard. The page at `GET /ep_rebalance/` has such a map without any series.
     """
     expert_tokens: bool = False
     """Export `ep_rebalance_expert_tokens_total`, one series per MoE layer and logical expert. `GET
-    /ep_rebalance/load` shows the same counts without any series.
+    /ep_rebalance/load` returns the same counts without any series.
     """
     max_series: int = Field(default=2000, gt=0)
-    """Most series that `expert_tokens` and `layer_rank_tokens` may make; with more the server does not
+    """Most series that `expert_tokens` and `layer_rank_tokens` may each make; with more, the server does not
     start.
     """
 
@@ -266,13 +269,13 @@ class TraceConfig(_Section):
     """Recording of load for `ep-rebalance replay`."""
 
     path: str | None = None
-    """Folder for the recorded files, `load-NUMBER.eptrace`. None records nothing."""
+    """Folder for the recorded files, `load-NUMBER.eptrace`. With None, nothing can be recorded."""
     record: bool = True
     """Whether recording begins when the server starts; `POST /ep_rebalance/record` switches it."""
     max_file_bytes: int = Field(default=256 << 20, ge=1 << 20)
     """Size at which the next file is begun."""
     max_bytes: int = Field(default=1 << 30, ge=2 << 20)
-    """Most bytes of all files in the folder; the oldest are deleted."""
+    """Most bytes that all files in the folder may take; the oldest are deleted."""
 
     @model_validator(mode="after")
     def _two_files_fit(self) -> TraceConfig:
@@ -288,28 +291,29 @@ class ControlConfig(_Section):
     """What may be changed from outside while the server runs."""
 
     enabled: bool = False
-    """Whether `POST /ep_rebalance/...` is answered at all; it needs an API key, the server's or ours."""
+    """Whether `POST /ep_rebalance/...` is allowed at all; it needs an API key, the server's or ours."""
     api_key_file: str | None = None
-    """File with a key for these routes alone; None takes the server's `--api-key`. A file, since vLLM logs
-    its settings.
+    """File with a key for these routes alone; None uses the server's `--api-key`. It is a file because vLLM
+    logs its settings.
     """
     guard_reads: bool = False
-    """Ask for a key on the routes that only read, too. A server with `--api-key` always does."""
+    """Ask for a key on the read-only routes too. A server with `--api-key` always does."""
 
 
 class StateConfig(_Section):
     """What survives a restart."""
 
     path: str | None = None
-    """File for placement and load; written after every commit, read at start."""
+    """File for placement and load; written when a migration has moved experts, read at start."""
 
 
 class RebalanceConfig(_Section):
     """Everything that can be set, with defaults that work."""
 
     mode: Mode = "rebalance"
-    """`observe` counts and reports and changes nothing else; `static` serves a saved placement;
-    `rebalance` also moves experts."""
+    """`observe` only counts and reports; `static` serves a saved placement; `rebalance` also moves
+    experts.
+    """
     attach: AttachConfig = AttachConfig()
     window: WindowConfig = WindowConfig()
     planner: PlannerConfig = PlannerConfig()

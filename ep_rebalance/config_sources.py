@@ -17,7 +17,9 @@ ENVIRONMENT_PREFIX = "EP_REBALANCE_"
 
 
 def load_config(*layers: Any) -> RebalanceConfig:
-    """Merge `layers`, mappings of keys (later wins, key by key), over the defaults and validate.
+    """Merge `layers` over the defaults and validate the result.
+
+    layers: mappings of keys. A later one wins, key by key.
 
     Raises ConfigurationError that names each offending key, its value and what would be right.
     """
@@ -36,7 +38,7 @@ def load_config(*layers: Any) -> RebalanceConfig:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML or JSON file. Raises ConfigurationError if it is none."""
+    """The settings in a YAML or JSON file. Raises ConfigurationError for anything else."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -55,7 +57,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config_argument(text: str) -> dict[str, Any]:
-    """Settings from one command-line value: JSON text if it starts with `{`, else a file's path."""
+    """Settings from one command-line value: JSON text if it starts with `{`, else the path of a file."""
     if not text.lstrip().startswith("{"):
         return read_config_file(text)
     try:
@@ -82,10 +84,11 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> di
 
 def _environment_value(name: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return yaml.safe_load(value)  # so that numbers, booleans and lists get their types
     except yaml.YAMLError:
         raise ConfigurationError(
-            f"the environment variable {name}={value!r} is no YAML value.", "correct or unset it."
+            f"the environment variable {name}={value!r} is not a YAML value.",
+            "correct or unset it.",
         ) from None
 
 

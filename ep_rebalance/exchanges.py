@@ -1,7 +1,7 @@
 """Exchanges: how our all-to-all takes tokens to their experts and the outputs back (`data_plane.buffers`).
 
-An entry is all that is known of an exchange: settings, checks at start and their texts follow from it. This
-module is below the settings, so an entry names its class and does not import it.
+An entry is all there is to know about an exchange: settings, checks at start and their texts follow from
+it. This module is a layer below the settings, so an entry names its class and does not import it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Literal
 class Exchange:
     """One way to exchange tokens between ranks.
 
-    name: in the settings. summary: what it does, a clause without a semicolon.
-    all_to_all: `module:Class` of an `all_to_all.dispatched.AllToAll`.
-    in_graphs: when it can be part of a CUDA graph: never, since it reads on the host how many rows there
-        are; where all ranks hold equally many tokens; always.
+    name: what `data_plane.buffers` calls it.
+    summary: what it does, a clause without a semicolon.
+    all_to_all: `module:Class`. An `all_to_all.dispatched.AllToAll`.
+    in_graphs: when it can be part of a CUDA graph: never, because it reads numbers of rows on the host; if
+        all ranks hold equally many tokens; always.
     by_node: whether it can send a token once to each node (`data_plane.group_by_node`).
     eight_bits: whether it can send hidden states as 8-bit floats (`data_plane.payload: fp8`).
     """

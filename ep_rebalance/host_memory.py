@@ -1,9 +1,9 @@
 """Host memory that an accelerator copies from and to while the host goes on.
 
-A copy between a device and memory that is not pinned makes the host wait for the stream, however
-`non_blocking` is set; a pinned buffer that is written again before its copy was carried out sends the
-wrong bytes. What crosses on the step path therefore passes `UploadRing` or `Download`, whose memory is
-reserved once, or lies in a `pinned` copy that was made off the step path.
+A copy between a device and memory that is not pinned makes the host wait for the stream, whatever
+`non_blocking` says. And a pinned buffer that is written again before its copy was carried out sends the
+wrong bytes. So what crosses on the step path goes through an `UploadRing` or a `Download`, whose memory
+is reserved once, or lies in a `pinned` copy that was made off the step path.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def host_buffer(
 
 
 def pinned(values: NDArray[np.int32], device: torch.device) -> torch.Tensor:
-    """A copy of `values` to upload from, at most once in a while; not for the step path.
+    """A copy of `values` to upload from, which shares their memory on CPU. Not for the step path.
 
-    It may be let go while its upload is under way: Torch keeps the memory until then, and afterwards
-    hands it out again, so that only the first copies of a size reserve any.
+    It may be dropped while its upload is under way: torch keeps the memory until then and hands it out
+    again afterwards, so only the first copies of a size reserve any.
     """
     if not pins(device):
         return torch.from_numpy(values)
@@ -41,10 +41,12 @@ def pins(device: torch.device) -> bool:
 
 
 class UploadRing:
-    """Values of one shape from the host to a device, one after the other, none of them waited for.
+    """Uploads of values of one shape to a device, one after the other, without waiting for them.
 
-    A buffer comes up again after `depth` uploads. An engine prepares at most two steps ahead of its
-    device, so its copy was carried out long before; `next` makes sure of it by the copy's event.
+    depth: number of buffers. One is reused after `depth` uploads.
+
+    An engine prepares at most two steps ahead of its device, so a buffer's copy has long been carried out
+    when it is reused; `next` makes sure by the copy's event.
     """
 
     def __init__(
@@ -52,11 +54,12 @@ class UploadRing:
     ) -> None:
         self._buffers = [host_buffer(shape, dtype, device) for _ in range(depth)]
         self._uploaded = [torch.Event(device) for _ in range(depth)] if pins(device) else []
+        # Whether a buffer's event was recorded, so that there is something to wait for.
         self._used = [False] * depth
         self._turn = 0
 
     def next(self) -> torch.Tensor:
-        """The buffer to fill; what it held was uploaded."""
+        """The buffer to fill. What it held before has been uploaded."""
         if self._uploaded and self._used[self._turn]:
             self._uploaded[self._turn].synchronize()
         return self._buffers[self._turn]
@@ -72,11 +75,10 @@ class UploadRing:
 
 
 class Download:
-    """One device tensor to the host, again and again: the copy starts in one step, and is read in a
-    later one.
+    """Downloads of one device tensor: a copy starts in one step and is read in a later one.
 
-    At most one copy is under way. On CPU the copy is immediate; on an accelerator `result` waits only
-    if the step in between was shorter than the copy.
+    At most one copy is under way. On CPU it is immediate; on an accelerator `result` waits only if the
+    step in between was shorter than the copy.
     """
 
     def __init__(self, like: torch.Tensor) -> None:

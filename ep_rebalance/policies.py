@@ -1,7 +1,8 @@
 """Policies: who decides where experts move (`planner.policy`).
 
-An entry is all that is known of a policy: settings, staging memory, offline tools and their texts follow
-from it. This module is below the settings, so an entry names its planner and does not import it.
+An entry is all there is to know about a policy: settings, staging memory, offline tools and their texts
+follow from it. This module is a layer below the settings, so an entry names its planner and does not
+import it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from types import MappingProxyType
 class Line:
     """How a policy is drawn in reports.
 
-    colour: in CSS, with `light-dark(...)` where one does not stand out from both backgrounds.
-    dashes: lengths of dashes and gaps in pixels, none for a solid line. Who cannot tell two colours
-    apart can tell these.
+    colour: in CSS, with `light-dark(...)` if one colour does not stand out from both backgrounds.
+    dashes: pixels. Lengths of dashes and gaps, () for a solid line. They distinguish lines for readers
+        who cannot distinguish the colours.
+    width: pixels.
     """
 
     colour: str
@@ -29,10 +31,12 @@ class Line:
 class Policy:
     """One way to plan.
 
-    name: in the settings. summary: what it does, a clause without a semicolon.
-    planner: `module:function` of a `planning.problem.Planner`.
-    bounded_arrivals: whether its plans keep to `Budget.max_arrivals`; staging memory can be smaller then.
-    needs: a package that the planner needs and this one does not, "" if none.
+    name: what `planner.policy` calls it.
+    summary: what it does, a clause without a semicolon.
+    planner: `module:function`. A `planning.problem.Planner`.
+    line: how reports draw it.
+    bounded_arrivals: whether its plans keep to `Budget.max_arrivals`; staging memory is smaller then.
+    needs: a package that the planner needs and ep_rebalance does not, or "".
     """
 
     name: str

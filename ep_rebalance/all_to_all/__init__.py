@@ -1,11 +1,11 @@
-"""Tokens to the ranks that hold their experts, and the outputs back, over `torch.distributed`.
+"""All-to-all: tokens to the ranks that hold their experts, and the outputs back, by `torch.distributed`.
 
-A token is sent once to each rank that holds one of its experts. What comes back depends on
-`combine`: `exact` returns one row per expert and sums at the token's own rank in top-k order and
-float32, so that the result is the same bits wherever the experts sit; `fast` sums at the rank that
-computed and returns one row per token.
+A token is sent once to each rank that holds one of its experts. What comes back depends on `combine`.
+With `exact`, one row per expert comes back, and they are summed at the token's own rank in top-k order
+and float32, so that the result is the same bits wherever the experts sit. With `fast`, each rank sums
+what it computed and returns one row per token.
 
-Each exchange is a module here with an `AllToAll`, and an entry of `ep_rebalance.exchanges`.
+Each exchange is a module here with an `AllToAll`, and an entry in `ep_rebalance.exchanges`.
 """
 
 from pkgutil import resolve_name
@@ -41,7 +41,10 @@ def make_all_to_all(
     slots_per_rank: int,
     nodes: NodeGroups | None = None,
 ) -> AllToAll:
-    """What `data_plane` and `dispatch` name. nodes: for `data_plane.group_by_node`."""
+    """The all-to-all that `data_plane` and `dispatch` ask for.
+
+    nodes: for `data_plane.group_by_node`; else None.
+    """
     made_by: type[AllToAll] = resolve_name(EXCHANGES[config.data_plane.buffers].all_to_all)
     layout = Layout(group=group, slots_per_rank=slots_per_rank, nodes=nodes)
     return made_by.create(config, layout)

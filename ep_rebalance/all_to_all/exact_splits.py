@@ -1,6 +1,6 @@
-"""The shape that sends just the rows there are, directly or by way of the destination's node.
+"""Exact splits: sends just the rows there are, directly or by way of the destination's node.
 
-Their number is read on the host, so this form is for eager execution.
+Their number is read on the host, so this exchange cannot be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from ep_rebalance.kernels.weighted_sum import weighted_sum
 
 
 class ExactSplits:
-    """See `AllToAll`. nodes: send a token once to each node, and within it to the ranks."""
+    """See `AllToAll`.
+
+    nodes: if given, a token is sent once to each node, and from there to that node's ranks.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,8 @@ class ExactSplits:
             self._hops = [_Hop(group, slots_per_rank, 0, payload)]
         else:
             size = nodes.ranks_per_node
+            # First to the rank of the same place in the slot's node, as if a node were one rank with all
+            # its slots; then within the node, whose first rank is rank // size * size.
             self._hops = [
                 _Hop(nodes.between, slots_per_rank * size, 0, payload),
                 _Hop(nodes.within, slots_per_rank, rank // size * size, payload),
@@ -82,7 +87,7 @@ class ExactSplits:
             out_TH.copy_(self._sum_on_the_way(dispatched, outputs_NH))
 
     def _sum_at_home(self, dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.Tensor:
-        """Each hop brings the outputs of all pairs of a row back to where the row came from."""
+        """Each hop, last one first, returns the outputs of all pairs to where their row came from."""
         legs = dispatched.handle
         for i in reversed(range(1, len(legs))):
             home, position_MK = self._hops[i].return_pairs(legs[i], outputs_NH)
@@ -91,7 +96,7 @@ class ExactSplits:
         return weighted_sum(home, position_TK, dispatched.weights_TK)
 
     def _sum_on_the_way(self, dispatched: Dispatched, outputs_NH: torch.Tensor) -> torch.Tensor:
-        """Each hop adds up what the ranks that it went to made of a row."""
+        """Each hop, last one first, adds up what the ranks that a row was sent to made of it."""
         legs, dtype = dispatched.handle, outputs_NH.dtype
         row = legs[-1].here_MK.nonzero(as_tuple=True)[0]
         weighted = weighted_by_row(dispatched, outputs_NH)[:, 0]
@@ -104,10 +109,13 @@ class ExactSplits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Leg:
-    """One hop of one step. Sent and arrived rows are in the order of the other rank.
+    """One hop of one step, with N sent and M arrived rows. Both are sorted by the rank at the other end.
 
-    here_MK: which pairs of the arrived rows this rank, or its node, computes. row: of each sent row, the
-    row that it copies. mine_NK: which of its pairs go there. rows: how many there were to send.
+    here_MK: bool [M, K]. Which pairs of the arrived rows this rank, or its node, computes.
+    row: int64 [N]. The row of which each sent row is a copy.
+    mine_NK: bool [N, K]. Which of its pairs each sent row was sent for.
+    rows: number of rows before they were copied.
+    sent_R, arrived_R: rows to and from each member of the group.
     """
 
     here_MK: torch.Tensor
@@ -119,8 +127,10 @@ class _Leg:
 
 
 class _Hop:
-    """Rows to the members of a group that hold their slots, `slots_each` of them in turn from member
-    `first` of all such on.
+    """Sends rows to the members of a group that hold their slots.
+
+    slots_each: slots of each member; members hold consecutive ones.
+    first: how many times `slots_each` slots lie before those of the group's first member.
     """
 
     def __init__(
@@ -134,7 +144,7 @@ class _Hop:
         self._payload: Payload = payload
 
     def send(self, rows: Rows) -> tuple[Rows, _Leg]:
-        """The rows that arrive here."""
+        """Send each row to all members that hold a slot of it. Returns what arrives here."""
         member_MK = self._member_of(rows.slots_MK)
         members = torch.arange(self._size, device=member_MK.device).view(-1, 1, 1)
         goes_RM = (member_MK == members).any(2)
@@ -142,7 +152,7 @@ class _Hop:
         sent = goes_RM.sum(1)
         arrived = torch.empty_like(sent)
         dist.all_to_all_single(arrived, sent, group=self._group)
-        sent_R, arrived_R = sent.tolist(), arrived.tolist()
+        sent_R, arrived_R = sent.tolist(), arrived.tolist()  # the host waits for the device here
 
         copies = Rows(
             hidden_MH=rows.hidden_MH[row],
@@ -163,8 +173,8 @@ class _Hop:
         return received, leg
 
     def return_pairs(self, leg: _Leg, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(outputs of all pairs that were sent from here, where each pair's is: int64 [rows, K], -1 if
-        it was not sent).
+        """(outputs, positions): all pairs' outputs that come back here, and the row of each pair's among
+        them, int64 [leg.rows, K], -1 for a pair that was not sent.
 
         outputs: one row for each pair of `leg.here_MK`, in order.
         """
@@ -178,12 +188,16 @@ class _Hop:
         return home, position.view(-1, top_k)
 
     def return_sums(self, leg: _Leg, sums: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, H], each the sum of what came back. sums: one row for each that arrived."""
+        """float32 [leg.rows, H], the sum of what came back for each row.
+
+        sums: one row for each row that arrived.
+        """
         home = self._exchange(sums, leg.arrived_R, leg.sent_R)
         total = torch.zeros(leg.rows, sums.shape[1], dtype=torch.float32, device=sums.device)
         return total.index_add_(0, leg.row, home.float())
 
     def _member_of(self, slots_MK: torch.Tensor) -> torch.Tensor:
+        # Floored, so that slots below 0 belong to member -1, which is nobody.
         member = torch.div(slots_MK, self._slots_each, rounding_mode="floor").long()
         return member - self._first if self._first else member
 

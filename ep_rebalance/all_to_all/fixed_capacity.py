@@ -1,9 +1,11 @@
-"""The shape whose buffers have one size: for CUDA graphs, which cannot ask how many rows there are.
+"""Fixed capacity: buffers of one size, for CUDA graphs, which cannot ask how many rows there are.
 
-Each rank has room for `capacity` rows to each other rank; what does not fit is sent in a further round,
-so that no token is ever dropped. Outside a graph the ranks agree on size and rounds first, with one
-all-reduce of two numbers. Within one, nothing is read on the host: all ranks must hold equally many
-tokens, as vLLM pads them, and there are as many rounds as if all of them went to one rank.
+A round has room for `capacity` rows from each rank to each other. What does not fit is sent in further
+rounds, so that no token is ever dropped. Outside a graph, the ranks first agree on capacity and rounds
+with one all-reduce of two numbers. Within a graph, nothing is read on the host: all ranks must hold
+equally many tokens, as vLLM pads them, and there are enough rounds for all of them to go to one rank.
+
+A *place* is a row of the rounds' buffers, counted over all rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ep_rebalance.kernels.weighted_sum import weighted_sum
 class FixedCapacity:
     """See `AllToAll`.
 
-    capacity_factor: room for rows, 1 for as many as go to each rank if all get equally many.
+    capacity_factor: size of the buffers; 1 is what each rank gets if all get equally many rows.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class FixedCapacity:
     ) -> None:
         """See `AllToAll`."""
         handle, pairs = dispatched.handle, dispatched.pairs_per_row
+        # Rows come back in the places in which they were sent.
         if self._combine == "exact":
             home = self._return(outputs_NH.view(len(dispatched.rows_MH), -1), handle.plan)
             outputs = home.view(-1, outputs_NH.shape[1])
@@ -91,6 +94,7 @@ class FixedCapacity:
             out_TH.copy_(weighted_sum(outputs, position_TK, dispatched.weights_TK))
         else:
             sums = weighted_by_row(dispatched, outputs_NH).sum(1).to(outputs_NH.dtype)
+            # A rank's sum counts once, not once for each of the token's pairs there.
             once_TK = handle.place_TK.masked_fill(handle.pair_TK > 0, -1)
             ones_TK = torch.ones_like(dispatched.weights_TK)
             out_TH.copy_(weighted_sum(self._return(sums, handle.plan), once_TK, ones_TK))
@@ -107,11 +111,12 @@ class FixedCapacity:
         return _Plan(capacity=capacity, rounds=max(1, -(-most_rows // capacity)))
 
     def _capacity(self, tokens: int, top_k: int) -> int:
+        # A token goes to min(K, R) ranks at most, and only once to each: so `tokens` rows always do.
         even: float = tokens * min(top_k, self._size) / self._size
         return max(1, min(tokens, math.ceil(self._factor * even)))
 
     def _fill(self, rows: Rows, place_TK: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """uint8 [rounds, ranks * capacity, bytes of a row]; places without a token have slots of -1."""
+        """uint8 [rounds, R * capacity, bytes of a row], what is sent. Empty places have slots of -1."""
         tokens = len(rows.hidden_MH)
         void = Rows(
             hidden_MH=rows.hidden_MH.new_zeros(1, rows.hidden_MH.shape[1]),
@@ -122,11 +127,13 @@ class FixedCapacity:
         places = plan.rounds * self._size * plan.capacity
         token_of_place = torch.full((places + 1,), tokens, device=source.device)
         tokens_T1 = torch.arange(tokens, device=source.device).unsqueeze(1)
-        token_of_place[place_TK] = tokens_T1.expand_as(place_TK)  # -1 is the last place, not sent
+        # Pairs that go nowhere have place -1: they are written to one more place, which is not sent.
+        token_of_place[place_TK] = tokens_T1.expand_as(place_TK)
         return source[token_of_place[:-1]].view(plan.rounds, -1, source.shape[1])
 
     def _own_pairs(self, received: Rows, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slots within this rank or -1, weights) of each row's pairs here, the first ones first."""
+        """([M, pairs] slots within this rank or -1, [M, pairs] weights) of each row's pairs here."""
+        # The pairs here come first, in top-k order: `_Queue.pair_TK` counts on it.
         local_MK = received.slots_MK - self._first_slot
         here_MK = (local_MK >= 0) & (local_MK < self._slots_per_rank)
         order_MP = (~here_MK).to(torch.uint8).argsort(dim=1, stable=True)[:, :pairs]
@@ -145,8 +152,11 @@ class FixedCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Queue:
-    """rank_TK: where a pair goes. turn_TK: its token's place in the queue to that rank, -1 if it goes
-    nowhere. pair_TK: its place among the token's pairs there.
+    """Where pairs go, and in which order.
+
+    rank_TK: int64 [T, K]. The rank to which a pair goes; R if it goes nowhere.
+    turn_TK: int64 [T, K]. How many earlier tokens go to that rank; -1 if the pair goes nowhere.
+    pair_TK: int64 [T, K]. How many earlier pairs of its token go to that rank.
     """
 
     rank_TK: torch.Tensor
@@ -154,12 +164,13 @@ class _Queue:
     pair_TK: torch.Tensor
 
     def longest(self) -> torch.Tensor:
-        """int64 scalar: rows of the longest queue."""
+        """int64 scalar, the rows of the longest queue."""
+        # Padded, since a maximum over no tokens at all is an error.
         padded = torch.nn.functional.pad(self.turn_TK.flatten(), (0, 1), value=-1)
         return padded.amax() + 1
 
     def tokens(self) -> torch.Tensor:
-        """int64 scalar: those that go anywhere."""
+        """int64 scalar, the tokens that go anywhere."""
         return (self.turn_TK >= 0).any(1).sum()
 
 
@@ -171,7 +182,11 @@ class _Plan:
     rounds: int
 
     def place(self, queue: _Queue, size: int) -> torch.Tensor:
-        """int64 [T, K], the row of all rounds' buffers that a pair's token is sent in, or -1."""
+        """int64 [T, K], the place in which a pair's token is sent, or -1.
+
+        size: number of ranks.
+        """
+        # place = turn // capacity * (R * capacity) + rank * capacity + turn % capacity
         in_round = queue.rank_TK * self.capacity + queue.turn_TK % self.capacity
         place_TK = queue.turn_TK // self.capacity * (size * self.capacity) + in_round
         return place_TK.masked_fill(queue.turn_TK < 0, -1)
@@ -192,7 +207,7 @@ def _is_captured(tensor: torch.Tensor) -> bool:
 def _queue(slots_TK: torch.Tensor, slots_per_rank: int, size: int) -> _Queue:
     rank_TK = torch.div(slots_TK, slots_per_rank, rounding_mode="floor").long()
     nowhere_TK = slots_TK < 0
-    rank_TK = rank_TK.masked_fill(nowhere_TK, size)  # a queue of their own
+    rank_TK = rank_TK.masked_fill(nowhere_TK, size)  # a queue that is not sent
     goes_TR = torch.zeros(len(rank_TK), size + 1, dtype=torch.int64, device=slots_TK.device)
     goes_TR.scatter_(1, rank_TK, 1)
     turn_TK = (goes_TR.cumsum(0) - 1).gather(1, rank_TK).masked_fill(nowhere_TK, -1)

@@ -9,8 +9,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeGroups:
-    """Groups for sending a token once to each node: between the ranks of equal place in their nodes,
-    and within the node. Ranks are numbered node by node, with equally many in each.
+    """Process groups for sending a token once to each node.
+
+    between: the ranks that have this rank's place in their nodes.
+    within: the ranks of this rank's node.
+
+    Ranks are numbered node by node, with equally many on each.
     """
 
     between: dist.ProcessGroup
@@ -19,10 +23,11 @@ class NodeGroups:
 
     @classmethod
     def create(cls, group: dist.ProcessGroup, ranks_per_node: int) -> NodeGroups:
-        """Collective: every rank of `group` makes all groups, in the same order.
+        """Groups for the nodes of `group`. Collective.
 
         Raises ValueError if the ranks do not divide into nodes of that size.
         """
+        # Torch requires that every rank makes all groups, in the same order, also those that it is not in.
         members = dist.get_process_group_ranks(group)
         if len(members) % ranks_per_node:
             raise ValueError(f"{len(members)} ranks do not divide into nodes of {ranks_per_node}")
@@ -37,7 +42,7 @@ class NodeGroups:
 class Layout:
     """Equally many slots on each rank of a group, in the order of its ranks.
 
-    nodes: None, unless tokens are to be sent once to each node.
+    nodes: given if tokens are to be sent once to each node.
     """
 
     group: dist.ProcessGroup

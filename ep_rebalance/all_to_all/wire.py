@@ -1,4 +1,4 @@
-"""Rows as bytes: hidden state, slots and weights side by side, so that one collective carries all."""
+"""Rows as bytes: hidden state, slots and weights side by side, so that one collective carries them all."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from ep_rebalance.kernels.quantize_rows import GROUP, dequantize_rows, quantize_
 
 Payload = Literal["full", "fp8"]
 """Hidden states on the wire: as they are, or in 8-bit floats with a scale per 128 columns. The latter
-are rounded, so results differ from those without expert parallelism.
+rounds them, so results differ from those without expert parallelism.
 """
 
 
 def pack_rows(rows: Rows, payload: Payload) -> torch.Tensor:
-    """uint8 [M, bytes of a row]."""
+    """uint8 [M, bytes of a row], the rows as they are sent."""
     hidden = quantize_rows(rows.hidden_MH) if payload == "fp8" else (rows.hidden_MH,)
     parts = (*hidden, rows.slots_MK.to(torch.int32), rows.weights_MK.to(torch.float32))
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 
 def unpack_rows(wire: torch.Tensor, like: Rows, payload: Payload) -> Rows:
-    """Inverse of `pack_rows`; widths and dtype are those of `like`."""
+    """Inverse of `pack_rows`.
+
+    wire: uint8 [M, bytes of a row].
+    like: any rows of the same widths and dtype.
+    """
     columns, top_k = like.hidden_MH.shape[1], like.slots_MK.shape[1]
     dtype = like.hidden_MH.dtype
     if payload == "fp8":
@@ -43,7 +47,10 @@ def unpack_rows(wire: torch.Tensor, like: Rows, payload: Payload) -> Rows:
 
 
 def _split(wire: torch.Tensor, *parts: tuple[int, torch.dtype]) -> list[torch.Tensor]:
-    """parts: columns and dtype of each."""
+    """The columns of `wire` as tensors.
+
+    parts: number of columns and dtype of each, from left to right.
+    """
     widths = [columns * dtype.itemsize for columns, dtype in parts]
     return [
         part.contiguous().view(dtype)

@@ -1,1 +1,1 @@
-"""What a server answers over HTTP."""
+"""The server's HTTP routes, and who may use them."""

@@ -1,4 +1,4 @@
-"""Who may read and who may change: vLLM's own `--api-key` guards only /v1."""
+"""Access: who may read, and who may change anything. vLLM's own `--api-key` guards only /v1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ REFUSALS_LOGGED_EVERY = 10.0
 
 
 class Refused(Exception):
-    """The HTTP status to answer with, and why."""
+    """A request is refused.
+
+    status: the HTTP status to answer with.
+    reason: for the answer and the log.
+    """
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -31,7 +35,9 @@ class Refused(Exception):
 
 
 class Access:
-    """The keys of one server. server_keys: those that vLLM was given.
+    """Checks requests against the keys of one server.
+
+    server_keys: those that vLLM was given.
 
     Raises ConfigurationError if `control.api_key_file` holds no key.
     """
@@ -50,8 +56,8 @@ class Access:
             raise Refused(401, "Unauthorized")
 
     def check_change(self, request: Request) -> None:
-        """Raises Refused unless control is enabled and the request proves a key. A server without any
-        key has none to prove.
+        """Raises Refused unless control is enabled and the request has a key. On a server without any key,
+        no request can.
         """
         if not self._config.enabled:
             raise Refused(403, "control.enabled is false on this server")
@@ -64,11 +70,11 @@ class Access:
             raise Refused(413, "these routes take no body")
 
     def log_change(self, request: Request, action: str, outcome: str) -> None:
-        """The audit line of a request that had the right."""
+        """Write the audit line of a request that was allowed."""
         logger.warning("ep_rebalance: audit: %s asked to %s: %s", _client(request), action, outcome)
 
     def log_refusal(self, request: Request, action: str, refused: Refused) -> None:
-        """The audit line of one that had not; of a burst only the number."""
+        """Write the audit line of a request that was refused; of a burst, only their number."""
         self._refusals += 1
         if time.monotonic() - self._logged < REFUSALS_LOGGED_EVERY:
             return
@@ -84,7 +90,7 @@ class Access:
 
 
 def own_key(path: str) -> str:
-    """The key in a file, blanks around it left out. Raises ConfigurationError if there is none."""
+    """The key in a file, without surrounding blanks. Raises ConfigurationError if there is none."""
     try:
         key = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -95,7 +101,7 @@ def own_key(path: str) -> str:
     if not key:
         raise ConfigurationError(
             f"control.api_key_file={path!r} is empty, and an empty key guards nothing.",
-            "write a long random key into it, as of `openssl rand -hex 32`.",
+            "write a long random key into it, such as from `openssl rand -hex 32`.",
         )
     return key
 
@@ -108,15 +114,16 @@ def server_keys(args: Namespace) -> list[str]:
 
 
 def _holds_one_of(keys: Sequence[str], request: Request) -> bool:
-    """Compares with every key in constant time, so that the time tells nothing."""
+    """Whether the request has one of the keys as its bearer token."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    # All keys are compared, each in constant time, so that the time reveals nothing about them.
     same = [hmac.compare_digest(token.encode(), key.encode()) for key in keys]
     return scheme.lower() == "bearer" and any(same)
 
 
 def _is_small(request: Request) -> bool:
     length = request.headers.get("content-length", "0")
-    chunked = "transfer-encoding" in request.headers
+    chunked = "transfer-encoding" in request.headers  # of a length that is not known beforehand
     return not chunked and length.isdecimal() and int(length) <= MAX_BODY_BYTES
 
 

@@ -1,4 +1,4 @@
-"""What the API server asks the engine, in bounded time and at a bounded rate."""
+"""Asks the engine on behalf of the API server, in bounded time and at a bounded rate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ep_rebalance.telemetry.prometheus import Exporter
 logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 0.2
-"""An answer of this age is given again: however many ask, the engine is asked five times a second."""
+"""Up to this age an answer is reused: however many ask, the engine is asked five times a second at most."""
 
 _STATUS = "ep_rebalance_status"
 
 
 class EngineReports:
-    """Asks the workers, over vLLM's own channel to them."""
+    """Asks the workers, through vLLM's own `collective_rpc`."""
 
     def __init__(self, engine_client: Any, config: MetricsConfig) -> None:
         self._engine = engine_client
@@ -32,8 +32,8 @@ class EngineReports:
         self._status: bytes | None = None
 
     async def status(self) -> bytes | None:
-        """The encoded status; the one before if the engine does not answer in time; None before the
-        first.
+        """The encoded status, or the previous one if the engine does not answer in time; None if there is
+        none yet.
         """
         self._status = await self._report(_STATUS) or self._status
         return self._status
@@ -47,18 +47,19 @@ class EngineReports:
         return await self._report("ep_rebalance_overview")
 
     async def record(self, on: bool) -> None:
-        """Switch the recording of the trace. Raises what the engine raises, TimeoutError included."""
+        """Switch the recording of the trace. Raises TimeoutError, and whatever the engine raises."""
         await self._change("ep_rebalance_record", on)
 
     async def ask(self, action: Action) -> str:
-        """Hand over an operator's request; "" or why it cannot be followed. Raises as `record` does."""
+        """Pass on an operator's request. Returns "" or why it cannot be followed; raises as `record` does."""
+        # Only EP rank 0 answers anything but None, and it may belong to another API server's engines.
         answers = [a for a in await self._change("ep_rebalance_ask", action) if a is not None]
         if not answers:
             return "EP rank 0 is not here; ask the server of data-parallel rank 0"
         return str(answers[0])
 
     async def export(self, exporter: Exporter) -> None:
-        """Fill the metrics for ever. Never raises: the server must not notice."""
+        """Keep the metrics up to date, for ever. Never raises: a fault in them must not harm the server."""
         while True:
             payload = await self._report(_STATUS)
             if payload is not None:
@@ -69,14 +70,16 @@ class EngineReports:
             await asyncio.sleep(self._config.poll_seconds)
 
     async def _report(self, method: str) -> bytes | None:
-        """One question at a time: all who ask meanwhile, or a moment later, share its answer, or that
-        there was none.
+        """The answer to a question that may be shared; None if there was none.
+
+        Only one such question is under way. All who ask meanwhile, or shortly afterwards, share its answer.
         """
         answered, answer = self._answers.get(method, (-math.inf, None))
         if time.monotonic() - answered < FRESH_SECONDS:
             return answer
         if method not in self._asking:
             self._asking[method] = asyncio.create_task(self._fetch(method))
+        # Shielded: a client that goes away cancels its own request, not the question that others share.
         return await asyncio.shield(self._asking[method])
 
     async def _fetch(self, method: str) -> bytes | None:
@@ -91,9 +94,9 @@ class EngineReports:
         return answer
 
     async def _change(self, method: str, argument: object) -> list[Any]:
-        """Ask for a change; who asks this API server afterwards sees it."""
+        """Ask all workers for a change."""
         answers = await self._ask(method, argument)
-        self._answers.clear()
+        self._answers.clear()  # so that whoever asks next sees the change
         return answers
 
     async def _ask(self, method: str, *arguments: Any) -> list[Any]:

@@ -6,8 +6,8 @@
 | `GET status`, `load`, `overview` | JSON |
 | `POST pause`, `resume`, `rebalance`, `record?on=true` | JSON; change what the balancer does |
 
-Errors are JSON with `error`: 401 without the key, 403 where control is off, 404 without the plugin, 409
-where it makes no sense now, 413 with a body, 503 if the engine does not answer.
+Errors are JSON with `error`: 400 for a wrong query, 401 without the key, 403 if control is off, 404 without
+the plugin, 409 for what makes no sense now, 413 for a body, 503 if the engine does not answer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Change = Callable[["Served", Request], Awaitable[dict[str, str]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What the routes of a server with the plugin work on."""
+    """What the routes use on a server with the plugin."""
 
     config: RebalanceConfig
     reports: EngineReports
@@ -43,7 +43,7 @@ class Served:
 
 
 def add_to(app: FastAPI) -> None:
-    """Add all of them; on a server without the plugin they answer 404."""
+    """Add all routes. On a server without the plugin they answer 404."""
     reads = {
         "status": EngineReports.status,
         "load": EngineReports.load,
@@ -58,7 +58,7 @@ def add_to(app: FastAPI) -> None:
 
 
 async def _show_page(request: Request) -> Response:
-    """Holds no data, so it needs no key; it asks for one if the server does."""
+    """The page holds no data, so it is shown without a key. It asks the user for one if the server does."""
     served = _active(request)
     if served is None or not served.config.metrics.page:
         return _json({"error": "there is no page on this server (metrics.page)"}, 404)
@@ -114,7 +114,7 @@ def _changer(action: str, change: Change) -> Handler:
 
 def _asker(action: Action) -> Change:
     said = {
-        "pause": "no plan begins; experts that move now still arrive",
+        "pause": "no plan begins; experts that are moving now still arrive",
         "resume": "plans begin again",
         "rebalance": "a plan begins with the next snapshot; an idle engine takes none",
     }[action]
@@ -145,7 +145,9 @@ def _served(request: Request) -> Served:
 
 
 def _active(request: Request) -> Served | None:
-    """None too where vLLM never calls `init_state`, as for servers without an engine."""
+    """None without the plugin, and also where vLLM never calls `init_state`, as for servers without an
+    engine.
+    """
     return getattr(request.app.state, "ep_rebalance", None)
 
 

@@ -1,4 +1,4 @@
-"""What is compiled before serving, and how an engine has it done while it loads its weights."""
+"""Compilation ahead of time: before serving, and if possible while the engine loads its weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ _PROGRAM = "from ep_rebalance.balancer.ahead_of_time import compile_all; compile
 
 
 def compile_all() -> None:
-    """Planner and scheduler. Every rank fits quotas, so that every rank needs the planner's code."""
+    """Compile planner and scheduler. Every rank needs the planner's code too, to fit quotas."""
     compile_schedule()
     compile_planner()
 
 
 def compile_in_background() -> None:
-    """Begin with what takes longest of a start, while an engine loads its weights: half a minute of one
-    core, where planner and scheduler were never compiled before.
+    """Begin to compile planner and scheduler: half a minute of one core if they were never compiled before.
 
-    A process of its own does it and leaves the machine code on disk, where numba can write there: a thread
-    would keep the interpreter lock from the loader.
+    A separate process does it and leaves the machine code in numba's cache on disk, if that can be
+    written. A thread would compete with the engine's loader for the interpreter lock.
     """
     threading.Thread(target=_compile_elsewhere, name="ep_rebalance-compile", daemon=True).start()
 

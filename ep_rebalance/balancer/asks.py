@@ -1,6 +1,6 @@
 """Asks: what the loop wants done. Whoever drives the loop does it and sends the answer back.
 
-`Rebalancer` answers with collectives and engine steps, a replay from a trace.
+`Rebalancer` answers with collectives and engine steps, a replay from a trace (`offline/balancing.py`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ Answer = TypeVar("Answer")
 
 
 class Ask(Generic[Answer]):
-    """Answered with an `Answer`."""
+    """A request that is answered with an `Answer`."""
 
 
 Asks = Generator[Ask[Any], Any, Answer]
-"""What asks, and ends with an `Answer`."""
+"""A generator that yields requests and returns an `Answer`."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextSnapshot(Ask[Snapshot]):
-    """Let the engine go on until all ranks have the next snapshot."""
+    """Let the engine run until all ranks have the next snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitQuotas(Ask[None]):
-    """Begin to fit the quotas of what is served; a snapshot tells when every rank has them.
+    """Begin to fit quotas for what is served; a snapshot tells when every rank has them.
 
     samples: the window, oldest first.
     """
@@ -57,8 +57,8 @@ class Propose(Ask[None]):
     """Begin to plan on rank 0; a snapshot tells when the plan is done.
 
     samples: the window, oldest first.
-    unseen: how many of them are later than the plan before.
-    step_seconds: mean time of an engine step; 0 if unknown.
+    unseen: how many of them came after the previous plan began.
+    step_seconds: seconds. Mean time of an engine step; 0 if unknown.
     """
 
     samples: tuple[LoadSample, ...]
@@ -68,19 +68,19 @@ class Propose(Ask[None]):
 
 @dataclass(frozen=True, slots=True)
 class WorkOutRounds(Ask[None]):
-    """Tell all ranks the plan, and let each work out its rounds; a snapshot tells when all are done."""
+    """Send all ranks the plan, and let each work out its rounds; a snapshot tells when all are done."""
 
 
 @dataclass(frozen=True, slots=True)
 class TakeRounds(Ask[Migration]):
-    """Hand over what was worked out."""
+    """Hand over the migration that was worked out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Migrate(Ask[None]):
-    """Carry it out, batch by batch, until the last one is served or a fault ends it.
+    """Carry the migration out, batch by batch, until the last one is served or a fault ends it.
 
-    Quotas that are being fitted are for experts that stay where they are: they are forgotten.
+    Quotas that are being fitted are dropped: they are for the placement before it.
     """
 
 
@@ -92,6 +92,6 @@ class Tell(Ask[None]):
 
 
 def ask(request: Ask[Answer]) -> Asks[Answer]:
-    """The answer to one request: `yield` alone would lose its type."""
+    """The answer to one request, with its type, which a bare `yield` would lose."""
     answer: Answer = yield request
     return answer

@@ -1,7 +1,7 @@
-"""Control: what an operator asked for while the server runs.
+"""Control: what an operator asks for while the server runs.
 
-A request reaches ranks at different moments, so only rank 0's counts; the others learn of it in the
-next snapshot, and all of them act on that in the same step.
+A request reaches the ranks at different moments, so only rank 0 takes it. The others learn of it from
+the next snapshot, and all of them act on it in the same step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
 class Control:
-    """Rank 0's. paused: no plan begins. plan_asked: one is to begin with the next snapshot."""
+    """The requests that rank 0 has taken.
+
+    paused: no plan is to begin.
+    plan_asked: one is to begin with the next snapshot.
+    """
 
     def __init__(self, config: RebalanceConfig) -> None:
         self.paused = False
@@ -23,10 +27,9 @@ class Control:
         self._config = config
 
     def ask(self, action: Action, *, busy: bool) -> str:
-        """Take a request.
+        """Take a request. Returns "" or why it cannot be followed.
 
         busy: whether a plan is being made or carried out.
-        Returns why it cannot be followed, or "".
         """
         if refusal := self._refusal(action, busy):
             return refusal
@@ -48,5 +51,5 @@ class Control:
         if action == "rebalance" and self.paused:
             return "it is paused; resume it first"
         if action == "rebalance" and (self.plan_asked or busy):
-            return "it does so already"
+            return "a plan is already requested or under way"
         return ""

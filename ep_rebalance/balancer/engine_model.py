@@ -1,4 +1,4 @@
-"""What an engine hands over of a model that it has loaded."""
+"""Engine model: what an engine hands over about a model that it has loaded."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ ExpertTensors = Callable[[], Sequence[Sequence[torch.Tensor]]]
 class EngineModel:
     """One rank's view of a loaded model. All but `device` and `expert_tensors` is equal on all ranks.
 
-    engine: its name and version, as traces carry them.
+    engine: its name and version, as traces record them.
     identity: what a saved placement belongs to; its `model` is the name that is shown.
-    placement: which logical expert each slot was loaded with. It also tells how many MoE layers, logical
-        experts and ranks there are.
+    placement: which logical expert was loaded into each slot. It also gives the numbers of MoE layers,
+        logical experts and ranks.
     top_k: experts per token.
-    expert_tensors: reads, for each MoE layer, the tensors that hold this rank's experts, each contiguous
+    expert_tensors: returns, for each MoE layer, the tensors that hold this rank's experts, each contiguous
         with the local slot as its first dimension. Called at start and whenever weights were replaced,
         since other tensors may hold them then; never in mode observe.
-    group: the EP ranks, in the order of the placement; carries what lies on `device`.
-    host_group: the same ranks for what lies on the host; None if `group` carries that, too.
-    topology: where the ranks are, and which of them route the same tokens. Of these the first counts.
-    max_tokens: the most that a rank routes in one step, padding included; what is beyond is not counted.
-    hidden_size, expert_bytes_L: of the model, and bytes of one expert of each layer, for traces; 0 and ()
-        if unknown.
+    group: the EP ranks, in the order of the placement; for collectives of tensors on `device`.
+    host_group: the same ranks, for collectives of what lies on the host; None if `group` can do these.
+    topology: where the ranks are, and which of them route the same tokens. The first of those counts them.
+    max_tokens: tokens. The most that a rank routes in one step, padding included; more are not counted.
+    hidden_size: columns of the model's hidden states, for traces; 0 if unknown.
+    expert_bytes_L: L sizes, bytes. One expert of each layer, for traces; () if unknown.
 
     Raises ValueError if the parts do not belong together.
     """

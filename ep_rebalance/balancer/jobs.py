@@ -1,5 +1,7 @@
-"""Jobs: what the loop asked a rank for and takes longer than a step. Begun in the planner thread, announced
-in snapshots once they are done, taken when every rank's are.
+"""Jobs: what the loop asked a rank for that takes longer than a step.
+
+A job runs in the planner thread, is announced in snapshots once it is done, and its result is taken when
+every rank has announced its own.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class RankJobs:
-    """One rank's.
+    """One rank's jobs.
 
     deadline_seconds: after which a plan is overdue.
-    tell: takes what happens.
+    tell: called with each event.
 
-    The attribute proposal is the newest plan, on rank 0 only; None before the first.
+    The attribute `proposal` is rank 0's newest plan; None before the first, and on all other ranks.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class RankJobs:
         self._fitting: Future[Split] | None = None
 
     def propose(self, asked: Propose, served: Served) -> None:
-        """Begin to plan, on rank 0."""
+        """Begin to plan, on rank 0; the others do nothing."""
         self._overdue_at = time.monotonic() + self._deadline_seconds
         if self._rank == 0:
             self._planning = self.thread.propose(
@@ -64,15 +66,15 @@ class RankJobs:
             )
 
     def work_out_rounds(self, wire_2LP: NDArray[np.int64], served: Served) -> None:
-        """Begin with the rounds of the plan that was broadcast."""
+        """Begin to work out the rounds of the plan that was broadcast."""
         self._scheduling = self.thread.schedule(served, wire_2LP, self._counts)
 
     def fit_quotas(self, asked: FitQuotas, served: Served) -> None:
-        """Begin to fit the quotas of what is served."""
+        """Begin to fit the quotas for what is served."""
         self._fitting = self.thread.fit_split(asked.samples, served, self._counts)
 
     def announced(self) -> Flags:
-        """What is done. A plan is announced once, the others until they are taken or forgotten."""
+        """What is done. A plan is announced once, other jobs until they are taken or forgotten."""
         planned = proposed = False
         if self._planning is not None and self._planning.done():
             planned, proposed = True, self._take_proposal(self._planning)
@@ -88,37 +90,37 @@ class RankJobs:
         )
 
     def take_rounds(self) -> PreparedMigration:
-        """Once every rank has announced its own."""
+        """The rounds. To be called once every rank has announced its own."""
         assert self._scheduling is not None
         prepared, self._scheduling = self._scheduling.result(), None
         return prepared
 
     def take_quotas(self) -> Split:
-        """Once every rank has announced its own."""
+        """The quotas. To be called once every rank has announced its own."""
         assert self._fitting is not None
         split, self._fitting = self._fitting.result(), None
         return split
 
     def forget_quotas(self) -> None:
-        """Experts move, or are others: what is being fitted is not for them."""
+        """Drop quotas that are being fitted: they are for a placement that is about to change."""
         self._fitting = None
 
     def forget_what_ended(self, agreed: Agreed) -> None:
-        """The loop gives a plan up where weights were replaced, or where a rank has no rounds."""
+        """Drop the jobs of a plan that the loop gives up: weights were replaced, or a rank has no rounds."""
         if agreed.replaced:
             self._planning = None
         if agreed.replaced or agreed.unscheduled_ranks:
             self._scheduling = None
 
     def _take_proposal(self, job: Future[TimedProposal]) -> bool:
-        """True if the plan is to be carried out."""
-        try:
-            timed = job.result()
-        except Exception as error:
-            logger.exception("ep_rebalance: planning failed; serving goes on unchanged")
+        """Keep rank 0's plan. Returns whether it is to be carried out."""
+        error = job.exception()
+        if error is not None:  # also what ends a thread, and must not end this one
+            logger.error("ep_rebalance: planning failed; serving goes on unchanged", exc_info=error)
             reason = f"the planner raised {type(error).__name__}: {error}"
             self._tell(PlanEnded("failed", reason))
             return False
+        timed = job.result()
         self._tell(PlanProposed(timed))
         self.proposal = timed.proposal
         return timed.proposal.decision.accepted

@@ -1,8 +1,7 @@
 """The loop: watch the load, plan, work out rounds, migrate. The same in a server and in a replay.
 
-It knows neither engine nor ranks nor clock: it yields what it asks for and is sent the answers. Each
-of its branches is taken on what all ranks have agreed on, so that every rank asks for the same things
-in the same steps.
+It knows neither engine nor ranks nor clock: it yields what it asks for and is sent the answers. It
+branches only on what all ranks have agreed on, so every rank asks for the same things in the same steps.
 """
 
 from __future__ import annotations
@@ -33,11 +32,12 @@ WEIGHTS_REPLACED = "the engine's weights were replaced"
 
 
 class BalancingLoop:
-    """One model's.
+    """The loop of one model.
 
     replicated: whether any expert has a second slot, so that its tokens can be split.
+
     window: the load that plans are made from.
-    activity: what the loop is at.
+    activity: what the loop is doing.
     """
 
     def __init__(self, config: RebalanceConfig, *, replicated: bool) -> None:
@@ -58,7 +58,7 @@ class BalancingLoop:
                     yield from self._migrate()
 
     def _watch(self) -> Asks[None]:
-        """Until a plan is to begin."""
+        """Take snapshots until it is time to plan."""
         yield from self._begin("watching")
         while True:
             agreed = (yield from self._snapshot()).agreed
@@ -68,7 +68,7 @@ class BalancingLoop:
                 return
 
     def _plan(self) -> Asks[bool]:
-        """True if there is a plan to carry out."""
+        """Have a plan made. Returns whether there is one to carry out."""
         yield from self._begin("planning")
         unseen = self.window.begin_plan()
         yield from ask(
@@ -81,14 +81,14 @@ class BalancingLoop:
         agreed = yield from self._until(lambda agreed: agreed.planned)
         if agreed.replaced:
             return (yield from self._give_up("abandoned", WEIGHTS_REPLACED))
-        yield from _tell(GotUnstuck())
+        yield from _tell(GotUnstuck())  # in case the plan was overdue
         if agreed.proposed and agreed.paused:
             reason = "an operator paused before it could begin"
             return (yield from self._give_up("abandoned", reason))
         return agreed.proposed
 
     def _work_out_rounds(self) -> Asks[Migration | None]:
-        """None if the plan ends here."""
+        """Tell all ranks the plan, and have each work out its rounds. Returns None if the plan ends here."""
         yield from self._begin("scheduling")
         yield from ask(WorkOutRounds())
         agreed = yield from self._until(lambda agreed: agreed.scheduled or _failed(agreed))
@@ -117,13 +117,13 @@ class BalancingLoop:
         yield from ask(Migrate())
 
     def _snapshot(self) -> Asks[Snapshot]:
-        """The next one, and what follows from it for quotas and for weights that were replaced."""
+        """Take the next snapshot, and do what follows from it for quotas and for replaced weights."""
         snapshot = yield from ask(NextSnapshot())
         self.window.append(snapshot.sample)
         yield from self._refresh_quotas(snapshot)
         if snapshot.agreed.reloaded:
             self._fitting = False
-            self.window.clear()
+            self.window.clear()  # other weights route tokens differently
             yield from ask(ServeLoaded(snapshot.agreed.reloaded))
             yield from _tell(GotUnstuck())
         elif snapshot.agreed.replaced:
@@ -133,9 +133,9 @@ class BalancingLoop:
         return snapshot
 
     def _refresh_quotas(self, snapshot: Snapshot) -> Asks[None]:
-        """Between plans the split over replicas follows the load, without moving a byte.
+        """Let the split over replicas follow the load between plans, without moving a byte.
 
-        If a rank cannot fit its quotas, the split stays as it is everywhere until a migration begins.
+        If a rank cannot fit its quotas, the split stays as it is on all ranks until a migration begins.
         """
         if self._fitting and snapshot.agreed.fitted:
             self._fitting = False
@@ -145,7 +145,7 @@ class BalancingLoop:
             yield from ask(FitQuotas(self.window.samples()))
 
     def _until(self, done: Callable[[Agreed], bool]) -> Asks[Agreed]:
-        """What ranks agree on when that is so, or when weights were replaced."""
+        """Take snapshots until `done`, or until weights were replaced. Returns what was then agreed on."""
         while True:
             agreed = (yield from self._snapshot()).agreed
             if done(agreed) or agreed.replaced:
@@ -159,7 +159,7 @@ class BalancingLoop:
         yield from _tell(ActivityBegan(activity))
 
     def _give_up(self, outcome: PlanOutcome, reason: str) -> Asks[bool]:
-        """Always False: nothing is to be carried out."""
+        """Report what became of the plan. Always returns False: nothing is to be carried out."""
         yield from _tell(PlanEnded(outcome, reason))
         return False
 

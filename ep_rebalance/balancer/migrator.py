@@ -1,13 +1,13 @@
 """Migrator: carries migrations out on one rank, and holds what is served.
 
-A batch goes through its rounds, the vote of all ranks on what arrived, and the commit; then the
-next one begins. What is served changes nowhere else, and on every rank in the same step.
+A batch goes through its rounds, the vote of all ranks on what arrived, and the commit; then the next
+one begins. What is served changes only here, and on every rank in the same step.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,11 +44,16 @@ from ep_rebalance.topology import Topology
 logger = logging.getLogger(__name__)
 
 RESTORE_BYTES_PER_ROUND = 32 << 20
+"""More than a step carries by default: all ranks wait until the placement is restored."""
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationOutcome:
-    """batches: how many were committed. fault: what ended it before the last one, or ""."""
+    """How a migration ended.
+
+    batches: how many were committed.
+    fault: what ended it before the last one, or "".
+    """
 
     batches: int
     fault: str
@@ -57,13 +62,14 @@ class MigrationOutcome:
 class Migrator:
     """One rank's part in every migration.
 
-    placement: what the engine loaded. memory: this rank's expert weights, or None in mode observe,
-    where nothing is ever moved.
-    tell: takes what happens.
-    served: what the forward pass runs on.
-    agreed_reloads: of the times that the engine replaced weights, those that `served` knows of, the same
-        on all ranks.
-    staging_slots: experts that fit into the staging memory.
+    placement: what the engine loaded.
+    memory: this rank's expert weights; None in mode observe, where nothing is ever moved.
+    tell: called with each event.
+
+    served: what all ranks have agreed to serve. This rank's tables differ only while its weights were
+        replaced and others' not yet.
+    agreed_reloads: how many reloads of weights `served` reflects; the same on all ranks.
+    staging_slots: experts. How many fit into the staging memory.
     """
 
     def __init__(
@@ -79,7 +85,8 @@ class Migrator:
     ) -> None:
         self.served = Served.initial(placement)
         self.agreed_reloads = 0
-        self._told: list[tuple[int, ...]] = []  # layers of each reload that `served` knows not of
+        # Layers of each reload that `served` does not reflect.
+        self._told: list[tuple[int, ...]] = []
         self._may_move = True
         self._loaded = self.served
         self._actions = 0
@@ -104,19 +111,19 @@ class Migrator:
         counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
 
     def warm_up(self) -> None:
-        """Before serving, on all ranks: see `RoundExchange.warm_up`."""
+        """Collective, before serving; see `RoundExchange.warm_up`."""
         if self._exchange is not None:
             self._exchange.warm_up()
 
     @property
     def expert_bytes_L(self) -> tuple[int, ...]:
-        """Packed size of one expert of each layer; empty where nothing is moved."""
+        """L sizes, bytes. One packed expert of each layer; () where nothing is moved."""
         return () if self._memory is None else self._memory.expert_bytes_L
 
     def migrate(self, prepared: PreparedMigration) -> Generator[None, None, MigrationOutcome]:
-        """Carry a migration out, one `yield` per engine step, `num_steps` in all.
+        """Carry a migration out: one `yield` per engine step, `num_steps` of them unless a fault ends it.
 
-        Batches committed before a fault stay in service, under a generation of their own.
+        Batches committed before a fault stay in service, under their own generation.
         """
         assert self._exchange is not None, "mode observe moves nothing"
         fault, batches = "", 0
@@ -127,23 +134,26 @@ class Migrator:
             self._commit(commit, self._exchange)
             batches += 1
         if not fault:
-            self._take_up(prepared.split)
+            self._take_up(prepared.split)  # for layers whose quotas changed and experts did not
         self._serve(self.served.numbered(prepared.migration.source))
         return MigrationOutcome(batches=batches, fault=fault)
 
     def restore(
         self, placement: Placement, quotas_LP: NDArray[np.float64], generation: int
     ) -> None:
-        """Take up a saved placement where none is served but what was loaded; blocks until all ranks
-        have it.
+        """Serve a saved placement instead of what was loaded. Collective; returns when all ranks have it.
+
+        quotas_LP: float64 [L, P].
+        generation: the number to serve it under.
 
         Raises RuntimeError, on all ranks or on none, if experts did not arrive whole or memory for them
-        is short.
+        is short. Batches that were committed before that stay in service, under the next generation.
         """
         assert self._memory is not None, "mode observe moves nothing"
         exchange = self._roomy_exchange(placement.slots_per_rank, self._memory)
+        source = self.served.placement
         migration = schedule(
-            self.served.placement,
+            source,
             placement,
             quotas_LP,
             topology=self._topology,
@@ -159,13 +169,17 @@ class Migrator:
             for number in range(len(batch.rounds)):
                 exchange.exchange(batch, number)
             if faults := exchange.faults_of(exchange.vote(batch)):
+                self._serve(self.served.numbered(source))
                 raise RuntimeError(f"the saved placement could not be taken up: {faults}")
             self._commit(commit, exchange)
         self._take_up(prepared.split)
         self._serve(replace(self.served, generation=generation))
 
     def _roomy_exchange(self, staging_slots: int, memory: ExpertMemory) -> RoundExchange:
-        """For as many experts at once as a rank holds."""
+        """An exchange that stages as many experts at once as a rank holds. Collective.
+
+        Raises RuntimeError on all ranks if one of them lacks the memory.
+        """
         exchange: RoundExchange | None = None
         try:
             exchange = RoundExchange(
@@ -175,7 +189,8 @@ class Migrator:
                 staging_slots=staging_slots,
             )
         except RuntimeError:  # torch's out of memory is one
-            logger.exception("ep_rebalance: no memory to take up a saved placement with")
+            logger.exception("ep_rebalance: not enough memory to restore the saved placement")
+        # Also a rank that failed takes part, so that the others do not wait for it in their exchange.
         lacking = torch.tensor([int(exchange is None)], device=memory.device)
         dist.all_reduce(lacking, group=self._group)
         if exchange is None or lacking.item():
@@ -184,30 +199,30 @@ class Migrator:
 
     @property
     def reloads(self) -> int:
-        """Times that the engine replaced weights of this rank."""
+        """How often the engine has replaced weights of this rank."""
         return self.agreed_reloads + len(self._told)
 
     @property
     def _holds_loaded(self) -> bool:
-        """Whether this rank's weights were replaced and `served` does not know yet."""
+        """Whether this rank's weights were replaced and `served` does not reflect it yet."""
         return bool(self._told)
 
     @property
     def has_moved_experts(self) -> bool:
-        """Whether a slot holds another expert than the one that was loaded into it."""
+        """Whether any slot holds another expert than was loaded into it."""
         return self.served.placement != self._loaded.placement
 
     def weights_replaced(self, layers: tuple[int, ...]) -> None:
         """The engine wrote all slots of `layers` on this rank anew, in the order in which it loads them.
 
-        Tokens go there from now on. `served` stays what all ranks agree on; until `serve_loaded`
-        nothing is committed on this rank, and it votes every batch down.
+        From now on this rank sends its tokens there. `served` stays what all ranks agree on. Until
+        `serve_loaded`, nothing is committed to these layers on this rank, and it votes every batch down.
         """
         self._told.append(layers)
         self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
 
     def replace_memory(self, memory: ExpertMemory) -> None:
-        """Other tensors hold the experts. Raises ValueError if they are of other sizes."""
+        """Use other tensors, which hold the experts now. Raises ValueError if their sizes differ."""
         assert self._exchange is not None, "mode observe moves nothing"
         self._exchange.replace_memory(memory)
         self._memory = memory
@@ -217,14 +232,14 @@ class Migrator:
         self._may_move = False
 
     def layers_reloaded(self, reloads: int) -> tuple[int, ...]:
-        """Those that the engine replaced from what `served` knows of up to the `reloads`-th time."""
+        """Layers that the engine replaced since what `served` reflects, up to the `reloads`-th time."""
         told = self._told[: reloads - self.agreed_reloads]
         return tuple(sorted({layer for layers in told for layer in layers}))
 
     def serve_loaded(self, reloads: int) -> None:
-        """What was loaded is served in the layers that were, now that every rank was told `reloads` times.
+        """Serve reloaded layers as they were loaded, now that every rank was told `reloads` times.
 
-        If this rank was told again meanwhile, the next snapshot tells.
+        If this rank has been told once more since, a later snapshot will show it.
         """
         layers = self.layers_reloaded(reloads)
         self._told = self._told[reloads - self.agreed_reloads :]
@@ -237,22 +252,20 @@ class Migrator:
         self._tell(QuotasChanged())
 
     def take_actions(self) -> int:
-        """Rounds and commits that this rank has done since it was asked before."""
+        """Number of rounds and commits that this rank has made since the previous call."""
         actions, self._actions = self._actions, 0
         return actions
 
     def read_stalls(self) -> None:
-        """Tell of the rounds and commits that the device is done with."""
+        """Report the stalls of rounds and commits that the device has finished."""
         self._round_stalls.read()
         self._commit_stalls.read()
 
     def _move(self, batch: Batch, exchange: RoundExchange) -> Generator[None, None, str]:
-        """All rounds of a batch and the vote on them; the fault, or "" if the batch can be
-        committed.
-        """
+        """All rounds of a batch and the vote on them. Returns the fault, or "" if all ranks may commit."""
         try:
             exchange.begin_batch(batch)
-        except StagingFull as error:  # on all ranks alike; any other error ends this one
+        except StagingFull as error:  # the same on all ranks; any other error ends this process
             logger.exception("ep_rebalance: the migration cannot go on")
             return str(error)
         for number in range(len(batch.rounds)):
@@ -261,18 +274,22 @@ class Migrator:
             self._actions += 1
             yield
         vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
-        yield
+        yield  # the votes are copied to the host beside the next step
         return str(faults) if (faults := exchange.faults_of(vote)) else ""
 
     def _commit(self, commit: Commit, exchange: RoundExchange) -> None:
         assert self._memory is not None
-        if self._holds_loaded:  # since the vote; staging holds what was loaded before
+        # Layers replaced since the vote keep what the engine wrote: staging holds experts of the old weights.
+        # Others commit, so `served` must still follow; `serve_loaded` will correct it on all ranks.
+        layers = self._not_replaced(commit.batch.layers)
+        if not layers:
             self.served = commit.serves(self.served)
             return
         with self._commit_stalls.stall():
             self.served = commit_batch(
                 commit,
                 self.served,
+                layers=layers,
                 staging=exchange.staging,
                 memory=self._memory,
                 counts=self._counts,
@@ -283,11 +300,18 @@ class Migrator:
 
     def _take_up(self, split: Split) -> None:
         if self._holds_loaded:
+            every = range(self.served.placement.num_layers)
+            self._counts.serve(self._not_replaced(every), split.tables)
             self.served = self.served.with_quotas(split.quotas_LP)
         else:
             self.served = commit_split(split, self.served, self._counts)
 
+    def _not_replaced(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """Those of `layers` that this rank serves as `served` says."""
+        replaced = {layer for told in self._told for layer in told}
+        return tuple(layer for layer in layers if layer not in replaced)
+
     def _serve(self, served: Served) -> None:
-        """Under a number that may be new."""
+        """Set what is served, and report its generation, which may be new."""
         self.served = served
         self._tell(GenerationServed(served.generation))

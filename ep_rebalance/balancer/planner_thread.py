@@ -1,8 +1,7 @@
-"""What takes long: planning, working out rounds, writing the state file. One thread, off the step
-path.
+"""Planner thread: planning, working out rounds, fitting quotas, writing the state file.
 
-Nothing here talks to other ranks. A job's result, or its exception, is picked up by the loop of
-`rebalancer.py`, which tells the other ranks in the next snapshot.
+All of these take too long for the step path. Nothing here talks to other ranks: `jobs.py` picks up a
+job's result or its exception, and announces it in the next snapshot.
 """
 
 from __future__ import annotations
@@ -48,8 +47,9 @@ Result = TypeVar("Result")
 
 
 class DaemonThread:
-    """Runs jobs one after the other; unlike an executor's, one that hangs does not keep the process
-    alive. The thread stays, since starting one waits until it runs.
+    """Runs jobs one after the other. Unlike an executor's, a job that hangs does not keep the process alive.
+
+    One thread serves all jobs, since `Thread.start` waits until the new thread runs.
     """
 
     def __init__(self) -> None:
@@ -57,13 +57,14 @@ class DaemonThread:
         threading.Thread(target=_run, args=(self._jobs,), name="ep_rebalance", daemon=True).start()
 
     def submit(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Begin a job once those before it are done."""
+        """Run a job once those before it are done."""
         future: Future[Result] = Future()
 
         def carry_out() -> None:
             try:
                 future.set_result(job(*arguments))
             except BaseException as error:
+                # Uncaught, it would end the thread, and no later job would run.
                 future.set_exception(error)
 
         self._jobs.put(carry_out)
@@ -76,7 +77,10 @@ def _run(jobs: SimpleQueue[Callable[[], None]]) -> None:
 
 
 class PlannerThread:
-    """The jobs of `rank`. expert_bytes_L: packed size of one expert of each layer."""
+    """The jobs of `rank`.
+
+    expert_bytes_L: L sizes, bytes. One packed expert of each layer.
+    """
 
     def __init__(
         self,
@@ -106,21 +110,23 @@ class PlannerThread:
     def propose(
         self, samples: Sequence[LoadSample], served: Served, unseen: int, step_seconds: float
     ) -> Future[TimedProposal]:
-        """Plan from `served` and decide whether the plan is worth its migration; arguments as of
-        `Proposer.propose`.
+        """Plan from `served` and decide whether the plan is worth its migration.
+
+        Other arguments are those of `Proposer.propose`.
         """
         return self._thread.submit(self._propose, samples, served, unseen, step_seconds)
 
     def schedule(
         self, served: Served, wire_2LP: NDArray[np.int64], counts: RoutingTables
     ) -> Future[PreparedMigration]:
-        """Read a plan that was broadcast and work out the rounds that lead to it, and their commits."""
+        """Read a plan that was broadcast, and work out the rounds that lead to it and their commits."""
+        # Copied, since the next broadcast reuses the buffer.
         return self._thread.submit(self._schedule, served, wire_2LP.copy(), counts)
 
     def fit_split(
         self, samples: Sequence[LoadSample], served: Served, counts: RoutingTables
     ) -> Future[Split]:
-        """Fit the quotas of what is served to the window."""
+        """Fit quotas for the placement that is served to the window's load."""
         return self._thread.submit(self._fit_split, samples, served.placement, counts)
 
     def save(self, served: Served, samples: Sequence[LoadSample]) -> None:
@@ -154,7 +160,7 @@ class PlannerThread:
             )
             return PreparedMigration.of(migration, counts)
         except Exception:
-            logger.exception("ep_rebalance: the rounds were not worked out")
+            logger.exception("ep_rebalance: the rounds could not be worked out")
             raise
 
     def _fit_split(

@@ -1,8 +1,8 @@
 """Drives the loop on one rank: answers what it asks for with collectives, jobs and engine steps.
 
-A generator that is advanced once per engine step on every rank. Every collective in it happens in the
-same step on every rank, because the loop branches only on what ranks have agreed on. What takes long
-runs in `planner_thread.py`; ranks learn in the next snapshot that it is done.
+The driver is a generator that is advanced once per engine step on every rank. Each of its collectives
+happens in the same step on every rank, because the loop branches only on what ranks have agreed on. What
+takes long runs in `planner_thread.py`, and ranks learn in a snapshot that it is done.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ from ep_rebalance.telemetry.events import (
     MigrationEnded,
     PlanEnded,
     SnapshotTaken,
-    StepEnded,
     WeightsReplaced,
 )
 from ep_rebalance.telemetry.journal import Journal, initial_status
@@ -66,8 +65,8 @@ Steps = Generator[None, None, None]
 class Rebalancer:
     """One rank's part in balancing one model.
 
-    counts: of this rank.
-    memory: this rank's expert weights, or None in mode observe, which moves nothing.
+    counts: this rank's counters and dispatch tables.
+    memory: this rank's expert weights; None in mode observe, which moves nothing.
     recorder: rank 0's, if a trace is configured.
     """
 
@@ -119,16 +118,17 @@ class Rebalancer:
         self._control = Control(config)
         self._loop = BalancingLoop(config, replicated=model.placement.num_redundant > 0)
         self._prepared: PreparedMigration | None = None
-        self._reloads = 0  # that all ranks were told of
+        self._reloads = 0  # how many all ranks have been told of
         self._ended: MigrationEnd | None = None  # for the next snapshot's record
         self._driver = self._drive()
-        next(self._driver)
+        next(self._driver)  # up to the first `yield`, where it waits for a step to end
 
     def warm_up(self) -> None:
-        """Compile every kernel and connect to every rank, before serving; all ranks in the same order.
+        """Compile every kernel and connect to every rank, before serving. Collective.
 
         What is served and what is counted stay as they are.
         """
+        # Most of these make collectives, so their order must be the same on all ranks.
         compile_all()
         self._counts.warm_up()
         self._snapshots.warm_up()
@@ -144,23 +144,24 @@ class Rebalancer:
         return self.migrator.served
 
     def status_now(self) -> Status:
-        """The status with all that it shows brought up to now."""
+        """The status, brought up to date."""
         return self.journal.report(
             self.served,
             self.config.metrics,
+            steps=self._steps,
             paused=self._control.paused,
             lost_trace_records=0 if self._recorder is None else self._recorder.lost,
         )
 
     def overview(self) -> Overview:
-        """The status, and what recent snapshots say of ranks and of the hottest experts."""
+        """The status, with the recent load of ranks and of the hottest experts."""
         return self.journal.overview(self.status_now(), self.served)
 
     def ask(self, action: Action) -> str | None:
         """Take an operator's request.
 
-        Returns why it cannot be followed, or "". Returns None on every rank but 0; the others learn of
-        the request from the next snapshot.
+        Returns "" or why it cannot be followed. Every rank but 0 returns None, and learns of the request
+        from the next snapshot.
         """
         if self._rank:
             return None
@@ -170,8 +171,8 @@ class Rebalancer:
         """The engine wrote all slots of `layers` anew, in the order in which it loads them.
 
         Ranks may be told in different steps, but of the same layers in the same order. Each serves what
-        was loaded at once; the loop goes on to take part in what all ranks do, until the snapshot says
-        that all of them were told.
+        was loaded immediately. The loop keeps taking part in the ranks' collectives, until a snapshot
+        says that all of them were told.
         """
         self._tell(WeightsReplaced())
         if layers and self.config.mode != "observe":
@@ -180,15 +181,14 @@ class Rebalancer:
     def step(self, started: float | None, continues: bool = False) -> None:
         """Advance by one engine step, between two forward passes.
 
-        started: `time.perf_counter()` when the step's inputs were prepared; None for a step without
-            tokens of this rank.
-        continues: some request was scheduled in the step before as well, so that the engine had work
-            all the time between the two.
+        started: seconds. `time.perf_counter()` when the step's inputs were prepared; None for a step
+            without tokens of this rank.
+        continues: whether some request was scheduled in the step before as well, so that the engine had
+            work all the time in between.
         """
         self._counts.end_step()
         self.step_times.begin()
         self._steps += 1
-        self._tell(StepEnded(self._steps))
         self._advance()
         self.migrator.read_stalls()
         migrated = self.migrator.take_actions() > 0
@@ -234,11 +234,11 @@ class Rebalancer:
         return None
 
     def _snapshot(self) -> Generator[None, None, Snapshot]:
-        """The steps that it counts, the all-reduce, and one step for the copy to the host."""
+        """Takes `snapshot_steps` steps to count, and one more for the all-reduce and the copy to the host."""
         for _ in range(self.config.window.snapshot_steps):
             yield
         self._snapshots.begin(self._flags(), self.step_times.take_sum())
-        yield
+        yield  # the copy runs beside the next step, so that `finish` need not wait for it
         sums = self._snapshots.finish(self.served.generation)
         snapshot = Snapshot(sample=sums.sample, agreed=self._agreed(sums.flags))
         if self._recorder is not None:
@@ -260,14 +260,12 @@ class Rebalancer:
         )
 
     def _agreed(self, flags: Flags) -> Agreed:
-        """What follows from all ranks' flags.
-
-        They were told equally often of replaced weights if R x the sum of squares is the square of the sum.
-        """
+        """What follows from the sum of all ranks' flags."""
         ranks, known = self._ranks, self.migrator.agreed_reloads
         all_tried = flags.scheduled + flags.failed == ranks
         replaced = flags.reloads > ranks * known
         reloaded: tuple[int, ...] = ()
+        # R sum(x**2) == sum(x)**2 exactly if all ranks have the same number x of reloads.
         if replaced and ranks * flags.reloads_squared == flags.reloads**2:
             self._reloads = flags.reloads // ranks
             reloaded = self.migrator.layers_reloaded(self._reloads)
@@ -291,16 +289,16 @@ class Rebalancer:
             self._return_to(before)
 
     def _return_to(self, before: Served) -> None:
-        """Serve the saved placement again; all ranks wait here until they do, or none does."""
+        """Serve the saved placement again. All ranks wait here, until all of them do or none does."""
         try:
             self.migrator.restore(before.placement, before.quotas_LP, self.served.generation)
         except RuntimeError as error:
-            logger.exception("ep_rebalance: the experts stay where they were loaded")
+            logger.exception("ep_rebalance: not all experts are where the state file has them")
             self._tell(PlanEnded("abandoned", str(error)))
 
     def _work_out_rounds(self) -> Steps:
-        """From one broadcast all ranks work out the same rounds."""
-        proposal = self._jobs.proposal
+        """All ranks work out the same rounds from one broadcast."""
+        proposal = self._jobs.proposal  # None on all ranks but 0, which take part all the same
         wire = self._plans.begin(None if proposal is None else proposal.plan)
         yield
         self._jobs.work_out_rounds(wire.result().numpy(), self.served)
@@ -317,7 +315,7 @@ class Rebalancer:
         self._ended = MigrationEnd(batches=outcome.batches, abandoned=bool(outcome.fault))
         seconds = time.perf_counter() - began
         self._tell(MigrationEnded(seconds, outcome.fault, self._jobs.proposal))
-        yield
+        yield  # ends the step of the last commit
 
 
 def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:

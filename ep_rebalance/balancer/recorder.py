@@ -1,7 +1,7 @@
 """Recorder: writes the trace of a server, in a thread of its own.
 
-The step path only hands over what a snapshot brought anyway. A disk that is slow or full costs
-records, which are counted, and nothing else.
+The step path only hands over what a snapshot brought anyway. A slow or full disk costs records, which are
+counted, and nothing else.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from ep_rebalance.placement import Placement
 logger = logging.getLogger(__name__)
 
 _WAITING = 64
-"""Records that may wait for the disk; of DeepSeek-V3's, 15 MB."""
+"""Records that may wait for the disk: 15 MB for DeepSeek-V3."""
 
 
 class Recorder:
-    """Rank 0 has one. config: with a path.
+    """Rank 0's recorder.
 
-    recording: whether snapshots are taken. lost: records that the disk was too slow for, or refused.
+    config: its `path` is set.
+
+    recording: whether snapshots are recorded.
+    lost: records that the disk was too slow for, or refused.
     """
 
     def __init__(self, config: TraceConfig, head: TraceHead) -> None:
@@ -54,10 +57,10 @@ class Recorder:
         self._thread.start()
 
     def switch(self, on: bool) -> None:
-        """Begin a file of its own, or end the one that is being written."""
+        """Begin a new file, or end the one that is being written."""
         if on != self.recording:
             self.recording = on
-            self._placement = None
+            self._placement = None  # so that the new file begins with the placement
             if not on:
                 self._put(None)
 
@@ -66,8 +69,9 @@ class Recorder:
     ) -> None:
         """Record what a snapshot brought.
 
-        served: what its steps ran on, the last of which was the engine's step `step`.
-        ended: the migration that ended since the snapshot before.
+        served: what its steps ran on.
+        step: the engine's number of the last of these.
+        ended: the migration that ended since the previous snapshot; None if none did.
         """
         if not self.recording:
             return
@@ -81,7 +85,7 @@ class Recorder:
                 time=now,
             )
             if not self._put(change):
-                return
+                return  # a snapshot without its placement could not be replayed
             self._placement = served.placement
         self._put(
             RecordedSnapshot(
@@ -97,11 +101,11 @@ class Recorder:
         )
 
     def flush(self) -> None:
-        """Wait until all that was handed over is written."""
+        """Wait until everything handed over has been written."""
         self._waiting.join()
 
     def _put(self, record: Record | None) -> bool:
-        """False if it is lost. None ends the file."""
+        """Hand a record to the thread; None ends the file. Returns False if it is lost."""
         try:
             self._waiting.put_nowait(record)
         except queue.Full:
@@ -117,13 +121,14 @@ class Recorder:
                     self._writer.close()
                 else:
                     self._writer.write(record)
-            except OSError as error:
+            except Exception as error:  # a thread that ends would take nothing any more
                 self._refused(error)
             finally:
                 self._waiting.task_done()
 
-    def _refused(self, error: OSError) -> None:
+    def _refused(self, error: Exception) -> None:
+        """Stop recording: a full disk would refuse the next records too."""
         self.lost += 1
         if self.recording:
             self.recording = False
-            logger.warning("ep_rebalance: the trace is not written any more: %s", error)
+            logger.warning("ep_rebalance: the trace is no longer written: %s", error)

@@ -1,6 +1,6 @@
 """Session: one rank's part in balancing one model, as an engine calls it.
 
-Knows no engine: `engines/port.py` says in which order an adapter calls what.
+It knows no engine. `engines/port.py` says in which order an adapter calls what.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """Made on every rank when the model is loaded. config: equal on all ranks.
+    """Made on every rank once the model is loaded.
+
+    config: equal on all ranks.
 
     Raises ConfigurationError if the model cannot be served with it, ValueError for expert tensors that
     cannot be moved.
@@ -46,6 +48,7 @@ class Session:
         self._model = model
         self._moves_experts = config.mode != "observe"
         self._rank = dist.get_rank(model.group)
+        _check_slots(config, model)
         self._counts = RoutingTables(
             placement=model.placement,
             max_tokens=model.max_tokens,
@@ -93,21 +96,23 @@ class Session:
         started: float | None = None,
         continues: bool = False,
     ) -> None:
-        """The tokens of a step are known; ranks without any leave it out.
+        """The tokens of a step are known. Not called for steps without tokens of this rank.
 
-        phases_T: int8 [T], PREFILL or DECODE. started: by `time.perf_counter()`, now if None. continues:
-        whether the engine had work all the time since the step before.
+        phases_T: int8 [T]. PREFILL or DECODE for each token.
+        started: seconds. When its preparation began, by `time.perf_counter()`; now if None.
+        continues: whether the engine has had work all the time since the previous step.
         """
         self._started = time.perf_counter() if started is None else started
         self._continues = continues
         self._counts.mark_tokens(phases_T)
 
     def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int = 0) -> torch.Tensor:
-        """Count one layer's logical ids, and turn them into slots over all ranks; never waits for the
-        device.
+        """[T, K], the slot over all ranks for each of one layer's logical ids, which are also counted.
 
-        topk_ids_TK: int32 or int64 [T, K], below 0 for padding. first_token: where these rows start among
-        the tokens of `begin_step`. In mode observe the ids come back as they are.
+        topk_ids_TK: int32 or int64 [T, K]. Logical experts, below 0 for padding.
+        first_token: where these rows start among the tokens of `begin_step`.
+
+        In mode observe the ids are returned as they are. Never waits for the device.
         """
         if self._moves_experts:
             return self._counts.route(layer, topk_ids_TK, first_token)
@@ -115,25 +120,26 @@ class Session:
         return topk_ids_TK
 
     def end_step(self) -> None:
-        """The forward pass was issued. Every rank calls it equally often, with tokens or without."""
+        """The forward pass was issued. Every rank calls this equally often, with tokens or without."""
         started, self._started = self._started, None
         self.rebalancer.step(started, self._continues)
 
     @property
     def busy(self) -> bool:
-        """Whether a step of this rank's own tokens has begun and not ended."""
+        """Whether a step with tokens of this rank has begun and not ended."""
         return self._started is not None
 
     # The engine's weights.
 
     @property
     def has_moved_experts(self) -> bool:
-        """Whether any slot may hold another expert than the one that was loaded into it."""
+        """Whether any slot may hold another expert than was loaded into it."""
         return self.rebalancer.migrator.has_moved_experts
 
     def weights_replaced(self, layers: Iterable[int] | None = None) -> None:
-        """The slots of `layers`, of all if None, hold what the engine's loader writes, in its order, or
-        nothing yet.
+        """The slots of some layers hold what the engine's loader writes, in its order, or nothing yet.
+
+        layers: which; all of them if None.
 
         Ranks may be told in different steps, but of the same layers in the same order.
         """
@@ -144,8 +150,9 @@ class Session:
         try:
             self.rebalancer.migrator.replace_memory(ExpertMemory(self._model.expert_tensors()))
         except Exception:
+            # This rank still takes part in exchanges and votes, or the others would wait for it.
             logger.exception(
-                "ep_rebalance: experts of another size or form cannot be moved any more"
+                "ep_rebalance: experts now have another size or layout, so none are moved any more"
             )
             self.rebalancer.migrator.refuse_moves()
 
@@ -164,14 +171,14 @@ class Session:
         return encode(self.rebalancer.journal.load(self.rebalancer.served))
 
     def ask(self, action: Action) -> str | None:
-        """Take an operator's request, see `Rebalancer.ask`."""
+        """Take an operator's request; see `Rebalancer.ask`."""
         refusal = self.rebalancer.ask(action)
         if refusal == "":
             logger.info("ep_rebalance: an operator asked to %s", action)
         return refusal
 
     def record(self, on: bool) -> bool:
-        """Switch recording; False on a rank that has no recorder."""
+        """Switch recording on or off. Returns False on a rank that has no recorder."""
         if self._recorder is None:
             return False
         self._recorder.switch(on)
@@ -179,7 +186,7 @@ class Session:
         return True
 
     def _take_up_saved_state(self) -> None:
-        """Rank 0 reads the state file; all ranks take up what it found."""
+        """Rank 0 reads the state file, and all ranks serve what it found."""
         model = self._model
         state: SavedState | None = None
         if self.config.state.path and self._rank == 0:
@@ -199,6 +206,15 @@ class Session:
         placement = Placement(slots_LP, loaded.num_experts, loaded.num_ranks)
         self.rebalancer.migrator.restore(placement, quotas_LP, generation)
         logger.info("ep_rebalance: took up the saved placement of generation %d", generation)
+
+
+def _check_slots(config: RebalanceConfig, model: EngineModel) -> None:
+    wanted, there = config.planner.redundant_experts, model.placement.num_redundant
+    if config.mode != "observe" and wanted != there:
+        raise ConfigurationError(
+            f"planner.redundant_experts={wanted}, and the engine loaded {there} redundant slots.",
+            "set them alike; an adapter has to load as many as the setting says.",
+        )
 
 
 def _planner(config: RebalanceConfig) -> Planner:

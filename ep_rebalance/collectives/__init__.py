@@ -1,1 +1,1 @@
-"""By which ranks agree."""
+"""The collectives by which ranks agree."""

@@ -1,5 +1,5 @@
-"""Plan broadcast: an accepted plan from rank 0 to all ranks, as integers, so that every rank reads
-the same bits.
+"""Plan broadcast: an accepted plan goes from rank 0 to all ranks, as integers, so that every rank reads the
+same bits.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from ep_rebalance.host_memory import Download, UploadRing
 from ep_rebalance.planning.problem import Plan
 
 QUOTA_UNIT = 1 << 30
-"""Quotas travel as multiples of one over this."""
+"""Quotas are sent as multiples of 1 / QUOTA_UNIT."""
 
 
 class PlanBroadcast:
-    """shape: layers and slots. The memory is reserved once."""
+    """Sends plans from rank 0. The memory is reserved once.
+
+    shape: numbers of layers and slots.
+    """
 
     def __init__(
         self, *, group: dist.ProcessGroup, shape: tuple[int, int], device: torch.device
@@ -29,11 +32,13 @@ class PlanBroadcast:
         self._download = Download(self._wire_2LP)
 
     def begin(self, plan: Plan | None) -> Download:
-        """On all ranks in the same step.
+        """Broadcast a plan. Collective, in the same step on all ranks.
 
-        plan: rank 0's; what other ranks pass is not looked at.
-        Returns int64 [2, L, P], to be read with `read_plan`.
+        plan: rank 0's; None on all others, which receive it.
+
+        Returns the download of int64 [2, L, P], to be read with `read_plan` in a later step.
         """
+        # All of it in stream order: upload, broadcast, download. The host waits for none of them here.
         if plan is not None:
             self._put(plan)
         dist.broadcast(self._wire_2LP, src=self._source, group=self._group)
@@ -41,7 +46,7 @@ class PlanBroadcast:
         return self._download
 
     def warm_up(self) -> None:
-        """On all ranks in the same order, before serving: the communicator's first broadcast."""
+        """Collective, before serving: the first broadcast connects the ranks, which takes long."""
         self.begin(None).result()
 
     def _put(self, plan: Plan) -> None:
@@ -52,6 +57,9 @@ class PlanBroadcast:
 
 
 def read_plan(wire_2LP: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """(slots_LP, quotas_LP) of what was broadcast."""
+    """(slots_LP, quotas_LP) of a plan that was broadcast.
+
+    wire_2LP: int64 [2, L, P]. Slots, and quotas in units of 1 / QUOTA_UNIT.
+    """
     slots_LP, quota_units_LP = wire_2LP
     return slots_LP.astype(np.int32), quota_units_LP / QUOTA_UNIT

@@ -1,8 +1,8 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
 It is the only collective that steady traffic costs: `2 L E` integers and a few more every
-`snapshot_steps` steps. All decisions that ranks must take in the same step are taken from what it
-returns, which is equal on every rank.
+`snapshot_steps` steps. Its result is equal on every rank, and all decisions that ranks must take in the
+same step are based on it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from ep_rebalance.routing.device_tables import RoutingTables
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """What a rank tells the others; in `SnapshotSums`, how many ranks said so.
+    """What a rank tells the others; in `SnapshotSums`, the sums over all ranks.
 
-    planned: rank 0's plan is done. proposed: and it is to be carried out. scheduled: the rank has
-    worked out its migration. failed: it could not. fitted: it has quotas that follow the load.
-    paused, plan_asked: what an operator asked rank 0 for. reloads, reloads_squared: times that the engine
-    replaced the rank's weights, and that number's square: the sums tell whether all ranks have the same.
+    planned: rank 0's plan is done.
+    proposed: and it is to be carried out.
+    scheduled: the rank has worked out the rounds of the migration.
+    failed: it could not.
+    fitted: it has quotas that follow the load.
+    paused, plan_asked: what an operator asked rank 0 for.
+    reloads: how often the engine has replaced the rank's weights.
+    reloads_squared: the square of that: the two sums show whether it is the same on all ranks.
     """
 
     planned: int = 0
@@ -44,19 +48,19 @@ class Flags:
 _FLAGS = attrgetter(*(field.name for field in fields(Flags)))
 
 HEAD = len(fields(Flags)) + 4
-"""Integers before the counts: flags, then steps and their microseconds of both kinds in `StepSum`."""
+"""Integers before the counts: the flags, then steps and microseconds of both kinds in `StepSum`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotSums:
-    """Over all ranks, and equal on every rank."""
+    """Sums over all ranks, equal on every rank."""
 
     sample: LoadSample
     flags: Flags
 
 
 class SnapshotExchange:
-    """Sums counts and flags over `group` in one step and hands them out in a later one."""
+    """Sums counts and flags over `group` in one step, and returns them in a later one."""
 
     def __init__(self, *, group: dist.ProcessGroup, counts: RoutingTables) -> None:
         self._group = group
@@ -72,14 +76,19 @@ class SnapshotExchange:
         self._ever_continued = False
 
     def warm_up(self) -> None:
-        """On all ranks, before anything is counted: connects them, and loads what a snapshot runs."""
+        """Collective, before anything is counted: connects the ranks and loads the kernels of a snapshot."""
         self.begin(Flags(), StepSum())
         self._download.result()
 
     def begin(self, flags: Flags, steps: StepSum) -> None:
-        """Sum and clear the counters. steps: those of this rank since the snapshot before."""
+        """Sum and clear the counters. Collective, in the same step on all ranks.
+
+        flags: this rank's.
+        steps: this rank's since the previous snapshot.
+        """
         self._heads.next().numpy()[:] = (*_FLAGS(flags), *_timed(steps))
         self._heads.upload(self._head)
+        # In stream order: after the kernels of this step have counted, before those of the next one do.
         self._sums_ALE.copy_(self._counted_ALE)
         self._counters_LAE.zero_()
         self._steps = steps.steps
@@ -87,7 +96,10 @@ class SnapshotExchange:
         self._download.start(self._buffer)
 
     def finish(self, generation: int) -> SnapshotSums:
-        """The sums that `begin` started. generation: of the placement that served the counts."""
+        """The sums that `begin` started.
+
+        generation: number of the placement that the counted tokens were served with.
+        """
         values = self._download.result().numpy()
         flags, times = values[: HEAD - 4].tolist(), values[HEAD - 4 : HEAD].tolist()
         return SnapshotSums(
@@ -103,9 +115,11 @@ class SnapshotExchange:
     def _step_seconds(
         self, continued: int, continued_microseconds: int, alone: int, alone_microseconds: int
     ) -> float:
-        """Mean of the steps that continued the one before. The others are timed on the host, which is
-        too short on an accelerator: they tell only where no step ever continues, as where prompts are
-        all that is computed."""
+        """Mean time of the steps that continued the one before, over all ranks.
+
+        Other steps are timed on the host alone, which on an accelerator gives too little. They are used
+        only as long as no step has ever continued another, as when only prompts are computed.
+        """
         self._ever_continued = self._ever_continued or continued > 0
         if self._ever_continued:
             return continued_microseconds / 1e6 / max(continued, 1)

@@ -39,7 +39,7 @@ _DEFAULT_GPUS = (8, 16, 32)
 _DEFAULT_REDUNDANT = (0, 1, 2)
 _POLICIES = ("ours", "none")
 _GROUP = 256
-"""Snapshots that are held at once to be summed up."""
+"""How many snapshots are held in memory before they are summed up."""
 
 
 _Hardware = Annotated[
@@ -58,14 +58,14 @@ _Redundant = Annotated[
     list[int] | None,
     typer.Option(
         min=0,
-        help="Redundant experts for each GPU. Repeat.",
+        help="Redundant experts on each GPU. Repeat for several.",
         show_default=", ".join(map(str, _DEFAULT_REDUNDANT)),
     ),
 ]
 _Memory = Annotated[
-    float | None, typer.Option(min=1, help="GB of a GPU.", show_default="the hardware's")
+    float | None, typer.Option(min=1, help="Memory of a GPU in GB.", show_default="the hardware's")
 ]
-_GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of a node.")]
+_GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs on a node.")]
 _TokensPerGpu = Annotated[
     float | None,
     typer.Option(min=1, help="Tokens of a step on each GPU.", show_default="as recorded"),
@@ -73,7 +73,7 @@ _TokensPerGpu = Annotated[
 _Config = Annotated[
     Path | None, typer.Option(help="Settings of the plugin.", show_default="the recorded server's")
 ]
-_Jobs = Annotated[int | None, typer.Option(min=1, help="Replays at a time.")]
+_Jobs = Annotated[int | None, typer.Option(min=1, help="Replays to run at the same time.")]
 
 
 def advise(
@@ -93,7 +93,7 @@ def advise(
 
       ep-rebalance advise load.eptrace --hardware h100-sxm --gpus 8 --gpus 16
 
-    Step times are modelled from the hardware's figures, not measured: trust the order more than the
+    Step times are modelled from the hardware's figures, not measured: trust the ranking more than the
     numbers.
     """
     with explained():
@@ -122,8 +122,10 @@ def advise(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
-    """What is to be served. mean: the whole recording as one snapshot. tokens_per_gpu: of a step, None for
-    as many as each recorded rank had.
+    """What is to be served.
+
+    mean: the whole recording as one snapshot.
+    tokens_per_gpu: tokens of a step on each GPU; None for as many as each recorded rank had.
     """
 
     head: TraceHead
@@ -132,7 +134,7 @@ class _Load:
     tokens_per_gpu: float | None
 
     def factor(self, ranks: int) -> float:
-        """Tokens of a step on that many ranks, over those recorded."""
+        """Tokens of a step on that many ranks, divided by those of a recorded step."""
         head, mean = self.head, self.mean
         recorded = float(mean.counts_ALE.sum()) / (head.layers * head.top_k * mean.steps)
         return (self.tokens_per_gpu or recorded / head.ep_size) * ranks / recorded
@@ -140,7 +142,11 @@ class _Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Machine:
-    """What it is to be served on. hardware: a name or a file. memory_bytes: of a GPU."""
+    """What it is to be served on.
+
+    hardware: a name, or the path of a file.
+    memory_bytes: bytes. The memory of a GPU.
+    """
 
     hardware: str
     gpus_per_node: int
@@ -150,7 +156,7 @@ class _Machine:
 def _pairs(
     load: _Load, machine: _Machine, gpus: Sequence[int], redundant: Sequence[int]
 ) -> list[tuple[Scenario, Scenario]]:
-    """(ours, none) for each size that can be. Raises ValueError if there is none."""
+    """(ours, none) for each size that is possible. Raises ValueError if none is."""
     pairs = []
     for ranks, extra in product(gpus, redundant):
         copies = _slots(load.head, ranks, extra)
@@ -177,8 +183,9 @@ def _scenario(load: _Load, machine: _Machine, policy: str, ranks: int, copies: i
 
 
 def _options(load: _Load, machine: _Machine, replayed: Sequence[Replayed]) -> list[Advice]:
-    """Expert-parallel ones, and for each number of GPUs one that cuts every expert. replayed: of the pairs,
-    one by one.
+    """The expert-parallel options, and for each number of GPUs one with every expert cut over all GPUs.
+
+    replayed: ours and none in turn, as in `_pairs`.
     """
     head, mean, memory = load.head, load.mean, machine.memory_bytes
     parallel = [
@@ -199,7 +206,7 @@ def _print(head: TraceHead, best: list[Advice]) -> None:
 
 
 def serve_command(model: str, option: Advice) -> str:
-    """What to type for it."""
+    """The command that serves a model as this option says."""
     if not option.expert_parallel:
         return f"vllm serve {model} --tensor-parallel-size {option.ranks}"
     words = [f"vllm serve {model} --data-parallel-size {option.ranks} --enable-expert-parallel"]
@@ -211,13 +218,13 @@ def serve_command(model: str, option: Advice) -> str:
 
 
 def _slots(head: TraceHead, ranks: int, extra: int) -> int | None:
-    """Redundant experts for `extra` more slots a rank than are needed; None if that cannot be."""
+    """Redundant experts if each rank has `extra` more slots than it needs; None if that is impossible."""
     slots = -(-head.experts // ranks) + extra
     return None if slots > head.experts else slots * ranks - head.experts
 
 
 def _summed(head: TraceHead, readers: list[TraceReader]) -> RecordedSnapshot:
-    """All snapshots as one, in memory that does not grow with them."""
+    """All snapshots as one. Memory does not grow with their number."""
     group: list[RecordedSnapshot] = []
     for record in read_records(readers):
         if isinstance(record, RecordedSnapshot) and record.counts_ALE.any():

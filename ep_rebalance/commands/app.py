@@ -80,7 +80,7 @@ def version() -> None:
 
 
 def metric_table() -> str:
-    """`METRICS` as Markdown; docs/operations.md holds this text."""
+    """`METRICS` as a Markdown table, which docs/operations.md contains."""
     rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     for metric in METRICS:
         suffix = "_total" if metric.kind == "counter" else ""
@@ -121,6 +121,6 @@ def _choices(field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Entry point of the `ep-rebalance` script. vLLM is quiet in its process and in those that it starts."""
+    """Entry point of the `ep-rebalance` script. vLLM logs only errors, here and in processes started here."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     app()

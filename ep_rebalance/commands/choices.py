@@ -1,4 +1,4 @@
-"""Options whose values are the names in a registry."""
+"""Options whose values are the names of entries, such as policies or formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 
 def one_of(names: Iterable[str]) -> dict[str, Any]:
-    """Arguments of `typer.Option` for a text that is one of these."""
+    """Arguments of `typer.Option` for a text that must be one of these names."""
     known = tuple(names)
 
     def parse(text: str) -> str:

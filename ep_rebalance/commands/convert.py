@@ -1,4 +1,4 @@
-"""`ep-rebalance convert`: recordings of other engines into traces, placements for other engines."""
+"""`ep-rebalance convert`: turns other engines' recordings into traces, and writes placements for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
 
 TARGETS = one_of(name for name, one in FORMATS.items() if one.write_placement)
-"""Of an option: who is to read a placement."""
+"""Arguments of an option that says which engine is to read a placement."""
 
 
 def _sources() -> str:
@@ -33,33 +33,37 @@ def _sources() -> str:
 
 
 _Source = Annotated[Path, typer.Argument(help=_sources())]
-_Target = Annotated[Path, typer.Argument(help="A trace (*.eptrace), or a placement's file.")]
+_Target = Annotated[Path, typer.Argument(help="A trace (*.eptrace), or a file for a placement.")]
 _To = Annotated[
     str | None,
-    typer.Option(**TARGETS, help="Whose placement to write, unless TARGET is a trace."),
+    typer.Option(
+        **TARGETS, help="For which engine to write a placement, unless TARGET is a trace."
+    ),
 ]
 _TopK = Annotated[
-    int | None, typer.Option(min=1, help="Experts of a token, where the file does not tell.")
+    int | None, typer.Option(min=1, help="Experts per token, if the file does not say.")
 ]
 _Model = Annotated[str, typer.Option(help="Name for the trace.", show_default="the file's")]
-_Phase = Annotated[str, typer.Option(help="Whose tokens they are: prefill or decode.")]
+_Phase = Annotated[str, typer.Option(help="The phase of the tokens: prefill or decode.")]
 _TokensPerSnapshot = Annotated[
-    int, typer.Option(min=1, help="Tokens of a snapshot, where they come one by one or are drawn.")
+    int, typer.Option(min=1, help="Tokens of a snapshot, if they are recorded one by one or drawn.")
 ]
 _Sample = Annotated[
-    int, typer.Option(min=0, help="Draw that many snapshots from the sum of the recording.")
+    int, typer.Option(min=0, help="Draw this many snapshots from the sum of the recording.")
 ]
 _StepsPerSnapshot = Annotated[
-    int, typer.Option(min=1, help="Engine steps that a snapshot is to stand for.")
+    int, typer.Option(min=1, help="Engine steps that a snapshot is said to cover.")
 ]
-_Seed = Annotated[int, typer.Option(help="Of --sample.")]
-_Key = Annotated[str, typer.Option(help="Arrays of an .npz to take, e.g. 'math|*'.")]
+_Seed = Annotated[int, typer.Option(help="Seed of --sample.")]
+_Key = Annotated[str, typer.Option(help="Arrays of an .npz file to read, e.g. 'math|*'.")]
 _EpSize = Annotated[
-    int | None, typer.Option(min=1, help="EP ranks of a placement whose file does not tell.")
+    int | None, typer.Option(min=1, help="EP ranks of a placement, if its file does not say.")
 ]
 _Like = Annotated[
     Path | None,
-    typer.Option(help="A state file of the server that is to read the one written by --to state."),
+    typer.Option(
+        help="For --to state: a state file saved by the server that is to read the new one."
+    ),
 ]
 
 
@@ -80,14 +84,14 @@ def convert(
     first_moe_layer: FirstMoeLayer = 0,
     like: _Like = None,
 ) -> None:
-    """Recordings of other engines into traces, and placements for other engines.
+    """Turn recordings of other engines into traces, or write placements for other engines.
 
     ep-rebalance convert logical_count.json load.eptrace --top-k 8 --sample 200
     ep-rebalance convert state.npz location.json --to sglang --first-moe-layer 3 --layers 61
     """
     with explained():
         if phase not in PHASES:
-            raise ValueError(f"--phase {phase}: it is one of {', '.join(PHASES)}")
+            raise ValueError(f"--phase {phase} is not one of {', '.join(PHASES)}")
         reading = Reading(
             num_ranks=ep_size,
             first_moe_layer=first_moe_layer,
@@ -107,7 +111,9 @@ def convert(
             typer.echo(f"{target}: {count} snapshots, {load.origin}", err=True)
             return
         if to is None:
-            raise ValueError(f"TARGET {target} is no *{SUFFIX}; say whose placement with --to")
+            raise ValueError(
+                f"TARGET {target} is not a *{SUFFIX}; say for which engine it is with --to"
+            )
         placement, moe_layers = read_placement(source, reading)
         write_placement(target, placement, moe_layers, to, Writing(layers=layers, like=like))
 
@@ -115,7 +121,7 @@ def convert(
 def _load(
     source: Path, reading: Reading, top_k: int | None, *, snapshots: int, seed: int
 ) -> tuple[ForeignLoad, int]:
-    """A recording and its top-k; with `snapshots`, that many are drawn from its sum."""
+    """(recording, top-k). With `snapshots`, that many are drawn from the recording's sum."""
     load = read_load(source, reading)
     known = _top_k(source, load, top_k)
     if not snapshots:
@@ -125,17 +131,17 @@ def _load(
 
 
 def _top_k(source: Path, load: ForeignLoad, given: int | None) -> int:
-    """What the file tells, else what was given, else that of a model with these sizes."""
+    """The top-k that the file holds, else the given one, else that of a known model with these sizes."""
     sizes = (load.layers, load.experts)
     guessed = [s.top_k for s in SHAPES.values() if (s.layers, s.experts) == sizes]
     known = [top_k for top_k in (load.top_k, given, *guessed) if top_k is not None]
     if not known:
-        raise FormatError(source, "", "does not tell the experts of a token; give --top-k")
+        raise FormatError(source, "", "does not say how many experts a token has; give --top-k")
     return known[0]
 
 
 def _shown(load: ForeignLoad, total: int) -> ForeignLoad:
-    """With a progress bar; `total` 0 if it is not known."""
+    """The same load with a progress bar, of unknown length if `total` is 0."""
     counts = track(load.counts, "writing", total=total or None, transient=True)
     return dataclasses.replace(load, counts=counts)
 
@@ -143,7 +149,11 @@ def _shown(load: ForeignLoad, total: int) -> ForeignLoad:
 def write_placement(
     target: Path, placement: Placement, moe_layers: Sequence[int], to: str, writing: Writing
 ) -> None:
-    """In the format `to`, one of TARGETS, and say so on stderr. Raises ValueError for what does not fit."""
+    """Write a placement and say so on stderr. Raises ValueError for what does not fit.
+
+    moe_layers: the numbers that the placement's layers have in the model.
+    to: the format, one of TARGETS.
+    """
     write = FORMATS[to].write_placement
     assert write is not None
     write(target, placement, moe_layers, writing)

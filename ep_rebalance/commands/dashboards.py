@@ -16,13 +16,11 @@ _CODE = shutil.ignore_patterns("*.py", "__pycache__")
 
 def dashboards(
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to; it is made if there is none.")
+        Path | None, typer.Option(help="Folder to write to; it is created if it does not exist.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over files that are there.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Only check that the files are what the code makes.")
+        bool, typer.Option("--check", help="Only check that the files are what the code generates.")
     ] = False,
 ) -> None:
     """Grafana dashboards, alert rules, and examples for containers and Kubernetes.
@@ -42,9 +40,9 @@ def dashboards(
 
 def _check(source: Path) -> None:
     if old := stale(source):
-        typer.echo(f"Not what the code makes: {', '.join(old)}. Run make dashboards.", err=True)
+        typer.echo(f"Not what the code generates: {', '.join(old)}. Run make dashboards.", err=True)
         raise typer.Exit(1)
-    typer.echo("All files are what the code makes.", err=True)
+    typer.echo("All files are what the code generates.", err=True)
 
 
 def _copy(source: Path, out: Path, *, force: bool) -> None:
@@ -53,8 +51,8 @@ def _copy(source: Path, out: Path, *, force: bool) -> None:
     there = sorted(str(name) for name in names if (out / name).exists())
     if there and not force:
         typer.echo(
-            f"{out} holds {', '.join(there[:3])}{' and more' if there[3:] else ''} already. "
-            "Name another folder, or write over them with --force.",
+            f"{out} already holds {', '.join(there[:3])}{' and more' if there[3:] else ''}. "
+            "Name another folder, or overwrite them with --force.",
             err=True,
         )
         raise typer.Exit(2)

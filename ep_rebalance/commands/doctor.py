@@ -33,9 +33,9 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Can this machine and this vLLM run the plugin? One line for each check, with the remedy.
+    """Can this machine and this vLLM run the plugin? One line for each check, with a remedy.
 
-    Exits with 1 if there is a problem. Takes some seconds: vLLM is imported, the planner compiled.
+    Exits with 1 if there is a problem. Takes some seconds, since it imports vLLM and compiles the planner.
     """
     console, shown = Console(), []
     for finding in run_checks(_all(model_name, config)):
@@ -59,6 +59,7 @@ def _all(model_name: str, config: Path | None) -> Iterator[tuple[str, Check]]:
 def _engine() -> Iterable[Finding]:
     if find_spec("vllm") is None:
         return [_no_engine()]
+    # By name: engines are a layer above the commands, which may not import them.
     diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
     return run_checks(diagnosis.checks())
 
@@ -73,7 +74,7 @@ def _no_engine() -> Finding:
 
 
 def _print(console: Console, finding: Finding) -> None:
-    """A row of a table that grows, since some checks take seconds; plain lines into a pipe."""
+    """Print a row at once, since some checks take seconds. A pipe gets plain lines."""
     remedy = f"-> {finding.remedy}" if finding.remedy else ""
     if console.is_terminal:
         console.print(_row(finding, remedy))

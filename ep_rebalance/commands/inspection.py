@@ -40,16 +40,16 @@ def inspect(
         ),
     ],
     watch: Annotated[
-        bool, typer.Option("--watch", help="Go on showing a live server, until Ctrl-C.")
+        bool, typer.Option("--watch", help="Keep showing a live server, until Ctrl-C.")
     ] = False,
     as_json: AsJson = False,
     api_key: ApiKey = "",
 ) -> None:
-    """What a trace, a state file or a live server holds."""
+    """Show what a trace, a state file or a live server holds."""
     live = source.startswith(("http://", "https://"))
     with explained():
         if watch and not live:
-            raise ValueError(f"--watch shows a live server; {source} is a file")
+            raise ValueError(f"--watch shows a live server, and {source} is a file")
         if watch:
             _watch(source, api_key)
             return
@@ -69,7 +69,8 @@ def _look(url: str, api_key: str) -> tuple[dict[str, Any], RenderableType]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], RenderableType]:
-    """Told apart by what they begin with, not by their names."""
+    """(JSON-ready result, table) of a file, or of a folder of traces."""
+    # By what a file begins with rather than by its name, which may be any.
     if path.is_dir() or trace.FORMAT.recognises(path):
         return _trace(open_traces([path]))
     if state.FORMAT.recognises(path):
@@ -94,7 +95,9 @@ def _trace(readers: Sequence[TraceReader]) -> tuple[dict[str, Any], RenderableTy
         *_trace_rows(summary, timed=not head.origin),
     ]
     if left_over:
-        rows.append(("at the end", f"{left_over} bytes of a record that is being written, or was"))
+        rows.append(
+            ("at the end", f"{left_over} bytes of a record that is being written, or was cut off")
+        )
     return found, _table(f"trace of {head.model}", rows)
 
 
@@ -155,7 +158,7 @@ def _moment(seconds: float) -> str:
 
 
 def _watch(url: str, api_key: str) -> None:
-    """Redraw until Ctrl-C; a server that does not answer is waited for."""
+    """Redraw until Ctrl-C, also while the server does not answer."""
     before: dict[str, Any] | None = None
     shown: RenderableType = Text("waiting for an answer")
     with Live(shown, refresh_per_second=4) as live:
@@ -174,13 +177,13 @@ def _watch(url: str, api_key: str) -> None:
 
 
 def _ranks(answer: dict[str, Any], before: dict[str, Any] | None) -> RenderableType:
-    """A bar for each rank: its tokens since the look before."""
+    """A bar for each rank: its tokens since the previous status."""
     earlier = before["rank_tokens"] if before else [0] * answer["ep_size"]
     fresh = [now - then for now, then in zip(answer["rank_tokens"], earlier, strict=True)]
     mean = sum(fresh) / len(fresh)
     if mean <= 0:
-        return Text("no tokens since the look before", style="dim")
-    table = Table("rank", "tokens since the look before", "", box=None)
+        return Text("no tokens since the last look", style="dim")
+    table = Table("rank", "tokens since the last look", "", box=None)
     for rank, tokens in enumerate(fresh):
         table.add_row(str(rank), Bar(max(fresh), 0, tokens, width=40), f"{tokens / mean:.2f}")
     return table

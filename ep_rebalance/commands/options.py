@@ -1,6 +1,6 @@
 """Arguments and options that several commands take.
 
-A default that is worked out is told by `show_default`: the help takes text in brackets for markup.
+`show_default` describes defaults that are worked out, since Rich takes brackets in a help text for markup.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Traces = Annotated[list[Path], typer.Argument(help="Trace files (*.eptrace), or 
 
 RanksPerNode = Annotated[
     int | None,
-    typer.Option(min=1, help="EP ranks of a node.", show_default="as recorded, else 8"),
+    typer.Option(min=1, help="EP ranks on a node.", show_default="as recorded, else 8"),
 ]
 ModelLayers = Annotated[
     int | None, typer.Option(min=1, help="Layers of the model, dense ones included (SGLang).")

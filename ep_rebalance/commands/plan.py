@@ -1,4 +1,4 @@
-"""`ep-rebalance plan`: the best placement for recorded load, for any engine to start with."""
+"""`ep-rebalance plan`: finds the best placement for recorded load, for any engine to start with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ep_rebalance.placement import Placement, imbalance_L
 def plan(
     traces: Traces,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the placement.")],
-    to: Annotated[str, typer.Option(**TARGETS, help="For whom.")],
+    to: Annotated[str, typer.Option(**TARGETS, help="For which engine.")],
     ep_size: Annotated[
         int | None, typer.Option(min=2, help="EP ranks.", show_default="as recorded")
     ] = None,
@@ -36,10 +36,13 @@ def plan(
     layers: ModelLayers = None,
     first_moe_layer: FirstMoeLayer = 0,
     like: Annotated[
-        Path | None, typer.Option(help="A state file of the server that is to read --to state.")
+        Path | None,
+        typer.Option(
+            help="For --to state: a state file saved by the server that is to read the new one."
+        ),
     ] = None,
 ) -> None:
-    """The best placement for recorded load, for an engine to start with.
+    """Find the best placement for recorded load, for an engine to start with.
 
     ep-rebalance plan load.eptrace --ep-size 32 --redundant 32 --to sglang -o location.json
     """
@@ -48,7 +51,7 @@ def plan(
         head = completed(readers[0].head)
         ranks = ep_size or head.ep_size
         if ranks < 2:
-            raise ValueError("the trace was converted and knows no ranks: give --ep-size, e.g. 8")
+            raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
         copies = head.slots - head.experts if redundant is None else redundant
         settings = settings_for(head, None, [])
         one = scenario(head, settings, "static", ranks, copies, ranks_per_node)
@@ -65,7 +68,7 @@ def plan(
 
 
 def _remembered(records: Iterable[Record]) -> WindowLoad:
-    """The trace as a handful of kinds of load, old ones counted less. Raises NothingRecorded."""
+    """The trace as a few kinds of load, of which old ones count less. Raises NothingRecorded."""
     memory, last = LoadHistory(), None
     for record in records:
         if isinstance(record, RecordedSnapshot) and record.counts_ALE.any():
@@ -73,9 +76,10 @@ def _remembered(records: Iterable[Record]) -> WindowLoad:
             memory.add(last)
     if last is None:
         raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
+    # The last snapshot is in the memory, too. On its own it gets the rest, since no share may be 1.
     return memory.joined(last, 0.99)
 
 
 def _imbalance(placement: Placement, load: WindowLoad) -> float:
-    """Max/mean rank load of the whole, mean of the layers."""
+    """Max over mean rank load of all of it, averaged over layers."""
     return float(imbalance_L(placement.rank_load_LR(load.load_LE)).mean())

@@ -1,4 +1,4 @@
-"""`ep-rebalance replay`: what another placement policy would have made of recorded load."""
+"""`ep-rebalance replay`: serves recorded load again, with other placement policies."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _ExpertTimeFraction = Annotated[
     typer.Option(
         min=0.01,
         max=1.0,
-        help="Part of a step that waits for experts.",
+        help="Fraction of a step that waits for experts.",
         show_default="decision.expert_time_fraction",
     ),
 ]
@@ -74,11 +74,12 @@ _Report = Annotated[
     Path | None, typer.Option(help="Also write an HTML page with charts to this file.")
 ]
 _Jobs = Annotated[
-    int | None, typer.Option(min=1, help="Replays at a time.", show_default="one per core")
+    int | None,
+    typer.Option(min=1, help="Replays to run at the same time.", show_default="one per core"),
 ]
 _FailBelowGain = Annotated[
     float | None,
-    typer.Option(help="Exit with 1 if `ours` saves less than this part of the step time."),
+    typer.Option(help="Exit with 1 if `ours` saves less than this fraction of the step time."),
 ]
 
 
@@ -107,11 +108,11 @@ def run_replay(
     """
     with explained():
         if report is not None:
-            check_report(report)
+            check_report(report)  # now, rather than after minutes of replaying
         readers = open_traces(traces)
         head = completed(readers[0].head)
         if head.ep_size == 1 and not ep_size:
-            raise ValueError("the trace was converted and knows no ranks: give --ep-size, e.g. 8")
+            raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
         settings = settings_for(head, config, set_ or [])
         scenarios = [
             scenario(

@@ -1,4 +1,4 @@
-"""What `ep-rebalance replay` shows: one JSON-ready result, and its forms."""
+"""What `ep-rebalance replay` shows: one JSON-ready result, as a table, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 
 class Format(StrEnum):
-    """Of the output."""
+    """Format of the output."""
 
     TABLE = "table"
     JSON = "json"
@@ -37,7 +37,7 @@ class Format(StrEnum):
 def as_json(
     readers: Sequence[TraceReader], settings: RebalanceConfig, replayed: Sequence[Replayed]
 ) -> dict[str, Any]:
-    """All that is shown, JSON-ready; the table holds nothing else."""
+    """Everything that is shown, JSON-ready; the table and the CSV contain parts of it."""
     head = readers[0].head
     baseline = {
         (r.scenario.topology.num_ranks, r.scenario.config.planner.redundant_experts): r
@@ -101,7 +101,7 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
 
 
 def write(result: dict[str, Any], format_: Format, output: Path | None) -> None:
-    """To a file or stdout."""
+    """Write a result to a file, or to stdout if `output` is None."""
     if format_ == Format.TABLE:
         with open(output, "w", encoding="utf-8") if output else _stdout() as file:
             console = Console(file=file, width=120 if output else None)
@@ -125,12 +125,12 @@ def _caption(result: dict[str, Any]) -> str:
     return (
         f"{trace['snapshots']} snapshots of {trace['steps']} steps of {trace['model']} "
         f"({trace['origin']}). max/mean: load of the busiest rank over the mean; balance: its inverse, mean "
-        "of layers. Every plan is scored on load that it had not seen. Plans: committed of made."
+        "over layers. Every plan is scored on load that it had not seen. Plans: committed / made."
     )
 
 
 def _table(result: dict[str, Any]) -> Table:
-    """Narrow enough for 80 columns; the rest is in the JSON."""
+    """What fits into 80 columns; the rest is in the JSON."""
     table = Table(title="Replay", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("policy", "EP+copies", "max/mean", "balance", "step ms", "saved", "plans", "moved",
                  "bytes"):  # fmt: skip
@@ -164,7 +164,7 @@ def _csv(result: dict[str, Any]) -> str:
 
 
 def check_gain(result: dict[str, Any], least: float) -> None:
-    """Exit with 1 if `ours` saves less than `least` of the step time, with 2 if none is known."""
+    """Exit with 1 if `ours` saves less than `least` of the step time, with 2 if that is not known."""
     saved = [row["step_time_saved"] for row in result["rows"] if row["policy"] == "ours"]
     if not saved or None in saved:
         typer.echo("ep-rebalance: --fail-below-gain compares --policy ours with none", err=True)

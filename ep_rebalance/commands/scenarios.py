@@ -1,4 +1,4 @@
-"""What commands that read traces have in common: errors that the user can mend, and settings."""
+"""What commands that read traces have in common: errors that the user can fix, and settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ep_rebalance.offline.run import (
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """What the user can mend becomes one sentence and exit code 2."""
+    """Turns errors that the user can fix into one sentence and exit code 2."""
     try:
         yield
     except (TraceError, NothingRecorded, ConfigurationError, ValueError, OSError) as error:
@@ -29,7 +29,10 @@ def explained() -> Iterator[None]:
 
 
 def settings_for(head: TraceHead, file: Path | None, assignments: Sequence[str]) -> RebalanceConfig:
-    """The recorded server's settings, or the file's, and single ones over them."""
+    """The recorded server's settings, or those of a file, overridden by single assignments.
+
+    assignments: `KEY=VALUE` each, with a dotted key.
+    """
     base = head.config if file is None else read_config_file(file)
     return load_config(base, *(_setting(text) for text in assignments))
 

@@ -1,4 +1,4 @@
-"""Several scenarios over the same trace, each in a process of its own, with progress bars."""
+"""Replays several scenarios over the same trace, each in its own process, with progress bars."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def replay_all(
     jobs: int | None = None,
     quiet: bool = False,
 ) -> list[Replayed]:
-    """All scenarios over the same trace, several at a time, with a progress bar on stderr."""
+    """Replay all scenarios over the same trace, several at the same time, with progress bars on stderr.
+
+    jobs: how many at the same time; as many as there are cores if None.
+    quiet: no progress bars.
+    """
     paths = [reader.path for reader in readers]
     total = sum(reader.whole_records for reader in readers)
     workers = min(jobs or len(os.sched_getaffinity(0)), len(scenarios))
@@ -57,7 +61,9 @@ def _replay_in_processes(
     progress: Progress,
     tasks: list[Any],
 ) -> list[Replayed]:
+    # Not forked: this process has threads, such as that of the progress bars, whose locks would be copied.
     context = multiprocessing.get_context("spawn")
+    # Progress in shared memory. Without a lock, since each process writes only its own element.
     done = context.Array("Q", len(scenarios), lock=False)
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_count_in, initargs=(done,)

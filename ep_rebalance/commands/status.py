@@ -1,4 +1,4 @@
-"""`ep-rebalance status`: what a running server's balancer did and gained."""
+"""`ep-rebalance status`: what a running server's balancer has done and gained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ep_rebalance.telemetry.metrics import decode
 
 
 class NoStatus(Exception):
-    """A server that did not answer with a status, and why."""
+    """A server did not answer with a status. The text says why."""
 
 
 def status(
@@ -28,7 +28,7 @@ def status(
     ] = False,
     api_key: ApiKey = "",
 ) -> None:
-    """What a running server's balancer did and gained."""
+    """Show what a running server's balancer has done and gained."""
     try:
         answer = fetch_status(url, api_key)
     except NoStatus as error:
@@ -45,7 +45,7 @@ def status(
 
 
 def fetch_status(server: str, api_key: str) -> dict[str, Any]:
-    """`GET /ep_rebalance/status`. Raises NoStatus."""
+    """The answer of a server to `GET /ep_rebalance/status`. Raises NoStatus."""
     url = f"{server.rstrip('/')}/ep_rebalance/status"
     try:
         request = urllib.request.Request(url)
@@ -53,17 +53,21 @@ def fetch_status(server: str, api_key: str) -> dict[str, Any]:
             request.add_header("Authorization", f"Bearer {api_key}")
         with urllib.request.urlopen(request, timeout=10) as response:
             payload = response.read()
+        # Only to check it: what is shown may include fields that this version does not know.
         decode(payload)
         answer: dict[str, Any] = json.loads(payload)
         return answer
     except (OSError, http.client.HTTPException, ValueError, msgspec.MsgspecError) as error:
-        if isinstance(error, urllib.error.HTTPError):
+        if isinstance(error, urllib.error.HTTPError):  # it is a response, too, with a connection
             error.close()
         raise NoStatus(f"{url} did not answer with a status: {error}") from None
 
 
 def status_table(answer: dict[str, Any]) -> Table:
-    """A status as `fetch_status` returns it."""
+    """A table of a status.
+
+    answer: as `fetch_status` returns it.
+    """
 
     def overall(placement: str) -> str:
         ratio = answer["overall_imbalance"].get(placement)

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Finding: the result of a check, and how checks are run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ Verdict = Literal["ok", "warning", "problem", "skipped"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """check: what was looked at. found: what is there. remedy: what to do, "" if nothing."""
+    """What a check found.
+
+    check: what was looked at.
+    found: what is there.
+    remedy: what to do; "" if nothing.
+    """
 
     check: str
     verdict: Verdict
@@ -23,7 +28,10 @@ Check = Callable[[], Finding | Iterable[Finding]]
 
 
 def run_checks(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Every check's findings; one that raises is a problem of its own name."""
+    """The findings of all checks. A check that raises becomes a problem with its name.
+
+    checks: (name, check) pairs.
+    """
     for name, check in checks:
         try:
             found = check()

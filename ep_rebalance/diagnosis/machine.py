@@ -21,7 +21,7 @@ _LEAST_CPU_BYTES = 8 << 30
 
 
 def checks() -> list[tuple[str, Check]]:
-    """By name."""
+    """(name, check) pairs."""
     return [
         ("Python", python),
         ("processor", processor),
@@ -32,6 +32,7 @@ def checks() -> list[tuple[str, Check]]:
 
 
 def python() -> Finding:
+    """Whether this Python is new enough."""
     found = platform.python_version()
     if sys.version_info < _LEAST_PYTHON:
         return Finding(
@@ -58,7 +59,7 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
-    """What can be had without swapping; Linux lends most of it to the file cache."""
+    """How much memory is available without swapping, including what the file cache would give back."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     found = f"{free / 2**30:.1f} GiB available"
@@ -73,6 +74,7 @@ def memory() -> Finding:
 
 
 def accelerators() -> Iterator[Finding]:
+    """One finding for each accelerator that torch can use, or a warning that there is none."""
     devices = _devices()
     if not devices:
         yield Finding(
@@ -90,7 +92,7 @@ def accelerators() -> Iterator[Finding]:
 
 
 def links() -> Finding:
-    """NVLink or not, and NCCL's version."""
+    """Whether accelerators are linked by NVLink, and NCCL's version."""
     count = len(_devices())
     if count == 0:
         return Finding(check="links", verdict="skipped", found="no accelerators")
@@ -107,19 +109,19 @@ def links() -> Finding:
         check="links",
         verdict="warning",
         found=", ".join(["/".join(sorted(kinds)) or "not NVLink", access, nccl]),
-        remedy="all-to-all will be slow: see what `ep-rebalance advise` says of slow links",
+        remedy="all-to-all will be slow: see what `ep-rebalance advise` says about slow links",
     )
 
 
 def link_kinds(topology: str) -> set[str]:
-    """Those between GPUs in the table of `nvidia-smi topo -m`, e.g. NV18 for NVLink, SYS, PIX."""
+    """The kinds of links between GPUs in the output of `nvidia-smi topo -m`: NV18 for NVLink, SYS, PIX."""
     cells = [line.split() for line in re.sub(r"\x1b\[\d*m", "", topology).splitlines()]
     rows = [row for row in cells if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
     return {kind for row in rows for kind in row[1 : len(rows) + 1]} - {"X"}
 
 
 def _topology() -> str:
-    """What `nvidia-smi topo -m` says before its legend; "" without it."""
+    """The output of `nvidia-smi topo -m` up to its legend; "" if there is no such command."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""

@@ -1,4 +1,4 @@
-"""A checkpoint: experts, and whether they can be moved."""
+"""A checkpoint: whether it has experts, and whether they can be moved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
 
 
 def checks(name: str, settings: Path | None) -> list[tuple[str, Check]]:
-    """Of a folder or a name on the Hugging Face Hub, "" for none, to be served with these settings."""
+    """(name, check) pairs for a model.
+
+    name: a folder or a name on the Hugging Face Hub; "" for no model.
+    settings: the file with the settings to serve it with; None for none.
+    """
     if not name:
         return []
     return [
@@ -28,7 +32,10 @@ def checks(name: str, settings: Path | None) -> list[tuple[str, Check]]:
 
 
 def model(name: str, settings: RebalanceConfig | None = None) -> Iterator[Finding]:
-    """settings: those that it is to be served with, None for the defaults."""
+    """Whether the model has experts, and whether its quantisation lets them be moved.
+
+    settings: those that it is to be served with, None for the defaults.
+    """
     try:
         config = _configuration(name)
     except Exception as error:  # transformers raises a dozen kinds
@@ -56,7 +63,9 @@ def model(name: str, settings: RebalanceConfig | None = None) -> Iterator[Findin
 
 
 def architecture(name: str) -> Iterator[Finding]:
-    """Whether vLLM knows it; nothing for a configuration that `model` reports as unreadable."""
+    """Whether vLLM knows the architecture. No finding for a configuration that cannot be read, which
+    `model` reports.
+    """
     try:
         names = _architectures(_configuration(name))
     except Exception:  # as in `model`
@@ -64,19 +73,22 @@ def architecture(name: str) -> Iterator[Finding]:
     if find_spec("vllm") is None:
         yield Finding(check="architecture", verdict="skipped", found="vLLM is not installed")
         return
+    # By name: engines are a layer above this one, which may not import them.
     diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
     yield diagnosis.architecture(names)
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
-    """Some checkpoints give one name instead of a list."""
+    """Names of the architecture. Some checkpoints give one name instead of a list."""
     names = config.get("architectures") or []
     return [names] if isinstance(names, str) else list(names)
 
 
 def _first_number(text: Mapping[str, Any], keys: Sequence[str]) -> int:
-    """0 if there is none. Ernie's vision models give a list of equal numbers, as vLLM notes
-    (transformers_utils/model_arch_config_convertor.py).
+    """The first of these settings that the checkpoint has; 0 if it has none.
+
+    Ernie's vision models give a list of equal numbers, as vLLM notes
+    (vllm/transformers_utils/model_arch_config_convertor.py).
     """
     found = next((text[key] for key in keys if text.get(key)), 0)
     return int(found[0] if isinstance(found, list) else found)
@@ -102,7 +114,7 @@ def _quantisation(
 
 
 def _configuration(name: str) -> dict[str, Any]:
-    """As written in the checkpoint: `AutoConfig` would offer to run code that comes with it."""
+    """The checkpoint's config.json. Not by `AutoConfig`, which may run code that comes with a checkpoint."""
     folder = Path(name)
     if (folder / "config.json").is_file():
         local = json.loads((folder / "config.json").read_text(encoding="utf-8"))

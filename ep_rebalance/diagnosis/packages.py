@@ -19,12 +19,12 @@ _OPTIONAL = {"triton": "kernels on GPU", "plotly": "replay --report"}
 
 
 def checks() -> list[tuple[str, Check]]:
-    """By name."""
+    """(name, check) pairs."""
     return [("ep-rebalance", plugin), ("packages", packages), ("planner", planner)]
 
 
 def plugin() -> Finding:
-    """Without its entry points vLLM does not find the plugin."""
+    """Whether the plugin has its entry points, without which vLLM does not find it."""
     missing = [
         group for group in _ENTRY_POINTS if "ep_rebalance" not in entry_points(group=group).names
     ]
@@ -43,6 +43,7 @@ def plugin() -> Finding:
 
 
 def packages() -> Iterator[Finding]:
+    """Which packages are installed. Only those that are always needed are a problem if they are missing."""
     found = {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)}
     there = ", ".join(f"{name} {number}" for name, number in found.items() if number)
     missing = [name for name in _NEEDED if found[name] is None]
@@ -58,7 +59,7 @@ def packages() -> Iterator[Finding]:
 
 
 def planner() -> Finding:
-    """It is compiled once on a machine, and the code kept where numba keeps its cache."""
+    """Compiles the planner. Once on each machine suffices, if numba can keep the code in its cache."""
     began = time.perf_counter()
     compile_planner()
     seconds = time.perf_counter() - began
@@ -80,7 +81,7 @@ def planner() -> Finding:
 
 
 def _cache_folder() -> str | None:
-    """Where numba keeps compiled code; None if no folder could be written."""
+    """The folder in which numba keeps compiled code; None if it found none that it can write to."""
     dispatcher: Any = improve_layer
     folder: str | None = dispatcher.stats.cache_path
     return folder

@@ -13,7 +13,7 @@ from ep_rebalance.load.state import check_writable
 
 
 def checks(file: Path | None) -> list[tuple[str, Check]]:
-    """Of a YAML or JSON file, or of nothing."""
+    """(name, check) pairs for a YAML or JSON file; none without a file."""
     return [] if file is None else [("settings", lambda: settings(file))]
 
 
@@ -26,6 +26,7 @@ def served_with(file: Path | None) -> RebalanceConfig:
 
 
 def settings(file: Path) -> Iterator[Finding]:
+    """Whether the settings are valid, and the paths in them usable."""
     try:
         config = load_config(read_config_file(file))
     except ConfigurationError as error:

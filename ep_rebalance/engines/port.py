@@ -1,4 +1,4 @@
-"""The port: what an engine's adapter uses to have its experts balanced. Knows no engine.
+"""The port: what an engine's adapter uses to have its experts balanced. It knows no engine.
 
 | when | what the adapter does, on every rank |
 |---|---|
@@ -11,10 +11,10 @@
 | slots are to be saved | refuse it while `session.has_moved_experts` |
 | somebody asks | `status()`, `load()`, `overview()`, `ask(action)`, `record(on)` |
 
-Calls of a session come from one thread. Those marked as collective, and `end_step`, need every rank.
+All calls to a session come from one thread. Those marked as collective, and `end_step`, need every rank.
 
-`EngineModel` and `Session` live in `balancer/`: a session runs the loop there and takes the record, and
-a layer imports only those below it, as `engines/` is above all.
+`EngineModel` and `Session` live in `balancer/`, since a session runs the loop there. They are exported
+here so that adapters depend on this module alone.
 """
 
 from ep_rebalance.balancer.ahead_of_time import compile_in_background

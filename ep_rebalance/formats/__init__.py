@@ -1,4 +1,4 @@
-"""Files of other engines: recordings that become traces, and placements to and fro.
+"""Files of other engines: recordings become traces, and placements are read and written.
 
 Each format is a module here with a `FORMAT`, and an entry of `FORMATS`. Nothing in a file is executed: no
 pickles, `yaml.safe_load`, `torch.load(weights_only=True)`.
@@ -27,23 +27,23 @@ _ENTRIES = (
 )
 
 FORMATS: Mapping[str, Format] = MappingProxyType({one.name: one for one in _ENTRIES})
-"""By name, in the order in which they are asked for a file: SGLang's takes any JSON that is left."""
+"""By name, in the order in which a file is tried: SGLang's format takes any JSON that is left."""
 
 
 def read_load(path: Path, reading: Reading) -> ForeignLoad:
-    """In the first format that recognises the file. Raises FormatError."""
+    """A recording, in the first format that recognises the file. Raises FormatError."""
     readers = [(one, one.read_load) for one in FORMATS.values() if one.read_load]
     return _reader_of(path, readers)(path, reading)
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """In the first format that recognises the file. Raises FormatError."""
+    """A placement, in the first format that recognises the file. Raises FormatError."""
     readers = [(one, one.read_placement) for one in FORMATS.values() if one.read_placement]
     return _reader_of(path, readers)(path, reading)
 
 
 def _reader_of(path: Path, readers: Sequence[tuple[Format, _Reader]]) -> _Reader:
-    path.stat()  # what is not there is of no format, but that is not what is wrong
+    path.stat()  # a missing file is an OSError, not one of an unknown format
     for one, read in readers:
         if one.recognises(path):
             return read

@@ -1,4 +1,4 @@
-"""What the commands know of a file format."""
+"""Format: what the commands know about a kind of file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from ep_rebalance.formats.load import ForeignLoad, FormatError
 from ep_rebalance.placement import Placement
 
 NumberedPlacement = tuple[Placement, tuple[int, ...]]
-"""A placement and the model's numbers of its layers."""
+"""A placement, and the numbers that its layers have in the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What is read besides the file, where the file does not tell.
+    """What a reader is told, in case the file does not say it.
 
-    num_ranks, first_moe_layer: of a placement. tokens_per_snapshot: of load that comes token by token.
-    keys: a pattern for the names of the arrays to take.
+    num_ranks: EP ranks of a placement; None if they were not given.
+    first_moe_layer: the model's number of a placement's first layer.
+    tokens_per_snapshot: tokens. For load that comes token by token.
+    keys: a pattern for the names of the arrays to read.
     """
 
     num_ranks: int | None = None
@@ -29,21 +31,24 @@ class Reading:
     keys: str = "*"
 
     def ranks_of(self, path: Path) -> int:
-        """Raises FormatError if they were not given."""
+        """The number of ranks. Raises FormatError if it was not given."""
         if self.num_ranks is None:
-            raise FormatError(path, "", "does not tell the ranks; give --ep-size")
+            raise FormatError(path, "", "does not say how many ranks there are; give --ep-size")
         return self.num_ranks
 
     def numbered(self, placement: Placement) -> NumberedPlacement:
-        """Layers from `first_moe_layer` on, without a gap."""
+        """A placement whose layers are numbered from `first_moe_layer` on, without a gap."""
         first = self.first_moe_layer
         return placement, tuple(range(first, first + placement.num_layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writing:
-    """What is written besides the placement. layers: of the model, dense ones included. like: a state
-    file whose model the placement is for."""
+    """What a writer is told besides the placement.
+
+    layers: number of the model's layers, dense ones included.
+    like: a state file of the model that the placement is for.
+    """
 
     layers: int | None = None
     like: Path | None = None
@@ -51,13 +56,15 @@ class Writing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """A kind of file. What it does not hold, or what cannot be read or written, is None.
+    """A kind of file. A function is None if such files do not hold that, or it cannot be written.
 
-    name: on the command line. summary: what the files are, a clause without a semicolon.
-    recognises: whether a file or folder may be one; it is asked of those that exist.
-    read_load, read_placement: raise FormatError for whatever is wrong.
-    write_placement: replaces the file at once; takes the model's numbers of the placement's layers;
-        raises ValueError for what does not fit.
+    name: on the command line.
+    summary: what the files are, a clause without a semicolon.
+    recognises: whether an existing file or folder may be one.
+    read_load: a recording. Raises FormatError for whatever is wrong.
+    read_placement: a placement. Raises FormatError for whatever is wrong.
+    write_placement: replaces a file atomically by a placement, given the numbers that its layers have in
+        the model. Raises ValueError for what does not fit.
     """
 
     name: str
@@ -69,7 +76,7 @@ class Format:
 
 
 def beginning(path: Path, length: int) -> bytes:
-    """The first bytes of a file, none of a folder."""
+    """The first `length` bytes of a file; b"" for a folder."""
     if path.is_dir():
         return b""
     with path.open("rb") as file:
@@ -77,12 +84,12 @@ def beginning(path: Path, length: int) -> bytes:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """At once or not at all."""
+    """Write a file, or replace it, atomically."""
     handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-            os.fchmod(handle, 0o644)
+            os.fchmod(handle, 0o644)  # `mkstemp` lets nobody else read it
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What all recordings become: counts per snapshot, and a trace made of them."""
+"""Foreign load: other engines' recordings as counts for each snapshot, and the trace made of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_ARRAY_BYTES = 4 << 30
 
 
 class FormatError(ValueError):
-    """A file that is not what it should be; the text names the file, the place and the reason."""
+    """A file is not what it should be. The text names the file, the place and the reason."""
 
     def __init__(self, path: Path, place: str, reason: str) -> None:
         super().__init__(f"{path}: {place + ' ' if place else ''}{reason}")
@@ -33,9 +33,12 @@ class FormatError(ValueError):
 class ForeignLoad:
     """A recording.
 
-    counts: uint32 [L, E] for each snapshot, tokens per logical expert, read as they are asked for.
-    moe_layers: the engine's numbers of the layers, length L. origin: a sentence for the trace.
-    top_k: experts of a token, None if the file does not tell.
+    counts: uint32 [L, E] for each snapshot, tokens. Read from the file as they are iterated over.
+    layers: L.
+    experts: E.
+    moe_layers: L numbers, those that the layers have in the engine's model.
+    origin: where it comes from, a sentence for the trace.
+    top_k: experts per token; None if the file does not say.
     """
 
     counts: Iterable[NDArray[np.uint32]]
@@ -47,16 +50,16 @@ class ForeignLoad:
 
 
 def read_text(path: Path) -> str:
-    """Raises FormatError if it is too large or no text, OSError if it cannot be read."""
+    """A file's text. Raises FormatError if it is too large or not UTF-8, OSError if it cannot be read."""
     _check_size(path, MAX_TEXT_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(path, f"byte {error.start}", "is no UTF-8 text") from None
+        raise FormatError(path, f"byte {error.start}", "is not UTF-8 text") from None
 
 
 def check_array_size(path: Path) -> None:
-    """Raises FormatError for a file that is too large to be held."""
+    """Raises FormatError for a file whose arrays would be too large for memory."""
     _check_size(path, MAX_ARRAY_BYTES)
 
 
@@ -66,11 +69,16 @@ def _check_size(path: Path, most: int) -> None:
 
 
 def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
-    """uint32 [S, L, E] of [L][E] or [S][L][E]. Raises FormatError that names the wrong number."""
+    """uint32 [snapshots, L, E], from nested lists or arrays of that shape, or of one snapshot's.
+
+    place: where `value` lies in the file.
+
+    Raises FormatError that names the first number that cannot be a count.
+    """
     try:
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise FormatError(path, place, "is no array of numbers, or a ragged one") from None
+        raise FormatError(path, place, "is not an array of numbers, or is ragged") from None
     if numbers.ndim == 2:
         numbers = numbers[None]
     if numbers.ndim != 3 or 0 in numbers.shape:
@@ -83,15 +91,32 @@ def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
     wrong |= numbers >= 2.0**32
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        # The index in the file, which lacks that of the snapshot if there is only one.
         where = "".join(f"[{i}]" for i in index[3 - np.ndim(value) :])
-        raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, no number of tokens")
+        raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, not a number of tokens")
     return numbers.astype(np.uint32)
+
+
+def slots_of(path: Path, place: str, value: Any) -> NDArray[np.int32]:
+    """int32 [L, P], from nested lists or an array of that shape. place: where `value` lies in the file.
+
+    Raises FormatError that names the first number that cannot be an expert's.
+    """
+    found_1LP = counts_of(path, place, value)
+    if np.ndim(value) != 2:
+        raise FormatError(path, place, f"has {np.ndim(value)} dimensions, not [layers][slots]")
+    slots_LP: NDArray[np.int32] = found_1LP[0].astype(np.int32)
+    return slots_LP
 
 
 def sampled(
     load: ForeignLoad, *, snapshots: int, tokens: int, top_k: int, seed: int
 ) -> ForeignLoad:
-    """Snapshots drawn from the sum of a recording's: its popularities with the noise of `tokens`."""
+    """Snapshots drawn from the sum of a recording: its popularities, with the noise of finite samples.
+
+    snapshots: how many.
+    tokens: tokens of each.
+    """
     total_LE = np.sum([counts.astype(np.float64) for counts in load.counts], axis=0)
     shares_LE = total_LE / np.maximum(total_LE.sum(axis=1, keepdims=True), 1.0)
     draw = np.random.default_rng(seed)
@@ -111,7 +136,10 @@ def write_trace(
     phase: str,
     steps_per_snapshot: int,
 ) -> int:
-    """Replace `path` by a trace on one rank with contiguous experts; returns its snapshots.
+    """Replace `path` by a trace on one rank with contiguous experts. Returns the number of snapshots.
+
+    phase: the phase that all tokens are counted in.
+    steps_per_snapshot: engine steps that each snapshot is said to cover.
 
     Raises FormatError for an empty recording, OSError if the folder cannot be written.
     """
@@ -131,7 +159,9 @@ def write_trace(
         config={},
         origin=f"{load.origin}; its timing is made up",
     )
+    # In the folder of the target, since a file can be replaced atomically only within a file system.
     with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+        # Bounds that are never reached, since the trace is to be one file.
         writer = TraceWriter(Path(folder), "load", head, max_file_bytes=1 << 50, max_bytes=1 << 51)
         writer.write(_contiguous(head))
         count = 0

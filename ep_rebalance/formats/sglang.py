@@ -1,8 +1,8 @@
-"""SGLang: what its expert distribution recorder writes, and `--init-expert-location`.
+"""SGLang: what its expert distribution recorder writes, and what `--init-expert-location` reads.
 
 Sources: sglang/srt/eplb/expert_distribution.py (`dump_record`) and expert_location.py
-(`compute_initial_expert_location_metadata`), 0.5.23; sgl-project/sglang issue 6017. Both hold a row for
-every layer of the model; a dense layer's is all zero, or trivial.
+(`compute_initial_expert_location_metadata`), 0.5.23; sgl-project/sglang issue 6017. Both files hold a row
+for every layer of the model; a dense layer's is zeros in a recording, and trivial in a placement.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from ep_rebalance.formats.load import (
     check_array_size,
     counts_of,
     read_text,
+    slots_of,
 )
 from ep_rebalance.placement import Placement, PlacementError
 
 
 def recognises(path: Path) -> bool:
-    """Any JSON, and tensors."""
+    """Recognises any JSON, and files of tensors."""
     return path.suffix in (".json", ".pt") or beginning(path, 1) == b"{"
 
 
@@ -73,7 +74,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise FormatError(path, f"line {error.lineno}", f"is no JSON ({error.msg})") from None
+        raise FormatError(path, f"line {error.lineno}", f"is not JSON ({error.msg})") from None
     except RecursionError:
         raise FormatError(path, "", "is nested too deeply") from None
 
@@ -84,14 +85,14 @@ def _read_pt(path: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise FormatError(path, "", "is a file of torch, which is not installed here") from None
+        raise FormatError(path, "", "needs torch, which is not installed here") from None
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
     except OSError:
         raise
     except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FormatError(path, "", f"is no recording of tensors alone ({reason})") from None
+        raise FormatError(path, "", f"is not a recording of tensors alone ({reason})") from None
     if not isinstance(found, dict):
         return found
     return {
@@ -101,16 +102,16 @@ def _read_pt(path: Path) -> Any:
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """`physical_to_logical_map` of a JSON file, all layers of it, numbered from
-    `reading.first_moe_layer` on. Raises FormatError.
+    """`physical_to_logical_map` of a JSON file, with all its layers, numbered from `reading.first_moe_layer`
+    on. Raises FormatError.
     """
     num_ranks = reading.ranks_of(path)
     found = _read_json(path)
     if not isinstance(found, dict) or "physical_to_logical_map" not in found:
         raise FormatError(path, "", "holds no physical_to_logical_map")
-    slots_LP = counts_of(path, "physical_to_logical_map", found["physical_to_logical_map"])[0]
+    slots_LP = slots_of(path, "physical_to_logical_map", found["physical_to_logical_map"])
     try:
-        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, num_ranks)
+        placement = Placement(slots_LP, int(slots_LP.max()) + 1, num_ranks)
     except PlacementError as error:
         raise FormatError(path, "physical_to_logical_map", str(error)) from None
     return reading.numbered(placement)
@@ -119,7 +120,7 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
 def write_placement(
     path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
 ) -> None:
-    """Raises ValueError if the model has fewer layers than the placement reaches."""
+    """Write all layers of the model. Raises ValueError if it has fewer than the placement reaches."""
     least = moe_layers[-1] + 1
     if writing.layers is not None and writing.layers < least:
         raise ValueError(f"--layers {writing.layers}: the placement reaches layer {least - 1}")
@@ -129,8 +130,9 @@ def write_placement(
 def placement_text(placement: Placement, moe_layers: Sequence[int], num_layers: int) -> str:
     """A file for `--init-expert-location`.
 
-    moe_layers: numbers of the placement's layers among the model's `num_layers`; the others get the
-    trivial row that SGLang itself would give them.
+    moe_layers: the numbers that the placement's layers have in the model.
+    num_layers: number of the model's layers. Those that are not in the placement get the trivial row that
+        SGLang itself would give them.
     """
     experts, slots = placement.num_experts, placement.num_slots
     trivial_P: NDArray[np.int64] = np.arange(slots) % experts

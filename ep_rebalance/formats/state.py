@@ -13,24 +13,26 @@ from ep_rebalance.placement import Placement
 
 
 def recognises(path: Path) -> bool:
-    """State files are told by what they begin with, not by their names."""
+    """Recognises a state file by its first bytes (it is a ZIP archive), not by its name."""
     return beginning(path, 2) == b"PK"
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """Layers are numbered from `reading.first_moe_layer` on."""
+    """The saved placement, its layers numbered from `reading.first_moe_layer` on."""
     return reading.numbered(read_state(path).placement)
 
 
 def write_placement(
     path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
 ) -> None:
-    """A state file does not number its layers. Raises ValueError without a fitting `writing.like`."""
+    """Write a state file, which does not number its layers. Raises ValueError without a `writing.like` that
+    fits.
+    """
     save_state(path, _state(placement, writing.like))
 
 
 def _state(placement: Placement, like: Path | None) -> SavedState:
-    """A generation later than that of `like`, with its model and its load."""
+    """The model and load of `like` with another placement, as its next generation."""
     if like is None:
         raise ValueError("a state file names its model: give --like, one that the server has saved")
     saved = read_state(like)

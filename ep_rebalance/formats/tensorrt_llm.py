@@ -1,9 +1,9 @@
 """TensorRT-LLM: the configuration of its MoE load balancer, and its expert statistics.
 
-Source: NVIDIA/TensorRT-LLM, examples/wide_ep/ep_load_balancer: `num_slots`,
-`initial_global_assignments` by layer number, `layer_updates_per_iter` (0 keeps the placement); and for
-EXPERT_STATISTIC_PATH a folder with meta_info.json and a `rankN.safetensors` of each rank, with the
-counts of an iteration and a layer under `ITERATION_LAYER`.
+Source: NVIDIA/TensorRT-LLM, examples/wide_ep/ep_load_balancer. The configuration is YAML with `num_slots`,
+`initial_global_assignments` by layer number, and `layer_updates_per_iter` (0 keeps the placement).
+EXPERT_STATISTIC_PATH is a folder with meta_info.json and a `rankN.safetensors` from each rank, which holds
+the counts of an iteration and a layer under the name `ITERATION_LAYER`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from numpy.typing import NDArray
 
@@ -31,6 +30,7 @@ from ep_rebalance.formats.load import (
     check_array_size,
     counts_of,
     read_text,
+    slots_of,
 )
 from ep_rebalance.placement import Placement, PlacementError
 
@@ -40,19 +40,19 @@ _KEY = re.compile(r"(\d+)_(\d+)")
 
 
 def recognises(path: Path) -> bool:
-    """A folder, of statistics, or YAML, of a placement."""
+    """Recognises folders (statistics) and YAML files (a placement)."""
     return path.is_dir() or path.suffix in (".yaml", ".yml")
 
 
 def read_load(folder: Path, reading: Reading) -> ForeignLoad:
-    """The statistics in a folder, a snapshot for each iteration. Raises FormatError."""
+    """The statistics in a folder, with a snapshot for each iteration. Raises FormatError."""
     if not folder.is_dir():
-        raise FormatError(folder, "", "is no folder of statistics")
+        raise FormatError(folder, "", "is not a folder of statistics")
     try:
         meta = json.loads(read_text(folder / META))
         top_k = int(meta["num_experts_per_token"])
     except (json.JSONDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(folder / META, "", f"tells no num_experts_per_token ({error})") from None
+        raise FormatError(folder / META, "", f"has no num_experts_per_token ({error})") from None
     counts = _summed(folder)
     iterations, layers = ({key[part] for key in counts} for part in (0, 1))
     if len(counts) != len(iterations) * len(layers):
@@ -72,7 +72,7 @@ def read_load(folder: Path, reading: Reading) -> ForeignLoad:
 
 
 def _summed(folder: Path) -> dict[tuple[int, int], NDArray[Any]]:
-    """Counts [E] by iteration and layer, all ranks together."""
+    """Counts [E] by iteration and layer, summed over all ranks."""
     files = [path for path in sorted(folder.iterdir()) if _RANK_FILE.fullmatch(path.name)]
     counts: dict[tuple[int, int], NDArray[Any]] = {}
     for path in files:
@@ -83,7 +83,7 @@ def _summed(folder: Path) -> dict[tuple[int, int], NDArray[Any]]:
                 raise FormatError(path, name, "is not named ITERATION_LAYER")
             key = int(match[1]), int(match[2])
             if key in counts and counts[key].shape != counts_E.shape:
-                raise FormatError(path, name, f"has {counts_E.shape} counts, other ranks differ")
+                raise FormatError(path, name, f"has {counts_E.shape} counts, unlike other ranks")
             counts[key] = counts_E + counts.get(key, 0)
     if not counts:
         raise FormatError(folder, "", "holds no rankN.safetensors with counts")
@@ -94,25 +94,28 @@ def _tensors(path: Path) -> dict[str, NDArray[Any]]:
     try:
         from safetensors.numpy import load_file
     except ImportError:
-        raise FormatError(path, "", "needs the package safetensors, which is not here") from None
+        raise FormatError(path, "", "needs safetensors, which is not installed here") from None
     try:
         found: dict[str, NDArray[Any]] = load_file(path)
     except OSError:
         raise
     except Exception as error:  # safetensors has an exception of its own
-        raise FormatError(path, "", f"is no file of tensors ({error})") from None
+        raise FormatError(path, "", f"is not a file of tensors ({error})") from None
     return found
 
 
 def write_placement(
     path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
 ) -> None:
-    """Only the layers with experts are written."""
+    """Write the layers of the placement alone; dense ones have no entry."""
     replace_text(path, placement_text(placement, moe_layers))
 
 
 def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
-    """moe_layers: the model's numbers of the placement's layers."""
+    """The configuration that serves a placement and keeps it.
+
+    moe_layers: the numbers that the placement's layers have in the model.
+    """
     assignments = {
         int(layer): slots_P.tolist()
         for layer, slots_P in zip(moe_layers, placement.slots_LP, strict=True)
@@ -127,23 +130,23 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """The file numbers its layers. Raises FormatError."""
+    """The placement of a configuration, which numbers its layers. Raises FormatError."""
     num_ranks = reading.ranks_of(path)
     try:
         found = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError) as error:
-        raise FormatError(path, "", f"is no YAML ({error})") from None
+        raise FormatError(path, "", f"is not YAML ({error})") from None
     rows = found.get("initial_global_assignments") if isinstance(found, dict) else None
     if not isinstance(rows, dict) or not rows:
         raise FormatError(path, "", "holds no initial_global_assignments")
     if not all(isinstance(layer, int) for layer in rows):
         raise FormatError(path, "initial_global_assignments", "is not by layer number")
     layers = tuple(sorted(rows))
-    slots_LP = counts_of(path, "initial_global_assignments", [rows[layer] for layer in layers])[0]
+    slots_LP = slots_of(path, "initial_global_assignments", [rows[layer] for layer in layers])
     if found.get("num_slots", slots_LP.shape[1]) != slots_LP.shape[1]:
         raise FormatError(path, "num_slots", f"is not the {slots_LP.shape[1]} slots of the layers")
     try:
-        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, num_ranks)
+        placement = Placement(slots_LP, int(slots_LP.max()) + 1, num_ranks)
     except PlacementError as error:
         raise FormatError(path, "initial_global_assignments", str(error)) from None
     return placement, layers

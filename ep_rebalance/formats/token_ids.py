@@ -1,4 +1,4 @@
-"""Expert ids, token by token: arrays [T, L, K] in `.npz` or `.npy`, cut into snapshots."""
+"""Expert ids token by token: arrays [T, L, K] in `.npz` or `.npy` files, which are cut into snapshots."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ _MAX_EXPERTS = 1 << 16
 
 
 def recognises(path: Path) -> bool:
-    """By the name."""
+    """Recognises a file by its name."""
     return path.suffix in (".npz", ".npy")
 
 
 def read_load(path: Path, reading: Reading) -> ForeignLoad:
-    """Tokens in the order of the file, of the arrays whose names match `reading.keys`.
+    """The tokens of all arrays whose names match `reading.keys`, in the order of the file.
 
-    One array is in memory at a time. Raises FormatError.
+    Only one array is in memory at a time. Raises FormatError.
     """
     check_array_size(path)
     keys = reading.keys
     layers = top_k = experts = tokens = 0
+    # Everything is checked and measured first, since counts are read only as they are asked for.
     for name, ids_TLK in _arrays(path, keys):
         _check(path, name, ids_TLK)
         if layers and (layers, top_k) != ids_TLK.shape[1:]:
@@ -50,7 +51,10 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
 
 
 class _Snapshots:
-    """Reads the file again each time it is gone through; the last tokens may be too few for one."""
+    """Counts of each snapshot. Each iteration reads the file again.
+
+    Tokens at the end that do not fill a snapshot are left out.
+    """
 
     def __init__(self, path: Path, keys: str, experts: int, tokens: int) -> None:
         self._path, self._keys, self._experts, self._tokens = path, keys, experts, tokens
@@ -84,7 +88,7 @@ def _arrays(path: Path, keys: str) -> Iterator[tuple[str, NDArray[Any]]]:
     except (OSError, FormatError):
         raise
     except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged files
-        raise FormatError(path, "", f"is no file of arrays ({error})") from None
+        raise FormatError(path, "", f"is not a file of arrays ({error})") from None
 
 
 def _check(path: Path, name: str, ids_TLK: NDArray[Any]) -> None:

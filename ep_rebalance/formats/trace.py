@@ -1,21 +1,27 @@
-"""This plugin's traces (load/trace.py), for the placement that was served last."""
+"""This plugin's traces (load/trace/), read for the placement that was served last."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
+from ep_rebalance.formats.load import FormatError
 from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
 
 
 def recognises(path: Path) -> bool:
-    """By the name."""
+    """Recognises a file by its name."""
     return path.suffix == SUFFIX
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """The last one. Layers are numbered from `reading.first_moe_layer` on."""
+    """The last placement, its layers numbered from `reading.first_moe_layer` on.
+
+    Raises FormatError for a file without one.
+    """
     changes = [record for record in TraceReader(path) if isinstance(record, RecordedPlacement)]
+    if not changes:
+        raise FormatError(path, "", "holds no placement: its writer died before the first record")
     return reading.numbered(changes[-1].placement)
 
 

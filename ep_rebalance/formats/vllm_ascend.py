@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from ep_rebalance.formats.format import (
     Format,
@@ -20,7 +19,7 @@ from ep_rebalance.formats.format import (
     Writing,
     replace_text,
 )
-from ep_rebalance.formats.load import FormatError, counts_of, read_text
+from ep_rebalance.formats.load import FormatError, read_text, slots_of
 from ep_rebalance.placement import Placement, PlacementError
 
 
@@ -41,19 +40,22 @@ class _ExpertMap(msgspec.Struct):
 
 
 def recognises(path: Path) -> bool:
-    """JSON that lists devices."""
+    """Recognises JSON that lists devices."""
     return path.suffix == ".json" and '"device_expert"' in read_text(path)
 
 
 def write_placement(
     path: Path, placement: Placement, moe_layers: Sequence[int], writing: Writing
 ) -> None:
-    """Only the layers with experts are written."""
+    """Write the layers of the placement alone; dense ones have no entry."""
     replace_text(path, placement_text(placement, moe_layers))
 
 
 def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
-    """moe_layers: the model's numbers of the placement's layers."""
+    """The expert map of a placement.
+
+    moe_layers: the numbers that the placement's layers have in the model.
+    """
     by_rank = (placement.num_layers, placement.num_ranks, placement.slots_per_rank)
     layers: list[dict[str, Any]] = [
         {
@@ -70,11 +72,13 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """The file tells ranks and numbers of layers. Raises FormatError."""
+    """The placement of an expert map, which holds its ranks and the numbers of its layers. Raises
+    FormatError.
+    """
     try:
         found = msgspec.json.decode(read_text(path), type=_ExpertMap)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise FormatError(path, "", f"is no expert map ({error})") from None
+        raise FormatError(path, "", f"is not an expert map ({error})") from None
     if not found.layer_list or len(found.layer_list) != found.moe_layer_count:
         raise FormatError(
             path,
@@ -91,10 +95,10 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
                 f"does not list devices 0..{layer.device_count - 1}",
             )
         rows.append([expert for device in devices for expert in device.device_expert])
-    slots_LP = counts_of(path, "device_expert", rows)[0]
+    slots_LP = slots_of(path, "device_expert", rows)
     ranks = found.layer_list[0].device_count
     try:
-        placement = Placement(slots_LP.astype(np.int32), int(slots_LP.max()) + 1, ranks)
+        placement = Placement(slots_LP, int(slots_LP.max()) + 1, ranks)
     except PlacementError as error:
         raise FormatError(path, "", str(error)) from None
     return placement, tuple(layer.layer_id for layer in found.layer_list)

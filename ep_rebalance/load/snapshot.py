@@ -1,4 +1,4 @@
-"""Snapshot: the load of all ranks over some steps, and what the ranks know together from then on."""
+"""Snapshot: the load of all ranks over some steps, and what all ranks know from then on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class Agreed:
     scheduled: every rank has worked out the rounds of the migration.
     unscheduled_ranks: how many could not work them out; 0 until every rank has tried.
     fitted: every rank has quotas that follow the load.
-    paused, plan_asked: what an operator asked for.
-    replaced: the engine replaced weights of some rank since the ranks agreed on what is served.
-    reloaded: the layers that it replaced, once every rank has them; else none.
+    paused: an operator holds plans back.
+    plan_asked: an operator asked for a plan.
+    replaced: the engine has replaced weights on some rank since the ranks agreed on what is served.
+    reloaded: the layers that it replaced, once it has done so on every rank; () before.
     """
 
     planned: bool = False
@@ -37,7 +38,7 @@ NOTHING_AGREED = Agreed()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Equal on every rank."""
+    """What all ranks have in common after one all-reduce. Equal on every rank."""
 
     sample: LoadSample
     agreed: Agreed

@@ -1,11 +1,12 @@
-"""Commit: staged experts into their slots, dispatch tables and placement swapped in the same step.
+"""Commit: staged experts enter their slots, and dispatch tables and placement change in the same step.
 
-Runs between two forward passes on every rank, in stream order, after all ranks voted that their
+It runs on every rank between two forward passes, in stream order, after all ranks voted that their
 experts arrived whole. Until then nothing that the forward pass reads has been touched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,8 @@ from ep_rebalance.routing.device_tables import DispatchTables, RoutingTables
 class Split:
     """How tokens are to be split over the replicas of a placement.
 
-    quotas_LP: float64 [L, P]. tables: this rank's, of that placement.
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot receives.
+    tables: this rank's, with these quotas.
     """
 
     quotas_LP: NDArray[np.float64]
@@ -32,8 +34,10 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Commit:
-    """What a batch changes. placement: served from then on. split: the migration's at its end, of which
-    the batch's layers are taken.
+    """What a batch changes.
+
+    placement: of all layers, served from then on.
+    split: the migration's; the batch's layers take up their part of it.
     """
 
     batch: Batch
@@ -41,14 +45,19 @@ class Commit:
     split: Split
 
     def serves(self, served: Served) -> Served:
-        """What is served after it, where `served` was before."""
+        """What is served after the commit.
+
+        served: before it.
+        """
         return served.with_layers(self.batch.layers, self.placement, self.split.quotas_LP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PreparedMigration:
-    """A migration with all that its commits take. split: of its target; layers whose quotas alone
-    change take it up at the end.
+    """A migration, and everything that its commits need.
+
+    commits: one for each batch.
+    split: of the target placement; layers whose experts stay take it up at the end.
     """
 
     migration: Migration
@@ -57,7 +66,7 @@ class PreparedMigration:
 
     @classmethod
     def of(cls, migration: Migration, counts: RoutingTables) -> PreparedMigration:
-        """Takes milliseconds: not for the step path."""
+        """Prepare the commits of a migration. It takes milliseconds: not for the step path."""
         tables = counts.dispatch_tables(migration.target, migration.quotas_LP)
         split = Split(quotas_LP=migration.quotas_LP, tables=tables)
         commits, placement = [], migration.source
@@ -71,20 +80,29 @@ def commit_batch(
     commit: Commit,
     served: Served,
     *,
+    layers: Sequence[int],
     staging: torch.Tensor,
     memory: ExpertMemory,
     counts: RoutingTables,
     rank: int,
 ) -> Served:
-    """Serve the batch's layers anew; returns what is served from now on."""
+    """Put a batch's experts into their slots. Returns what is served from now on.
+
+    served: so far.
+    layers: those of the batch that this rank writes.
+    staging: uint8, a packed expert in each row. What arrived.
+    """
+    # The next forward pass is queued behind these copies, so it sees all of them or none.
     for move in commit.batch.arrivals(rank):
+        if move.layer not in layers:
+            continue
         packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
         memory.write(move.layer, move.dst_slot % memory.slots, packed)
-    counts.serve(commit.batch.layers, commit.split.tables)
+    counts.serve(layers, commit.split.tables)
     return commit.serves(served)
 
 
 def commit_split(split: Split, served: Served, counts: RoutingTables) -> Served:
-    """Split tokens anew over the replicas of the placement that is served."""
+    """Split tokens anew over the replicas of the placement that is served. Returns what is served now."""
     counts.split(split.tables)
     return served.with_quotas(split.quotas_LP)

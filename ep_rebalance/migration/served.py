@@ -15,7 +15,8 @@ from ep_rebalance.placement import Placement
 class Served:
     """A placement, the quotas of its replicas, and its number.
 
-    quotas_LP: float64 [L, P].
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot receives.
+    generation: the number. A migration that moves experts adds one at its end, a reload of weights too.
     """
 
     placement: Placement
@@ -24,32 +25,34 @@ class Served:
 
     @classmethod
     def initial(cls, placement: Placement, generation: int = 0) -> Served:
-        """Tokens split evenly over the replicas."""
+        """A placement with tokens split evenly over its replicas."""
         return cls(placement=placement, quotas_LP=placement.even_quotas_LP(), generation=generation)
 
     def with_layers(
         self, layers: Sequence[int], placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> Served:
-        """After `layers` changed.
+        """What is served once `layers` have changed.
 
         placement: of all layers, from then on.
-        quotas_LP: [L, P]; only those of `layers` are taken.
+        quotas_LP: float64 [L, P]. Only those of `layers` are used.
         """
         quotas = self.quotas_LP.copy()
         quotas[list(layers)] = quotas_LP[list(layers)]
         return replace(self, placement=placement, quotas_LP=quotas)
 
     def with_quotas(self, quotas_LP: NDArray[np.float64]) -> Served:
-        """Tokens split otherwise; no expert moved."""
+        """The same placement with tokens split differently."""
         return replace(self, quotas_LP=quotas_LP)
 
     def numbered(self, before: Placement) -> Served:
-        """At the end of a migration that began with `before`: the next generation if experts moved."""
+        """The same at the end of a migration from `before`: the next generation, if experts moved."""
         moved = self.placement != before
         return replace(self, generation=self.generation + int(moved))
 
     def reloaded(self, layers: Sequence[int], loaded: Served) -> Served:
-        """The engine wrote `layers` anew: they are as they were loaded, under the next generation."""
+        """What is served once the engine has written `layers` anew: they are as loaded, under the next
+        generation.
+        """
         placement = self.placement.replaced(layers, loaded.placement)
         after = self.with_layers(layers, placement, loaded.quotas_LP)
         return replace(after, generation=self.generation + 1)

@@ -1,1 +1,1 @@
-"""The balancer's stages run over load that was recorded or generated, without an engine."""
+"""Offline: the balancer's stages, run over recorded or generated load, without an engine."""

@@ -1,8 +1,9 @@
 """Advice: how many ranks, how many redundant experts, or no expert parallelism at all.
 
-Every option is served by the plugin and by the engine alone over the same recorded load, the tokens of
-a step grown with the ranks, and compared in tokens per second and rank. Experts that are cut over all
-ranks instead (tensor parallelism) are always balanced; what they cost is an all-reduce of every token.
+Each option is replayed over the same recorded load, with the plugin and without, and with as many more
+tokens in a step as it has more ranks. Options are compared by tokens per second and rank. Experts that
+are cut over all ranks instead (tensor parallelism) are always balanced; their price is an all-reduce of
+every token.
 """
 
 from __future__ import annotations
@@ -18,19 +19,27 @@ from ep_rebalance.offline.step_time import ModelledSteps, RankLoad, StepParts
 from ep_rebalance.placement import Placement
 
 _SHARE = 0.4
-"""Part of a layer's time from which something is named as what it waits for."""
+"""Something that takes more than this fraction of a layer's time is named as what the layer waits for."""
 _WORTH = 0.01
-"""Part of the step time from which rebalancing is worth its while."""
+"""Rebalancing is called worth it if it saves at least this fraction of the step time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """One option.
 
-    expert_parallel: False if experts are cut over the ranks. imbalance, step_seconds: with the plugin,
-    or of cut experts. unbalanced_step_seconds: without it. tokens_per_second: of all ranks.
-    weight_bytes: of the experts on one rank. extra_bytes: of these, for redundant experts. fits: whether
-    the experts leave a tenth of the memory for all else. moved_bytes_per_hour: over links.
+    expert_parallel: False if experts are cut over the ranks.
+    ranks: GPUs.
+    redundant: slots of a layer beyond one for each expert, on all ranks together.
+    imbalance: max over mean rank load, with the plugin.
+    step_seconds: mean step, with the plugin if experts are not cut.
+    unbalanced_step_seconds: mean step without the plugin.
+    tokens_per_second: of all ranks together.
+    weight_bytes: the experts on one rank.
+    extra_bytes: the redundant ones among them.
+    fits: whether the experts leave a tenth of the memory for everything else.
+    moved_bytes_per_hour: over links.
+    reason: what the step waits for, and what rebalancing does about it.
     """
 
     expert_parallel: bool
@@ -52,15 +61,19 @@ class Advice:
 
     @property
     def saved(self) -> float:
-        """Part of the step time that the plugin saves."""
+        """Fraction of the step time that the plugin saves."""
         return 1.0 - self.step_seconds / self.unbalanced_step_seconds
 
 
 def advise_expert_parallel(
     head: TraceHead, mean: RecordedSnapshot, ours: Replayed, none: Replayed, memory_bytes: float
 ) -> Advice:
-    """mean: all snapshots of the trace summed up. ours, none: replays of the same size, with
-    ModelledSteps."""
+    """Advice from two replays of the same size, with ModelledSteps.
+
+    mean: all snapshots of the trace as one.
+    ours, none: the replays with the plugin and without.
+    memory_bytes: bytes. The memory of a rank.
+    """
     scenario = ours.scenario
     times = _times(scenario)
     ranks, redundant = scenario.topology.num_ranks, scenario.config.planner.redundant_experts
@@ -93,7 +106,11 @@ def advise_expert_parallel(
 def advise_cut_experts(
     head: TraceHead, mean: RecordedSnapshot, scenario: Scenario, memory_bytes: float
 ) -> Advice:
-    """The same ranks with every expert cut over all of them."""
+    """Advice for the ranks of `scenario`, with every expert cut over all of them.
+
+    mean: all snapshots of the trace as one.
+    memory_bytes: bytes. The memory of a rank.
+    """
     times = _times(scenario)
     ranks = scenario.topology.num_ranks
     parts = _cut_parts(head, mean, times)
@@ -116,12 +133,12 @@ def advise_cut_experts(
 
 
 def ranked(options: Sequence[Advice]) -> list[Advice]:
-    """The best first: tokens per second and rank, what does not fit last."""
+    """The options with the most tokens per second and rank first; those that do not fit last."""
     return sorted(options, key=lambda a: (not a.fits, -a.tokens_per_second_and_rank))
 
 
 def mean_snapshot(head: TraceHead, snapshots: Sequence[RecordedSnapshot]) -> RecordedSnapshot:
-    """The sum of some snapshots as one."""
+    """Some snapshots as one, with the sum of their counts and steps."""
     counts_NALE = np.array([s.counts_ALE for s in snapshots], dtype=np.int64)
     return RecordedSnapshot(
         counts_ALE=counts_NALE.sum(axis=0),
@@ -144,18 +161,21 @@ def _tokens_per_step(head: TraceHead, mean: RecordedSnapshot) -> float:
 
 
 def _cut_parts(head: TraceHead, mean: RecordedSnapshot, times: ModelledSteps) -> StepParts:
-    """A ring all-reduce sends every token almost twice; activated experts are read in part by each."""
+    """Seconds of a step with cut experts. Each rank computes a part of every activated expert."""
     ranks = times.topology.num_ranks
     one = Placement.contiguous(num_layers=head.layers, num_experts=head.experts, num_ranks=1)
     whole = RankLoad.of(mean.counts_ALE.sum(axis=0), one, one.even_quotas_LP())
     experts = times.parts(mean, whole).experts / ranks
     tokens = _tokens_per_step(head, mean) * times.load_factor
     slowest = times.hardware.internode if times.topology.num_nodes > 1 else times.hardware.intranode
+    # A ring all-reduce sends 2 (R - 1) / R of the data from each rank; 2 bytes a number (bfloat16).
     sent = 2.0 * (ranks - 1) / ranks * tokens * head.hidden_size * 2.0
     return StepParts(
         experts=experts,
         transfers=head.layers * sent / slowest,
-        rest=_contiguous_parts(head, mean, times).rest,
+        rest=_contiguous_parts(
+            head, mean, times
+        ).rest,  # attention and the like, as with whole experts
     )
 
 
@@ -176,13 +196,13 @@ def _what_rebalancing_does(ours: Replayed, saved: float) -> str:
         return f"rebalancing saves {saved:.1%}"
     if not ours.plans:
         return "the trace is too short for a migration to end: record longer or let more bytes move"
-    return f"rebalancing saves {saved:.1%}: hardly worth its while"
+    return f"rebalancing saves {saved:.1%}: hardly worth it"
 
 
 def _explain(
     head: TraceHead, mean: RecordedSnapshot, ours: Replayed, times: ModelledSteps, saved: float
 ) -> str:
-    """What the option waits for, the weightiest first."""
+    """What rebalancing does, and what the option waits for."""
     ranks = times.topology.num_ranks
     redundant = ours.scenario.config.planner.redundant_experts
     slots = (head.experts + redundant) // ranks
@@ -190,6 +210,7 @@ def _explain(
     causes = [_what_rebalancing_does(ours, saved)]
     load_LE = mean.counts_ALE.sum(axis=0)
     hottest = float((load_LE.max(axis=1) / (load_LE.sum(axis=1) / ranks)).mean())
+    # One expert can have more load than a rank should: no placement helps then, only replicas or fewer ranks.
     if ours.mean_imbalance > 1.15:
         causes.append(
             f"{slots} experts a rank: the hottest one alone is {hottest:.2f} of a rank's mean load"
@@ -198,6 +219,7 @@ def _explain(
     if share > _SHARE:
         causes.append(f"all-to-all takes {share:.0%} of the layers")
     tokens = _tokens_per_step(head, mean) * times.load_factor * head.top_k / head.experts
+    # Below as many tokens an expert as the hardware has operations a byte, weights take longer to read.
     if tokens < times.hardware.flops_per_second / times.hardware.memory_bytes_per_second:
         causes.append(f"{tokens:.0f} tokens an expert and step: it mostly reads weights")
     return "; ".join(causes)

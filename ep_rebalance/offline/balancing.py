@@ -1,8 +1,8 @@
 """Drives the server's loop from a trace, one snapshot at a time.
 
-What takes the server engine steps happens at once here: its experts are where the plan wants them as
-soon as the server would have moved them. Given a server's trace and its configuration, the loop comes
-to the placements that the server served.
+What takes a server many engine steps is done in one go here: experts are in their new slots as soon as
+the server would have moved them all. Given a server's trace and configuration, the loop arrives at the
+placements that this server served.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ Steps = Generator[None, None, None]
 class PlanMade:
     """A plan and what became of it.
 
-    step: the engine's, when it was made.
+    step: the engine's step in which it was asked for.
     outcome: see `ep_rebalance_plans_total`.
-    predicted_gain: part of the step time.
-    generation: that it was served under, None if it was not.
-    served_at: the engine's step from which it was.
+    predicted_gain: fraction of the step time.
+    generation: the number under which it was served; None if it was not.
+    served_at: the engine's step from which it was served.
     moved: experts that changed their slot.
-    bytes: over each kind of link that was used.
-    layers: those in which experts moved.
-    placement: what was served, None if nothing changed.
+    bytes: bytes over each kind of link that was used.
+    layers: layers in which experts moved.
+    placement: what was served; None if nothing changed.
     """
 
     step: int
@@ -74,11 +74,12 @@ class ReplayedServer:
 
     served: what it begins with.
     loaded: what its engine loaded.
-    as_recorded: plans, rounds and quotas are done at the snapshots at which the recorded server's were,
-        and what an operator asked for is asked again. Otherwise each is done when the next snapshot
-        comes, and nobody asks for anything.
+    as_recorded: whether plans, rounds and quotas are ready at the snapshots at which the recorded server's
+        were, and an operator's requests are repeated. Otherwise each is ready at the next snapshot, and
+        nobody requests anything.
 
-    The attributes placement and quotas_LP are what the last snapshot was served with; plans, all so far.
+    placement, quotas_LP: what the last snapshot was served with.
+    plans: all plans so far.
     """
 
     def __init__(
@@ -107,12 +108,14 @@ class ReplayedServer:
         self._proposal: Proposal | None = None
         self._migration: Migration | None = None
         self._fitted_LP: NDArray[np.float64] | None = None
-        self._planning = self._scheduling = False  # until a snapshot tells that it is done
+        self._planning = self._scheduling = (
+            False  # from its begin until a snapshot says that it is done
+        )
         self._driver = self._drive()
         next(self._driver)
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
-        """One more snapshot was counted."""
+        """Serve one more recorded snapshot."""
         self._incoming = snapshot if self._incoming is None else self._incoming.joined(snapshot)
         next(self._driver)
 
@@ -145,15 +148,18 @@ class ReplayedServer:
                 yield from self._migrate()
             case Tell(PlanEnded(outcome, reason)):
                 self._note(outcome, reason)
+        # Other events concern the status, and a replay has none.
         return None
 
     def _next(self) -> Generator[None, None, Snapshot]:
+        # The snapshot in which a migration ended is still there: it was served with the new placement.
         if self._incoming is None:
             yield
         assert self._incoming is not None
         recorded, self._incoming = self._incoming, None
         self._step = recorded.step
         self.placement, self.quotas_LP = self._served.placement, self._served.quotas_LP
+        # Generations are those of the replay, which may have come to other placements.
         sample = replace(recorded, generation=self._served.generation).sample()
         agreed = self._agreed(recorded.agreed)
         if agreed.planned and self._planning:
@@ -164,6 +170,7 @@ class ReplayedServer:
     def _agreed(self, recorded: Agreed) -> Agreed:
         accepted = self._proposal is not None and self._proposal.decision.accepted
         if self._as_recorded:
+            # Without a plan of its own the replay has nothing to carry out, whatever the server did.
             return replace(recorded, proposed=recorded.proposed and accepted)
         scheduled, self._scheduling = self._scheduling, False
         return Agreed(
@@ -205,27 +212,31 @@ class ReplayedServer:
         )
 
     def _migrate(self) -> Steps:
-        """The snapshot in which the last round falls is served with what was committed."""
         migration = self._migration
         assert migration is not None
         end = yield from self._end_of(migration)
-        layers = _layers(migration, end)
-        placement = migration.source.replaced(layers, migration.target)
-        served = self._served.with_layers(layers, placement, migration.quotas_LP)
+        served = _after(self._served, migration, end.batches)
         if not end.abandoned:
             served = served.with_quotas(migration.quotas_LP)
         self._served = served.numbered(migration.source)
         self._note_migration(migration, end)
 
     def _end_of(self, migration: Migration) -> Generator[None, None, MigrationEnd]:
-        """A server takes no snapshot while experts move: those that come meanwhile are joined."""
+        """A server takes no snapshot while experts move: those that come meanwhile are joined.
+
+        A snapshot is served with the batches whose last step falls into it, or fell before it.
+        """
+        last_step_B = np.cumsum([len(batch.rounds) + 1 for batch in migration.batches])
         while True:
             yield
             assert self._incoming is not None
             if self._as_recorded and self._incoming.ended is not None:
                 return self._incoming.ended
-            if self._incoming.steps >= migration.num_steps:
-                return MigrationEnd(batches=len(migration.batches), abandoned=False)
+            batches = int(np.searchsorted(last_step_B, self._incoming.steps, side="right"))
+            if batches == len(migration.batches):
+                return MigrationEnd(batches=batches, abandoned=False)
+            so_far = _after(self._served, migration, batches)
+            self.placement, self.quotas_LP = so_far.placement, so_far.quotas_LP
 
     def _note(self, outcome: str, reason: str) -> None:
         assert self._proposal is not None
@@ -261,12 +272,19 @@ class ReplayedServer:
                 served_at=self._incoming.step,
                 moved=sum(len(batch.moves) for batch in committed),
                 bytes={link: size for link, size in bytes_of.items() if size},
-                layers=_layers(migration, end),
+                layers=_layers(migration, end.batches),
                 placement=self._served.placement,
             )
         )
 
 
-def _layers(migration: Migration, end: MigrationEnd) -> tuple[int, ...]:
-    """Those whose experts were committed."""
-    return tuple(layer for batch in migration.batches[: end.batches] for layer in batch.layers)
+def _layers(migration: Migration, batches: int) -> tuple[int, ...]:
+    """Those of the first batches."""
+    return tuple(layer for batch in migration.batches[:batches] for layer in batch.layers)
+
+
+def _after(served: Served, migration: Migration, batches: int) -> Served:
+    """What is served once so many batches are committed."""
+    layers = _layers(migration, batches)
+    placement = migration.source.replaced(layers, migration.target)
+    return served.with_layers(layers, placement, migration.quotas_LP)

@@ -1,9 +1,11 @@
 """Generated load: domains of text that come and go, each with experts that it prefers.
 
-A step's routing is drawn from a mixture of the domains' routing. The mixture drifts, or jumps from
-one domain to another; each expert's popularity wavers on its own; and the tokens of a step are a
-sample, so that even the best placement is never quite even. Marginals of real workloads can stand
-for the domains; the timing is always made up.
+A step's routing is drawn from a mixture of the domains' routing. The mixture drifts, or jumps from one
+domain to another; each expert's popularity fluctuates independently; and the tokens of a step are a
+sample, so that even the best placement is never perfectly balanced. Popularities of real workloads can
+stand for the domains; the timing is always made up.
+
+Letter of this module: `D` domains; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from numpy.typing import NDArray
 class Timing:
     """How the mixture of domains moves from step to step.
 
-    drift: standard deviation of each domain's log-weight in the long run; it forgets as fast as
-        `memory_steps`.
-    burst_steps: mean steps between two jumps to another domain; 0 for none.
-    wavering: standard deviation of each expert's log-popularity about its domain's, with the same
+    drift: standard deviation of each domain's log-weight in the long run.
+    memory_steps: steps. After so many, the correlation with earlier weights has fallen to 1 / e.
+    burst_steps: steps. Mean time between two jumps to another domain; 0 for no jumps.
+    wavering: standard deviation of each expert's log-popularity around that of its domain, with the same
         memory.
     """
 
@@ -34,7 +36,7 @@ class Timing:
 
 
 _LEAD = 4.0
-"""Log-weight that the domain of a burst has ahead of the others."""
+"""Added to the log-weight of the domain that the last burst jumped to."""
 
 TIMINGS: Mapping[str, Timing] = MappingProxyType(
     {
@@ -51,9 +53,10 @@ def synthetic_domains(
 ) -> NDArray[np.float64]:
     """float64 [D, L, E], log-normal popularities that sum to 1 over the experts.
 
-    spread: standard deviation of the logarithm; 1.0 gives the coefficient of variation, 1.3, that
-    was published for DeepSeek-R1 on translation (TensorRT-LLM, "Scaling expert parallelism").
-    shared: part of the variance that all domains have in common.
+    domains, layers, experts: D, L and E.
+    spread: standard deviation of the logarithm; 1.0 gives the coefficient of variation, 1.3, that was
+        published for DeepSeek-R1 on translation (TensorRT-LLM, "Scaling expert parallelism").
+    shared: fraction of the variance that all domains have in common.
     """
     random = np.random.default_rng([seed, 1])
     common_LE = random.standard_normal((layers, experts))
@@ -65,10 +68,15 @@ def synthetic_domains(
 def generate_steps(
     domains_DLE: NDArray[np.float64], timing: Timing, *, pairs_per_step: int, seed: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Without end: int64 [L, E], pairs of a token and an expert of one step, `pairs_per_step` in
-    each layer."""
+    """int64 [L, E] for each step, without end: (token, expert) pairs.
+
+    domains_DLE: float64 [D, L, E]. Popularities that sum to 1 over the experts.
+    pairs_per_step: pairs in each layer.
+    """
     random = np.random.default_rng([seed, 2])
     domains, layers, experts = domains_DLE.shape
+    # x' = kept * x + fresh * sigma * noise keeps the standard deviation of x at sigma, since
+    # kept**2 + fresh**2 = 1.
     kept = float(np.exp(-1.0 / timing.memory_steps))
     fresh = float(np.sqrt(1.0 - kept**2))
     weights_D = timing.drift * random.standard_normal(domains)

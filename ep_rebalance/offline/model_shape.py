@@ -1,4 +1,4 @@
-"""Sizes of the models that placements are compared on."""
+"""Model shapes: the sizes of models that traces are often of."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from ep_rebalance.load.trace import TraceHead
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """layers: with experts. expert_bytes: one expert of one layer, in the precision that the model is
-    served in. bytes_per_parameter: of it."""
+    """The sizes of a model.
+
+    layers: MoE layers.
+    top_k: experts per token.
+    expert_bytes: one expert of one layer, in the precision in which the model is served.
+    bytes_per_parameter: size of its weights in that precision.
+    """
 
     title: str
     layers: int
@@ -45,6 +50,7 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             hidden_size=4096,
             bytes_per_parameter=2.0,
         ),
+        # 17 / 32 bytes a parameter, MXFP4: 32 numbers of 4 bits have a scale of 8 bits.
         "gpt-oss-120b": ModelShape(
             title="gpt-oss-120b",
             layers=36,
@@ -77,13 +83,13 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
 
 
 def shape_of(head: TraceHead) -> ModelShape | None:
-    """The known model that has these sizes, if there is one."""
+    """The known model that has the trace's numbers of layers, experts and top-k; None if there is none."""
     sizes = (head.layers, head.experts, head.top_k)
     return next((s for s in SHAPES.values() if (s.layers, s.experts, s.top_k) == sizes), None)
 
 
 def completed(head: TraceHead) -> TraceHead:
-    """With the sizes of an expert, which a converted trace does not tell, of a known model."""
+    """The head with an expert's size, which a converted trace lacks, taken from a known model."""
     shape = shape_of(head)
     if shape is None or all(head.expert_bytes):
         return head

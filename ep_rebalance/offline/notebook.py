@@ -35,15 +35,16 @@ def plan(
 ) -> Placement:
     """Place experts so that ranks get equally many tokens.
 
-    tokens: [L, E] or [W, L, E], the tokens of each expert in each layer; with W windows, experts that
-        are busy together part ways.
-    ranks: EP ranks; those of `current` if it is given.
-    redundant: slots beyond one for each expert.
-    ranks_per_node: a move between nodes counts as much more as their link is slower.
-    current: the placement to improve with few moves; without it all is placed anew.
-    max_moved: slots of a layer that may change, with `current`. Default: an eighth of them.
+    tokens: [L, E] or [W, L, E]. Tokens of each expert in each layer. With W windows, experts that are
+        busy together are placed on different ranks.
+    ranks: number of EP ranks; that of `current` if it is given.
+    redundant: slots of a layer beyond one for each expert, on all ranks together.
+    ranks_per_node: ranks. A move between nodes costs as much more as their link is slower.
+    current: the placement to improve by few moves. Without it, all experts are placed from scratch.
+    max_moved: slots of a layer that may change, on average; an eighth of them by default. Only with
+        `current`.
 
-    Raises ValueError for sizes that do not fit each other.
+    Raises ValueError for sizes that do not fit together.
 
     >>> import numpy as np
     >>> from ep_rebalance import plan
@@ -82,13 +83,13 @@ def replay(
     redundant: int | None = None,
     ranks_per_node: int | None = None,
 ) -> Replayed:
-    """Serve recorded load again, with a policy and sizes of choice.
+    """Serve recorded load again, with any policy and sizes.
 
     traces: files of one server (*.eptrace), or folders of them.
-    policy: of `ep-rebalance replay --help`.
-    ranks, redundant, ranks_per_node: as recorded by default.
+    policy: one of those that `ep-rebalance replay --help` lists.
+    ranks, redundant, ranks_per_node: as in `plan`; as recorded by default.
 
-    Raises TraceError for a file that is not a trace, ValueError for sizes that cannot be.
+    Raises TraceError for a file that is not a trace, ValueError for impossible sizes.
     """
     paths = [traces] if isinstance(traces, str | Path) else list(traces)
     readers = open_traces([Path(path) for path in paths])

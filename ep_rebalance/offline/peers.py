@@ -1,4 +1,4 @@
-"""What a replay is compared with: placements that do not come from the server's loop."""
+"""Peers: what a replay is compared with. Their placements do not come from the server's loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from ep_rebalance.topology import Topology
 class Serving(Protocol):
     """Something that serves snapshots: `ReplayedServer`, or one of its peers.
 
-    placement, quotas_LP: what the last snapshot was served with. plans: made so far.
+    placement, quotas_LP: what the last snapshot was served with.
+    plans: all plans so far.
     """
 
     placement: Placement
@@ -31,12 +32,12 @@ class Serving(Protocol):
     plans: list[PlanMade]
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
-        """One more snapshot was counted."""
+        """Serve one more recorded snapshot."""
         ...
 
 
 class Contiguous:
-    """The placement that the engine loads, tokens split evenly: a server without the plugin."""
+    """The placement that the engine loads, with tokens split evenly: a server without the plugin."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement, self.quotas_LP = placement, placement.even_quotas_LP()
@@ -47,18 +48,25 @@ class Contiguous:
 
 
 class AsRecorded(Contiguous):
-    """What the recorded server served: its placements; quotas are fitted again when it fitted them."""
+    """What the recorded server served: its placements, with quotas fitted when it fitted them."""
 
     def __init__(self, placement: Placement, config: RebalanceConfig) -> None:
         super().__init__(placement)
         self._next_LP = self.quotas_LP
+        self._since: tuple[int, int, float] | None = None
         self._fitted_LP: NDArray[np.float64] | None = None
         self._settings = config.planner
         self._window = LoadWindow(config.window.snapshots)
 
     def change(self, change: RecordedPlacement) -> None:
-        """Serve the placement from the next snapshot on."""
-        self.placement = change.placement
+        """Serve the placement from the next snapshot on. Each file repeats the newest one, with the quotas
+        that it had at first.
+        """
+        since = change.generation, change.step, change.time
+        if since == self._since:
+            return
+        self._since, self.placement = since, change.placement
+        # The server drops quotas that it is fitting when another placement is served.
         self._next_LP, self._fitted_LP = change.quotas_LP, None
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
@@ -68,6 +76,8 @@ class AsRecorded(Contiguous):
             return
         sample = snapshot.sample()
         self._window.append(sample)
+        if snapshot.ended is not None:
+            self._fitted_LP = None
         if snapshot.agreed.fitted and self._fitted_LP is not None:
             self._next_LP, self._fitted_LP = self._fitted_LP, None
         if self._fitted_LP is None and sample.routed:
@@ -78,7 +88,9 @@ class AsRecorded(Contiguous):
 
 
 class PlacedOnce(Contiguous):
-    """The best placement for the first full window, kept from then on; quotas follow the load."""
+    """The best placement for the first load that a server would plan for, kept from then on. Quotas follow
+    the load.
+    """
 
     def __init__(self, placement: Placement, config: RebalanceConfig, topology: Topology) -> None:
         super().__init__(placement)
@@ -87,7 +99,7 @@ class PlacedOnce(Contiguous):
         self._placed = False
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
-        """Place once the server would make its first plan."""
+        """Place the experts when a server would make its first plan."""
         self.placement = self._next
         self._window.append(snapshot.sample())
         if not len(self._window):
@@ -101,15 +113,16 @@ class PlacedOnce(Contiguous):
 
 
 class Hindsight(Contiguous):
-    """A placement and quotas made for the very snapshots that they then serve: a bound that nobody
-    who does not know the future can reach."""
+    """A placement and quotas made for the very snapshots that they then serve: a bound that cannot be reached
+    without knowing the future.
+    """
 
     def __init__(self, placement: Placement, settings: PlannerConfig, topology: Topology) -> None:
         super().__init__(placement)
         self._contiguous, self._settings, self._topology = placement, settings, topology
 
     def expect(self, snapshots: list[RecordedSnapshot]) -> None:
-        """The snapshots that come next."""
+        """Place experts for the snapshots that come next."""
         window = LoadWindow(len(snapshots))
         for snapshot in snapshots:
             window.append(snapshot.sample())
@@ -120,12 +133,12 @@ class Hindsight(Contiguous):
 
 
 def place_anew(load: WindowLoad, current: Placement, topology: Topology) -> Placement:
-    """The best that we know for a window: the greedy placement, improved without a bound."""
+    """The best placement that we can find for a window: the greedy one, improved without a budget."""
     start = plan_greedy(everything_may_move(load, current, topology))
     return plan_incremental(everything_may_move(load, start, topology))
 
 
 def everything_may_move(load: WindowLoad, current: Placement, topology: Topology) -> Problem:
-    """A problem without a budget."""
+    """A problem whose budget allows any move."""
     budget = Budget(max_moved_slots=current.slots_LP.size, max_arrivals=current.slots_per_rank)
     return Problem(load=load, current=current, topology=topology, budget=budget)

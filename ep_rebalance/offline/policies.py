@@ -1,4 +1,4 @@
-"""What a replay compares: the server's policies, and what they are held against."""
+"""Replay policies: the server's policies, and the peers that they are compared with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ep_rebalance.topology import Topology
 class Beginning:
     """What a peer starts with.
 
-    recorded: the placement at the beginning of the trace. contiguous: what the engine would load.
+    recorded: the placement at the beginning of the trace.
+    contiguous: what the engine would load.
     """
 
     recorded: Placement
@@ -30,10 +31,12 @@ class Beginning:
 class ReplayPolicy:
     """What decides where experts sit.
 
-    name: on the command line and in reports. summary: a clause without a semicolon.
-    subject: of the verdict's sentence, "" for what the others are held against.
-    setting: what `planner.policy` calls it, if it goes through the server's loop. peer: makes what
-    serves, if it does not.
+    name: on the command line and in reports.
+    summary: a clause without a semicolon.
+    line: how reports draw it.
+    subject: of the verdict's sentence; "" for what the others are compared with.
+    setting: what `planner.policy` calls it, if it plans in the server's loop; else None.
+    peer: makes what serves, if it does not plan in the loop; else None.
     """
 
     name: str
@@ -93,7 +96,7 @@ def _in_the_loop(policy: Policy) -> ReplayPolicy:
 
 
 def _entries() -> list[ReplayPolicy]:
-    """A server's policy that has a peer's name, `none`, is the peer's here."""
+    """All policies. Where a server's policy and a peer share a name (`none`), the peer stands for both."""
     told = {_OURS.setting, *(peer.name for peer in _PEERS)}
     others = [_in_the_loop(policy) for policy in POLICIES.values() if policy.name not in told]
     return [_OURS, *others, *_PEERS]
@@ -106,4 +109,4 @@ REPLAY_POLICIES: Mapping[str, ReplayPolicy] = MappingProxyType(
 SERVER_POLICIES: Mapping[str, str] = MappingProxyType(
     {name: entry.setting for name, entry in REPLAY_POLICIES.items() if entry.setting}
 )
-"""Those that go through the server's loop, and what they are called in its settings."""
+"""The policies that plan in the server's loop, and what `planner.policy` calls each."""

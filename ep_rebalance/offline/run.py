@@ -1,5 +1,7 @@
-"""A replay: one scenario over a trace, snapshot by snapshot, in memory that does not grow with it
-beyond a few numbers for each snapshot."""
+"""A replay: one scenario over a trace, snapshot by snapshot. Memory grows by a few numbers for each.
+
+Letter of this module: `N` snapshots with tokens; others as in `placement.py`.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,11 @@ from ep_rebalance.topology import Topology
 class Scenario:
     """One way to serve the recorded load.
 
-    policy: of REPLAY_POLICIES. planner: of those in SERVER_POLICIES. config: its planner.redundant_experts
-    counts. topology: its ranks count.
+    policy: of REPLAY_POLICIES.
+    planner: of a policy in SERVER_POLICIES; None for the others.
+    config: also says how many redundant experts there are.
+    topology: also says how many ranks there are.
+    step_time: predicts step times.
     """
 
     policy: str
@@ -47,14 +52,19 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Replayed:
-    """What came of a scenario.
+    """What came out of a scenario.
 
-    For each snapshot that carried tokens: time_N (Unix), step_N (the engine's), steps_N (that it sums
-    up), pairs_N ((token, expert) pairs of all layers), imbalance_N (busiest ranks over mean, both summed
-    over layers), balancedness_N (mean over max rank load, mean of the layers), seconds_N (predicted mean
-    step).
-    share_LR: float64 [L, R], tokens of each rank over the mean, over the whole trace. replicas_LE: of
-    the last placement. plan_seconds: wall time of each plan here.
+    time_N: float64 [N]. Unix time.
+    step_N: int64 [N]. The engine's number of the snapshot's last step.
+    steps_N: int64 [N]. Steps of the snapshot.
+    pairs_N: float64 [N]. (token, expert) pairs of all layers.
+    imbalance_N: float64 [N]. Max over mean rank load, both summed over layers.
+    balancedness_N: float64 [N]. Mean over max rank load, averaged over layers.
+    seconds_N: float64 [N], seconds. Predicted mean step.
+    share_LR: float64 [L, R]. Tokens of each rank over the layer's mean, over the whole trace.
+    replicas_LE: int32 [L, E]. Replicas in the last placement.
+    plans: all plans, in order.
+    plan_seconds: wall time that each plan took here.
     """
 
     scenario: Scenario
@@ -72,16 +82,17 @@ class Replayed:
 
     @property
     def mean_step_seconds(self) -> float:
-        """Over all steps of the trace."""
+        """The mean over all steps of the trace."""
         return float(np.average(self.seconds_N, weights=self.steps_N))
 
     @property
     def mean_imbalance(self) -> float:
-        """Over the tokens of the trace."""
+        """The mean over the tokens of the trace: busy snapshots count more."""
         return float(np.average(self.imbalance_N, weights=self.pairs_N))
 
     @property
     def mean_balancedness(self) -> float:
+        """The mean over the snapshots of the trace."""
         return float(self.balancedness_N.mean())
 
     @property
@@ -90,22 +101,22 @@ class Replayed:
 
     @property
     def moved(self) -> int:
-        """Experts that changed their slot."""
+        """How many experts changed their slot."""
         return sum(plan.moved for plan in self.plans)
 
     @property
     def moved_bytes(self) -> int:
-        """Over links between ranks."""
+        """Bytes that went over links between ranks."""
         return sum(n for plan in self.plans for link, n in plan.bytes.items() if link != "local")
 
     @property
     def hours(self) -> float:
-        """Of serving, by the predicted step times."""
+        """How long the trace would have been served, by the predicted step times."""
         return float(self.seconds_N @ self.steps_N) / 3600.0
 
 
 class NothingRecorded(ValueError):
-    """A trace without a snapshot that carried tokens."""
+    """The trace holds no snapshot with tokens."""
 
 
 def replay(
@@ -116,14 +127,16 @@ def replay(
 ) -> Replayed:
     """Serve the recorded snapshots as the scenario says.
 
-    head: of the trace. advance: called after each snapshot. Raises ValueError if the experts do not
-    divide by the ranks, NothingRecorded, and what reading the records raises.
+    head: of the trace.
+    advance: called after each snapshot.
+
+    Raises ValueError if the slots do not divide by the ranks, NothingRecorded, and what reading the
+    records raises.
     """
     clocked = _Clocked(scenario.planner)
     recorded, records = _beginning(records)
-    begun_as_recorded = _as_recorded(head, scenario)
-    timed_as_recorded = begun_as_recorded and isinstance(scenario.step_time, MeasuredSteps)
-    serving = _serving(head, scenario, clocked, recorded, begun_as_recorded)
+    as_recorded = _as_recorded(head, scenario)
+    serving = _serving(head, scenario, clocked, recorded, as_recorded)
     served_before = AsRecorded(recorded.placement, scenario.config)
     rows: list[tuple[float, ...]] = []
     sums_LR = np.zeros((head.layers, scenario.topology.num_ranks))
@@ -133,11 +146,12 @@ def replay(
             if isinstance(serving, AsRecorded):
                 serving.change(record)
             continue
-        served_before.snapshot(record)
+        served_before.snapshot(record)  # the step times in the trace are those of this placement
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
         was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
-        as_recorded = timed_as_recorded or not isinstance(serving, ReplayedServer)
-        serving.snapshot(record if as_recorded else _timed(record, scenario, serving, was))
+        # Recorded times are kept if the replay decides as the server did, or decides nothing by them.
+        timed = as_recorded or not isinstance(serving, ReplayedServer)
+        serving.snapshot(record if timed else _timed(record, scenario, serving, was))
         if counts_LE.any():
             served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
             rows.append(_row(record, served, scenario.step_time.seconds(record, served, was)))
@@ -165,8 +179,9 @@ def replay(
 def _timed(
     snapshot: RecordedSnapshot, scenario: Scenario, serving: Serving, recorded: RankLoad
 ) -> RecordedSnapshot:
-    """With the step time that decisions are to be based on: what the server would have measured on the
-    placement that it serves here, on the hardware that is asked about."""
+    """The snapshot with the step time that decisions are based on: what a server would have measured on the
+    placement that is served here, and on the scenario's hardware.
+    """
     counts_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.int64)
     served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
     return replace(snapshot, step_seconds=scenario.step_time.seconds(snapshot, served, recorded))
@@ -188,7 +203,7 @@ def _row(record: RecordedSnapshot, served: RankLoad, seconds: float) -> tuple[fl
 
 
 def contiguous_placement(head: TraceHead, scenario: Scenario) -> Placement:
-    """What the engine would load. Raises ValueError if the slots do not divide by the ranks."""
+    """The placement that the engine would load. Raises ValueError if the slots do not divide by the ranks."""
     ranks, redundant = scenario.topology.num_ranks, scenario.config.planner.redundant_experts
     if (head.experts + redundant) % ranks or (head.experts + redundant) // ranks > head.experts:
         least = -(-head.experts // ranks) * ranks - head.experts
@@ -220,7 +235,7 @@ class _Clocked:
 
 
 def _beginning(records: Iterable[Record]) -> tuple[RecordedPlacement, Iterator[Record]]:
-    """The placement at the beginning, and all records."""
+    """(the placement at the beginning, all records, including that one)."""
     iterator = iter(records)
     first = next(iterator, None)
     if not isinstance(first, RecordedPlacement):
@@ -229,14 +244,17 @@ def _beginning(records: Iterable[Record]) -> tuple[RecordedPlacement, Iterator[R
 
 
 _BALANCING = ("mode", "window", "planner", "hardware", "decision", "migration")
-"""Parts of the settings that plans depend on; a trace of an earlier version may lack others."""
+"""The sections of the settings that plans depend on. A trace of an earlier version may lack others."""
 
 
 def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
-    """Whether the scenario is the recorded server's own, so that it plans at the same moments."""
+    """Whether the scenario is the recorded server's own, so that it takes the same decisions at the same
+    moments; steps of another length lead to others.
+    """
     settings = scenario.config.as_dict()
     return (
         not head.origin
+        and isinstance(scenario.step_time, MeasuredSteps)
         and list(scenario.topology.node_of_rank) == head.node_of_rank
         and all(settings[part] == head.config.get(part) for part in _BALANCING)
         and scenario.config.mode == "rebalance"
@@ -281,6 +299,7 @@ def _server(
     as_recorded: bool,
 ) -> ReplayedServer:
     config = with_planner(scenario.config, policy=SERVER_POLICIES[scenario.policy])
+    # Experts of unknown size count as a byte, so that no bound on bytes holds a migration up.
     known = all(head.expert_bytes)
     expert_bytes_L = head.expert_bytes if known else [1] * head.layers
     return ReplayedServer(
@@ -302,7 +321,7 @@ def _server(
 
 
 def with_planner(config: RebalanceConfig, **changes: object) -> RebalanceConfig:
-    """The same settings but for these of `planner`, in a mode that plans."""
+    """The settings with changes to their section `planner`, in a mode that plans."""
     planner = config.planner.model_copy(update=changes)
     return config.model_copy(update={"planner": planner, "mode": "rebalance"})
 
@@ -310,8 +329,9 @@ def with_planner(config: RebalanceConfig, **changes: object) -> RebalanceConfig:
 def _announced(
     records: Iterable[Record], serving: Serving, config: RebalanceConfig
 ) -> Iterator[Record]:
-    """The records as they are; hindsight is told of as many snapshots as lie between two plans
-    before they come."""
+    """The records as they are. Hindsight is shown each interval's snapshots before they come, an interval
+    being that between two plans.
+    """
     if not isinstance(serving, Hindsight):
         yield from records
         return

@@ -1,4 +1,4 @@
-"""From traces and a few words to a scenario."""
+"""Scenarios from traces, settings and the arguments of a command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ep_rebalance.topology import Topology
 
 
 def open_traces(paths: Sequence[Path]) -> list[TraceReader]:
-    """Readers of all files, folders searched. Raises ValueError if there is none."""
+    """Readers of all files, also those in folders. Raises ValueError if there is none."""
     files = [
         file
         for path in paths
@@ -39,9 +39,18 @@ def scenario(
     hardware: str | None = None,
     fraction: float | None = None,
 ) -> Scenario:
-    """Raises ValueError if it cannot be."""
+    """One way to serve the recorded load. Raises ValueError if it is impossible.
+
+    settings: of the server that is replayed.
+    policy: of REPLAY_POLICIES.
+    ranks: EP ranks.
+    redundant: slots of a layer beyond one for each expert, on all ranks together.
+    ranks_per_node: as recorded by default, or 8.
+    hardware: a row of the table that ships, or a file; None scales the recorded step times.
+    fraction: of a step that waits for experts; by default, `decision.expert_time_fraction`.
+    """
     if policy not in REPLAY_POLICIES:
-        raise ValueError(f"there is no policy {policy!r}; choose of {', '.join(REPLAY_POLICIES)}")
+        raise ValueError(f"there is no policy {policy!r}; choose from {', '.join(REPLAY_POLICIES)}")
     planner: Planner | None = None
     if policy in SERVER_POLICIES:
         planner = _planner(SERVER_POLICIES[policy])
@@ -58,12 +67,14 @@ def scenario(
     if policy != "recorded":
         contiguous_placement(head, made)
     elif ranks != head.ep_size or redundant != head.slots - head.experts:
-        raise ValueError("policy recorded is of the recorded ranks and redundant experts only")
+        raise ValueError(
+            "policy recorded needs the recorded numbers of ranks and redundant experts"
+        )
     return made
 
 
 def _planner(policy: str) -> Planner:
-    """By its name in the settings. Raises ValueError if a package is needed and not installed."""
+    """A planner by its name in the settings. Raises ValueError if a package that it needs is missing."""
     needs = POLICIES[policy].needs
     if not needs:
         return planner_of(policy)
@@ -91,8 +102,8 @@ def _step_time(
         return MeasuredSteps(fraction=part)
     if not all(head.expert_bytes) or not head.hidden_size:
         raise ValueError(
-            "the trace does not say how large an expert is (it was converted), and its sizes are those "
-            "of no model that is known, so --hardware has nothing to compute with; leave it out"
+            "the trace does not say how large an expert is (it was converted), and no known model has its "
+            "numbers of layers and experts, so --hardware has nothing to compute with; leave it out"
         )
     return ModelledSteps(
         hardware=load_hardware(hardware)[1],

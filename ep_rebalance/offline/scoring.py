@@ -1,5 +1,7 @@
-"""Scoring: how even a placement makes steps that its planner has not seen, and what it costs to get
+"""Scoring: how evenly a placement serves steps that its planner has not seen, and what it costs to get
 there.
+
+Letter of this module: `N` steps; others as in `placement.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from ep_rebalance.topology import Topology
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moves:
-    """What the way from one placement to another takes.
+    """What it takes to get from one placement to another.
 
-    slots: that get another expert, and fraction of all. bytes, busiest_rank_bytes: over links, sent
-    or received.
-    serial_transfers: expert transfers that a rank has to make one after another, in the busiest
-        rank of each layer that moves anything, mean over these layers; by Koenig's theorem that
-        many rounds of one send and one receive per rank suffice.
-    cross_node: part of the slots that are filled from another node.
+    slots: slots that get another expert.
+    fraction: of all slots.
+    bytes: all that goes over links.
+    busiest_rank_bytes: the most that a rank sends, or receives.
+    serial_transfers: transfers that the busiest rank of a layer makes one after another, on average over
+        the layers in which experts move. That many rounds of one send and one receive per rank suffice
+        (Koenig's theorem on the edge colouring of bipartite graphs).
+    cross_node: fraction of these slots that are filled from another node.
     """
 
     slots: int
@@ -41,13 +45,20 @@ def balancedness(
     placement: Placement,
     quotas_LP: NDArray[np.float64] | None = None,
 ) -> float:
-    """Mean/max rank load, averaged over steps and layers; an even split if no quotas are given."""
+    """Mean over max rank load, averaged over steps and layers.
+
+    steps_NLE: [N, L, E], tokens.
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot receives; even if None.
+    """
     return float(np.mean(1.0 / imbalance_L(placement.rank_load_LR(steps_NLE, quotas_LP))))
 
 
 def best_split_balancedness(steps_NLE: NDArray[np.integer], placement: Placement) -> float:
-    """The same if each step's tokens were split over the replicas in the best way for that step:
-    the ceiling of any dispatch on this placement."""
+    """The same if each step's tokens were split over the replicas as is best for that step: an upper bound
+    for any dispatch on this placement.
+
+    steps_NLE: [N, L, E], tokens.
+    """
     return float(
         np.mean(
             [
@@ -59,7 +70,11 @@ def best_split_balancedness(steps_NLE: NDArray[np.integer], placement: Placement
 
 
 def even_balancedness(pairs: int, ranks: int, *, steps: int = 10_000) -> float:
-    """What chance alone leaves: of steps in which each of `pairs` goes to a rank by lot."""
+    """Mean over max rank load if each pair goes to a random rank: as even as chance allows.
+
+    pairs: (token, expert) pairs of a step.
+    steps: how many are sampled.
+    """
     loads_NR = np.random.default_rng(0).multinomial(pairs, np.full(ranks, 1 / ranks), size=steps)
     return float(np.mean(loads_NR.mean(axis=1) / loads_NR.max(axis=1)))
 
@@ -70,8 +85,14 @@ def cross_node_tokens(
     quotas_LP: NDArray[np.float64],
     topology: Topology,
 ) -> float:
-    """Part of the (token, expert) pairs that are computed on another node than the token's, if each
-    rank brings the same part of every expert's tokens and near replicas are preferred."""
+    """Fraction of the (token, expert) pairs that are computed on another node than the token's.
+
+    steps_NLE: [N, L, E], tokens.
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot receives.
+
+    Assumes that each rank brings the same share of every expert's tokens, and that near replicas are
+    preferred.
+    """
     node_P = np.repeat(topology.node_of_rank, placement.slots_per_rank)
     staying_LE = np.zeros((placement.num_layers, placement.num_experts))
     layers_LP = np.broadcast_to(np.arange(placement.num_layers)[:, None], placement.slots_LP.shape)
@@ -79,6 +100,7 @@ def cross_node_tokens(
         share = topology.node_of_rank.count(node) / topology.num_ranks
         quota_LE = np.zeros_like(staying_LE)
         here = node_P == node
+        # A node keeps at most what it brings, and at most the quotas of its slots: min(quota, share).
         np.add.at(quota_LE, (layers_LP[:, here], placement.slots_LP[:, here]), quotas_LP[:, here])
         staying_LE += np.minimum(quota_LE, share)
     load_LE = steps_NLE.sum(axis=0)
@@ -88,7 +110,10 @@ def cross_node_tokens(
 def moves_between(
     source: Placement, target: Placement, topology: Topology, expert_bytes_L: Sequence[int]
 ) -> Moves:
-    """What the migration from `source` to `target` takes."""
+    """What the migration from `source` to `target` takes.
+
+    expert_bytes_L: L sizes, bytes. One expert of each layer.
+    """
     fetches = choose_sources(
         source,
         target,

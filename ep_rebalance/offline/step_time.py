@@ -1,9 +1,9 @@
-"""Step times: what a step would have taken on another placement.
+"""Step times: how long a step would have taken on another placement.
 
-Only the experts' part of a step depends on the placement. `MeasuredSteps` takes it as a fraction of the
-step times in the trace and scales it with the busiest ranks' tokens. `ModelledSteps` computes it from
-the hardware's figures: reading the activated experts or computing the tokens, whichever is longer, and
-the all-to-all before and after. Both take the mean step of a snapshot for all of its steps.
+Only the experts' part of a step depends on the placement. `MeasuredSteps` takes it to be a fraction of
+the step times in the trace, and scales it with the busiest ranks' tokens. `ModelledSteps` computes it
+from the hardware's figures: reading the activated experts or computing the tokens, whichever is longer,
+and the all-to-all before and after. Both treat all steps of a snapshot as its mean step.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from ep_rebalance.planning.cost_model import RooflineCost
 from ep_rebalance.topology import Topology
 
 NOMINAL_STEP_SECONDS = 0.05
-"""Of a step in a trace that was converted and tells no times."""
+"""Taken for a step in a converted trace, which holds no times."""
 
 _COMBINE_BYTES = 2.0
-"""Of a number on its way back from an expert, bfloat16; there it is no wider than the weights."""
+"""Size of a number on its way back from an expert: bfloat16. On its way there it may be smaller, as in the
+weights.
+"""
 
 
 class Hardware(BaseModel):
-    """One rank's accelerator and links; see hardware.yaml."""
+    """One rank's accelerator and links; hardware.yaml says what each figure is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,19 +47,21 @@ class Hardware(BaseModel):
 
 
 def hardware_table() -> str:
-    """The table that ships, as YAML with its sources."""
+    """The table that comes with the package, as YAML with its sources."""
     return resources.files("ep_rebalance.offline").joinpath("hardware.yaml").read_text("utf-8")
 
 
 def hardware_names() -> tuple[str, ...]:
-    """The rows of the table that ships."""
+    """The names of the rows of that table."""
     return tuple(_table(hardware_table(), "hardware.yaml"))
 
 
 def load_hardware(source: str) -> tuple[str, Hardware]:
-    """A row of the table that ships, by name, or the only row of a YAML file of the same form.
+    """(name, figures) of a row of the package's table, or of the only row of a YAML file of the same form.
 
-    Raises ValueError that says which names there are.
+    source: the row's name, or the file's path.
+
+    Raises ValueError that lists the names.
     """
     table = _table(hardware_table(), "hardware.yaml")
     if source in table:
@@ -69,7 +73,9 @@ def load_hardware(source: str) -> tuple[str, Hardware]:
         )
     own = _table(Path(source).read_text(encoding="utf-8"), source)
     if len(own) != 1:
-        raise ValueError(f"{source} describes {len(own)} accelerators; leave the one that is meant")
+        raise ValueError(
+            f"{source} describes {len(own)} accelerators; leave only the one that is meant"
+        )
     return next(iter(own.items()))
 
 
@@ -77,11 +83,11 @@ def _table(text: str, name: str) -> Mapping[str, Hardware]:
     try:
         return TypeAdapter(dict[str, Hardware]).validate_python(_numbers(yaml.safe_load(text)))
     except (yaml.YAMLError, ValidationError) as error:
-        raise ValueError(f"{name} is no table of hardware: {error}") from None
+        raise ValueError(f"{name} is not a table of hardware: {error}") from None
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 takes 1e12 for a text."""
+    """The same with numbers for texts that are numbers: YAML 1.1 reads 1e12 as a text."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     try:
@@ -94,13 +100,21 @@ class StepTime(Protocol):
     """Predicts the mean step of a snapshot."""
 
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
-        """On the placement of `served`; `recorded` is what the recorded server made of it."""
+        """Seconds of the mean step.
+
+        served: the snapshot on the placement in question.
+        recorded: the snapshot on the placement of the recorded server.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankLoad:
-    """A snapshot on a placement. tokens_LR: float64 [L, R], (token, expert) pairs on each rank."""
+    """A snapshot on a placement.
+
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot receives.
+    tokens_LR: float64 [L, R]. (token, expert) pairs on each rank.
+    """
 
     placement: Placement
     quotas_LP: NDArray[np.float64]
@@ -110,6 +124,10 @@ class RankLoad:
     def of(
         cls, counts_LE: NDArray[np.integer], placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> RankLoad:
+        """The load of a placement.
+
+        counts_LE: [L, E], tokens. Of all phases.
+        """
         return cls(
             placement=placement,
             quotas_LP=quotas_LP,
@@ -118,20 +136,22 @@ class RankLoad:
 
     @property
     def busiest(self) -> float:
-        """Tokens of the busiest rank, summed over layers: each layer waits for its own."""
+        """Tokens of each layer's busiest rank, for which that layer waits, summed over layers."""
         return float(self.tokens_LR.max(axis=1).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSteps:
-    """From the recorded step times, nominal ones where there are none.
+    """Scales the recorded step times, or nominal ones if there are none.
 
-    fraction: of a recorded step that waits for the busiest ranks' experts.
+    fraction: the fraction of a recorded step that waits for the busiest ranks' experts.
     """
 
     fraction: float
 
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
+        """See `StepTime`."""
+        # seconds = recorded seconds * (1 - fraction + fraction * busiest served / busiest recorded)
         ratio = served.busiest / recorded.busiest if recorded.busiest else 1.0
         return (snapshot.step_seconds or NOMINAL_STEP_SECONDS) * (
             1.0 - self.fraction + self.fraction * ratio
@@ -140,7 +160,12 @@ class MeasuredSteps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepParts:
-    """Seconds of a step: the busiest ranks' experts, the all-to-all to and from them, all else."""
+    """The parts of a step.
+
+    experts: seconds. The busiest ranks' experts.
+    transfers: seconds. The all-to-all to them and back.
+    rest: seconds. Everything else.
+    """
 
     experts: float
     transfers: float
@@ -153,11 +178,14 @@ class StepParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelledSteps:
-    """From the hardware's figures.
+    """Computes step times from the hardware's figures.
 
-    expert_bytes_L: of one expert of each layer. bytes_per_parameter: of its weights. top_k: experts of
-    a token. fraction: of a step with even load that experts and all-to-all take; the rest is added, the
-    same for every placement. load_factor: tokens of a step for one that was recorded.
+    expert_bytes_L: L sizes, bytes. One expert of each layer.
+    bytes_per_parameter: size of its weights.
+    top_k: experts per token.
+    fraction: the fraction of a step with even load that experts and all-to-all take. The rest of the step
+        is the same for every placement.
+    load_factor: tokens of a step for each one that was recorded.
     """
 
     hardware: Hardware
@@ -170,10 +198,12 @@ class ModelledSteps:
     load_factor: float = 1.0
 
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
+        """See `StepTime`. What the recorded server made of the snapshot does not matter."""
         return self.parts(snapshot, served).total
 
     def parts(self, snapshot: RecordedSnapshot, served: RankLoad) -> StepParts:
-        """The same, taken apart."""
+        """The parts of the mean step."""
+        # Fewer steps for the same tokens: each then has `load_factor` times as many.
         steps = max(snapshot.steps, 1) / self.load_factor
         load = WindowLoad(
             tokens_WLE=snapshot.counts_ALE.sum(axis=0, dtype=np.float64)[None],
@@ -183,6 +213,7 @@ class ModelledSteps:
         compute_LR = self._cost.rank_cost_WLR(load, served.placement, served.quotas_LP)[0] / steps
         transfer_LR = self._seconds_per_pair * served.tokens_LR / steps
         alone_LE = self._cost.expert_cost_WLE(load)[0] / steps
+        # A step with even load: each rank has 1 / R of the work. rest solves even / (even + rest) = fraction.
         even = float(alone_LE.sum() / self.topology.num_ranks + transfer_LR.mean(axis=1).sum())
         return StepParts(
             experts=float(compute_LR.max(axis=1).sum()),
@@ -201,13 +232,14 @@ class ModelledSteps:
 
     @property
     def _seconds_per_pair(self) -> float:
-        """Seconds that a (token, expert) pair takes on its way to a rank and back, on average.
+        """Mean seconds that a (token, expert) pair is on its way to a rank and back.
 
-        Tokens come from all ranks alike. One goes once to each other node that holds one of its experts,
-        and once to each rank there, as DeepEP sends it; its experts hit nodes and ranks as `top_k`
-        balls hit so many urns.
+        All ranks send equally many tokens. A token goes once to each other node that holds one of its
+        experts, and once to each such rank there, as in DeepEP. Its experts fall on nodes and ranks as
+        `top_k` balls fall into so many urns.
         """
         ranks, nodes = self.topology.num_ranks, self.topology.num_nodes
+        # One in `nodes` of the nodes that are hit is the token's own; the same for ranks.
         crossings = _urns_hit(nodes, self.top_k) * (1.0 - 1.0 / nodes)
         arrivals = _urns_hit(ranks, self.top_k) * (1.0 - 1.0 / ranks)
         numbers = min(self.bytes_per_parameter, _COMBINE_BYTES) + _COMBINE_BYTES
@@ -216,6 +248,7 @@ class ModelledSteps:
 
 
 def _urns_hit(urns: int, balls: int) -> float:
-    """Expected number of urns that hold a ball."""
+    """Expected number of urns that hold at least one ball."""
+    # urns * (1 - (1 - 1 / urns)**balls)
     hit: float = urns * (1.0 - (1.0 - 1.0 / urns) ** balls)
     return hit

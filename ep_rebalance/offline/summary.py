@@ -16,10 +16,16 @@ _HOTTEST, _WORST = 5, 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """began, ended: Unix time of the first and last snapshot. tokens: by phase, each counted once.
-    step_seconds: mean of a step. generations: with the engine's step from which each was served.
-    imbalance: max/mean rank load of what was served, mean of the layers; worst_layers: (layer, the
-    same). hottest: (layer, expert, its load over the layer's mean).
+    """What a trace holds.
+
+    idle_snapshots: snapshots without tokens.
+    began, ended: Unix times of the first and last snapshot.
+    tokens: by phase; each token counts once.
+    step_seconds: mean step.
+    generations: (generation, the engine's step from which it was served).
+    imbalance: max over mean rank load of what was served, averaged over layers.
+    worst_layers: (layer, its max over mean rank load), the worst first.
+    hottest: (layer, expert, its load over the layer's mean), the hottest first.
     """
 
     snapshots: int
@@ -36,7 +42,7 @@ class Summary:
 
 
 def summarise(head: TraceHead, records: Iterable[Record]) -> Summary:
-    """Raises what reading the records raises."""
+    """Sum up a trace. Raises what reading the records raises."""
     tokens_ALE = np.zeros((len(PHASES), head.layers, head.experts), dtype=np.int64)
     weighted_L, pairs_L = np.zeros(head.layers), np.zeros(head.layers)
     generations: list[tuple[int, int]] = []

@@ -1,1 +1,1 @@
-"""What is shown: status, metrics, reports."""
+"""Telemetry: what is shown of the balancer, as status, metrics and reports."""

@@ -1,4 +1,4 @@
-"""Events: what stages tell of, each once. `Journal.apply` alone turns them into the status and the log."""
+"""Events: what stages report, each event once. `Journal.apply` turns them into the status and the log."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from ep_rebalance.telemetry.metrics import Activity, PlanOutcome
 
 
 @dataclass(frozen=True, slots=True)
-class StepEnded:
-    """steps: of the engine, this one included."""
-
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
 class ActivityBegan:
+    """The loop does something else from now on."""
+
     activity: Activity
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotTaken:
-    """sample: counted while `served` was served."""
+    """All ranks have a snapshot.
+
+    sample: counted while `served` was served.
+    """
 
     sample: LoadSample
     served: Served
@@ -40,7 +38,10 @@ class PlanProposed:
 
 @dataclass(frozen=True, slots=True)
 class PlanEnded:
-    """What became of a plan that experts never moved for."""
+    """A plan ended without a migration.
+
+    reason: a sentence, or part of one, for the log and the status.
+    """
 
     outcome: PlanOutcome
     reason: str
@@ -48,28 +49,38 @@ class PlanEnded:
 
 @dataclass(frozen=True, slots=True)
 class MigrationBegan:
+    """The first round of a migration is next."""
+
     migration: Migration
 
 
 @dataclass(frozen=True, slots=True)
 class RoundStalled:
+    """Serving waited for a migration round."""
+
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class CommitStalled:
+    """Serving waited for a commit."""
+
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCommitted:
+    """A batch's experts are served in their new slots on this rank."""
+
     batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationEnded:
-    """seconds: from the first round to the last commit.
-    fault: why the rest was given up, or "" if all batches are served.
+    """A migration ended.
+
+    seconds: from the first round to the last commit.
+    fault: why the rest was given up; "" if all batches are served.
     proposal: what was carried out; None on every rank but 0.
     """
 
@@ -80,12 +91,14 @@ class MigrationEnded:
 
 @dataclass(frozen=True, slots=True)
 class GenerationServed:
+    """A migration, a restored placement or a reload is served under this number, which may be the old one."""
+
     generation: int
 
 
 @dataclass(frozen=True, slots=True)
 class QuotasChanged:
-    """Tokens are split otherwise; no expert moved."""
+    """Tokens are split differently over the replicas; no expert moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +108,18 @@ class WeightsReplaced:
 
 @dataclass(frozen=True, slots=True)
 class GotStuck:
-    """Something takes too long; serving goes on with the placement as it is."""
+    """The loop cannot go on for now; serving goes on with the placement as it is."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class GotUnstuck:
-    """What took too long is over."""
+    """The loop goes on."""
 
 
 Event = (
-    StepEnded
-    | ActivityBegan
+    ActivityBegan
     | SnapshotTaken
     | PlanProposed
     | PlanEnded

@@ -95,10 +95,13 @@ class RankBalance:
         loaded = Served.initial(contiguous)
         self._served, self._served_slots = loaded, _Slots.of(loaded)
         self._loaded_slots = self._served_slots
-        self.add(self.tokens_ALE.copy(), loaded)  # compiled before any step
+        self.add(self.tokens_ALE.copy(), loaded)  # no tokens: it is only compiled, before any step
 
     def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
-        """Add a snapshot with tokens, which `served` computed."""
+        """Add a snapshot.
+
+        counts_ALE: int64 [A, L, E], tokens. Routed while `served` was served.
+        """
         if self._served is not served:
             self._served, self._served_slots = served, _Slots.of(served)
         busiest_served, busiest_contiguous = _add_snapshot(

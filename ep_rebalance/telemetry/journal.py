@@ -1,4 +1,4 @@
-"""Journal: turns events into the `Status` and the log; nothing else writes to either."""
+"""Journal: turns events into the `Status` and the log. Nothing else writes to the status."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from ep_rebalance.telemetry.events import (
     QuotasChanged,
     RoundStalled,
     SnapshotTaken,
-    StepEnded,
     WeightsReplaced,
 )
 from ep_rebalance.telemetry.imbalance import RankBalance
@@ -44,7 +43,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """What held when a migration began. imbalance: overall. bytes: all that had been moved."""
+    """The state when a migration began.
+
+    imbalance: max over mean rank load, overall.
+    bytes: all bytes that had been moved until then.
+    """
 
     generation: int = 0
     imbalance: float = 1.0
@@ -66,15 +69,27 @@ class Journal:
         self._before = Before()
 
     def report(
-        self, served: Served, metrics: MetricsConfig, *, paused: bool, lost_trace_records: int
+        self,
+        served: Served,
+        metrics: MetricsConfig,
+        *,
+        steps: int,
+        paused: bool,
+        lost_trace_records: int,
     ) -> Status:
-        """The status as of now, with what only optional metrics show if they are on."""
+        """The status, brought up to date.
+
+        metrics: which optional metrics are on; what only they show is left empty otherwise.
+        steps: of the engine. They are told here and not as events: there are too many.
+        """
         status, balance = self.status, self._balance
+        status.steps = steps
         status.reported_timestamp = time.time()
         status.paused = int(paused)
         status.lost_trace_records = lost_trace_records
         status.imbalance = balance.served.of_layers()
         status.contiguous_imbalance = balance.contiguous.of_layers()
+        # Merged, so that `predicted` stays as the last migration set it.
         status.overall_imbalance |= _known(
             {"served": balance.served.overall(), "contiguous": balance.contiguous.overall()}
         )
@@ -83,6 +98,7 @@ class Journal:
         )
         status.rank_tokens = balance.rank_tokens_LR.sum(axis=0).tolist()
         status.busiest_rank_tokens = dict(balance.busiest_tokens)
+        # A token is counted K times in each of L layers: pairs = tokens * K * L.
         pairs_A = balance.tokens_ALE.sum(axis=(1, 2)).tolist()
         status.phase_tokens = {
             phase: pairs // self._pairs_per_token
@@ -97,20 +113,18 @@ class Journal:
         return status
 
     def load(self, served: Served) -> ExpertLoad:
-        """What every expert got since the start, and where it is served now."""
+        """The load of every expert since the start, and where it is served now."""
         return expert_load(self.status, self._balance.tokens_ALE, served)
 
     def overview(self, status: Status, served: Served) -> Overview:
-        """`status`, and what recent snapshots say of ranks and of the hottest experts."""
+        """`status`, with the recent load of ranks and of the hottest experts."""
         balance = self._balance
         return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
 
     def apply(self, event: Event) -> None:
-        """Write what happened into the status; nothing else changes what it counts."""
+        """Write what happened into the status, and into the log where it matters."""
         status = self.status
         match event:
-            case StepEnded(steps):
-                status.steps = steps
             case ActivityBegan(activity):
                 status.activity = activity
             case SnapshotTaken(sample, served):
@@ -141,7 +155,7 @@ class Journal:
                 status.stuck = 0
 
     def _add_snapshot(self, sample: LoadSample, served: Served) -> None:
-        """Measure the load that the served placement got, and what the loaded one would have got."""
+        """Add a snapshot's load, as the served placement had it and as the loaded one would have had it."""
         self.status.snapshots += 1
         if sample.step_seconds:
             self.status.step_seconds = sample.step_seconds
@@ -149,10 +163,11 @@ class Journal:
             self._balance.add(sample.counts_ALE, served)
 
     def _note_plan(self, timed: TimedProposal) -> None:
-        """Unless the plan was accepted, that is the end of it."""
+        """Note a plan that was made. Unless it was accepted, it has also ended."""
         proposal, status = timed.proposal, self.status
         status.plan_seconds.add(timed.seconds)
         status.last_decision = proposal.decision.reason
+        # The gains are those of the last commit: this plan's load shows what it achieved.
         if proposal.achieved_gain is not None:
             status.achieved_gain = proposal.achieved_gain
             if status.commits:
@@ -198,6 +213,7 @@ class Journal:
                 promised_L = proposal.plan.imbalance_after_L.tolist()
                 status.predicted_imbalance = promised_L
                 status.overall_imbalance["predicted"] = fmean(promised_L)
+        # A migration with a fault may have committed batches before it.
         if status.generation != self._before.generation:
             self._note_commit(seconds, fault, gain)
         self._count("abandoned" if fault else "committed", fault or status.last_decision)
@@ -225,7 +241,7 @@ class Journal:
             logger.warning("ep_rebalance: %s", self.status.message)
 
     def _count(self, outcome: PlanOutcome, reason: str) -> None:
-        """What became of a plan."""
+        """Count and log what became of a plan."""
         self.status.plans[outcome] += 1
         self.status.message = reason
         if self._rank == 0:
@@ -236,7 +252,7 @@ class Journal:
             )
 
     def _note_stuck(self, reason: str) -> None:
-        if not self.status.stuck:
+        if not self.status.stuck and self._rank == 0:
             logger.error("ep_rebalance: stuck: %s", reason)
         self.status.stuck = 1
         self.status.message = reason

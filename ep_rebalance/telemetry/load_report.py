@@ -1,6 +1,6 @@
-"""Expert load: what every logical expert got since the start of the engine, and where it is served.
+"""Expert load: the tokens of every logical expert since the engine started, and where it is served.
 
-Answers `GET /ep_rebalance/load`: hot experts can be seen without a time series for each of them.
+The answer to `GET /ep_rebalance/load`: it shows hot experts without a time series for each of them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ep_rebalance.telemetry.metrics import Status
 class LayerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One MoE layer.
 
-    tokens: by phase, the tokens that each logical expert got; a token counts once for each of its
-    experts. slots: the logical expert in each slot, rank after rank. quotas: part of its expert's
-    tokens that each slot receives.
+    tokens: E numbers for each phase, tokens. A token counts once for each of its experts.
+    slots: P numbers. The logical expert in each slot, rank by rank.
+    quotas: P numbers. The share of its expert's tokens that each slot receives.
     """
 
     tokens: dict[str, list[int]]
@@ -28,7 +28,11 @@ class LayerLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole model. started: Unix time at which counting began. generation: of the placement."""
+    """The whole model.
+
+    started: Unix time at which counting began.
+    generation: of the placement that is served.
+    """
 
     model: str
     started: float
@@ -38,7 +42,10 @@ class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def expert_load(status: Status, tokens_ALE: NDArray[np.int64], served: Served) -> ExpertLoad:
-    """tokens_ALE: int64 [A, L, E], counted since `status.started`, `A` in the order of PHASES."""
+    """The load of all experts.
+
+    tokens_ALE: int64 [A, L, E], tokens. Counted since `status.started`.
+    """
     layers = [
         LayerLoad(
             tokens={

@@ -1,6 +1,6 @@
-"""What is seen from outside: one table of metrics, and the status that every outlet is filled from.
+"""Metrics: a table of everything that is seen from outside, and the status that it all comes from.
 
-The engine's rank 0 keeps a `Status`; the API server polls it and fills Prometheus and `GET
+The engine's rank 0 keeps a `Status`. The API server polls it for Prometheus, and for `GET
 /ep_rebalance/status`.
 """
 
@@ -22,10 +22,13 @@ OUTCOMES: tuple[PlanOutcome, ...] = get_args(PlanOutcome)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One row of the table; docs/operations.md, exporter and dashboards are made from it.
+    """One row of the table, from which docs/operations.md, exporter and dashboards are made.
 
+    name: without PREFIX, and without the `_total` of a counter.
     field: the attribute of `Status` that it shows.
-    optional: shown only where `metrics.<name>` is set in the configuration.
+    labels: names for the indices and keys of that attribute, outermost first.
+    buckets: upper bounds of a histogram's.
+    optional: whether it is shown only if `metrics.<name>` is set in the configuration.
     """
 
     name: str
@@ -52,8 +55,8 @@ METRICS: tuple[Metric, ...] = (
         labels=("placement",),
         field="overall_imbalance",
         help="Max over mean tokens per EP rank (1 is even), both summed over layers, in recent snapshots:"
-        " as served, as the placement that the engine loaded would have had the same tokens"
-        " (contiguous), and as the last committed plan promised (predicted).",
+        " as served, as it would have been on the placement that the engine loaded (contiguous), and as"
+        " the last committed plan promised (predicted).",
     ),
     Metric(
         name="load_imbalance_ratio",
@@ -99,7 +102,7 @@ METRICS: tuple[Metric, ...] = (
         field="phase_tokens",
         help="Tokens that passed the MoE layers, each counted once, by phase.",
     ),
-    # What does it do, and what did it gain?
+    # What does it do, and what does it gain?
     Metric(
         name="plans",
         kind="counter",
@@ -111,22 +114,22 @@ METRICS: tuple[Metric, ...] = (
         name="predicted_gain_ratio",
         kind="gauge",
         field="predicted_gain",
-        help="Part of the step time that the last committed plan was to save.",
+        help="Fraction of the step time that the last committed plan was predicted to save.",
     ),
     Metric(
         name="achieved_gain_ratio",
         kind="gauge",
         field="achieved_gain",
-        help="Part that it saved by the token model: busiest ranks of later load, against the placement"
-        " before it.",
+        help="Fraction that it saved by the token model: the busiest ranks' tokens under later load, compared"
+        " with the placement before it.",
     ),
     Metric(
         name="measured_gain_ratio",
         kind="gauge",
         labels=("bound",),
         field="measured_gain",
-        help="Part that the last commit which can be told saved by the server's own step times, those that"
-        " carried alike before and after it: estimate, and the low and high end of its 95 % interval."
+        help="Fraction of the step time that the last measurable commit saved, by the server's own times of"
+        " similar steps before and after it: estimate, and the low and high end of its 95 % interval."
         " Not shown before the first.",
     ),
     Metric(
@@ -151,9 +154,9 @@ METRICS: tuple[Metric, ...] = (
         name="weight_reloads",
         kind="counter",
         field="weight_reloads",
-        help="Times that the engine replaced its weights: experts were served as they were loaded again.",
+        help="Times that the engine replaced its weights, whereupon experts were served as it loaded them.",
     ),
-    # What did it cost?
+    # What does it cost?
     Metric(
         name="migrated_experts",
         kind="counter",
@@ -213,7 +216,8 @@ METRICS: tuple[Metric, ...] = (
         name="stuck",
         kind="gauge",
         field="stuck",
-        help="1 while a plan is overdue; serving goes on with the placement as it is.",
+        help="1 while a plan is overdue, or weights were replaced on some ranks and not yet on others;"
+        " serving goes on with the placement as it is.",
     ),
     Metric(
         name="reported_timestamp_seconds",
@@ -276,15 +280,16 @@ METRICS: tuple[Metric, ...] = (
 
 
 class Observations(msgspec.Struct):
-    """Values of a histogram in the order in which they were seen; only the newest are kept.
+    """Values for a histogram, in the order in which they were seen. Only the newest are kept.
 
-    first: how many values were seen before `values[0]`, so that a reader takes each one once.
+    first: how many values were seen before `values[0]`, so that a reader can take each one once.
     """
 
     first: int = 0
     values: list[float] = []
 
     def add(self, value: float) -> None:
+        """Add a value, and drop the oldest one if there are too many."""
         self.values.append(value)
         if len(self.values) > OBSERVATIONS_KEPT:
             self.values.pop(0)
@@ -292,14 +297,17 @@ class Observations(msgspec.Struct):
 
 
 class Commit(msgspec.Struct, kw_only=True):
-    """One generation: when it was served, and what it took and gave.
+    """One generation: when it was served, what it cost and what it gained.
 
-    time: Unix time. seconds: from the first round to the last commit. experts, bytes: moved.
-    predicted_gain: part of the step time that the plan was to save; achieved_gain: that it saved by the
-    token model, None until the next plan tells; measured_gain: that it saved by the step times before and
-    after, None while they do not tell, with its standard error. imbalance_before: overall, when experts
-    began to move.
-    fault: why not all of the plan was committed, or "".
+    time: Unix time.
+    seconds: from the first round to the last commit.
+    experts, bytes: what was moved.
+    predicted_gain: fraction of the step time that the plan was predicted to save.
+    achieved_gain: fraction that it saved by the token model; None until the next plan is made.
+    measured_gain: fraction that it saved by step times before and after; None as long as these do not show.
+    measured_gain_error: the standard error of that.
+    imbalance_before: max over mean rank load, overall, when experts began to move.
+    fault: why not all of the plan was committed; "" if it was.
     """
 
     generation: int
@@ -316,21 +324,32 @@ class Commit(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """State of one engine, whole EP group, as rank 0 knows it. Counters count from the start of the
-    engine.
+    """State of one engine's whole EP group, as rank 0 knows it.
 
-    started: Unix time at which counting began. reported_timestamp: at which this status was made.
-    imbalance, contiguous_imbalance, predicted_imbalance: max/mean rank load per MoE layer, of recent
-    snapshots as `imbalance.py` weighs them; overall_imbalance, busiest_rank_tokens: by placement.
-    rank_tokens: routed tokens per EP rank. migrated_*: by kind of link.
-    step_seconds: mean time of a step in the last snapshot that timed one. achieved_gain: of the last
-    plan, by the token model; measured_gain: of the last commit that can be told, by step times: estimate
-    and, with a probability of 95 %, its low and high end.
-    activity: what it is doing now; moves_done of moves_planned experts are committed in the migration
-    that runs. commits: the newest generations.
-    replicas: slots above one per logical expert, per MoE layer; layer_rank_tokens, expert_tokens: routed
-    tokens per MoE layer and EP rank or logical expert. All three are empty unless the configuration asks
-    for their metric.
+    What counts does so from the start of the engine. METRICS says what fields with a metric mean; here
+    are their axes, and the other fields.
+
+    started: Unix time at which counting began.
+    info: version, mode, policy and sizes, as texts.
+    config: all settings.
+    step_seconds: mean time of a step in the last snapshot that timed one.
+    imbalance, contiguous_imbalance, predicted_imbalance: max over mean rank load for each MoE layer, in
+        recent snapshots as `imbalance.py` weighs them.
+    overall_imbalance, busiest_rank_tokens: by placement.
+    phase_imbalance, phase_tokens: by phase.
+    measured_gain: `low`, `estimate` and `high`.
+    rank_tokens: for each EP rank.
+    plans: by outcome.
+    last_decision: the reason of the last plan's decision.
+    migrated_experts, migrated_bytes: by kind of link.
+    commits: the newest generations, the latest last.
+    replicas: for each MoE layer; [] unless the metric is on.
+    layer_rank_tokens: for each MoE layer and EP rank; [] unless the metric is on.
+    expert_tokens: for each MoE layer and logical expert; [] unless the metric is on.
+    moves_planned, moves_done: experts to move in the current or last migration, and those committed.
+    activity: what the loop is doing now.
+    reported_timestamp: Unix time at which this status was made.
+    message: the latest news: what became of a plan, a reload of weights, or why it is stuck.
     """
 
     started: float
@@ -383,10 +402,10 @@ class Status(msgspec.Struct, kw_only=True):
 
 
 def encode(answer: msgspec.Struct) -> bytes:
-    """JSON text, for the wire and for our routes alike."""
+    """An answer as JSON, both for workers' replies and for our routes."""
     return msgspec.json.encode(answer)
 
 
 def decode(payload: bytes) -> Status:
-    """Raises msgspec.ValidationError if `payload` is no status."""
+    """The status in a worker's reply. Raises msgspec.ValidationError if it is not a status."""
     return msgspec.json.decode(payload, type=Status)

@@ -1,7 +1,7 @@
-"""Overview: what the page at `GET /ep_rebalance/` shows, small enough to be asked for every few seconds.
+"""Overview: what the page at `GET /ep_rebalance/` shows, small enough to be fetched every few seconds.
 
-The load of every expert (`load_report.py`) is hundreds of kilobytes for a large model; this holds
-its hottest experts only.
+The load of every expert (`load_report.py`) takes hundreds of kilobytes for a large model, so this holds
+only the hottest experts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ HOTTEST = 24
 
 
 class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
-    """One logical expert. load: its recent tokens over the mean of its layer's experts. ranks: EP ranks
-    that hold a replica.
+    """One logical expert.
+
+    load: its recent tokens over the mean of its layer's experts.
+    ranks: the EP ranks that hold a replica.
     """
 
     layer: int
@@ -28,8 +30,10 @@ class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """rank_load: [L][R], recent tokens of a rank over the mean of its layer; [] before any tokens.
-    hottest: hottest first.
+    """The status, and where the load is.
+
+    rank_load: [L][R]. Recent tokens of a rank over the mean of its layer; [] before the first tokens.
+    hottest: the hottest expert first; [] before the first tokens.
     """
 
     status: Status
@@ -43,7 +47,11 @@ def overview(
     recent_LE: NDArray[np.float64],
     placement: Placement,
 ) -> Overview:
-    """recent_LR, recent_LE: tokens of recent snapshots per rank and per logical expert."""
+    """The overview that goes with a status.
+
+    recent_LR: float64 [L, R], tokens. In recent snapshots, as `imbalance.py` weighs them.
+    recent_LE: float64 [L, E], tokens. In recent snapshots.
+    """
     seen = bool(recent_LE.any())
     return Overview(
         status=status,
@@ -60,6 +68,7 @@ def _over_mean(load_LX: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _hottest(load_LE: NDArray[np.float64], placement: Placement) -> list[HotExpert]:
     count = min(HOTTEST, load_LE.size)
+    # The others need not be sorted.
     cells = np.argpartition(-load_LE.ravel(), count - 1)[:count]
     layers, experts = np.unravel_index(cells, load_LE.shape)
     found = [

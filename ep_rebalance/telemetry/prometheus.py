@@ -1,7 +1,7 @@
-"""Status into Prometheus: real `prometheus_client` objects, made from the table of `metrics.py`.
+"""From status to Prometheus: `prometheus_client` objects, made from the table in `metrics.py`.
 
-They live in the process that serves `/metrics`, in its default registry, so that both of vLLM's
-regimes work: one API server, and several with `PROMETHEUS_MULTIPROC_DIR`.
+They live in the process that serves `/metrics`, in its default registry. So they work both with one API
+server and with several that share `PROMETHEUS_MULTIPROC_DIR`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _DEFAULTS = MetricsConfig()
 
 
 class Exporter:
-    """Fills the metrics from one status after the other.
+    """Updates the metrics from one status after another.
 
-    The status counts from the start of the engine; counters are advanced by the difference to the
-    status before. After a restart of the engine its whole count is new.
+    A status counts from the start of the engine, so counters are advanced by the difference from the
+    previous status. After a restart of the engine they are advanced by its whole count.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Exporter:
                     child.inc(self._advance(metric, tuple(labels.values()), number))
 
     def _observe(self, metric: Metric, histogram: Histogram, seen: Observations) -> None:
+        # Values are numbered from the engine's start; `seen` holds those from `seen.first` on.
         total = seen.first + len(seen.values)
         known = self._observed.get(metric.name, 0)
         child = histogram.labels(**self._common)
@@ -78,8 +79,8 @@ def shown(config: MetricsConfig) -> list[Metric]:
 
 
 class _NoBirthday:
-    """Without the `_created` series that Python's client adds to each counter and histogram: it would
-    make a third more of them, and Prometheus uses it for nothing.
+    """Drops the `_created` series that Python's client adds to each counter and histogram: they would be a
+    third more series, and Prometheus does not use them.
     """
 
     def collect(self) -> Iterable[Family]:
@@ -99,6 +100,7 @@ class _Histogram(_NoBirthday, Histogram):
 def _create(metric: Metric, registry: CollectorRegistry) -> Any:
     labels = (*COMMON_LABELS, *metric.labels)
     if metric.kind == "gauge":
+        # With several API servers, the client's default mode adds a label with the process's id.
         return Gauge(
             metric.full_name, metric.help, labels, registry=registry, multiprocess_mode="mostrecent"
         )
@@ -110,7 +112,7 @@ def _create(metric: Metric, registry: CollectorRegistry) -> Any:
 
 
 def _series(metric: Metric, value: Any) -> Iterator[tuple[dict[str, str], float]]:
-    """(own labels, number) of each series."""
+    """(labels of the metric itself, number) of each series."""
     if metric.field == "info":
         yield {label: value[label] for label in metric.labels}, 1.0
         return
@@ -119,7 +121,7 @@ def _series(metric: Metric, value: Any) -> Iterator[tuple[dict[str, str], float]
 
 
 def _numbers(value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
-    """A number, or all numbers in lists and mappings with the indices and keys that lead to them."""
+    """(indices and keys, number) for a number, or for all numbers in nested lists and mappings."""
     if not isinstance(value, list | dict):
         yield (), float(value)
         return

@@ -1,8 +1,8 @@
 """Stall clock: how long serving waits for work that is done between two steps.
 
-On an accelerator the host only launches the work, so the stall is what passes between two events in
-its stream, one on each side. They are read at later steps, once the device has come by them: asking
-earlier would be a wait of its own.
+On an accelerator the host only launches the work, so the stall is the time between two events in its
+stream, one before and one after the work. They are read in later steps, once the device has passed
+them: reading them earlier would make the host wait.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ep_rebalance.host_memory import pins
 
 
 class TimingEvent(Protocol):
-    """What is used of a `torch.Event` that keeps time."""
+    """The part of a timing `torch.Event` that is used here."""
 
     def record(self) -> None: ...
 
@@ -31,7 +31,10 @@ class TimingEvent(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Interval:
-    """On the device, between two events. host_seconds: that the host took to launch the work."""
+    """Work on the device, between two events.
+
+    host_seconds: how long the host took to launch it.
+    """
 
     begin: TimingEvent
     end: TimingEvent
@@ -39,15 +42,16 @@ class _Interval:
 
     @property
     def stall_seconds(self) -> float:
-        """The larger time: a device that has nothing else to do waits for the host's launches."""
+        """The longer of the two times: an idle device waits for the host to launch the work."""
         return max(self.begin.elapsed_time(self.end) / 1e3, self.host_seconds)
 
 
 class StallClock:
     """Times one kind of work on one device.
 
-    observe: takes the seconds of each stall, in the order of the work. event: makes a timing event;
-    not needed on CPU, where the host itself does the work and `observe` is called at once.
+    observe: called with the seconds of each stall, in the order of the work. On CPU, where the host itself
+        does the work, it is called immediately.
+    event: makes a timing event; `torch.Event` by default.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class StallClock:
 
     @contextmanager
     def stall(self) -> Iterator[None]:
-        """Around the work, between two steps. Work that raises is not counted."""
+        """Times the work in its body. Work that raises is not counted."""
         begin = self._recorded()
         began = time.perf_counter()
         yield
@@ -76,7 +80,7 @@ class StallClock:
             self._pending.append(_Interval(begin, end, seconds))
 
     def read(self) -> None:
-        """Observe what the device has carried out by now; never waits."""
+        """Observe the stalls that the device has passed by now. Never waits."""
         while self._pending and self._pending[0].end.query():
             interval = self._pending.popleft()
             self._observe(interval.stall_seconds)

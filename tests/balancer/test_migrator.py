@@ -1,6 +1,7 @@
 """Migrations on gloo ranks, step by step, without the loop that decides on them."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from expert_weights import loaded, memory_of, wrong_slots
 from ranks import Ranks
 
+from ep_rebalance.balancer import migrator
 from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.migration import schedule
@@ -183,6 +185,34 @@ def test_what_cannot_be_restored_is_refused_on_all_ranks(two_ranks: Ranks):
         assert "could not be taken up: 1 rank(s) with a transport error" in text
         assert outcome.served.placement == SOURCE
         assert outcome.served.generation == 0
+
+
+def restore_with_a_damaged_batch(rank):
+    """Staging is as large as a rank, so that one batch would hold all: here it holds two experts."""
+    rig, votes, vote = Rig(rank), [], RoundExchange.vote
+
+    def damaged_vote(exchange, batch, **told):
+        votes.append(batch)
+        if rank == 1 and len(votes) == 2:
+            exchange.staging[0, 5] ^= 1
+        return vote(exchange, batch, **told)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoundExchange, "vote", damaged_vote)
+        patch.setattr(migrator, "schedule", partial(schedule_in_batches, migrator.schedule))
+        with pytest.raises(RuntimeError):
+            rig.migrator.restore(TARGET, QUOTAS_LP, 7)
+    return rig.outcome(), rig.status.generation
+
+
+def schedule_in_batches(schedule, *args, staging_slots, **kwargs):
+    return schedule(*args, staging_slots=2, **kwargs)
+
+
+def test_what_was_restored_before_a_fault_has_a_generation_of_its_own(two_ranks: Ranks):
+    for outcome, shown in two_ranks.run(restore_with_a_damaged_batch):
+        assert outcome.served.placement == HALF_WAY
+        assert outcome.served.generation == shown == 1
 
 
 def observe(rank):

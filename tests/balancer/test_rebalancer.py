@@ -234,13 +234,13 @@ def test_a_rank_without_requests_keeps_in_step(two_ranks: Ranks):
 # --- faults
 
 
-def plan_raises_once(rank, size, config):
+def plan_raises_once(rank, size, config, error):
     make_plan, calls = proposal.make_plan, []
 
     def raising(*args):
         calls.append(args)
         if len(calls) == 1:
-            raise ZeroDivisionError("no plan today")
+            raise error("no plan today")
         return make_plan(*args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -250,8 +250,9 @@ def plan_raises_once(rank, size, config):
     return engine.seen, engine.rebalancer.status.plans
 
 
-def test_a_planner_that_raises_is_counted_and_the_next_plan_is_made(two_ranks: Ranks):
-    answers = two_ranks.run(plan_raises_once, 2, eager())
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_a_planner_that_raises_is_counted_and_the_next_plan_is_made(two_ranks: Ranks, error):
+    answers = two_ranks.run(plan_raises_once, 2, eager(), error)
     assert_in_step([seen for seen, _ in answers])
     assert answers[0][1]["failed"] == 1
     assert answers[0][1]["committed"] == 1
@@ -498,7 +499,7 @@ def test_a_plan_can_be_asked_for_and_is_made_once(two_ranks: Ranks):
     assert_in_step([seen for seen, *_ in answers])
     _, idle, refusals, status = answers[0]
     assert idle == 0
-    assert refusals == ["", "it does so already"]
+    assert refusals == ["", "a plan is already requested or under way"]
     assert (sum(status.plans.values()), status.generation) == (1, 1)
     assert [commit.generation for commit in status.commits] == [1]
     assert status.commits[0].experts == sum(status.migrated_experts.values())

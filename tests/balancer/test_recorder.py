@@ -81,7 +81,7 @@ def test_a_disk_that_refuses_costs_records_only(
     feed(recorder, 3)
     assert recorder.lost == 1
     assert not recorder.recording
-    assert "not written any more" in caplog.text
+    assert "no longer written" in caplog.text
     folder.mkdir()
     recorder.switch(True)
     feed(recorder, 2)

@@ -7,11 +7,13 @@ rank has then.
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from balanced_engine import LAYERS, Engine, assert_in_step, eager, has_generation
 from ranks import Ranks
 from reloading_engine import ReloadingEngine
 
+from ep_rebalance.migration.commit import Split
 from ep_rebalance.placement import Placement
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
@@ -139,6 +141,60 @@ def test_layers_that_an_update_leaves_out_keep_their_experts_where_they_are(two_
         assert before.placement != loaded_placement
         assert after.placement == before.placement.replaced((1, 2), loaded_placement)
         assert after.generation > before.generation
+
+
+def reload_after_the_vote(rank, size, config, told_rank):
+    engine = ReloadingEngine(rank, size, config)
+    exchange = engine.rebalancer.migrator._exchange
+    vote, voted = exchange.vote, []
+
+    def noted_vote(batch, **told):
+        voted.append(batch.layers)
+        return vote(batch, **told)
+
+    exchange.vote = noted_vote
+    while not voted:
+        engine.step()
+    if rank == told_rank:
+        engine.reload((1,))
+    engine.step()  # all ranks commit
+    if rank != told_rank:
+        engine.reload((1,))
+    for _ in range(8):
+        engine.step()
+    return voted[0], engine.seen
+
+
+def test_what_an_update_leaves_out_is_committed_where_it_comes_after_the_vote(two_ranks: Ranks):
+    """The other rank commits: this one promised to, and only the layers that it was told of are new."""
+    config = eager({"planner": {"redundant_experts": 4, "max_moved_fraction": 1.0}})
+    for told_rank in (0, 1):
+        ours, theirs = two_ranks.run(reload_after_the_vote, 2, config, told_rank)
+        assert set(ours[0]) > {1}
+        assert_in_step([ours[1], theirs[1]])
+
+
+def split_while_some_layers_are_replaced(rank, size, config):
+    engine = ReloadingEngine(rank, size, config)
+    placement, counts = engine.placement, engine.counts
+    quotas_LP = placement.even_quotas_LP()
+    for expert, part in ((0, 0.9), (1, 0.1)):  # away from one rank, and from the other
+        quotas_LP[:, placement.slots_LP[0] == expert] = part, 1.0 - part
+    split = Split(quotas_LP=quotas_LP, tables=counts.dispatch_tables(placement, quotas_LP))
+    before_LEC = counts._thresholds_LEC.clone()
+    engine.reload((1,))
+    engine.rebalancer.migrator.serve_split(split)
+    now_LEC = counts._thresholds_LEC
+    assert torch.equal(now_LEC[1], before_LEC[1])
+    for layer in (0, 2):
+        assert not torch.equal(before_LEC[layer], now_LEC[layer])
+        assert torch.equal(now_LEC[layer], split.tables.thresholds_LEC[layer])
+
+
+def test_what_an_update_leaves_out_is_split_as_on_ranks_that_were_not_told_yet(two_ranks: Ranks):
+    two_ranks.run(
+        split_while_some_layers_are_replaced, 2, eager({"planner": {"redundant_experts": 4}})
+    )
 
 
 def reload_that_cannot_be_moved(rank, size, config):

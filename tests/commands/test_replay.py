@@ -135,7 +135,9 @@ def test_a_report_is_written(folder: Path, tmp_path: Path):
         pytest.param(["--set", "planner.nonsense=1"], "unknown configuration key", id="key"),
         pytest.param(["--set", "planner"], "KEY=VALUE", id="assignment"),
         pytest.param(["--hardware", "abacus"], "known are h100-sxm", id="hardware"),
-        pytest.param(["--policy", "recorded", "--ep-size", "2"], "recorded ranks", id="recorded"),
+        pytest.param(
+            ["--policy", "recorded", "--ep-size", "2"], "recorded numbers of ranks", id="recorded"
+        ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(folder: Path, options: list[str], words: str):

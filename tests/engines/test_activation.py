@@ -491,7 +491,9 @@ def test_adapters_of_attention_pass(create):
 def test_weights_that_are_changed_in_place_are_refused_where_experts_move(create):
     for backend in ("sparse_nccl", "sharded_rdt"):
         past_loader = {"weight_transfer_config": {"backend": backend}}
-        assert_refused(create, [f"'{backend}'", "past"], ["nccl", "mode=observe"], **past_loader)
+        assert_refused(
+            create, [f"'{backend}'", "bypasses"], ["nccl", "mode=observe"], **past_loader
+        )
     create({"mode": "observe"}, **past_loader)
     create({}, weight_transfer_config={"backend": "nccl"})
 

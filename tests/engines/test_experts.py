@@ -17,13 +17,7 @@ CLASSES = ["CPUUnquantizedExperts", "GroupedExperts"]
 @pytest.fixture(params=CLASSES)
 def experts(vllm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """As a server with the plugin makes them."""
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    from vllm.model_executor.layers.fused_moe.config import (
-        FUSED_MOE_UNQUANTIZED_CONFIG,
-        FusedMoEConfig,
-        FusedMoEParallelConfig,
-        RoutingMethodType,
-    )
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     from ep_rebalance.engines.vllm.seams.experts import GroupedExperts
@@ -31,7 +25,20 @@ def experts(vllm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     # Undoes what `install` does, and what another test's import of the worker extension did.
     monkeypatch.setattr(CPUUnquantizedExperts, "apply", inspect.unwrap(CPUUnquantizedExperts.apply))
     cpu_experts.install()
-    config = FusedMoEConfig(
+    chosen = {"CPUUnquantizedExperts": CPUUnquantizedExperts, "GroupedExperts": GroupedExperts}
+    return chosen[request.param](moe_config(), FUSED_MOE_UNQUANTIZED_CONFIG)
+
+
+def moe_config() -> Any:
+    """Of vLLM, for one rank."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+
+    return FusedMoEConfig(
         num_experts=SLOTS,
         experts_per_token=2,
         hidden_dim=HIDDEN,
@@ -44,8 +51,6 @@ def experts(vllm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
         in_dtype=torch.float32,
     )
-    chosen = {"CPUUnquantizedExperts": CPUUnquantizedExperts, "GroupedExperts": GroupedExperts}
-    return chosen[request.param](config, FUSED_MOE_UNQUANTIZED_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -164,3 +169,34 @@ def test_ids_of_our_all_to_all_are_taken_as_they_are(experts):
     expected = compute(experts, local, range(3, 6), mapped=False)
     cpu_experts.take_local_ids(experts)
     assert torch.equal(compute(experts, local, range(3, 6)), expected)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "limit", "supported"),
+    [
+        (1.702, 1.0, 7.0, True),
+        (None, None, 7.0, False),
+        (1.702, 0.0, 7.0, False),
+        (1.702, 1.0, 5.0, False),
+    ],
+)
+def test_vllms_swiglu_with_parameters_is_taken_only_where_it_is_that_of_gpt_oss(
+    vllm, alpha, beta, limit, supported
+):
+    """Ours has no parameters: with others it would compute something else."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from ep_rebalance.engines.vllm.seams.experts import GroupedExperts
+
+    config = replace(
+        moe_config(),
+        activation=MoEActivation.SWIGLUOAI_UNINTERLEAVE,
+        swiglu_alpha=alpha,
+        swiglu_beta=beta,
+        swiglu_limit=limit,
+    )
+    answer, reason = GroupedExperts.is_supported_config(
+        GroupedExperts, config, None, None, GroupedExperts.activation_format()
+    )
+    assert answer is supported
+    assert supported or "SwiGLU-OAI" in reason

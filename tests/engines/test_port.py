@@ -12,7 +12,8 @@ import torch.distributed as dist
 from balanced_engine import Inline, eager
 from tiny_engine import EXPERTS, HIDDEN, LAYERS, TOP_K, Checkpoint, TinyEngine, alone
 
-from ep_rebalance.engines.port import DECODE, PREFILL, EngineModel
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.engines.port import DECODE, PREFILL, EngineModel, Session
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
@@ -223,3 +224,14 @@ def refusal_of_sizes(rank):
 
 def test_what_does_not_fit_is_refused(two_ranks):
     two_ranks.run(refusal_of_sizes)
+
+
+def fewer_slots_than_asked_for(rank):
+    engine = TinyEngine(rank, eager(), Checkpoint.of(1))
+    with pytest.raises(ConfigurationError, match="the engine loaded 0 redundant slots"):
+        Session(eager({"planner": {"redundant_experts": 2}}), engine.session._model)
+    return True
+
+
+def test_slots_that_the_settings_promise_must_be_there(two_ranks):
+    assert two_ranks.run(fewer_slots_than_asked_for) == [True, True]

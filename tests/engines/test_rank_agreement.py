@@ -151,7 +151,7 @@ OURS = {"version": __version__, "sources": source_digest(), "config": SETTINGS}
 )
 def test_a_rank_that_says_other_things_is_named_on_all_ranks(two_ranks: Ranks, other, key, lacking):
     for reason, remedy in two_ranks.run(attach_beside, f"beside {key} {len(other)}", other):
-        assert f"EP rank {lacking} of 2 says nothing of '{key}" in reason
+        assert f"EP rank {lacking} of 2 says nothing about '{key}" in reason
         assert "another ep-rebalance" in reason
         assert "install the same build" in remedy
 

@@ -19,11 +19,12 @@ from saved_states import PLACEMENT, STATE
 from shapes import placements
 from traces import head_of, records_of, write_trace
 
-from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, vllm_ascend
+from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, trace, vllm_ascend
 from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import FormatError
 from ep_rebalance.load.state import read_state, save_state
 from ep_rebalance.load.trace import RecordedSnapshot, TraceReader
+from ep_rebalance.load.trace.head import encode_head
 from ep_rebalance.placement import Placement
 
 COUNTS = np.arange(2 * 4 * 3).reshape(2, 4, 3) + 1
@@ -70,9 +71,11 @@ def test_dense_layers_get_the_trivial_row():
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.json", "{", "no JSON"),
+        ("a.json", "{", "not JSON"),
         ("a.json", "[" * 100_000, "a.json"),
         ("a.json", '{"physical_to_logical_map": [[0, 1], [0]]}', "ragged"),
+        ("a.json", '{"physical_to_logical_map": [[[0, 1]], [[1, 0]]]}', "3 dimensions"),
+        ("a.yaml", "initial_global_assignments: {0: [[0, 1]], 1: [[1, 0]]}", "3 dimensions"),
         ("a.json", '{"physical_to_logical_map": [[0, 5], [1, 0]]}', "no slot holds expert"),
         ("a.json", '{"physical_to_logical_map": [[0, -1]]}', "[0][1] is -1"),
         (
@@ -80,12 +83,12 @@ def test_dense_layers_get_the_trivial_row():
             '{"moe_layer_count": 2, "layer_list": [], "x": "device_expert"}',
             "for 0 layers",
         ),
-        ("a.json", '{"layer_list": "device_expert"}', "no expert map"),
+        ("a.json", '{"layer_list": "device_expert"}', "not an expert map"),
         ("a.yaml", "initial_global_assignments: {a: [0]}", "not by layer number"),
         ("a.yaml", "num_slots: 3\ninitial_global_assignments: {0: [0, 1]}", "num_slots"),
-        ("a.yaml", "!!python/object/apply:os.system ['true']", "no YAML"),
+        ("a.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
         ("a.yaml", "initial_global_assignments: {0: [0, 0]}", "twice"),
-        ("a.json", b"\xff\xfe", "no UTF-8"),
+        ("a.json", b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_malformed_placements_are_refused(tmp_path: Path, name: str, content, words: str):
@@ -96,6 +99,13 @@ def test_malformed_placements_are_refused(tmp_path: Path, name: str, content, wo
     assert str(path) in done.stderr
     assert words in done.stderr
     assert not target.exists()
+
+
+def test_a_trace_whose_writer_died_at_once_is_one_sentence(tmp_path: Path):
+    path = tmp_path / "x.eptrace"
+    path.write_bytes(encode_head(head_of()))
+    with pytest.raises(FormatError, match="holds no placement"):
+        trace.read_placement(path, Reading())
 
 
 def test_every_source_of_a_placement_reaches_every_target(tmp_path: Path):
@@ -197,7 +207,7 @@ def test_tensorrt_llms_statistics_become_traces(tmp_path: Path):
         ("meta_info.json", b"{}", "num_experts_per_token"),
         ("meta_info.json", b"{", "num_experts_per_token"),
         ("rank0.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "lacks layers"),
-        ("rank0.safetensors", b"\xff" * 64, "no file of tensors"),
+        ("rank0.safetensors", b"\xff" * 64, "not a file of tensors"),
     ],
 )
 def test_malformed_statistics_are_refused(tmp_path: Path, name: str, content: bytes, words: str):
@@ -263,12 +273,12 @@ class _Payload:
         ("a.json", '{"logical_count": [[1, NaN]]}', "is nan"),
         ("a.json", '{"logical_count": [[0, 0]]}', "all zero"),
         ("a.json", '{"logical_count": 7}', "has shape ()"),
-        ("a.json", '{"logical_count": [["x"]]}', "no array of numbers"),
+        ("a.json", '{"logical_count": [["x"]]}', "not an array of numbers"),
         ("a.json", '{"other": 1}', "no logical_count"),
         ("a.json", "[1]", "no logical_count"),
-        ("a.pt", b"PK\x03\x04 nothing", "no recording"),
-        ("a.npz", b"PK\x03\x04 nothing", "no file of arrays"),
-        ("a.npy", b"\x93NUMPY", "no file of arrays"),
+        ("a.pt", b"PK\x03\x04 nothing", "not a recording"),
+        ("a.npz", b"PK\x03\x04 nothing", "not a file of arrays"),
+        ("a.npy", b"\x93NUMPY", "not a file of arrays"),
     ],
 )
 def test_malformed_recordings_are_refused(tmp_path: Path, name: str, content, words: str):

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
+import signal
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from ep_rebalance.load.trace import (
     check_same_load,
     read_records,
 )
+from ep_rebalance.load.trace.checksums import checksum_of_head
 from ep_rebalance.load.trace.head import encode_head
 from ep_rebalance.load.trace.layout import Layout
 
@@ -122,6 +127,18 @@ def test_a_writer_replaces_no_file_of_another(tmp_path: Path) -> None:
     assert not [file for file in tmp_path.iterdir() if file.suffix != SUFFIX]
 
 
+def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
+    kept = tmp_path / f"load-before the upgrade{SUFFIX}"
+    kept.write_bytes(b"x" * 10_000)
+    head = head_of()
+    writer = TraceWriter(tmp_path, "load", head, max_file_bytes=2_000, max_bytes=4_000)
+    for record in (contiguous(head), *snapshots(head, 40)):
+        writer.write(record)
+    writer.close()
+    assert kept.exists()
+    assert len(writer.files()) > 1
+
+
 def test_a_new_file_begins_with_the_placement_of_its_time(tmp_path: Path) -> None:
     head = head_of()
     writer = TraceWriter(tmp_path, "load", head)
@@ -132,6 +149,49 @@ def test_a_new_file_begins_with_the_placement_of_its_time(tmp_path: Path) -> Non
         writer.write(snapshot)
     writer.close()
     assert same(records_of(writer.files()[1])[0], contiguous(head, 4, 9))
+
+
+@contextlib.contextmanager
+def room_for(path: Path, more: int) -> Iterator[None]:
+    """No file may grow beyond what `path` has and `more` bytes: a write ends there, as on a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_behind_a_record_that_found_no_room_nothing_is_written(tmp_path: Path) -> None:
+    head = head_of()
+    writer = TraceWriter(tmp_path, "load", head)
+    seen = list(snapshots(head, 6))
+    for record in (contiguous(head), *seen[:2]):
+        writer.write(record)
+    (first,) = writer.files()
+    with (
+        room_for(first, Layout.of(head).snapshot.itemsize // 2),
+        pytest.raises(OSError, match="too large"),
+    ):
+        writer.write(seen[2])
+    for record in (contiguous(head, 1), *seen[3:]):
+        writer.write(record)
+    writer.close()
+    kept = [records_of(path) for path in writer.files()]
+    assert [len(records) for records in kept] == [3, 4]
+    assert all(same(*pair) for pair in zip(kept[1][1:], seen[3:], strict=True))
+
+
+def test_a_file_whose_beginning_found_no_room_does_not_appear(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(b"")
+    writer = TraceWriter(tmp_path, "load", head_of())
+    writer.write(contiguous(head_of()))
+    with room_for(path, 100), pytest.raises(OSError, match="too large"):
+        writer.write(*snapshots(head_of(), 1))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -159,6 +219,17 @@ def test_impossible_heads_are_refused(tmp_path: Path, changes, reason) -> None:
     path = tmp_path / f"x{SUFFIX}"
     path.write_bytes(encode_head(msgspec.structs.replace(head_of(), **changes)))
     with pytest.raises(TraceError, match=reason):
+        TraceReader(path)
+
+
+def test_a_head_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """With the right checksum, as of a writer that is not ours."""
+    text = msgspec.json.encode(head_of(model="tiny")).replace(b"tiny", b"t\xe5ny")
+    text += b" " * (-len(text) % 8)
+    sizes = np.array([len(text), checksum_of_head(text)], "<u8")
+    path = tmp_path / f"x{SUFFIX}"
+    path.write_bytes(b"EPTRACE\n" + sizes.tobytes() + text)
+    with pytest.raises(TraceError, match="does not say what a head must"):
         TraceReader(path)
 
 

@@ -57,9 +57,11 @@ class Rig:
         self.commit_staged(index)
 
     def commit_staged(self, index: int) -> None:
+        commit = self.prepared.commits[index]
         self.served = commit_batch(
-            self.prepared.commits[index],
+            commit,
             self.served,
+            layers=commit.batch.layers,
             staging=self.staging,
             memory=self.memory,
             counts=self.counts,

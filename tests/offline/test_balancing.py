@@ -114,11 +114,26 @@ def test_snapshots_that_come_while_experts_move_count_as_one() -> None:
     feed(served, 4)
     while not served.plans:
         feed(served, 1)
-        assert (served.placement == START) is not bool(served.plans)
     joined = served._loop.window.samples()[-1]
     assert joined.steps > 2 * SNAPSHOT_STEPS
     assert joined.generation == 1
     assert joined.step_seconds == pytest.approx(0.05)
+
+
+def test_a_batch_is_served_while_the_next_one_moves() -> None:
+    served = server(
+        planner={"max_arrivals_per_rank_and_layer": 1},
+        migration={"max_bytes_per_step": 4096, "deadline_steps": 10_000},
+    )
+    feed(served, 4)
+    changed_layers = []
+    while not served.plans:
+        feed(served, 1)
+        changed = (served.placement.slots_LP != START.slots_LP).any(axis=1)
+        changed_layers.append(int(changed.sum()))
+    assert changed_layers == sorted(changed_layers)
+    assert set(changed_layers) > {changed_layers[-1]}
+    assert changed_layers[-1] == len(served.plans[0].layers)
 
 
 def test_a_migration_that_would_take_too_long_is_not_begun() -> None:

@@ -75,7 +75,7 @@ def test_a_trace_is_replayed_as_recorded_and_with_other_sizes(tmp_path: Path):
     assert not none.commits
     assert ours.mean_imbalance < none.mean_imbalance
     assert replay([tmp_path], ranks=2, redundant=0).share_LR.shape == (2, 2)
-    with pytest.raises(ValueError, match="no policy 'incremental'; choose of ours, "):
+    with pytest.raises(ValueError, match="no policy 'incremental'; choose from ours, "):
         replay(tmp_path, "incremental")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

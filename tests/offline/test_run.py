@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 from traces import contiguous, head_of, records_of, snapshots, write_trace
 
+from ep_rebalance.config import PlannerConfig
 from ep_rebalance.config_sources import load_config
-from ep_rebalance.load.trace import RecordedPlacement, TraceReader, read_records
+from ep_rebalance.load.snapshot import Agreed
+from ep_rebalance.load.trace import (
+    MigrationEnd,
+    Record,
+    RecordedPlacement,
+    RecordedSnapshot,
+    TraceReader,
+    read_records,
+)
+from ep_rebalance.offline.peers import AsRecorded
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES
 from ep_rebalance.offline.run import (
     NothingRecorded,
@@ -20,6 +30,8 @@ from ep_rebalance.offline.run import (
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import imbalance_L
 from ep_rebalance.planning.policies import planner_of
+from ep_rebalance.planning.proposal import planned_load
+from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
@@ -141,6 +153,64 @@ def test_what_was_served_is_scored_as_it_was(tmp_path: Path) -> None:
     fixed = [replace(snapshot, counts_ALE=counts) for snapshot in snapshots(head, 2)]
     one = replay(head, [first, fixed[0], moved, fixed[1]], scenario("recorded", 2, 0))
     assert one.imbalance_N.tolist() == pytest.approx([1.0, 1.4])
+
+
+def test_quotas_of_what_was_served_are_those_of_no_file_s_beginning() -> None:
+    """A server writes the placement again at the beginning of each file, with quotas of its own beginning."""
+    head = head_of(redundant=2)
+    records: list[Record] = []
+    for number, snapshot in enumerate(snapshots(head, 30)):
+        records += [contiguous(head)] if number % 10 == 0 else []
+        records.append(replace(snapshot, agreed=Agreed(fitted=number > 0)))
+    one = replay(head, records, scenario("recorded", 2, 2))
+    once = [contiguous(head), *(r for r in records if isinstance(r, RecordedSnapshot))]
+    assert one.imbalance_N == pytest.approx(
+        replay(head, once, scenario("recorded", 2, 2)).imbalance_N
+    )
+
+
+def test_quotas_are_fitted_anew_after_a_migration_that_moved_nothing() -> None:
+    """The server forgets those that it was fitting when a migration begins."""
+    head = head_of(redundant=2)
+    first, second, third = snapshots(head, 3)
+    second = replace(
+        second,
+        counts_ALE=9 * second.counts_ALE[:, :, ::-1],
+        ended=MigrationEnd(batches=0, abandoned=True),
+    )
+    third = replace(third, agreed=Agreed(fitted=True))
+    served = AsRecorded(contiguous(head).placement, load_config())
+    for snapshot in (first, second, third, third):
+        served.snapshot(snapshot)
+    load_LE = planned_load(PlannerConfig(), [first.sample(), second.sample()]).load_LE
+    assert (served.quotas_LP == split_quotas(served.placement, load_LE)).all()
+
+
+class LongSteps:
+    """Of another machine than the recorded one."""
+
+    def seconds(self, *_: object) -> float:
+        return 0.05
+
+
+def test_with_steps_of_another_length_a_plan_that_the_server_refused_is_carried_out() -> None:
+    head = head_of(redundant=2, expert_bytes=[10**9] * 2)
+    refused = Agreed(planned=True, fitted=True)
+    records = [
+        contiguous(head),
+        *(replace(s, step_seconds=1e-9, agreed=refused) for s in snapshots(head, 80)),
+    ]
+    recorded = Scenario(
+        policy="ours",
+        planner=planner_of("incremental"),
+        config=load_config(head.config),
+        topology=Topology.single_node(2),
+        step_time=MeasuredSteps(fraction=0.5),
+    )
+    assert {plan.outcome for plan in replay(head, records, recorded).plans} == {"over_budget"}
+    one = replay(head, records, replace(recorded, step_time=LongSteps()))
+    assert one.commits
+    assert "failed" not in {plan.outcome for plan in one.plans}
 
 
 def test_several_files_are_one_trace(path: Path, tmp_path: Path) -> None:

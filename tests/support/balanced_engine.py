@@ -57,7 +57,7 @@ class Inline(ThreadPoolExecutor):
         future = Future()
         try:
             future.set_result(function(*args, **kwargs))
-        except Exception as error:
+        except BaseException as error:
             future.set_exception(error)
         return future
 

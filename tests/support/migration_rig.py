@@ -102,6 +102,7 @@ class Rig:
             self.served = commit_batch(
                 commit,
                 self.served,
+                layers=batch.layers,
                 staging=self.exchange.staging,
                 memory=self.memory,
                 counts=self.counts,

@@ -51,21 +51,25 @@ def test_load_holds_what_every_expert_got_and_where_it_is_served(journal: Journa
 
 
 def test_load_adds_up_to_the_tokens_of_the_status(journal: Journal):
-    status = journal.report(SERVED, MetricsConfig(), paused=False, lost_trace_records=0)
+    status = journal.report(SERVED, MetricsConfig(), steps=3, paused=False, lost_trace_records=0)
     for layer in journal.load(SERVED).layers:
         for phase, tokens in status.phase_tokens.items():
             assert sum(layer.tokens[phase]) == tokens * TOP_K
 
 
 def test_load_of_the_experts_is_not_in_the_status_unless_asked_for(journal: Journal):
-    status = journal.report(SERVED, MetricsConfig(), paused=False, lost_trace_records=0)
+    status = journal.report(SERVED, MetricsConfig(), steps=3, paused=False, lost_trace_records=0)
     assert status.expert_tokens == status.replicas == []
     assert b'"expert_tokens":[],' in encode(status)
 
 
 def test_optional_metrics_are_filled_where_they_are_switched_on(journal: Journal):
     status = journal.report(
-        SERVED, MetricsConfig(expert_tokens=True, replicas=True), paused=False, lost_trace_records=0
+        SERVED,
+        MetricsConfig(expert_tokens=True, replicas=True),
+        steps=3,
+        paused=False,
+        lost_trace_records=0,
     )
     assert status.expert_tokens == [[16, 10, 6, 4], [12, 8, 8, 8]]
     assert status.replicas == [2, 2]

@@ -1,5 +1,5 @@
-"""The page at `GET /ep_rebalance/`: one document with its style and script inside, nothing fetched from
-elsewhere; it asks the server for `overview` while somebody looks at it.
+"""The page at `GET /ep_rebalance/`: one document that contains its style and script and loads nothing from
+other sites. While it is visible, it asks the server for `overview`.
 """
 
 from __future__ import annotations

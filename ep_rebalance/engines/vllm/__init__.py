@@ -5,7 +5,7 @@
 | seams/arguments | adds `--plugin` and `--ep-rebalance-config` | front end |
 | seams/activation | checks and completes the engine's configuration | front end |
 | seams/compile_cache | keeps our settings out of the compile cache's key | front end |
-| checks, contract | what cannot be served; what is relied on in vLLM | front end |
+| checks, contract | what cannot be served; what we rely on in vLLM | front end |
 | quantised_schemes | what vLLM makes of a quantised checkpoint | front end |
 | worker_extension | puts the seams below into a worker, and answers its RPCs | worker |
 | seams/worker, rank_agreement, attachment | settings agreed on; model and drafter attached | worker |
@@ -18,7 +18,7 @@
 | seams/experts, cpu_experts | the experts by our grouped MLP; vLLM's on CPU by ids of their rank | worker |
 | seams/eplb_policy | vLLM's own placement policy as a planner, to compare with | worker, rank 0 |
 | endpoint | the routes of `ep_rebalance.api`, and `/metrics` | API server |
-| engine_config, parallel | what vLLM's configuration and groups say | all |
+| engine_config, parallel | what vLLM's configuration and process groups say | all |
 | diagnosis | what `ep-rebalance doctor` asks of vLLM | none |
 """
 
@@ -34,8 +34,9 @@ def register() -> None:
     wanted or not.
 
     Only adds the command-line flags and looks out for a configuration that asks for us, and only in
-    processes that parse arguments. An exception here would stop vLLM, so nothing else is done.
+    processes that have loaded `EngineArgs`. An exception here would stop vLLM, so nothing else is done.
     """
+    # Not imported here: a process that never loads it should not have to pay for it.
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     if arg_utils is None or hasattr(arg_utils.EngineArgs, _REGISTERED):
         return

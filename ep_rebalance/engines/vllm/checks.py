@@ -1,4 +1,4 @@
-"""What cannot be served with the plugin: refused before any other process is started.
+"""What cannot be served with the plugin is refused here, before any other process is started.
 
 Each check raises ConfigurationError with the reason and the remedy. What only a loaded model shows is
 refused in `seams/attachment.py`.
@@ -21,7 +21,7 @@ from ep_rebalance.load.state import check_writable, load_state
 
 
 def check(vllm_config: Any, config: RebalanceConfig) -> None:
-    """Raises ConfigurationError for everything that could not be served."""
+    """Raises ConfigurationError for the first thing that could not be served."""
     _check_contracts()
     _check_parallel(vllm_config.parallel_config)
     _check_adapters(vllm_config.lora_config, config)
@@ -58,7 +58,7 @@ def _check_parallel(parallel: Any) -> None:
         )
     if parallel.pipeline_parallel_size > 1:
         raise ConfigurationError(
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: each stage has layers of its own.",
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: each stage has its own layers.",
             "use tensor and data parallelism only.",
         )
     if parallel.prefill_context_parallel_size > 1:
@@ -69,8 +69,8 @@ def _check_parallel(parallel: Any) -> None:
         )
     if parallel.enable_fault_tolerance:
         raise ConfigurationError(
-            "--enable-fault-tolerance goes on without a rank that died, and the ranks that count and move "
-            "experts together would wait for it.",
+            "--enable-fault-tolerance keeps serving without a rank that died, and the others, which count "
+            "and move experts together with it, would wait for it.",
             "drop --enable-fault-tolerance and --fault-tolerance-config.",
         )
     if parallel.enable_elastic_ep or parallel.use_ubatching:
@@ -81,8 +81,8 @@ def _check_parallel(parallel: Any) -> None:
 
 
 def _check_adapters(lora: Any | None, config: RebalanceConfig) -> None:
-    """vLLM cuts an adapter of the experts by their place in the checkpoint
-    (vllm/lora/model_manager.py): experts that moved would get the adapter of others.
+    """vLLM slices an adapter of the experts by their order in the checkpoint
+    (vllm/lora/model_manager.py): an expert that moved would get the adapter of another.
     """
     if lora is None or config.mode == "observe":
         return
@@ -95,8 +95,8 @@ def _check_adapters(lora: Any | None, config: RebalanceConfig) -> None:
 
 
 def _check_weight_transfer(transfer: Any | None, config: RebalanceConfig) -> None:
-    """Backends that hand every tensor to the model's `load_weights` pass: then it is known which experts
-    were loaded.
+    """Only backends that hand every tensor to the model's `load_weights` pass: `seams/expert_loads.py`
+    sees which experts those load.
     """
     if (
         transfer is not None
@@ -104,8 +104,8 @@ def _check_weight_transfer(transfer: Any | None, config: RebalanceConfig) -> Non
         and config.mode != "observe"
     ):
         raise ConfigurationError(
-            f"weight transfer {transfer.backend!r} writes weights where they were loaded, past the model's "
-            "loader, and experts that moved are elsewhere.",
+            f"weight transfer {transfer.backend!r} bypasses the model's loader and writes experts where they "
+            "were loaded, not where they have moved to.",
             "use the backend nccl or ipc, or mode=observe.",
         )
 
@@ -121,8 +121,8 @@ def _check_sleep(model: Any, config: RebalanceConfig) -> None:
 
 
 def _check_drafter(vllm_config: Any, config: RebalanceConfig) -> None:
-    """Its MoE layers get as many redundant slots as the target's, which nothing uses; those of dspark may
-    get none.
+    """vLLM gives the drafter's MoE layers as many redundant slots as the target's, though nothing uses
+    them; with dspark they may get none, so nothing has to divide.
     """
     speculative = vllm_config.speculative_config
     if getattr(speculative, "method", None) == "dspark":
@@ -182,7 +182,7 @@ def _quantisation(model: Any) -> dict[str, Any]:
 
 
 def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
-    """Dense layers are taken for MoE layers: a check before the model is loaded knows no better."""
+    """Counts dense layers as MoE layers: before the model is loaded, nothing tells them apart."""
     model = vllm_config.model_config
     layers, experts = model.get_total_num_hidden_layers(), model.get_num_experts()
     ranks = ep_size(vllm_config.parallel_config)
@@ -207,7 +207,7 @@ def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
 def _check_trace(config: RebalanceConfig) -> None:
     if config.trace.path is not None and not os.access(config.trace.path, os.W_OK | os.X_OK):
         raise ConfigurationError(
-            f"trace.path={config.trace.path!r} is no folder that the server may write.",
+            f"trace.path={config.trace.path!r} is not a folder that the server may write to.",
             "create it, name another one, or drop trace.path.",
         )
 

@@ -1,8 +1,8 @@
-"""What we rely on in vLLM, checked at start.
+"""Contracts: what we rely on in vLLM, checked at start.
 
-A seam states the functions that it wraps and the parameters that it passes or reads, and what is asked
-of an object of ours in the place of one of vLLM's. If something is missing, the server does not start:
-a wrong guess about an engine's insides would show up as wrong answers.
+A seam states the functions that it wraps with the parameters that it passes or reads, and what vLLM
+asks of each object of ours that it holds instead of its own. If something is missing, the server does
+not start: a wrong guess about an engine's insides would show up as wrong answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _ON_CPU_ONLY = "vllm.v1.worker.cpu_worker:"
 class Contract:
     """A function or attribute of vLLM that must exist.
 
-    target: `module:Qualified.name`. parameters: names that its signature must have.
+    target: `module:Qualified.name`.
+    parameters: names that its signature must have.
     """
 
     target: str
@@ -32,14 +33,14 @@ class Contract:
 
     @property
     def applies(self) -> bool:
-        """Whether it is relied on here."""
+        """Whether it is relied on in this process."""
         return may_import(self.target)
 
     def check(self) -> None:
         """Raises ConfigurationError that names what is missing."""
         found = resolve(self.target)
         if self.parameters and not callable(found):
-            raise _unsupported(f"{self.target} is no function")
+            raise _unsupported(f"{self.target} is not a function")
         if callable(found):
             missing = [p for p in self.parameters if p not in inspect.signature(found).parameters]
             if missing:
@@ -50,8 +51,10 @@ class Contract:
 class StandInContract:
     """An object of ours that vLLM holds instead of its own: it must have all that vLLM asks of it.
 
-    holder: `module:Class` of vLLM whose methods use it. attribute: the holder's attribute that it is.
-    stand_in: it, or its class. never: what only methods ask for that are never called.
+    holder: `module:Class`. The class of vLLM whose methods use the object.
+    attribute: the attribute in which the holder keeps it.
+    stand_in: the object, or its class.
+    never: names that only methods ask for that are never called.
     """
 
     holder: str
@@ -65,11 +68,12 @@ class StandInContract:
 
     @property
     def applies(self) -> bool:
-        """Whether it is relied on here."""
+        """Whether it is relied on in this process."""
         return may_import(self.holder)
 
     def asked(self) -> set[str]:
-        """Names of attributes that the holder's methods read, call or set on `self.<attribute>`."""
+        """Names of the attributes that the holder's methods read, call or set on `self.<attribute>`."""
+        # From the source: what a method asks for would otherwise show only when it runs.
         tree = ast.parse(textwrap.dedent(inspect.getsource(resolve(self.holder))))
         found = {
             node.attr
@@ -90,10 +94,10 @@ class StandInContract:
 
 
 def may_import(target: str) -> bool:
-    """Whether what `module:Qualified.name` names may be imported in this process.
+    """Whether this process may import what `module:Qualified.name` names.
 
-    vLLM's worker for CPU turns streams, events and pinned memory of `torch.cuda` into stand-ins that do
-    nothing, for the whole process, as soon as it is imported (vllm/v1/worker/cpu/shm.py).
+    As soon as vLLM's CPU worker is imported, it replaces streams, events and pinned memory of
+    `torch.cuda` by stand-ins that do nothing, for the whole process (vllm/v1/worker/cpu/shm.py).
     """
     from vllm.platforms import current_platform
 
@@ -113,10 +117,10 @@ def resolve(target: str) -> Any:
 
 
 def check_version(version: str) -> None:
-    """Raises ConfigurationError for a vLLM that was never tried."""
+    """Raises ConfigurationError for a minor version of vLLM that is not among SUPPORTED_VERSIONS."""
     if ".".join(version.split(".")[:2]) not in SUPPORTED_VERSIONS:
         raise ConfigurationError(
-            f"vLLM {version} is not supported; known are {' and '.join(SUPPORTED_VERSIONS)}.",
+            f"vLLM {version} is not supported; {' and '.join(SUPPORTED_VERSIONS)} are.",
             "install one of these, or a newer ep-rebalance.",
         )
 

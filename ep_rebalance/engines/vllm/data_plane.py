@@ -1,4 +1,4 @@
-"""Who carries tokens and computes experts: what `data_plane` means in this engine, and what cannot work."""
+"""Data plane: who carries tokens and computes experts in vLLM, and which settings cannot work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def carries_tokens(config: RebalanceConfig) -> bool:
-    """Whether tokens go to the experts by our all-to-all."""
+    """Whether our all-to-all takes tokens to their experts."""
     from vllm.platforms import current_platform
 
     chosen = config.data_plane.all_to_all
@@ -20,7 +20,7 @@ def carries_tokens(config: RebalanceConfig) -> bool:
 
 
 def check_data_plane(vllm_config: Any, config: RebalanceConfig) -> None:
-    """Raises ConfigurationError for what could not be served."""
+    """Raises ConfigurationError for a data plane that this engine cannot serve with."""
     from vllm.platforms import current_platform
 
     plane = config.data_plane
@@ -33,7 +33,10 @@ def check_data_plane(vllm_config: Any, config: RebalanceConfig) -> None:
 
 
 def choose_kernels(vllm_config: Any, config: RebalanceConfig) -> None:
-    """Make vLLM try the classes in whose place ours stand; on CPU it does so anyway."""
+    """Select the vLLM backend whose list of kernel classes ours heads (`seams/experts.py`).
+
+    On CPU that backend is selected anyway.
+    """
     from vllm.platforms import current_platform
 
     if config.data_plane.experts == "triton" and not current_platform.is_cpu():
@@ -48,13 +51,13 @@ def _check_engine_on_cpu(vllm_config: Any) -> None:
         )
     if vllm_config.model_config.quantization is not None:
         raise ConfigurationError(
-            "data_plane.all_to_all=engine: on CPU vLLM's quantised experts take every slot for their own.",
+            "data_plane.all_to_all=engine: on CPU vLLM's quantised experts treat every slot as their rank's.",
             "drop it, or set data_plane.all_to_all=ours.",
         )
 
 
 def _cpu_gathers() -> bool:
-    """Whether vLLM's communicator on CPU, or a plugin's in its place, has what its all-to-all calls."""
+    """Whether vLLM's CPU communicator, or a plugin's in its place, has what vLLM's all-to-all calls."""
     from vllm.distributed.device_communicators.base_device_communicator import (
         DeviceCommunicatorBase,
     )
@@ -68,6 +71,8 @@ def _cpu_gathers() -> bool:
 
 def _check_all_to_all(vllm_config: Any, plane: DataPlaneConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    # Ranks that hold the same tokens carry a share each (`seams/prepare_finalize.py`): the last one
+    # has fewer if they do not divide.
     shared = parallel.tensor_parallel_size > 1 and not parallel.use_sequence_parallel_moe
     if not model.enforce_eager:
         _check_graphs(EXCHANGES[plane.buffers], tokens_are_shared=shared)
@@ -91,7 +96,7 @@ def _check_graphs(exchange: Exchange, *, tokens_are_shared: bool) -> None:
     if exchange.in_graphs == "never":
         raise ConfigurationError(
             f"data_plane.buffers={exchange.name} reads numbers of rows on the host, which CUDA graphs "
-            "cannot.",
+            "do not allow.",
             f"{instead}--enforce-eager.",
         )
     raise ConfigurationError(

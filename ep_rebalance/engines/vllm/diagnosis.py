@@ -1,4 +1,4 @@
-"""What vLLM must offer, for `ep-rebalance doctor`."""
+"""Checks for `ep-rebalance doctor`: does the installed vLLM offer what we rely on?"""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from ep_rebalance.engines.vllm.quantised_schemes import (
 
 
 def checks() -> list[tuple[str, Check]]:
-    """By name. Importing vLLM takes seconds."""
+    """(name, check) pairs. Running them imports vLLM, which takes seconds."""
     return [("vLLM", engine), ("seams", contracts)]
 
 
 def engine() -> Finding:
+    """Whether the installed vLLM is a supported version."""
     import vllm
     from vllm.platforms import current_platform
 
@@ -38,7 +39,7 @@ def engine() -> Finding:
 
 
 def contracts() -> Iterator[Finding]:
-    """One line for all that hold, one for each that does not."""
+    """One finding for each contract that does not hold, and one for the sum of them."""
     held = stated = 0
     for seam in seams.every():
         for contract in filter(lambda contract: contract.applies, seam.CONTRACTS):
@@ -70,7 +71,7 @@ def architecture(names: Sequence[str]) -> Finding:
         check="architecture",
         verdict="warning",
         found=f"vLLM has no model for {', '.join(names) or 'an unnamed architecture'}",
-        remedy="install the plugin that brings it; by way of Transformers it was never tried",
+        remedy="install the plugin that brings it; models run through Transformers were never tried",
     )
 
 

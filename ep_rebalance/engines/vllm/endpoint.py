@@ -38,9 +38,9 @@ class EndpointPlugin:
         routes.add_to(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Begin to poll, if this engine runs the plugin."""
+        """Hand the routes what they work on, and begin to poll, if this engine runs the plugin."""
         state.ep_rebalance = None
-        if engine_client is None:
+        if engine_client is None:  # vLLM's render server has no engine
             return
         vllm_config = engine_client.vllm_config
         settings = vllm_config.additional_config.get(CONFIG_KEY)
@@ -53,11 +53,14 @@ class EndpointPlugin:
         if _exports(vllm_config.parallel_config):
             names = getattr(args, "served_model_name", None) or [vllm_config.model_config.model]
             exporter = Exporter(model_name=names[0], config=config.metrics)
+            # Kept: asyncio holds tasks weakly.
             state.ep_rebalance_poll = asyncio.create_task(reports.export(exporter))
 
 
 def _exports(parallel: Any) -> bool:
-    """With a load balancer of the operator's own, each data-parallel rank or node has API servers, and
-    their `data_parallel_rank` is that of their first engine.
+    """Whether this API server fills the metrics: the first of those whose engines hold EP rank 0.
+
+    With an external load balancer each data-parallel rank or node has its own API servers; their
+    `data_parallel_rank` is that of their first engine.
     """
     return parallel._api_process_rank in (0, -1) and parallel.data_parallel_rank == 0

@@ -1,4 +1,4 @@
-"""What an engine's configuration says: our settings in it, the model, and the size of the EP group."""
+"""Reads an engine's configuration: our settings in it, the model, and the size of the EP group."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ep_rebalance.load.state import ModelIdentity
 
 CONFIG_KEY = "ep_rebalance"
 VERSION_KEY = "ep_rebalance_version"
-"""Of `additional_config`, which reaches every process."""
+"""Keys of `additional_config`, which reaches every process."""
 
 
 def active_config(vllm_config: Any) -> RebalanceConfig:
-    """Our part of an engine configuration that activation completed."""
+    """Our part of an engine configuration that `seams/activation.py` has completed."""
     return load_config(vllm_config.additional_config[CONFIG_KEY])
 
 
 def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:
-    """What a saved placement must match; the hash leaves out where the checkpoint lies and who
-    wrote it.
+    """What a saved placement must match. The hash leaves out where the checkpoint lies and what wrote it,
+    so that a copy of it counts as the same model.
     """
     settings = vllm_config.model_config.hf_text_config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
@@ -38,7 +38,7 @@ def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:
 
 
 def ep_size(parallel: Any) -> int:
-    """Expert-parallel ranks: vLLM spreads experts over tensor, context and data parallel ranks."""
+    """Number of EP ranks: vLLM spreads experts over all tensor-, context- and data-parallel ranks."""
     return int(
         parallel.tensor_parallel_size
         * parallel.prefill_context_parallel_size
@@ -47,6 +47,7 @@ def ep_size(parallel: Any) -> int:
 
 
 def no_experts(model: str) -> ConfigurationError:
+    """The error for a model without experts, to be raised by whoever finds it out first."""
     return ConfigurationError(
         f"model {model!r} has no Mixture-of-Experts layers.",
         "serve it without --plugin ep_rebalance.",

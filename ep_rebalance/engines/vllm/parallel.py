@@ -1,4 +1,4 @@
-"""Where the ranks of the EP group are."""
+"""vLLM's EP group, and the nodes that its ranks are on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ def ep_group() -> Any:
 
 
 def ranks_on_nodes(ranks_per_source: int = 1) -> Topology:
-    """Collective: which node each rank is on. ranks_per_source: as of `Topology`."""
+    """Which node each rank is on. Collective.
+
+    ranks_per_source: see `Topology`.
+    """
     from vllm.distributed.parallel_state import in_the_same_node_as
 
     group = ep_group()
     nodes = [-1] * group.world_size
     for rank in range(group.world_size):
+        # Each call is a collective, and its answer the same on all ranks: so they skip the same ones.
         if nodes[rank] < 0:
             same = in_the_same_node_as(group.cpu_group, rank)
             number = max(nodes) + 1
@@ -30,7 +34,10 @@ def ranks_on_nodes(ranks_per_source: int = 1) -> Topology:
 
 
 def ranks_per_node() -> int:
-    """Collective. Raises ConfigurationError unless ranks are numbered node by node, equally many each."""
+    """How many ranks each node has. Collective.
+
+    Raises ConfigurationError unless ranks are numbered node by node, with equally many on each.
+    """
     nodes = ranks_on_nodes().node_of_rank
     size = nodes.count(0)
     if nodes != tuple(rank // size for rank in range(len(nodes))):

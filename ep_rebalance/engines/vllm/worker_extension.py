@@ -18,12 +18,17 @@ from ep_rebalance.engines.vllm.seams.worker import attachment_of
 
 
 class WorkerExtension:
-    """Methods for `collective_rpc`. Names carry our prefix: they share the worker's namespace."""
+    """Methods for `collective_rpc`. Their names carry our prefix, since vLLM mixes this class into the
+    worker's.
+    """
 
     model_runner: Any
 
     def ep_rebalance_status(self) -> bytes:
-        """The encoded status, equal on all ranks but for timings; rank 0's is the one to show."""
+        """The encoded status; b"" if no model is attached.
+
+        Rank 0's is the one to show: only it knows of plans that were not carried out.
+        """
         attachment = attachment_of(self.model_runner)
         return b"" if attachment is None else attachment.session.status()
 
@@ -38,12 +43,12 @@ class WorkerExtension:
         return b"" if attachment is None else attachment.session.overview()
 
     def ep_rebalance_ask(self, action: Action) -> str | None:
-        """Pause, resume or plan at once; "" or why not, None from ranks that are not rank 0."""
+        """Pause, resume or plan now. Returns "" or why not; None from every rank but 0."""
         attachment = attachment_of(self.model_runner)
         return None if attachment is None else attachment.session.ask(action)
 
     def ep_rebalance_record(self, on: bool) -> bool:
-        """Switch the recording of the trace; False on ranks that do not record."""
+        """Switch the recording of the trace. Returns False on ranks that have no recorder."""
         attachment = attachment_of(self.model_runner)
         return attachment is not None and attachment.session.record(on)
 
@@ -60,7 +65,7 @@ class WorkerExtension:
 
 def _install() -> None:
     share_vllm_log()
-    allow_balancing()
+    allow_balancing()  # never undone: the worker may validate further configurations at any time
     for seam in seams.of_workers():
         seam.install()
 

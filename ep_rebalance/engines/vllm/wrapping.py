@@ -1,4 +1,4 @@
-"""How a seam puts itself around a method of vLLM."""
+"""Wraps a method of vLLM; most seams do so."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 Around = Callable[..., Any]
-"""Called with the original function, then with what it is called with."""
+"""Called with the original function first, then with the caller's arguments."""
 
 
 def wrap(owner: type[Any], name: str, around: Around) -> None:
-    """Put `around` in the place of a method that `owner` itself defines; inherited ones are wrapped
-    where they are defined.
+    """Replace a method of `owner` by `around`, if `owner` itself defines it.
+
+    Does nothing for an inherited method, which is wrapped where it is defined: wrapped in both
+    classes, it would run `around` twice.
     """
     original = owner.__dict__.get(name)
     if original is None:

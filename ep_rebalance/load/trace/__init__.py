@@ -1,4 +1,4 @@
-"""Trace: recorded load on disk, for replay."""
+"""Trace: recorded load on disk, for replays."""
 
 from ep_rebalance.load.trace.error import TraceError
 from ep_rebalance.load.trace.reader import TraceReader, check_same_load, read_records

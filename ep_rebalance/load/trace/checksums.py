@@ -1,6 +1,6 @@
 """Checksums of heads and records: CRC-32 since version 2.
 
-Version 1 summed up 64-bit words with odd factors, where two flips of the same high bit cancel.
+Version 1 added up 64-bit words, each times an odd number: two flips of the highest bit cancel there.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 _KIND, _FRAME = 8, 16
-"""Bytes of a record's kind, and of kind and checksum."""
+"""Bytes of a record's kind, and of its kind and checksum together."""
 
 
 def checksum_of_head(text: bytes) -> int:
-    """Of its JSON, padded."""
+    """CRC-32 of a head's padded JSON."""
     return zlib.crc32(text)
 
 
 def checksum_of_record(record: bytes, version: int = 2) -> int:
-    """Of a whole record but for the checksum in it."""
+    """Checksum of a whole record, except the checksum in it."""
     if version == 1:
         words = np.frombuffer(record, "<u8")
         return int(np.dot(words, _record_factors(len(words))))
@@ -40,7 +40,7 @@ def _factors(length: int) -> NDArray[np.uint64]:
 
 @functools.cache
 def _record_factors(length: int) -> NDArray[np.uint64]:
-    """0 for the word that holds the checksum."""
+    """The same factors, with 0 for the word that holds the checksum."""
     factors = _factors(length).copy()
     factors[1] = 0
     return factors

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class TraceError(ValueError):
-    """A file that is not a trace, or is damaged; the text names the file, the place and the reason."""
+    """A file is not a trace, or is damaged. The text names the file, the place and the reason."""
 
     def __init__(self, path: Path, offset: int, reason: str) -> None:
         super().__init__(f"{path}, byte {offset}: {reason}")

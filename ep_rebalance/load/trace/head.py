@@ -1,4 +1,4 @@
-"""The head of a trace: JSON between its length and checksum and the first record."""
+"""The head of a trace: a magic text, length and checksum of the JSON, then the JSON itself."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _MAX_HEAD_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 64 << 20
 
 _RENAMED_SETTINGS = (("data_plane", "shape", "buffers"),)
-"""(section, name once, name now)."""
+"""(section, earlier name, present name)."""
 
 
 def encode_head(head: TraceHead) -> bytes:
+    """The bytes with which a trace begins. Padded, so that records lie at multiples of 8 bytes."""
     text = msgspec.json.encode(head)
     text += b" " * (-len(text) % 8)
     sizes = np.array([len(text), checksum_of_head(text)], "<u8")
@@ -31,7 +32,7 @@ def encode_head(head: TraceHead) -> bytes:
 
 
 def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
-    """The head and the offset of the first record."""
+    """(head, offset of the first record). Raises TraceError."""
     start = file.read(24)
     if len(start) < 24 or not start.startswith(_MAGIC):
         raise TraceError(
@@ -44,11 +45,12 @@ def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
     if len(text) < length:
         raise TraceError(path, 24, "the head is cut off")
     whole = checksum == checksum_of_head(text)
+    # The version, which says how the checksum is made, lies in the text that is not trusted yet.
     if not whole and checksum != version_1_checksum_of_head(text):
         raise TraceError(path, 24, "the head's checksum is wrong")
     try:
         head = msgspec.json.decode(text, type=TraceHead)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TraceError(path, 24, f"the head does not say what a head must ({error})") from None
     if not whole and head.version != 1:
         raise TraceError(path, 24, "the head's checksum is of another version")
@@ -59,7 +61,7 @@ def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
 
 
 def _with_present_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings as an earlier release recorded them, under the names that they have now."""
+    """Settings that an earlier release recorded, under their present names."""
     parts = {name: dict(part) for name, part in config.items() if isinstance(part, dict)}
     for section, old, new in _RENAMED_SETTINGS:
         if old in parts.get(section, {}):
@@ -68,7 +70,7 @@ def _with_present_names(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fault(head: TraceHead) -> str:
-    """Why a head cannot be right, or ""."""
+    """Why this head cannot be right, or ""."""
     if head.format != FORMAT or head.version not in READABLE_VERSIONS:
         return (
             f"format {head.format!r} version {head.version}; this ep-rebalance reads {FORMAT!r} "

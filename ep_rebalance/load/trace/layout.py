@@ -1,6 +1,7 @@
-"""How records lie in a trace, version by version.
+"""Layout: how the bytes of records lie in a trace, in each version.
 
-There are two kinds, each of a size that the head tells. Integers and floats are little-endian.
+There are two kinds of records, each of a size that follows from the head. Integers and floats are
+little-endian.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ _FLAGS = (
     *("planned", "scheduled", "proposed", "fitted"),
     *("paused", "plan_asked", "replaced"),
 )
-"""Bits of a snapshot's `flags`, from the lowest; of `Agreed`. Version 1 has the first two."""
+"""Fields of `Agreed` in a snapshot's `flags`, from the lowest bit. Version 1 has the first two."""
 _ABANDONED = 1 << len(_FLAGS)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The structured types of a trace's records, multiples of 8 bytes long."""
+    """The structured types of a trace's records. Their sizes are multiples of 8 bytes."""
 
     snapshot: np.dtype[np.void]
     placement: np.dtype[np.void]
 
     @classmethod
     def of(cls, head: TraceHead) -> Layout:
+        """The layout of a trace's records, in the version that its head names."""
         slots = (head.layers, head.slots)
         padding = [("padding", "V4")] if head.layers * head.slots % 2 else []
         numbers = [("time", "<f8"), ("step", "<i8"), ("generation", "<i8")]
@@ -57,19 +59,19 @@ class Layout:
         )
 
     def of_kind(self, kind: int) -> np.dtype[np.void] | None:
-        """None if there is no such kind."""
+        """The type of records of a kind; None if there is no such kind."""
         return {_SNAPSHOT: self.snapshot, _PLACEMENT: self.placement}.get(kind)
 
 
 def _since_version_2(head: TraceHead) -> list[Any]:
     if head.version == 1:
         return []
-    layers = -(-head.layers // 8) * 8
+    layers = -(-head.layers // 8) * 8  # one byte for each layer, rounded up to keep the alignment
     return [("unscheduled_ranks", "<i8"), ("batches", "<i8"), ("reloaded", "u1", layers)]
 
 
 def encode_record(record: Record, layout: Layout) -> bytes:
-    """In the newest version."""
+    """A record's bytes, in the newest version."""
     if isinstance(record, RecordedPlacement):
         return _encode_placement(record, layout.placement)
     return _encode_snapshot(record, layout.snapshot)
@@ -109,7 +111,7 @@ def _encode_placement(change: RecordedPlacement, layout: np.dtype[np.void]) -> b
 
 
 def decode_record(record: np.void, head: TraceHead) -> Record:
-    """Raises PlacementError for slots that cannot be."""
+    """The record in a whole, checked array element. Raises PlacementError for slots that cannot be."""
     numbers: dict[str, Any] = {
         "time": float(record["time"]),
         "step": int(record["step"]),
@@ -129,7 +131,7 @@ def decode_record(record: np.void, head: TraceHead) -> Record:
 
 
 def _agreed(record: np.void, version: int) -> Agreed:
-    """What version 1 does not tell went as it should."""
+    """What the ranks agreed on. Version 1 recorded less; what it lacks is taken to have gone well."""
     flags = int(record["flags"])
     told: dict[str, Any] = {name: bool(flags >> bit & 1) for bit, name in enumerate(_FLAGS)}
     if version == 1:
@@ -153,5 +155,5 @@ def _encode(kind: int, layout: np.dtype[np.void], values: Mapping[str, Any]) -> 
     record["kind"] = kind
     for name, value in values.items():
         record[name] = value
-    record["checksum"] = checksum_of_record(record.tobytes())
+    record["checksum"] = checksum_of_record(record.tobytes())  # which leaves this field out
     return record.tobytes()

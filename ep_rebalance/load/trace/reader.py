@@ -1,4 +1,4 @@
-"""Reads traces, also while they grow."""
+"""Reads traces, also while they are being written."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _BLOCK_BYTES = 4 << 20
 class TraceReader:
     """Reads one file, from its beginning to its last whole record.
 
-    left_over: bytes behind the last whole record, once it has been read to the end: a record that was
-    being written, or whose writer died.
-    Raises TraceError at once for a file that is not a trace, and while reading for a damaged one; OSError
-    if it cannot be opened.
+    left_over: bytes after the last whole record, set once the file has been read to the end. They belong
+        to a record that is being written, or whose writer died.
+
+    Raises TraceError immediately for a file that is not a trace, and while reading a damaged one; OSError
+    if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +36,7 @@ class TraceReader:
 
     @property
     def whole_records(self) -> int:
-        """About how many snapshots the file holds; for progress bars."""
+        """About how many snapshots the file holds, for progress bars: the few placements count too."""
         return max(0, self.path.stat().st_size - self._begin) // self._layout.snapshot.itemsize
 
     def __iter__(self) -> Iterator[Record]:
@@ -43,7 +44,7 @@ class TraceReader:
         with self.path.open("rb") as file:
             file.seek(offset)
             while block := file.read(max(_BLOCK_BYTES, self._layout.placement.itemsize)):
-                data, at = rest + block, 0
+                data, at = rest + block, 0  # a record may begin in one block and end in the next
                 while (record := self._record(data, at, offset)) is not None:
                     yield self._decode(record, offset + at)
                     at += record.dtype.itemsize
@@ -51,7 +52,10 @@ class TraceReader:
         self.left_over = len(rest)
 
     def _record(self, data: bytes, at: int, offset: int) -> np.void | None:
-        """The record at `data[at:]`, None if it is not whole."""
+        """The record at `data[at:]`; None if it is not whole.
+
+        offset: of `data` in the file, for errors.
+        """
         if len(data) - at < 16:
             return None
         kind = int.from_bytes(data[at : at + 8], "little")
@@ -77,7 +81,7 @@ class TraceReader:
 def read_records(readers: list[TraceReader]) -> Iterator[Record]:
     """The records of several files of one server, oldest file first.
 
-    Raises ValueError if they do not belong together.
+    Raises ValueError if the files do not belong together.
     """
     for reader in readers[1:]:
         check_same_load(readers[0].head, reader.head, str(reader.path))
@@ -97,4 +101,5 @@ def check_same_load(first: TraceHead, other: TraceHead, name: str) -> None:
 
 
 def _beginning(reader: TraceReader) -> tuple[float, str]:
+    # Not by name alone: files of several folders may have the same numbers.
     return next((record.time for record in reader), 0.0), reader.path.name

@@ -15,16 +15,23 @@ from ep_rebalance.placement import Placement
 
 FORMAT = "ep-rebalance-trace"
 FORMAT_VERSION = 2
-"""Version 1 did not record what an operator asked for, what was abandoned and what was reloaded."""
+"""Version 1 does not record what an operator asked for, what was abandoned and what was reloaded."""
 
 
 class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
     """What was recorded, where and by what.
 
-    top_k: experts per token. slots, ep_size: of the placements; a trace that was recorded without an
-    engine has contiguous ones. node_of_rank: length ep_size. expert_bytes: of one expert of each
-    layer, 0 if unknown. hidden_size: of the model, 0 if unknown. started: Unix time. config: the
-    plugin's settings. origin: where the load comes from if no engine was recorded.
+    layers: MoE layers.
+    experts: logical experts of a layer.
+    top_k: experts per token.
+    ep_size: number of EP ranks.
+    slots: slots of a layer, on all ranks.
+    node_of_rank: ep_size numbers.
+    expert_bytes: a size for each layer, bytes. One expert; 0 if unknown.
+    hidden_size: columns of the hidden states; 0 if unknown.
+    started: Unix time.
+    config: the plugin's settings.
+    origin: where the load comes from, if no server was recorded; else "".
     """
 
     model: str
@@ -47,7 +54,11 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class MigrationEnd:
-    """batches: how many were committed. abandoned: whether a fault ended it before the last one."""
+    """How a migration ended.
+
+    batches: how many were committed.
+    abandoned: whether a fault ended it before the last one.
+    """
 
     batches: int
     abandoned: bool
@@ -57,13 +68,13 @@ class MigrationEnd:
 class RecordedSnapshot:
     """One snapshot as the server saw it.
 
-    counts_ALE: [A, L, E], see `LoadSample`; uint32 in the file.
+    counts_ALE: [A, L, E], tokens. See `LoadSample`; uint32 in the file.
     step: the engine's number of its last step.
     steps, step_seconds: see `LoadSample`.
-    time: Unix.
+    time: Unix time.
     generation: of the placement that was served.
     agreed: what the ranks learned with it.
-    ended: the migration that ended since the snapshot before, None if none did.
+    ended: the migration that ended since the previous snapshot; None if none did.
     """
 
     counts_ALE: NDArray[np.uint32] | NDArray[np.int64]
@@ -76,7 +87,7 @@ class RecordedSnapshot:
     ended: MigrationEnd | None = None
 
     def joined(self, later: RecordedSnapshot) -> RecordedSnapshot:
-        """Both as one, as a server takes them that takes no snapshot while experts move."""
+        """This snapshot and the next one as one: a server that moves experts would take none in between."""
         steps = self.steps + later.steps
         seconds = self.steps * self.step_seconds + later.steps * later.step_seconds
         reloaded = sorted({*self.agreed.reloaded, *later.agreed.reloaded})
@@ -93,7 +104,7 @@ class RecordedSnapshot:
         )
 
     def sample(self) -> LoadSample:
-        """What the load window takes."""
+        """The sample for the load window."""
         return LoadSample(
             counts_ALE=self.counts_ALE.astype(np.int64),
             steps=self.steps,
@@ -102,15 +113,15 @@ class RecordedSnapshot:
         )
 
     def snapshot(self) -> Snapshot:
-        """What the server's loop took."""
+        """The snapshot that the server's loop was sent."""
         return Snapshot(sample=self.sample(), agreed=self.agreed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordedPlacement:
-    """What is served from the next snapshot on.
+    """The placement that is served from the next snapshot on.
 
-    quotas_LP: float64 [L, P].
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot receives.
     step, time: see `RecordedSnapshot`.
     """
 

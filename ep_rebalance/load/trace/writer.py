@@ -1,6 +1,7 @@
-"""Writes a trace: each record by one write, so that a file whose writer died ends at its last whole one.
+"""Writes traces. Each record takes one write, so a file whose writer died lacks only its last record. So does
+one on a disk that is full: what was written in part is the end of its file.
 
-Every file begins with the placement, so that older ones can be deleted.
+Every file begins with the placement, so that older files can be deleted.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ SUFFIX = ".eptrace"
 
 
 class TraceWriter:
-    """Writes files `NAME-NUMBER.eptrace` in `folder`, the next one when one is full, and deletes the
-    oldest of this name, its own or a former writer's, to stay below `max_bytes` in all.
+    """Writes files `NAME-NUMBER.eptrace` in `folder`, the next one when one is full.
+
+    max_file_bytes: bytes. Size of a full file.
+    max_bytes: bytes. Bound on all files of this name, also those of former writers; the oldest are deleted.
 
     Raises OSError if the folder cannot be written.
     """
@@ -45,8 +48,9 @@ class TraceWriter:
         self._placement: RecordedPlacement | None = None
 
     def files(self) -> list[Path]:
-        """All that are there, oldest first."""
-        return sorted(self._folder.glob(f"{self._name}-*{SUFFIX}"))
+        """All files of this name, oldest first."""
+        found = self._folder.glob(f"{self._name}-*{SUFFIX}")
+        return sorted(path for path in found if path.stem.rpartition("-")[2].isdecimal())
 
     def write(self, record: Record) -> None:
         """Append a record; the first one of all must be a placement."""
@@ -61,22 +65,22 @@ class TraceWriter:
         self._append(encode_record(record, self._layout))
 
     def close(self) -> None:
-        """The file is whole; a later `write` begins another."""
+        """Finish the file. A later `write` begins another one."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
 
     def _next_file(self) -> None:
-        """Head and placement appear under the file's name at once, and replace nobody's file."""
+        """Begin a file. It appears with its head and placement, and replaces no other file."""
         assert self._placement is not None, "a trace begins with a placement"
         self.close()
         data = encode_head(self._head) + encode_record(self._placement, self._layout)
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
-        file = os.fdopen(handle, "wb", buffering=0)
+        file = os.fdopen(handle, "wb", buffering=0)  # unbuffered: each record is one write
         try:
-            file.write(data)
-            os.fchmod(handle, 0o644)
+            _write_all(file, data)
+            os.fchmod(handle, 0o644)  # `mkstemp` lets nobody else read it
             self._publish(temporary)
         except BaseException:
             file.close()
@@ -87,6 +91,7 @@ class TraceWriter:
         self._delete_oldest()
 
     def _publish(self, temporary: str) -> None:
+        """Give the file the next free number. `os.link` fails if another writer has just taken it."""
         newest = self.files()[-1:]
         number = int(newest[0].stem.rpartition("-")[2]) + 1 if newest else 1
         while True:
@@ -97,7 +102,12 @@ class TraceWriter:
 
     def _append(self, data: bytes) -> None:
         assert self._file is not None
-        self._file.write(data)
+        try:
+            _write_all(self._file, data)
+        except OSError:
+            self._file.close()
+            self._file = None
+            raise
         self._size += len(data)
 
     def _delete_oldest(self) -> None:
@@ -109,3 +119,10 @@ class TraceWriter:
                 return
             total -= file.stat().st_size
             file.unlink(missing_ok=True)
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    """An unbuffered file takes what there is room for, and only the next write says that there is none."""
+    written = 0
+    while written < len(data):
+        written += file.write(memoryview(data)[written:])

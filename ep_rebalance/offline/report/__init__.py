@@ -1,7 +1,7 @@
 """Report: what a replay found, as one HTML page that needs nothing else, not even a network.
 
-Sentences, tables and figures are made here; page.html holds the page around them, its colours and the
-script that hands the figures to plotly.js.
+Sentences, tables and figures are made here. page.html holds the page around them, its colours, and the
+script that passes the figures to plotly.js.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ from ep_rebalance.offline.run import Replayed
 
 
 def check_report(path: Path) -> None:
-    """What `write_report` would raise, before a long replay."""
+    """Raise before a long replay what `write_report` would raise after it.
+
+    Raises ValueError if plotly is not installed, or `path` cannot be written.
+    """
     _plotly_js()
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise ValueError(f"{path} cannot be written; give --report a file in a folder that can")
 
 
 def write_report(path: Path, head: TraceHead, replayed: Sequence[Replayed]) -> None:
-    """Replace the file at once by a page about all scenarios.
+    """Replace a file atomically by a page about all scenarios.
 
-    head: of the trace. Raises ValueError if plotly is not installed, OSError if the folder cannot be
-    written.
+    head: of the trace.
+
+    Raises ValueError if plotly is not installed, OSError if the folder cannot be written.
     """
     plotly = _plotly_js()
     page, section = _templates()
@@ -78,14 +82,14 @@ def _plotly_js() -> str:
 
 
 def _templates() -> tuple[Template, Template]:
-    """The page, and the section that is repeated for each size."""
+    """(the page, the section that is repeated for each size)."""
     text = resources.files("ep_rebalance.offline.report").joinpath("page.html").read_text("utf-8")
     page, _, section = text.partition("<!-- What follows is repeated for each size. -->\n")
     return Template(page), Template(section)
 
 
 def _script_json(value: Any) -> str:
-    """JSON that no HTML parser takes for the end of the script around it."""
+    """JSON in which no HTML parser finds the end of the script around it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,4 +1,4 @@
-"""Figures: what plotly.js draws. Colours are the page's; `meta.policy` tells it which."""
+"""Figures: what plotly.js draws. The page sets the colours, by the policy in `meta.policy`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ep_rebalance.offline.report.words import counted, percent
 from ep_rebalance.offline.run import Replayed
 
 MAX_POINTS = 300
-"""Of a line; neighbouring snapshots are averaged to come down to it."""
+"""Most points of a line. If there are more snapshots, neighbouring ones are averaged."""
 
 
 def figures_of(size: Size) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, figure) of all figures of a size, in plotly's JSON model."""
     commits = [_commit_ticks(size, one) for one in size.planned[:1] if one.commits]
     imbalance = [_line(one, one.imbalance_N, one.pairs_N) for one in size.results]
     yield "imbalance", _timeline(size, [*imbalance, *commits], "Busiest rank over mean", ".3f")
@@ -54,6 +55,7 @@ def _timeline(
             "unifiedhovertitle": {"text": "Step %{x:,d}"},
         },
         "yaxis": {"title": {"text": title}, "hoverformat": hover},
+        # For the ticks at commits, which stay at the bottom whatever the range of the lines.
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
     }
     return {"data": list(traces), "layout": layout}
@@ -119,7 +121,7 @@ def _commit_text(size: Size, plan: PlanMade) -> str:
 
 
 def share_limit(size: Size) -> float:
-    """How far from 1 the colours of the heat maps reach, at most from 0 to 2."""
+    """How far from 1 the colours of the heat maps reach: at most 1, so from 0 to 2."""
     farthest = max(float(np.abs(one.share_LR - 1).max()) for one in size.extremes)
     return float(np.clip(np.ceil(10 * farthest) / 10, 0.1, 1.0))
 
@@ -150,5 +152,5 @@ def _heat_map(one: Replayed, limit: float) -> dict[str, Any]:
 
 
 def _tick_distance(number: int) -> int:
-    """Of at most a dozen round numbers."""
+    """Distance of ticks, so that there are about a dozen, at round numbers."""
     return next((step for step in (1, 2, 5, 10, 20, 50) if number <= 12 * step), 100)

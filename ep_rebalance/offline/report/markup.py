@@ -1,4 +1,4 @@
-"""HTML: tables, controls, and the section of a size."""
+"""HTML: tables, controls, and the section about a size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ep_rebalance.topology import LINKS, Link
 from ep_rebalance.version import __version__
 
 MAX_COMMITS = 200
-"""Rows in the table of commits."""
+"""Most rows in the table of commits."""
 
 
 _NUMBER = re.compile(r"\d[\d.,]*(?:e[+-]?\d+)?")
@@ -62,7 +62,7 @@ def fact_list(head: TraceHead, one: Replayed) -> str:
 
 
 def _name(policy: str) -> str:
-    """A policy and how its line looks."""
+    """A policy's name with a sample of its line."""
     dashes = ",".join(map(str, REPLAY_POLICIES[policy].line.dashes))
     return (
         '<span class="name"><svg class="swatch" viewBox="0 0 32 12" aria-hidden="true">'
@@ -72,7 +72,7 @@ def _name(policy: str) -> str:
 
 
 def policy_colours() -> str:
-    """A variable of CSS for each policy."""
+    """A CSS variable with the colour of each policy."""
     return "\n  ".join(f"--{name}: {one.line.colour};" for name, one in REPLAY_POLICIES.items())
 
 
@@ -96,8 +96,11 @@ def control_bar(sizes: Sequence[Size], replayed: Sequence[Replayed]) -> str:
 def _table(
     caption: str, columns: Mapping[str, str], groups: Sequence[Sequence[Sequence[str]]]
 ) -> str:
-    """columns: their titles, and a class of page.html for each ("" for numbers). groups: of rows of
-    cells, in HTML."""
+    """A table that scrolls sideways if it is too wide.
+
+    columns: titles, and a class of page.html for each ("" for numbers).
+    groups: groups of rows of cells, in HTML.
+    """
     heads = "".join(
         f'<th scope="col" class="{kind}">{title}</th>' for title, kind in columns.items()
     )
@@ -182,7 +185,10 @@ def size_section(template: Template, number: int, size: Size) -> str:
 
 
 def _chart(name: str, what: str, *, title: str = "", caption: str = "") -> str:
-    """A place for a chart. what: it shows, for who cannot see it."""
+    """A place for a chart.
+
+    what: the chart shows, for readers who cannot see it.
+    """
     heading = f"<h4>{escape(title)}</h4>" if title else ""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     label = f"{what}, chart. {title}{caption}"
@@ -233,7 +239,7 @@ def _commit_row(plan: PlanMade, links: Sequence[Link]) -> list[str]:
 
 
 def _refused(one: Replayed) -> str:
-    """Plans that were not carried out, those together whose reasons differ by their numbers only."""
+    """Plans that were not carried out, grouped by reasons that differ only in their numbers."""
     refused = [plan for plan in one.plans if plan.outcome != "committed"]
     policy = escape(one.scenario.policy)
     if not refused:

@@ -1,4 +1,4 @@
-"""Sentences: the verdict, and what the figures show."""
+"""Sentences: the verdict, how to read the report, and what the figures show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTim
 
 
 def verdicts(head: TraceHead, replayed: Sequence[Replayed]) -> list[str]:
-    """One sentence in plain words for each size."""
+    """A sentence in plain words for each size."""
     sizes = by_size(head, replayed)
     if len(sizes) == 1:
         return [_verdict(sizes[0])]
@@ -69,9 +69,10 @@ def _times_mean(one: Replayed) -> str:
 
 
 def reading_hints(head: TraceHead, one: Replayed) -> list[str]:
+    """What a reader should know about the numbers, a sentence or two each."""
     timing = (
-        f"This load was not recorded by a server ({head.origin}): who is busy is as real as its source, "
-        "but seconds, and how soon a plan is made, are not."
+        f"This load was not recorded by a server ({head.origin}): which experts are busy is as real as its "
+        "source, but seconds, and how soon a plan is made, are not."
         if head.origin
         else "Load and step times were recorded by a server, so the moments of snapshots and plans are real."
     )

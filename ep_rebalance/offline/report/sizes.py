@@ -1,4 +1,4 @@
-"""Sizes: replays that can be compared, with the same ranks and redundant experts."""
+"""Sizes: groups of replays that can be compared, with the same ranks and redundant experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from ep_rebalance.offline.run import Replayed
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Replays with the same ranks and redundant experts. bytes_known: whether an expert's are."""
+    """Replays with the same ranks and redundant experts.
+
+    bytes_known: whether the size of an expert is known.
+    results: the replays, in the order in which they were asked for.
+    """
 
     ranks: int
     redundant: int
@@ -26,12 +30,12 @@ class Size:
 
     @property
     def planned(self) -> tuple[Replayed, ...]:
-        """Those whose moves are counted."""
+        """The replays whose moves are counted."""
         return tuple(one for one in self.results if one.scenario.policy in SERVER_POLICIES)
 
     @property
     def extremes(self) -> tuple[Replayed, ...]:
-        """Before and after: `none` or the first, and `ours` or the last; one if there is no other."""
+        """Before and after: `none` or else the first, and `ours` or else the last. One if these coincide."""
         before = self.first("none") or self.results[0]
         after = self.first("ours")
         if after is None or after is before:
@@ -39,17 +43,18 @@ class Size:
         return (before,) if after is before else (before, after)
 
     def first(self, *policies: str) -> Replayed | None:
-        """The first of these policies that was replayed."""
+        """The replay of the first of these policies that was replayed; None if none was."""
         by_policy = {one.scenario.policy: one for one in self.results}
         return next((by_policy[policy] for policy in policies if policy in by_policy), None)
 
     def saved(self, one: Replayed) -> float | None:
-        """Part of the step time of policy none, None without it."""
+        """Fraction of the step time that a replay saves compared with policy `none`; None without that."""
         baseline = self.first("none")
         return None if baseline is None else 1 - one.mean_step_seconds / baseline.mean_step_seconds
 
 
 def by_size(head: TraceHead, replayed: Sequence[Replayed]) -> list[Size]:
+    """Replays grouped by size, in the order in which sizes first occur."""
     results: dict[tuple[int, int], list[Replayed]] = {}
     for one in replayed:
         scenario = one.scenario

@@ -13,6 +13,7 @@ LINK_TITLES: Mapping[str, str] = MappingProxyType(
 
 
 def percent(part: float, digits: int = 1) -> str:
+    """A fraction as a percentage. What rounds to 0 has no sign."""
     return f"{round(100 * part, digits) + 0.0:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
@@ -29,7 +30,7 @@ def migrations_of(one: Replayed) -> str:
 
 
 def ranges_of(numbers: Sequence[int]) -> str:
-    """`0-3, 7` of 0, 1, 2, 3, 7."""
+    """Numbers as ranges: `0-3, 7` for 0, 1, 2, 3, 7."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:

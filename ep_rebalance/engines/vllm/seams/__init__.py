@@ -1,6 +1,6 @@
-"""One module for each place where vLLM is changed: the target, why, and what is relied on.
+"""One module for each place where vLLM is changed: the target, why, and what we rely on.
 
-This package imports none of them before it is asked: not every process of vLLM needs every one.
+They are imported only when asked for, since not every process of vLLM needs every one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def of_workers() -> tuple[ModuleType, ...]:
-    """Those that are installed in a worker, in this order."""
+    """The seams that are installed in a worker, in the order of installation."""
     from ep_rebalance.engines.vllm.seams import (
         cpu_experts,
         eplb_state,
@@ -38,7 +38,7 @@ def of_workers() -> tuple[ModuleType, ...]:
 
 
 def every() -> tuple[ModuleType, ...]:
-    """Those that have CONTRACTS."""
+    """All seams that have CONTRACTS."""
     from ep_rebalance.engines.vllm.seams import (
         activation,
         compile_cache,

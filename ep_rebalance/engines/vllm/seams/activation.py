@@ -1,10 +1,10 @@
 """Seam: the engine's configuration.
 
-Target: `EngineArgs.create_engine_config`. Why: the one place through which `vllm serve` and
-`LLM(...)` both pass, before any other process is started, so that what cannot work stops the server
-at start with a reason and a remedy. `enable_eplb` makes the model allocate redundant slots and lets
-placement differ from vLLM's own; it is on while vLLM validates its configuration, so that all that
-vLLM refuses together with it is refused here too. Can go when vLLM lets a plugin bring its balancer.
+Target: `EngineArgs.create_engine_config`. Why: both `vllm serve` and `LLM(...)` pass through it before
+any other process is started, so what cannot work stops the server at start, with a reason and a remedy.
+`enable_eplb` makes the model allocate redundant slots and lets placement differ from vLLM's own. It is
+on while vLLM validates its configuration, so that whatever vLLM refuses together with it is refused
+here too. Can go when vLLM lets a plugin bring its own balancer.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ CONTRACTS = (
 
 
 def install(engine_args: type[Any], check: Check) -> None:
-    """Make `engine_args.create_engine_config` activate the plugin where `additional_config` asks
-    for it. check: raises ConfigurationError for what could not be served.
+    """Make `engine_args.create_engine_config` activate the plugin where `additional_config` asks for it.
+
+    check: raises ConfigurationError for what could not be served.
     """
     original = engine_args.create_engine_config
 
@@ -52,6 +53,7 @@ def install(engine_args: type[Any], check: Check) -> None:
         if not isinstance(additional, dict) or CONFIG_KEY not in additional:
             return original(self, *args, **kwargs)
         share_vllm_log()
+        # With a version these are whole settings, into which `arguments.py` merged the environment.
         if VERSION_KEY in additional:
             config = load_config(additional[CONFIG_KEY])
         else:
@@ -66,9 +68,9 @@ def install(engine_args: type[Any], check: Check) -> None:
 
 
 def complete(vllm_config: Any, config: RebalanceConfig) -> None:
-    """Make the engine's configuration say what `config` needs of it.
+    """Set in the engine's configuration what `config` requires.
 
-    Once more in every worker, with the settings of rank 0 (`rank_agreement.py`).
+    Every worker does it again with rank 0's settings (`rank_agreement.py`).
     """
     choose_kernels(vllm_config, config)
     moves = config.mode != "observe"
@@ -115,9 +117,9 @@ def _prepare_arguments(engine_args: Any, config: RebalanceConfig) -> None:
 def _create(
     engine_args: Any, config: RebalanceConfig, original: Callable[[], Any], check: Check
 ) -> Any:
-    """The engine's configuration, validated by vLLM with `enable_eplb` where experts are to move.
+    """The engine's configuration, validated by vLLM with `enable_eplb` if experts are to move.
 
-    What vLLM refuses then is told as ours, unless it is wrong without the plugin too.
+    What vLLM then refuses is reported as our error, unless it is wrong without the plugin too.
     """
     try:
         with _as_if_balanced(engine_args, config):
@@ -127,6 +129,8 @@ def _create(
             raise no_experts(engine_args.model) from error
         if config.mode == "observe":
             raise
+        # Without `enable_eplb` now: vLLM's own error if the configuration is wrong anyway; then ours,
+        # which say more.
         check(original(), config)
         raise ConfigurationError(
             f"vLLM refuses this configuration if experts are to move: {error}",
@@ -136,7 +140,7 @@ def _create(
 
 @contextmanager
 def _as_if_balanced(engine_args: Any, config: RebalanceConfig) -> Iterator[None]:
-    """vLLM's own balancer switched on in the arguments, on any platform."""
+    """With vLLM's own balancer switched on in the arguments, on any platform."""
     if config.mode == "observe":
         yield
         return
@@ -154,7 +158,7 @@ def _as_if_balanced(engine_args: Any, config: RebalanceConfig) -> Iterator[None]
 
 
 def allow_balancing() -> Callable[[], None]:
-    """Let `ParallelConfig` have `enable_eplb` on any platform, until what is returned is called.
+    """Let `ParallelConfig` accept `enable_eplb` on any platform, until the returned function is called.
 
     Workers validate it again when they derive a drafter's configuration from the target's.
     """
@@ -165,8 +169,9 @@ def allow_balancing() -> Callable[[], None]:
 
 
 class _BalancingPlatform:
-    """The platform, but one on which `ParallelConfig` allows `enable_eplb`: it refuses it on CPU, since
-    vLLM's balancer does not run there. Ours does.
+    """The current platform, except that `ParallelConfig` accepts `enable_eplb` on it.
+
+    It refuses it on CPU, where vLLM's balancer does not run. Ours does.
     """
 
     def __init__(self, platform: Any) -> None:

@@ -1,8 +1,8 @@
 """Seam: the command line of `vllm serve` and of everything else that takes engine arguments.
 
-Target: `EngineArgs.add_cli_args`. Why: vLLM has no list of plugins on the command line; it reads
-`VLLM_PLUGINS`. Can go when vLLM takes plugin arguments itself. The flags are folded into
-`additional_config`, which reaches every process, only after parsing: vLLM appends dotted keys
+Target: `EngineArgs.add_cli_args`. Why: vLLM has no option for plugins, only the variable
+`VLLM_PLUGINS`. Can go when vLLM takes arguments of plugins itself. After parsing, the flags are folded
+into `additional_config`, which reaches every process. Not earlier, since vLLM appends dotted keys
 (`--ep-rebalance-config.mode observe`) last.
 """
 
@@ -77,7 +77,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fold(namespace: argparse.Namespace) -> None:
-    """Move our arguments into `additional_config` and name us in VLLM_PLUGINS."""
+    """Move our arguments into `additional_config`, and add our name to VLLM_PLUGINS."""
     plugins = namespace.__dict__.pop("plugin", None)
     arguments = namespace.__dict__.pop("ep_rebalance_config", None) or []
     if not plugins:
@@ -95,6 +95,7 @@ def _fold(namespace: argparse.Namespace) -> None:
     additional = dict(getattr(namespace, "additional_config", None) or {})
     files = [text for text in arguments if not text.lstrip().startswith("{")]
     flags = [text for text in arguments if text.lstrip().startswith("{")]
+    # Later ones win: files, the environment, the command line, `--additional-config`.
     config = load_config(
         *map(parse_config_argument, files),
         settings_from_environment(),
@@ -110,8 +111,8 @@ def _fold(namespace: argparse.Namespace) -> None:
 
 
 def _allow_endpoint() -> None:
-    """vLLM loads HTTP routes only of plugins named in VLLM_PLUGINS; naming us alone would switch
-    all others off.
+    """vLLM loads HTTP routes only from plugins that VLLM_PLUGINS names. If it was unset, all other plugins
+    are named too: naming ours alone would switch them off.
     """
     named = os.environ.get("VLLM_PLUGINS")
     if named is None:

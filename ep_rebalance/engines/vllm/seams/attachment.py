@@ -1,4 +1,4 @@
-"""A loaded model joined to a `Session`."""
+"""Attachment: a loaded model and the `Session` that balances it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ep_rebalance.placement import Placement
 
 
 class Attachment:
-    """One worker's session, and which of the model's layers vLLM loads anew."""
+    """One worker's session, and which of the model's layers vLLM has loaded again."""
 
     def __init__(self, session: Session, moe_layers: Iterable[Any]) -> None:
         self.session = session
@@ -28,12 +28,12 @@ class Attachment:
 
     @classmethod
     def create(cls, runner: Any, vllm_config: Any, device: torch.device) -> Attachment:
-        """Join the model that a runner has loaded, and its drafter.
+        """Attach to the model that a runner has loaded, and to its drafter. Collective.
 
         Raises ConfigurationError if the model turns out not to fit.
         """
         config = active_config(vllm_config)
-        model = runner.get_model()  # without the wrapper of CUDA graphs
+        model = runner.get_model()  # the runner's attribute may be a wrapper for CUDA graphs
         moe_model = _moe_model(model)
         shares = _tokens_are_shared(moe_model)
         for layer in moe_model.moe_layers:
@@ -51,14 +51,13 @@ class Attachment:
         return cls(session, moe_model.moe_layers)
 
     def begin_step(self, phases_T: NDArray[np.int8], *, started: float, continues: bool) -> None:
-        """As of `Session`, after weights were taken up that were loaded past the engine, by a caller of
-        the model itself.
-        """
+        """See `Session.begin_step`."""
+        # Someone may have called the model's `load_weights` directly, past every method that we wrap.
         self._take_up_loads()
         self.session.begin_step(phases_T, started=started, continues=continues)
 
     def weights_loaded(self) -> None:
-        """The engine may have loaded weights, of all layers if they do not tell."""
+        """The engine may have loaded weights: those that its loader was seen to load, or else all."""
         if self._loads.complete:
             self._take_up_loads()
         else:
@@ -66,7 +65,7 @@ class Attachment:
 
     def weights_replaced(self) -> None:
         """The slots of all layers hold what the engine's loader writes, in its order, or nothing yet."""
-        self._loads.written()
+        self._loads.written()  # so that the next call does not report these loads again
         self.session.weights_replaced()
 
     def _take_up_loads(self) -> None:
@@ -94,7 +93,7 @@ def _engine_model(
     *,
     shares_tokens: bool,
 ) -> EngineModel:
-    """What the balancer is to know of the model. Collective."""
+    """What the balancer has to know about the model. Collective."""
     import vllm
 
     layers, group = tuple(model.moe_layers), ep_group()
@@ -105,12 +104,14 @@ def _engine_model(
         identity=model_identity(vllm_config, config),
         placement=_loaded_placement(model, vllm_config),
         top_k=layers[0].router.top_k,
-        # As vLLM's own balancer collects them in `MixtureOfExperts.set_eplb_state`.
+        # As vLLM's own balancer collects them (`MixtureOfExperts.set_eplb_state` in
+        # vllm/model_executor/models/interfaces.py).
         expert_tensors=lambda: [list(layer.get_expert_weights()) for layer in layers],
         group=group.device_group,
         host_group=group.cpu_group,
         topology=ranks_on_nodes(ranks_per_source=tensor_ranks if shares_tokens else 1),
         device=device,
+        # The scheduler's bound, and room for the padding that vLLM adds to a batch.
         max_tokens=batched + 2 * tensor_ranks + 1024,
         hidden_size=vllm_config.model_config.get_hidden_size(),
         expert_bytes_L=[_expert_bytes(layer.routed_experts) for layer in layers]
@@ -120,9 +121,9 @@ def _engine_model(
 
 
 def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
-    """Of the layers that are there. `num_moe_layers` is more where some models work it out from their
-    configuration and only every second layer has experts (vllm/model_executor/models/deepseek_v2.py).
-    """
+    """What vLLM's loader puts in each slot."""
+    # Not `num_moe_layers`: some models compute it from their configuration, and it is too large where
+    # only every second layer has experts (vllm/model_executor/models/deepseek_v2.py).
     layers, ranks = len(model.moe_layers), ep_group().world_size
     if any(layer.expert_placement_strategy == "round_robin" for layer in model.moe_layers):
         return Placement.round_robin(
@@ -143,8 +144,10 @@ def _tensor_group() -> Any:
 
 
 def _tokens_are_shared(model: Any) -> bool:
-    """Whether tensor-parallel ranks route the same tokens. The layers say so: models may leave sequence
-    parallelism out where the engine's configuration has it.
+    """Whether tensor-parallel ranks route the same tokens.
+
+    The layers are asked, since a model may do without sequence parallelism though the engine's
+    configuration asks for it.
     """
     splits = {bool(layer.moe_config.is_sequence_parallel) for layer in model.moe_layers}
     if len(splits) > 1:
@@ -162,7 +165,7 @@ def _attach_routers(model: Any, session: Session, *, splits_tokens: bool) -> Non
 
 
 def _refuse_unseen_routing(layer: Any) -> None:
-    """A monolithic kernel routes by itself and never calls the router that we count in
+    """A monolithic kernel selects experts itself and never calls the router in which we count
     (vllm/model_executor/layers/fused_moe/runner/moe_runner.py).
     """
     if layer.is_monolithic:
@@ -181,14 +184,14 @@ def _allow_moves(model: Any, device: torch.device) -> None:
 
 
 def _expert_bytes(experts: Any) -> int:
-    """Of one expert of a layer, before anything is known of how it is packed."""
+    """Bytes of one expert of a layer. Known in mode observe too, which has no `ExpertMemory` to ask."""
     local = experts.local_num_experts
     tensors = [p for p in experts.parameters() if p.ndim and len(p) == local]
     return sum(tensor.nbytes // local for tensor in tensors)
 
 
 def _refuse_hidden_tensors(experts: Any) -> None:
-    """An expert's tensor that is no parameter would stay behind when the expert moves."""
+    """A per-expert tensor that is not a parameter would stay behind when the expert moves."""
     for name, value in vars(experts).items():
         if (
             isinstance(value, torch.Tensor)

@@ -1,8 +1,8 @@
 """Keeps our settings out of the key of vLLM's compile cache.
 
-Target: `VllmConfig.additional_config`, which may be a mapping or something with a hash of its own
-(vllm/config/utils.py, `SupportsHash`). Why: the hash of a plain dictionary takes in every setting, so
-that a longer window would compile the model anew. Only what changes the traced model counts.
+Target: `VllmConfig.additional_config`, which may be a mapping or an object with its own `compute_hash`
+(vllm/config/utils.py, `SupportsHash`). Why: the hash of a plain dictionary covers every setting, so a
+longer window would recompile the model. Only what changes the traced model may count.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ CONTRACTS = (Contract("vllm.config.utils:SupportsHash.compute_hash"),)
 
 
 class HashedSettings(UserDict[str, Any]):
-    """`additional_config` with a hash that only what the compiled model depends on changes."""
+    """`additional_config` with a hash of only what the compiled model depends on."""
 
     def compute_hash(self) -> str:
-        """Of the plugin's version, of whether experts move and of who carries and computes them, and of
-        all that is not ours.
-        """
+        """Covers the plugin's version, whether experts move, the data plane, and all keys of others."""
         config: RebalanceConfig = load_config(self[CONFIG_KEY])
         factors = {
             "version": self[VERSION_KEY],

@@ -1,9 +1,9 @@
 """Seam: vLLM's CPU experts compute the slots of their own rank.
 
-Target: `CPUUnquantizedExperts.apply`. Why: it ignores `expert_map` and hands ids over all ranks to a
+Target: `CPUUnquantizedExperts.apply`. Why: it ignores `expert_map` and passes ids over all ranks to a
 kernel that takes them for its own (vllm/model_executor/layers/fused_moe/experts/cpu_moe.py), so that
 with the engine's all-to-all a rank reads experts that it does not hold. Can go when vLLM's CPU experts
-heed `expert_map`.
+respect `expert_map`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ def install() -> None:
         local_MK = local_slots(given["topk_ids"], given["expert_map"])
         ids_MK, weights_MK = _without_foreign_pairs(local_MK, given["topk_weights"])
         original(self, **{**given, "topk_ids": ids_MK, "topk_weights": weights_MK})
+        # A row without a slot here must add nothing, not even 0 times an output that is not finite.
         given["output"].masked_fill_((local_MK < 0).all(1, keepdim=True), 0.0)
 
     owner.apply = apply
 
 
 def take_local_ids(experts: Any) -> None:
-    """Called by our all-to-all, whose ids are slots of this rank already."""
+    """Called by our all-to-all, whose ids already are slots of this rank."""
     setattr(experts, _ATTRIBUTE, True)
 
 
@@ -59,9 +60,11 @@ def _without_foreign_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, weights) for a kernel that computes every pair.
 
-    local_MK: slots of this rank, -1 for pairs that it must not compute. Such a pair gets another slot of
-    its row and no weight, so that it adds 0 times something that is computed anyway. The result of a row
-    without any slot here means nothing.
+    local_MK: [M, K]. Slots of this rank, -1 for pairs that it must not compute.
+    weights_MK: [M, K]. The router's.
+
+    A pair of -1 gets another slot of its row and weight 0, so that it adds 0 times something that is
+    computed anyway. The result of a row without any slot here is meaningless.
     """
     foreign_MK = local_MK < 0
     another_M1 = local_MK.amax(1, keepdim=True).clamp(min=0)

@@ -1,9 +1,9 @@
 """Experts that are not balanced: those of a drafter, and of layers that the model does not list.
 
-Why: `enable_eplb` gives every MoE layer that is built with it a state that its router insists on
-(vllm/model_executor/layers/fused_moe/router/base_router.py, `_validate_eplb_state`), those of drafters
-and multi-token-prediction layers too. Such experts stay in the slots that they were loaded into, where
-slot `e` holds expert `e`, and are not counted with the target's.
+Why: with `enable_eplb` the router of every MoE layer, also in drafters and multi-token-prediction
+layers, insists on a state (vllm/model_executor/layers/fused_moe/router/base_router.py,
+`_validate_eplb_state`). Experts of such layers stay in the slots that they were loaded into, where slot
+`e` holds expert `e`, and are not counted with the target's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ CONTRACTS = (
 
 
 def draft_model(runner: Any) -> Any | None:
-    """The drafter's model of a runner: `drafter` of V1, `speculator` of V2; without the wrapper of CUDA
-    graphs.
-    """
+    """The drafter's model, without a wrapper for CUDA graphs; None if there is no drafter."""
+    # `drafter` is the attribute of a V1 runner, `speculator` that of a V2 runner.
     for name in ("drafter", "speculator"):
         model = getattr(getattr(runner, name, None), "model", None)
         if (
@@ -42,7 +41,7 @@ def draft_model(runner: Any) -> Any | None:
 
 
 def leave_in_place(model: Any, device: torch.device, listed: tuple[Any, ...] = ()) -> int:
-    """Let the MoE layers of `model` but `listed` route as they were loaded; returns how many."""
+    """Let all MoE layers of `model` except `listed` route as they were loaded. Returns how many."""
     layers = [layer for layer in _moe_layers(model) if layer not in listed]
     for layer in layers:
         if layer.router.eplb_state is not None:
@@ -52,7 +51,7 @@ def leave_in_place(model: Any, device: torch.device, listed: tuple[Any, ...] = (
 
 
 def satisfy_validation(moe_router: Any, device: torch.device) -> None:
-    """Give a router the state that vLLM checks for. It is never read: ours map the ids."""
+    """Give a router the state that vLLM checks for. Nothing reads it, since our seam maps the ids."""
     state = moe_router.eplb_state
     state.expert_load_view = torch.zeros(1, dtype=torch.int32, device=device)
     state.logical_to_physical_map = torch.zeros(1, 1, dtype=torch.int32, device=device)

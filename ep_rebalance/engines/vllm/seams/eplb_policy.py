@@ -1,15 +1,15 @@
 """vLLM's own placement policy as a planner, to compare with (`planner.policy: vllm`).
 
 Target: `DefaultEplbPolicy.rebalance_experts` (vllm/distributed/eplb/policy/default.py), called as
-vLLM calls it on a model without expert groups. It starts anew each time and may put two replicas of
-an expert on one rank; these are spread, which can only make its balance better.
+vLLM calls it for a model without expert groups. It starts from scratch each time and may put two
+replicas of an expert on one rank; these are spread, which can only improve its balance.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import vllm  # noqa: F401 - without it the policy is refused at start, not in each plan
+import vllm  # noqa: F401 - so that the policy is refused at start, not in each plan, if it is missing
 
 from ep_rebalance.engines.vllm.contract import Contract
 from ep_rebalance.placement import Placement
@@ -28,12 +28,13 @@ CONTRACTS = (
 
 
 def plan_vllm(problem: Problem) -> Placement:
-    """Global placement; budget, topology and cost model are ignored. A layer without load stays."""
+    """Ignores nodes, budget and cost model. A layer without load stays as it is."""
+    # One group does not divide by two nodes or more, which is how the policy is told to ignore nodes.
     return _plan(problem, groups=1, nodes=max(problem.topology.num_nodes, 2))
 
 
 def hierarchical_planner(groups: int) -> Planner:
-    """vLLM's branch for models whose router picks groups of experts first, as DeepSeek's does."""
+    """The policy's branch for models whose router picks groups of experts first, as DeepSeek's does."""
 
     def plan(problem: Problem) -> Placement:
         return _plan(problem, groups=groups, nodes=problem.topology.num_nodes)
@@ -42,8 +43,9 @@ def hierarchical_planner(groups: int) -> Planner:
 
 
 def _plan(problem: Problem, *, groups: int, nodes: int) -> Placement:
-    """The policy packs groups onto nodes where their number divides, and is global elsewhere. What
-    it packed onto a node stays there when replicas are spread."""
+    """The policy packs groups onto nodes if their numbers divide, and otherwise ignores nodes. What it
+    packed onto a node stays there when replicas are spread.
+    """
     from vllm.distributed.eplb.policy import DefaultEplbPolicy
 
     current, load_LE = problem.current, problem.load.load_LE

@@ -1,9 +1,9 @@
 """Seam: vLLM's own balancer.
 
 Target: `EplbState` where the model runners bind it. Why: `enable_eplb` makes the runners build one,
-which would reserve its maps (116 MiB a GPU for DeepSeek-V3) and rearrange experts under us. The
-stand-in keeps the interface that the runners use and does nothing. Can go when vLLM lets a plugin
-bring its balancer.
+which would reserve its maps (116 MiB per GPU for DeepSeek-V3) and move experts behind our back. The
+stand-in has the interface that the runners use and does nothing. Can go when vLLM lets a plugin bring
+its own balancer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _BOUND_IN = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.eplb_utils")
 
 
 class VacantEplbState:
-    """What the runners hold instead of an `EplbState`: answers every call, balances nothing.
+    """What the runners hold instead of an `EplbState`: it accepts every call and does nothing.
 
-    should_record_tensor: vLLM switches its own recording off and on with it around warm-up steps.
+    should_record_tensor: vLLM writes to it to stop its own recording during warm-up steps.
     """
 
     is_async = False
@@ -50,7 +50,7 @@ CONTRACTS = (
         "vllm.v1.worker.gpu.eplb_utils:EPLBController",
         "state",
         VacantEplbState,
-        never=("update_mapping",),  # of elastic expert parallelism, which is refused
+        never=("update_mapping",),  # called for elastic expert parallelism, which is refused
     ),
     StandInContract(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
@@ -62,6 +62,6 @@ CONTRACTS = (
 
 
 def install() -> None:
-    """Put the stand-in where the runners look for the class."""
+    """Put the stand-in where the runners look the class up."""
     for module in _BOUND_IN:
         importlib.import_module(module).EplbState = VacantEplbState  # type: ignore[attr-defined]

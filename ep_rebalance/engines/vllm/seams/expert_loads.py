@@ -1,9 +1,9 @@
-"""Seam: which MoE layers' experts a loader writes.
+"""Seam: the MoE layers whose experts a loader writes.
 
 Target: `RoutedExperts.weight_loader`, through which models load their experts, at start and whenever
 weights are replaced: by `reload_weights`, by a transfer, or by a caller of the model's own
 `load_weights`. Why: a layer whose experts are loaded again holds them in the loader's order; one that
-an update leaves out keeps them where they were moved to. Can go when vLLM tells plugins.
+an update leaves out keeps them where they were moved to. Can go when vLLM notifies plugins.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ CONTRACTS = (Contract(f"{_EXPERTS}.weight_loader", ("param", "loaded_weight", "e
 
 _ATTRIBUTE = "ep_rebalance_loads"
 _all_loads = 0
-"""Of all layers of this process: what a step looks at first."""
+"""Calls for all layers of this process. A step looks at this first: it is one comparison."""
 
 
 def install() -> None:
-    """Count what is loaded."""
+    """Count the loader's calls for each layer."""
     wrap(resolve(_EXPERTS), "weight_loader", _count)
 
 
 def _count(original: Callable[..., Any], experts: Any, *args: Any, **kwargs: Any) -> Any:
     global _all_loads
+    # Counted before it runs: a loader that raises may have written part of the layer.
     _all_loads += 1
     setattr(experts, _ATTRIBUTE, getattr(experts, _ATTRIBUTE, 0) + 1)
     return original(experts, *args, **kwargs)
 
 
 class ExpertLoads:
-    """Of the MoE layers of one model, from now on.
+    """Loads of one model's MoE layers, from now on.
 
-    complete: whether every layer was loaded through vLLM's loader until now, so that none is loaded
-    unseen.
+    complete: whether every layer has been loaded through vLLM's loader before, so that no load goes
+        unseen.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -49,7 +50,7 @@ class ExpertLoads:
         self.complete = all(self._seen_L)
 
     def written(self) -> tuple[int, ...]:
-        """Layers that were loaded since the last call."""
+        """Layers that were loaded since the previous call."""
         if self._seen == _all_loads:
             return ()
         before_L, self._seen_L, self._seen = self._seen_L, self._now_L(), _all_loads

@@ -1,6 +1,6 @@
 """Seam: the experts by our grouped MLP (`data_plane.experts: triton`).
 
-Target: `backend_to_kernel_cls`, which lists the classes that vLLM's choice of a kernel tries in turn.
+Target: `backend_to_kernel_cls`, which lists the classes that vLLM tries in turn when it selects a kernel.
 Why: it is how vLLM itself adds kernels, and its modular interface does the rest. Can go when vLLM lets a
 plugin register one.
 """
@@ -26,7 +26,7 @@ from ep_rebalance.kernels.weighted_sum import weighted_sum
 _ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
 _NAME = "backend_to_kernel_cls"
 _REPLACED = ("TRITON", "CPU")
-"""Backends whose weights are as the checkpoint has them until a class changes them."""
+"""Backends that leave the weights as in the checkpoint unless a kernel class changes them."""
 
 CONTRACTS = (
     Contract(f"{_ORACLE}:{_NAME}", ("backend",)),
@@ -58,11 +58,15 @@ _ACTIVATIONS: dict[str, tuple[ActivationName, bool]] = {
     "swigluoai": ("swiglu_oai", True),
     "swigluoai_uninterleave": ("swiglu_oai", False),
 }
-"""vLLM's name: ours, and whether gate and up take turns in the weights."""
+"""For each of vLLM's names: our name, and whether gate and up columns alternate in the weights."""
+
+
+_SWIGLU_OAI = (1.702, 1.0, 7.0)
+"""Its alpha, beta (added to the up projection) and limit in gpt-oss."""
 
 
 def install() -> None:
-    """Put our class first where the configuration asks for it."""
+    """Make vLLM try our class first where the configuration asks for it."""
     oracle = importlib.import_module(_ORACLE)
     original = getattr(oracle, _NAME)
 
@@ -82,16 +86,17 @@ def install() -> None:
 def local_slots(slots_MK: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
     """[M, K], slots within this rank; -1 for those of other ranks and for padding.
 
-    expert_map: vLLM's, [slots over all ranks], with -1 for those of other ranks.
+    slots_MK: [M, K]. Slots over all ranks, below 0 for padding.
+    expert_map: [P]. vLLM's map from slots over all ranks to local ones, -1 for those of other ranks.
     """
-    return expert_map[slots_MK].masked_fill(slots_MK < 0, -1)  # -1 is read as the last slot
+    return expert_map[slots_MK].masked_fill(slots_MK < 0, -1)  # indexing by -1 reads the last slot
 
 
 class GroupedExperts(mk.FusedMoEExpertsModular):
-    """Group the pairs of this rank's slots, then the grouped MLP.
+    """Groups the (row, slot) pairs by slot and computes them with the grouped MLP.
 
-    With vLLM's own all-to-all a row's pairs are weighted and summed here, as vLLM's kernels do. With
-    ours ids are slots of this rank, -1 for none, and each pair's output goes back by itself.
+    With vLLM's own all-to-all, a row's pairs are weighted and summed here, as in vLLM's kernels. With
+    ours, ids are slots of this rank or -1, and each pair's output is returned unweighted.
     """
 
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
@@ -132,8 +137,13 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
     def is_supported_config(
         cls: type[mk.FusedMoEExperts], moe_config: Any, *args: Any, **kwargs: Any
     ) -> tuple[bool, str | None]:
+        """(whether it can be used, why not). vLLM passes the class itself, as `cls`."""
         if moe_config.activation.value == "silu" and moe_config.swiglu_limit is not None:
             return False, "kernel does not clamp SiLU"
+        if moe_config.activation.value == "swigluoai_uninterleave":
+            given = (moe_config.swiglu_alpha, moe_config.swiglu_beta, moe_config.swiglu_limit)
+            if given != _SWIGLU_OAI:
+                return False, f"kernel computes SwiGLU-OAI of {_SWIGLU_OAI} only, not of {given}"
         supported: tuple[bool, str | None] = mk.FusedMoEExperts.is_supported_config(
             cls, moe_config, *args, **kwargs
         )
@@ -157,6 +167,10 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of vLLM's two workspaces and of the output, for M rows with K columns.
+
+        The second workspace holds the pairs' outputs before they are summed; the first is not used.
+        """
         if self._pairs_stay_apart:
             return (0,), (0,), (M, topk, K)
         return (0,), (M, topk, K), (M, K)
@@ -179,6 +193,7 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
+        """Compute `output`: a row for each row, or for each of its pairs if these are kept apart."""
         weights = ExpertWeights(
             gate_up=w1, down=w2, gate_up_bias=self.w1_bias, down_bias=self.w2_bias
         )
@@ -221,14 +236,7 @@ class GroupedExperts(mk.FusedMoEExpertsModular):
         )
 
     def _activation(self, activation: Any) -> Activation:
+        # vLLM's `swigluoai` kernel takes no parameters; `is_supported_config` holds the other one to the
+        # same (vllm/model_executor/layers/fused_moe/activation.py).
         name, interleaved = _ACTIVATIONS[activation.value]
-        given = self.activation_config
-        if name != "swiglu_oai":
-            return Activation(name=name)
-        standard = Activation()
-        return Activation(
-            name=name,
-            interleaved=interleaved,
-            alpha=standard.alpha if given.alpha == 1.0 else given.alpha,
-            limit=standard.limit if given.clamp_limit is None else given.clamp_limit,
-        )
+        return Activation(name=name, interleaved=interleaved)

@@ -1,12 +1,13 @@
 """Seam: the steps of a model runner - inputs of a step ready, step done.
 
 Targets: `_prepare_inputs` (V2 runner: `prepare_inputs`), and `eplb_step` (V2: `EPLBController.step`).
-Why: vLLM calls the last once per engine step on every rank, dummy steps included, which keeps ranks
-in step; the inputs tell prefill from decode tokens. Can go when vLLM lets a plugin bring its balancer.
+Why: vLLM calls the latter once per engine step on every rank, dummy steps included, which keeps ranks
+in step; the inputs distinguish prefill from decode tokens. Can go when vLLM lets a plugin bring its own
+balancer.
 
-V1 calls `eplb_step` before it orders the copy of the sampled tokens to the host, which would wait for a
-round of ours; there the step ends when `sample_tokens` returns. A pooling model of V1 never calls
-`eplb_step` in a busy step; there `_pool` ends it.
+V1 calls `eplb_step` before it issues the copy of the sampled tokens to the host, which would then wait
+for a round of ours. So a busy step of V1 ends when `sample_tokens` returns; one of a pooling model, which
+never calls `eplb_step`, when `_pool` does. Only dummy steps end in `eplb_step`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def _mark_tokens_v1(
 ) -> Any:
     if attachment := attachment_of(runner):
         batch, requests = runner.input_batch, len(num_scheduled_tokens)
+        # A token is prefill while its request's prompt is not computed whole.
         computed = batch.num_computed_tokens_cpu[:requests]
         in_prompt = computed < batch.num_prompt_tokens[:requests]
         attachment.begin_step(
@@ -73,6 +75,8 @@ def _mark_tokens_v2(
     attachment = attachment_of(runner)
     if attachment is not None and not runner.eplb.suppressed:
         phases_T = _phases(batch.is_prefilling_np, batch.num_scheduled_tokens)
+        # With adaptive verification of drafts a batch has fewer tokens than were scheduled
+        # (vllm/v1/worker/gpu/input_batch.py).
         attachment.begin_step(
             phases_T[: batch.num_tokens],
             started=started,
@@ -86,7 +90,7 @@ def _phases(in_prompt: NDArray[Any], num_tokens: NDArray[Any]) -> NDArray[np.int
 
 
 def _continues(scheduler_output: Any) -> bool:
-    """Whether a request was scheduled before: then the engine had work since its last step."""
+    """Whether some request was scheduled before: then the engine has had work since its last step."""
     return bool(scheduler_output.scheduled_cached_reqs.req_ids)
 
 
@@ -109,7 +113,7 @@ def _end_busy_step_v1(original: Callable[..., Any], runner: Any, *args: Any, **k
 def _step_v2(
     original: Callable[..., Any], controller: Any, is_dummy: bool = False, is_profile: bool = False
 ) -> None:
-    """vLLM suppresses its balancer in steps that warm kernels up: they are none of ours either."""
+    """Leaves out steps that warm kernels up, in which vLLM suppresses its own balancer too."""
     attachment = attachment_of(controller)
     if attachment is not None and not is_profile and not controller.suppressed:
         attachment.session.end_step()

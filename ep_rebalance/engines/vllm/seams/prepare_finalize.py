@@ -2,7 +2,7 @@
 
 Target: `maybe_make_prepare_finalize`, wherever it is bound by name. Why: vLLM's CPU communicator lacks
 `all_gatherv`, so data-parallel experts crash there; and ours gives the same bits wherever experts sit.
-GPUs keep the all-to-all backend that the operator chose unless ours is asked for.
+On GPUs the operator's choice of an all-to-all backend stays unless ours is asked for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONTRACTS = (
 
 
 def install() -> None:
-    """Carry tokens as the configuration says."""
+    """Use our all-to-all where the configuration asks for it."""
     original = getattr(importlib.import_module(_HOME), _NAME)
 
     def make(moe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,8 +58,9 @@ def install() -> None:
 
 
 def rebind(make: Callable[..., mk.FusedMoEPrepareAndFinalize]) -> None:
-    """Put `make` in the factory's place in every module that imported it by name."""
+    """Replace the factory by `make` in every module that imported it by name."""
     original = getattr(importlib.import_module(_HOME), _NAME)
+    # Imported now, so that it is among the modules that hold the name.
     importlib.import_module("vllm.model_executor.layers.fused_moe.oracle.unquantized")
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and vars(module).get(_NAME) is original:
@@ -67,10 +68,10 @@ def rebind(make: Callable[..., mk.FusedMoEPrepareAndFinalize]) -> None:
 
 
 class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
-    """Rows to the slots' ranks before the expert kernel, outputs home after it.
+    """Sends rows to the ranks of their slots before the expert kernel, and outputs home after it.
 
     Under tensor parallelism without sequence parallelism all tensor-parallel ranks hold the same
-    tokens: each takes its share of them to the experts, and the results are gathered.
+    tokens: each sends its share of them to the experts, and the results are gathered.
     """
 
     def __init__(self, moe: Any, config: RebalanceConfig) -> None:
@@ -84,6 +85,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         self._ranks: int = get_ep_group().world_size
         slots_per_rank = moe.num_experts // self._ranks
         self._first_slot: int = get_ep_group().rank_in_group * slots_per_rank
+        # A slot of the next rank, which this rank's `expert_map` has as -1: kernels skip it.
         self._elsewhere: int = (self._first_slot + slots_per_rank) % moe.num_experts
         self._all_to_all: AllToAll = make_all_to_all(
             config,
@@ -96,6 +98,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         self._pairs_stay_apart = False
 
     def post_init_setup(self, fused_experts: mk.FusedMoEExperts) -> None:
+        """Called by vLLM with the expert kernel that it selected."""
         if isinstance(fused_experts, GroupedExperts):
             fused_experts.keep_pairs_apart()
             self._pairs_stay_apart = True
@@ -116,7 +119,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         return self._ranks
 
     def output_is_reduced(self) -> bool:
-        return True
+        return True  # or vLLM would sum it up over tensor-parallel ranks once more
 
     def prepare(
         self,
@@ -129,11 +132,13 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         quant_config: Any,
         defer_input_quant: bool = False,
     ) -> mk.PrepareResultType:
+        """Send this rank's tokens. Returns rows, ids and weights for the expert kernel, in vLLM's form."""
         hidden, weights, slots = (self._share(t) for t in (a1, topk_weights, topk_ids))
         if apply_router_weight_on_input:
             hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
         self._dispatched = self._all_to_all.dispatch(hidden, slots, weights)
         rows, ids = self._as_the_experts_take_them(self._dispatched)
+        # The router's weights are applied when outputs are combined, not by the experts.
         ones = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
         return rows, None, None, ids, ones
 
@@ -146,12 +151,14 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: mk.TopKWeightAndReduce,
     ) -> None:
+        """Bring the experts' outputs home and write each token's sum to `output`."""
         assert self._dispatched is not None
         dispatched, self._dispatched = self._dispatched, None
         outputs = self._one_row_per_pair(dispatched, fused_expert_output)
         if self._tensor_group is None:
             self._all_to_all.combine(dispatched, outputs, output)
             return
+        # The gather takes equally many rows from each rank, so the last shares are padded.
         share = output.new_zeros(self._share_size(len(output)), output.shape[1])
         own = share[: len(dispatched.weights_TK)]
         self._all_to_all.combine(dispatched, outputs, own)
@@ -160,9 +167,10 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     def _as_the_experts_take_them(
         self, dispatched: Dispatched
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, ids). vLLM's kernels sum over a row's ids, so each of its pairs is a row for them. On
-        CPU they want slots of this rank and none that are void; on GPUs slots over all ranks, of which
-        they compute their own.
+        """(rows, ids) for the kernel that was selected.
+
+        vLLM's kernels sum over a row's ids, so each pair becomes a row of its own. On CPU they take slots
+        of this rank, and no void ones; on GPUs slots over all ranks, of which they compute their own.
         """
         local_N, pairs = dispatched.local_slots_N, dispatched.pairs_per_row
         if self._pairs_stay_apart:
@@ -198,7 +206,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
 
 @functools.cache
 def _node_groups() -> NodeGroups:
-    """Made by the first layer and shared by all."""
+    """Made for the first MoE layer and shared by all."""
     from vllm.distributed.parallel_state import get_ep_group
 
     return NodeGroups.create(get_ep_group().device_group, ranks_per_node())

@@ -1,9 +1,9 @@
-"""All EP ranks agree, when their devices are ready, on who is there and on whose settings hold.
+"""Once their devices are ready, all EP ranks agree on who is there and on whose settings hold.
 
-Each rank puts its settings where all can read them and waits for the others'. No collective is used,
-so that a process without the plugin, which does not take part, is found and named instead of being
-waited for, and pairs with nothing of ours. Rank 0's settings hold for all: ranks that count steps
-differently would enter different collectives.
+Each rank puts its settings where all can read them and waits for the others'. No collective is used:
+a process without the plugin would not join it, and its next collective could be paired with ours. This
+way it is found and named. Rank 0's settings hold for all, since ranks that count steps differently would
+enter different collectives.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ _ONE_BUILD = (
 def agree(config: RebalanceConfig, ranks: list[int], store: dist.Store) -> RebalanceConfig:
     """Rank 0's settings, on every rank.
 
-    config: this process's. ranks: global ranks of the EP group, in its order. store: one that all of
-    them share.
+    config: this process's.
+    ranks: global ranks of the EP group, in its order.
+    store: one that all of them share.
 
-    Raises ConfigurationError that names the ranks that did not answer within
-    `attach.timeout_seconds`, or that run another plugin: of another version, of other sources, or with
-    settings that others lack. Raised on one rank, it is raised on all: each waits for the others' verdicts,
-    too.
+    Raises ConfigurationError that names the ranks that did not answer within `attach.timeout_seconds`,
+    or that run another plugin: of another version, from other sources, or with settings that others
+    lack. If one rank raises, all do, since each also waits for the others' verdicts.
     """
     own, seconds = ranks.index(dist.get_rank()), config.attach.timeout_seconds
+    # Named by the first rank: the store is the whole world's, which may hold several EP groups.
     said = _Board(f"settings of {ranks[0]}", store, len(ranks))
     found = _Board(f"verdicts of {ranks[0]}", store, len(ranks))
     said.post(own, {"version": __version__, "sources": source_digest(), "config": config.as_dict()})
@@ -63,13 +64,13 @@ def agree(config: RebalanceConfig, ranks: list[int], store: dist.Store) -> Rebal
 
 
 def default_store() -> dist.Store:
-    """The store of the process group that vLLM made."""
+    """The store behind the world's process group, which vLLM made."""
     store: dist.Store = dist.distributed_c10d._get_default_store()
     return store
 
 
 class _Board:
-    """Where each rank posts one thing for all to read."""
+    """A place where each rank posts one value for all to read."""
 
     def __init__(self, name: str, store: dist.Store, ranks: int) -> None:
         self._store = dist.PrefixStore(f"ep_rebalance {name}", store)
@@ -79,7 +80,7 @@ class _Board:
         self._store.set(self._keys[rank], json.dumps(what))
 
     def read(self, seconds: float) -> list[Any]:
-        """By rank. Raises ConfigurationError that names those that posted nothing in time."""
+        """What each rank posted. Raises ConfigurationError that names those that posted nothing in time."""
         try:
             self._store.wait(self._keys, timedelta(seconds=seconds))
         except RuntimeError:  # DistStoreError
@@ -95,8 +96,9 @@ class _Board:
 
 
 def _check_alike(told: list[Mapping[str, Any]]) -> None:
-    """Raises ConfigurationError for ranks whose plugin is not rank 0's. The version comes first: it says
-    most, and those of another version may say other things.
+    """Raises ConfigurationError for ranks whose plugin is not rank 0's.
+
+    The version comes first: it explains most, and another version may post other keys.
     """
     _check_equal(told, "version", "install one version on all nodes.")
     keys_R = [set(_keys(entry)) for entry in told]
@@ -104,15 +106,15 @@ def _check_alike(told: list[Mapping[str, Any]]) -> None:
         lacking = [rank for rank, keys in enumerate(keys_R) if key not in keys]
         if lacking:
             raise ConfigurationError(
-                f"EP rank {', '.join(map(str, lacking))} of {len(told)} says nothing of {key!r}, and others "
-                "do: they run another ep-rebalance of the same version.",
+                f"EP rank {', '.join(map(str, lacking))} of {len(told)} says nothing about {key!r}, and "
+                "others do: they run another ep-rebalance of the same version.",
                 _ONE_BUILD,
             )
     _check_equal(told, "sources", _ONE_BUILD)
 
 
 def _check_equal(told: list[Mapping[str, Any]], key: str, remedy: str) -> None:
-    """That ranks which say something of `key` say the same."""
+    """Raises ConfigurationError unless all ranks that posted `key` posted the same value."""
     said = {rank: entry[key] for rank, entry in enumerate(told) if key in entry}
     first = min(said, default=0)
     others = {rank: value for rank, value in said.items() if value != said[first]}
@@ -125,7 +127,7 @@ def _check_equal(told: list[Mapping[str, Any]], key: str, remedy: str) -> None:
 
 
 def _keys(entry: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted, of settings within settings."""
+    """Names of all settings, dotted where they lie in a section."""
     for name, value in entry.items():
         if isinstance(value, Mapping):
             yield from _keys(value, f"{prefix}{name}.")
@@ -148,7 +150,7 @@ def _log_differences(configs: list[dict[str, Any]]) -> None:
 def _differences(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, their value, ours) of each setting that differs."""
+    """(dotted name, their value, our value) of each setting that differs."""
     for name, value in ours.items():
         if isinstance(value, dict):
             yield from _differences(theirs[name], value, f"{prefix}{name}.")

@@ -1,8 +1,8 @@
 """Seam: from the router's logical expert ids to slots.
 
-Target: `BaseRouter._apply_eplb_mapping`. Why: it is the one place that every router passes with
-logical ids in hand, after routed-expert capture and before the kernels; off GPU vLLM's own mapping
-does nothing there. Can go when vLLM has a hook for it.
+Target: `BaseRouter._apply_eplb_mapping`. Why: it is the one method that every router calls with its
+logical ids, after routed experts are captured and before the kernels run. On platforms other than GPUs,
+vLLM's own mapping does nothing there. Can go when vLLM has a hook for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ATTRIBUTE = "_ep_rebalance_route"
 
 
 def install() -> None:
-    """Make routers that were attached use our mapping; all others keep vLLM's."""
+    """Make attached routers use our mapping; all others keep vLLM's."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     original = BaseRouter._apply_eplb_mapping
@@ -41,16 +41,18 @@ def install() -> None:
 
 
 def attach_unbalanced(router: Any) -> None:
-    """Let ids pass: the layer's experts stay where they were loaded, and are not counted."""
+    """Pass ids through: the layer's experts stay where they were loaded, and are not counted."""
     setattr(router, _ATTRIBUTE, lambda topk_ids_TK: topk_ids_TK)
 
 
 def attach(router: Any, session: Session, layer: int, *, tensor_rank: int) -> None:
     """Count and map one layer's ids.
 
-    tensor_rank: which part of the batch the rows are under sequence parallelism; 0 without it.
+    tensor_rank: under sequence parallelism, which chunk of the batch this rank's rows are; else 0.
     """
 
+    # Chunks are equally long: vLLM pads the batch (vllm/model_executor/models/utils.py,
+    # `sequence_parallel_chunk_impl`).
     def route(topk_ids_TK: torch.Tensor) -> torch.Tensor:
         return session.route(layer, topk_ids_TK, tensor_rank * topk_ids_TK.shape[0])
 

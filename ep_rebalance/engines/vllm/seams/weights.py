@@ -1,10 +1,10 @@
 """Seam: the weights of a loaded model are replaced, or written to disk.
 
-Targets: `reload_weights`, `update_weights` and `finish_weight_update`; what throws weights away, `discard`
+Targets: `reload_weights`, `update_weights` and `finish_weight_update`; what discards weights, `discard`
 and `sleep` above level 1; and what saves them. Why: a loader writes slot `e` with expert `e` again,
-whatever the placement says, and every answer would be wrong from then on; and nobody who reads saved
-slots knows that experts moved. `expert_loads.py` tells which layers were loaded. Can go when vLLM tells
-plugins.
+whatever the placement says, and every answer would be wrong from then on. And whoever reads saved slots
+cannot know that experts moved. `expert_loads.py` knows which layers were loaded. Can go when vLLM
+notifies plugins.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONTRACTS = (
 
 
 def install() -> None:
-    """Wrap the workers, and the runners where weights reach them without the worker."""
+    """Wrap the workers, and what runners are asked to do directly."""
     for worker in worker_classes():
         wrap(worker, "sleep", _sleep)
         wrap(worker, "discard", _discard)
@@ -54,9 +54,8 @@ def install() -> None:
 
 def _sleep(original: Callable[..., Any], worker: Any, level: int = 1) -> Any:
     result = original(worker, level)
-    if (
-        level > _LEVEL_THAT_KEEPS_WEIGHTS and worker.device.type != "cpu"
-    ):  # CPU workers do not sleep
+    # On CPU `sleep` only logs a warning (vllm/v1/worker/cpu_worker.py).
+    if level > _LEVEL_THAT_KEEPS_WEIGHTS and worker.device.type != "cpu":
         _replaced(worker.model_runner)
     return result
 
@@ -73,6 +72,7 @@ def _update_weights(original: Callable[..., Any], worker: Any, *args: Any, **kwa
     try:
         return original(worker, *args, **kwargs)
     finally:
+        # An update that fails half way has written layers too.
         _loaded(worker.model_runner)
 
 
@@ -83,7 +83,7 @@ def _reload_weights(
     weights_path: str | None = None,
     is_checkpoint_format: bool = True,
 ) -> Any:
-    """Weights in the kernel's format are copied without a loader: they are taken for all of them."""
+    """Weights in the kernel's format are copied without the loader, so they count as loads of all layers."""
     try:
         return original(runner, weights_iterator, weights_path, is_checkpoint_format)
     finally:
@@ -97,7 +97,7 @@ def _save(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) 
     attachment = attachment_of(worker.model_runner)
     if attachment is not None and attachment.session.has_moved_experts:
         raise RuntimeError(
-            "ep_rebalance: experts have moved, and whoever reads the saved slots would take them for others. "
+            "ep_rebalance: experts have moved, and whoever reads the saved slots would mix them up. "
             "Remedy: save before serving, or with mode=observe."
         )
     return original(worker, *args, **kwargs)

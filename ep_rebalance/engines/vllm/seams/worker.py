@@ -1,9 +1,9 @@
 """Seam: the start of a worker - device ready, model loaded.
 
 Targets: `init_device` and `load_model`. Why the worker and not its model runner: vLLM loads the model
-inside a memory pool of its own whose contents level-2 sleep throws away
+inside a memory pool whose contents level-2 sleep discards
 (vllm/device_allocator/sleep_mode_backend.py); our tables and buffers must outlive it, so they are made
-after `load_model` has left the pool. Can go when vLLM tells plugins.
+after `load_model` has left the pool. Can go when vLLM notifies plugins.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _AGREED = "ep_rebalance_agreed"
 
 
 def attachment_of(holder: Any) -> Attachment | None:
-    """What was attached to a model runner, or to the balancer's controller of a V2 runner."""
+    """What was attached to a model runner, or to a V2 runner's `EPLBController`; None if nothing was."""
     return getattr(holder, _ATTRIBUTE, None)
 
 
@@ -57,18 +57,20 @@ def _agree_when_ready(original: Callable[..., Any], worker: Any, *args: Any, **k
 
 
 def _agree(worker: Any) -> None:
-    """Take rank 0's settings, once."""
+    """Adopt rank 0's settings, once."""
     if getattr(worker, _AGREED, False):
         return
     config = agree(active_config(worker.vllm_config), ep_group().ranks, default_store())
     complete(worker.vllm_config, config)
-    if worker.local_rank == 0:  # once for all that share a disk, or nearly
+    if worker.local_rank == 0:  # about once for all workers that share numba's cache on disk
         compile_in_background()
     setattr(worker, _AGREED, True)
 
 
 def _warm_up(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    """V2 warms kernels up with requests like those of users; vLLM 0.32 does not yet tell its balancer."""
+    """Keeps warm-up steps out: V2 warms its kernels up with requests like those of users, and vLLM 0.32
+    does not yet suppress its balancer meanwhile.
+    """
     controller = getattr(worker.model_runner, "eplb", None)
     if controller is None:
         return original(worker, *args, **kwargs)
@@ -85,13 +87,14 @@ def _attach_after_loading(
     from vllm.config import set_current_vllm_config
     from vllm.utils.mem_utils import DeviceMemoryProfiler
 
-    _agree(worker)  # of a kind whose `init_device` is not wrapped
+    # A platform's own subclass of vLLM's worker may override `init_device`, which is then not wrapped.
+    _agree(worker)
     original(worker, *args, **kwargs)
     runner = worker.model_runner
     with DeviceMemoryProfiler() as used, set_current_vllm_config(worker.vllm_config):
         attachment = Attachment.create(runner, worker.vllm_config, runner.device)
-    # Counted with the weights, so that vLLM gives the KV cache no memory that is ours. V1 on CPU does
-    # not count.
+    # Counted with the weights, so that vLLM does not give our memory to the KV cache. V1 on CPU does
+    # not count them.
     if hasattr(runner, "model_memory_usage"):
         runner.model_memory_usage += used.consumed_memory
     setattr(runner, _ATTRIBUTE, attachment)
