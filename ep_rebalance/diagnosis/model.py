@@ -32,7 +32,10 @@ def checks(name: str, settings: Path | None) -> list[tuple[str, Check]]:
 
 
 def model(name: str, settings: RebalanceConfig | None = None) -> Iterator[Finding]:
-    """settings: those that it is to be served with, None for the defaults."""
+    """Whether the model has experts, and whether its quantisation lets them be moved.
+
+    settings: those that it is to be served with, None for the defaults.
+    """
     try:
         config = _configuration(name)
     except Exception as error:  # transformers raises a dozen kinds

@@ -5,7 +5,7 @@
 | seams/arguments | adds `--plugin` and `--ep-rebalance-config` | front end |
 | seams/activation | checks and completes the engine's configuration | front end |
 | seams/compile_cache | keeps our settings out of the compile cache's key | front end |
-| checks, contract | what cannot be served; what is relied on in vLLM | front end |
+| checks, contract | what cannot be served; what we rely on in vLLM | front end |
 | quantised_schemes | what vLLM makes of a quantised checkpoint | front end |
 | worker_extension | puts the seams below into a worker, and answers its RPCs | worker |
 | seams/worker, rank_agreement, attachment | settings agreed on; model and drafter attached | worker |
