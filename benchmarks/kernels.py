@@ -52,7 +52,6 @@ from ep_rebalance.kernels.route_and_count import (
     route_and_count,
     route_and_count_torch,
 )
-from ep_rebalance.migration.expert_memory import ExpertMemory
 
 TURNS = 40
 WARM_UP = 5
@@ -396,6 +395,10 @@ class Moves:
     """One layer with two slots, whose first expert moves into the second slot."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
+        # Imported here: transformers takes this file for the package `kernels` where benchmarks are on its
+        # path, and vLLM 0.32 fails if numba is loaded before its kernels.
+        from ep_rebalance.migration.expert_memory import ExpertMemory
+
         self._memory = ExpertMemory([tensors])
         self.bytes = self._memory.expert_bytes_L[0]
         device = self._memory.device
