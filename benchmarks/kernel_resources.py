@@ -139,18 +139,19 @@ def cases() -> Iterator[Case]:
         name="pack_experts, copy and sum",
         kernel=pack_experts._kernel,
         arguments={
-            **typed("*i64", "table_ptr", "checksum_ptr"),
+            **typed("*i64", "blocks_ptr", "checksum_ptr"),
             "packed_ptr": "*i32",
-            **typed("i32", "slot", "start_unit", "stop_unit"),
+            **typed("i32", "first_block", "slot", "start_unit", "stop_unit"),
         },
         constants={
             "FROM_SLOT": True,
             "COPIES": True,
             "SUMS": True,
             "BLOCK": pack_experts.BLOCK,
+            "BLOCK_BYTES": pack_experts.BLOCK_BYTES,
             "num_warps": pack_experts.WARPS,
         },
-        odd=("slot", "start_unit", "stop_unit", "checksum_ptr"),
+        odd=("first_block", "slot", "start_unit", "stop_unit", "checksum_ptr"),
     )
 
 

@@ -8,6 +8,13 @@ Triton's interpreter, to see that all of it works; its times say nothing.
     python benchmarks/kernels.py --json kernels.json             # on a GPU
     python benchmarks/kernels.py --vllm DIR                      # vLLM unpacked there, not installed
     python benchmarks/kernels.py --tune                          # write kernels/tuned/GPU.json
+    python benchmarks/kernels.py --moves                         # quantised experts; on CPU, too
+
+`--moves` times all that a move does with an expert's bytes but their way between ranks: packed with its
+checksum, copied into staging memory, summed again, unpacked. An expert of 8 bits, with block scales that
+are column-major and four scales of 4 bytes, takes turns with one of bfloat16, of which a move is larger
+and so has less of what each tensor costs. On CPU this is the kernels' torch form in one thread, and its
+own CPU time is taken, which leaves out what other processes took from it.
 """
 
 from __future__ import annotations
@@ -132,20 +139,20 @@ class Floor:
 
 
 class Timer:
-    """Times a call on the device, with the cache emptied before."""
+    """Times a call on the device, with the cache emptied before, unless it is only rehearsed."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, rehearsed: bool = False) -> None:
         self.device = device
-        size = CACHE_BYTES if device.type == "cuda" else 1
+        size = 1 if rehearsed else CACHE_BYTES
         self._cache = torch.empty(size, dtype=torch.uint8, device=device)
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Of one call."""
         self._cache.zero_()
         if self.device.type != "cuda":
-            began = time.perf_counter()
+            began = time.thread_time()
             call()
-            return time.perf_counter() - began
+            return time.thread_time() - began
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -365,6 +372,108 @@ def pack_case(shape: Shape, device: torch.device) -> Case:
     )
 
 
+# --- moves of quantised experts
+
+SMALL_SCALES = 4
+"""Of 4 bytes each: those of both inputs, and both products with the weights' scales."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveResult:
+    """An expert of 8 bits beside one of bfloat16.
+
+    seconds: medians of one move. ratio: of the times per byte, (10 %, median, 90 %) of turns.
+    """
+
+    shape: str
+    bytes: dict[str, int]
+    seconds: dict[str, float]
+    ratio: tuple[float, float, float]
+
+
+class Moves:
+    """One layer with two slots, whose first expert moves into the second slot."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        # Imported here: transformers takes this file for the package `kernels` where benchmarks are on its
+        # path, and vLLM 0.32 fails if numba is loaded before its kernels.
+        from ep_rebalance.migration.expert_memory import ExpertMemory
+
+        self._memory = ExpertMemory([tensors])
+        self.bytes = self._memory.expert_bytes_L[0]
+        device = self._memory.device
+        self._wire = torch.zeros(self.bytes, dtype=torch.uint8, device=device)
+        self._staging = torch.zeros_like(self._wire)
+        self._checksums = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def move(self) -> None:
+        self._memory.read(0, 0, 0, self._wire, self._checksums[:1])
+        self._staging.copy_(self._wire)
+        self._memory.checksum_packed(0, self._staging, self._checksums[1:])
+        self._memory.write(0, 1, self._staging)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether sender and receiver came to one checksum."""
+        return bool(self._checksums[0] == self._checksums[1])
+
+
+def expert_of_8_bits(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+    """Of two slots: weights, block scales with their columns first, and small scales."""
+    tensors = []
+    hidden, intermediate = shape.hidden, shape.intermediate
+    for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
+        blocks = (2, math.ceil(columns / GROUP), math.ceil(rows / GROUP))
+        tensors.append(torch.randint(0, 256, (2, rows, columns), dtype=torch.uint8, device=device))
+        tensors.append(torch.rand(blocks, device=device).transpose(1, 2))
+    return tensors + [torch.rand(2, device=device) for _ in range(SMALL_SCALES)]
+
+
+def expert_of_bfloat16(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+    """Of two slots."""
+    shapes = ((2, 2 * shape.intermediate, shape.hidden), (2, shape.hidden, shape.intermediate))
+    return [torch.randn(sizes, device=device, dtype=torch.bfloat16) for sizes in shapes]
+
+
+def measure_moves(shape: Shape, timer: Timer, turns: int) -> MoveResult:
+    """Both experts by turns, a turn in either order, so that neither is always the one that follows."""
+    moves = {
+        "8 bits": Moves(expert_of_8_bits(shape, timer.device)),
+        "bfloat16": Moves(expert_of_bfloat16(shape, timer.device)),
+    }
+    there: dict[str, Callable[[], object]] = {name: m.move for name, m in moves.items()}
+    back = dict(reversed(there.items()))
+    timer.turns(there, min(turns, WARM_UP))
+    seconds = np.concatenate(
+        [(timer.turns(there, 1) + timer.turns(back, 1)[:, ::-1]) / 2 for _ in range(turns)]
+    )
+    assert all(m.arrived for m in moves.values())
+    per_byte = seconds / np.array([m.bytes for m in moves.values()])
+    low, middle, high = np.percentile(per_byte[:, 0] / per_byte[:, 1], [10, 50, 90]).tolist()
+    return MoveResult(
+        shape=shape.name,
+        bytes={name: m.bytes for name, m in moves.items()},
+        seconds=dict(zip(moves, np.median(seconds, axis=0).tolist(), strict=True)),
+        ratio=(low, middle, high),
+    )
+
+
+def moves_table(results: list[MoveResult]) -> Table:
+    """One row per shape."""
+    table = Table(title="one expert: packed, summed, staged, summed, unpacked")
+    for heading in ("shape", "8 bits", "bfloat16", "time per byte, 8 bits over bfloat16"):
+        table.add_column(heading)
+    for r in results:
+        low, middle, high = r.ratio
+        cells = [
+            f"{r.bytes[name] / 1e6:.1f} MB in {1e3 * r.seconds[name]:.2f} ms, "
+            f"{r.bytes[name] / r.seconds[name] / 1e9:.2f} GB/s"
+            for name in r.bytes
+        ]
+        table.add_row(r.shape, *cells, f"{middle:.2f} ({low:.2f}-{high:.2f})")
+    return table
+
+
 # --- vLLM's kernels, where they can be had
 
 
@@ -497,10 +606,13 @@ def parse_options() -> argparse.Namespace:
     add("--vllm", type=Path, help="folder with an unpacked vLLM wheel, to compare with")
     add("--json", type=Path, help="write all results there, too")
     add("--tune", action="store_true", help="find tiles for this GPU and write them, and end")
+    add("--moves", action="store_true", help="only moves: a quantised expert beside bfloat16")
     add("--rehearse", action="store_true", help="run everything once on CPU, tiny and interpreted")
     options = parser.parse_args()
-    if not options.rehearse and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; --rehearse runs everything once on CPU")
+    if not (options.rehearse or options.moves or torch.cuda.is_available()):
+        parser.error(
+            "there is no CUDA device here; --rehearse runs everything once on CPU, and --moves runs there"
+        )
     if options.vllm is not None:
         if not (options.vllm / "vllm").is_dir():
             parser.error(f"--vllm {options.vllm} holds no folder vllm; unpack the wheel there")
@@ -548,7 +660,9 @@ def as_table(results: list[Result], floor: Floor) -> Table:
 def main() -> None:
     """Measure and print."""
     options, console = parse_options(), Console(width=max(120, Console().width))
-    timer = Timer(torch.device("cpu" if options.rehearse else "cuda"))
+    on_gpu = torch.cuda.is_available() and not options.rehearse
+    timer = Timer(torch.device("cuda" if on_gpu else "cpu"), rehearsed=options.rehearse)
+    on = torch.cuda.get_device_name(timer.device) if on_gpu else "CPU"
     shapes = [
         shape
         for shape in (REHEARSED if options.rehearse else SHAPES)
@@ -556,6 +670,11 @@ def main() -> None:
     ]
     if options.tune:
         tuned(shapes, timer, console)
+        return
+    if options.moves:
+        torch.set_num_threads(1)
+        moves = [measure_moves(shape, timer, options.turns) for shape in shapes if not shape.fp8]
+        report(console, moves_table(moves), on, options, {"moves": moves})
         return
     floor = measure_floor(timer)
     tokens = options.tokens or ([1, 20] if options.rehearse else TOKENS)
@@ -569,18 +688,25 @@ def main() -> None:
             console=console,
         )
     ]
-    console.print(as_table(results, floor))
-    on = "rehearsed on CPU" if options.rehearse else torch.cuda.get_device_name(timer.device)
+    found = {"floor": floor, "results": results}
+    report(console, as_table(results, floor), on, options, found)
+
+
+def report(
+    console: Console,
+    table: Table,
+    on: str,
+    options: argparse.Namespace,
+    found: dict[str, object],
+) -> None:
+    """The table, the machine, and all of it as JSON. found: of dataclasses."""
+    on = f"rehearsed on {on}" if options.rehearse else on
+    console.print(table)
     console.print(f"{on}; ratios are medians (10 % to 90 %) of {options.turns} turns", style="dim")
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()), style="dim")
     if options.json:
-        described = {
-            "machine": machine(),
-            "device": on,
-            "floor": dataclasses.asdict(floor),
-            "results": [dataclasses.asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(described, indent=1) + "\n")
+        described = {"machine": machine(), "device": on, **found}
+        options.json.write_text(json.dumps(described, indent=1, default=dataclasses.asdict) + "\n")
 
 
 if __name__ == "__main__":

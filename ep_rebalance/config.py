@@ -166,6 +166,28 @@ class MigrationConfig(_Section):
     """Most engine steps that a migration may take; a plan that needs more is not carried out."""
 
 
+class QuantisationConfig(_Section):
+    """Which quantised experts may move, and what is tried at start before they do."""
+
+    self_test: bool = True
+    """Try at start, with the kernel that will serve, that an expert computes the same in whichever slot it
+    sits. False starts sooner and trusts the list of methods and kernels in docs/quantisation.md alone.
+    """
+    unlisted: Literal["refuse", "self_test"] = "refuse"
+    """What becomes of a method and kernel that the list does not hold: `refuse` stops the server at start;
+    `self_test` serves if the trial passes. The trial proves what it computed, and nothing of other inputs.
+    """
+
+    @model_validator(mode="after")
+    def _unlisted_are_tried(self) -> QuantisationConfig:
+        if self.unlisted == "self_test" and not self.self_test:
+            raise ValueError(
+                "unlisted=self_test trusts the trial at start, which self_test=false leaves out; "
+                "set self_test=true or unlisted=refuse"
+            )
+        return self
+
+
 class DispatchConfig(_Section):
     """How tokens reach the slots."""
 
@@ -298,6 +320,7 @@ class RebalanceConfig(_Section):
     hardware: HardwareConfig = HardwareConfig()
     decision: DecisionConfig = DecisionConfig()
     migration: MigrationConfig = MigrationConfig()
+    quantisation: QuantisationConfig = QuantisationConfig()
     dispatch: DispatchConfig = DispatchConfig()
     data_plane: DataPlaneConfig = DataPlaneConfig()
     metrics: MetricsConfig = MetricsConfig()

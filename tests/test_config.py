@@ -67,6 +67,12 @@ def test_config_is_frozen() -> None:
         ({"window": {"snapshots": 2}}, "min_snapshots=4", "ep-rebalance config"),
         ({"mode": "observe", "planner": {"redundant_experts": 2}}, "redundant_experts=2", "config"),
         ({"planner": 3}, "planner=3", "ep-rebalance config"),
+        (
+            {"quantisation": {"self_test": False, "unlisted": "self_test"}},
+            "unlisted=self_test trusts the trial at start, which self_test=false leaves out; set",
+            "ep-rebalance config",
+        ),
+        ({"quantisation": {"unlisted": "trust"}}, "unlisted='trust'", "ep-rebalance config"),
     ],
 )
 def test_a_fault_is_named_with_its_remedy(

@@ -29,6 +29,18 @@ def test_every_case_of_the_kernels_runs(tmp_path: Path) -> None:
     assert all(seconds > 0 for result in results for seconds in result["seconds"].values())
 
 
+def test_moves_of_quantised_experts_run_on_any_machine(tmp_path: Path) -> None:
+    path = tmp_path / "moves.json"
+    run("kernels.py", "--moves", "--rehearse", "--turns", "2", "--json", str(path))
+    (result,) = json.loads(path.read_text())["moves"]
+    small_scales = 4 * 16
+    assert result["bytes"] == {
+        "8 bits": 3 * 128 * 128 + 16 + 16 + small_scales,
+        "bfloat16": 6 * 128 * 128,
+    }
+    assert min(result["ratio"]) > 0
+
+
 def test_every_candidate_of_the_all_to_all_runs(tmp_path: Path) -> None:
     path = tmp_path / "all_to_all.json"
     arguments = ("--ranks", "2", "--tokens", "3", "--hidden", "128", "--turns", "2")

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from ep_rebalance.commands.app import metric_table
+from ep_rebalance.commands.app import kernel_table, metric_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
+QUANTISATION = ROOT / "docs" / "quantisation.md"
 
 
 def test_metric_table_is_that_of_the_code():
@@ -14,6 +15,13 @@ def test_metric_table_is_that_of_the_code():
     text = OPERATIONS.read_text(encoding="utf-8")
     table = text.partition("<!-- metrics -->")[2].partition("<!-- /metrics -->")[0]
     assert table.strip() == metric_table()
+
+
+def test_table_of_kernels_is_that_of_the_code():
+    """`ep-rebalance kernels` prints it."""
+    text = QUANTISATION.read_text(encoding="utf-8")
+    table = text.partition("<!-- pairs -->")[2].partition("<!-- /pairs -->")[0]
+    assert table.strip() == kernel_table()
 
 
 def test_line_count_is_honest():

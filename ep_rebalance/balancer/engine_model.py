@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 
 from ep_rebalance.load.state import ModelIdentity
+from ep_rebalance.migration.slabs import ExpertsOfLayer
 from ep_rebalance.placement import Placement
+from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
 from ep_rebalance.topology import Topology
 
-ExpertTensors = Callable[[], Sequence[Sequence[torch.Tensor]]]
+ExpertTensors = Callable[[], Sequence[ExpertsOfLayer]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,9 +26,10 @@ class EngineModel:
     placement: which logical expert was loaded into each slot. It also gives the numbers of MoE layers,
         logical experts and ranks.
     top_k: experts per token.
-    expert_tensors: returns, for each MoE layer, the tensors that hold this rank's experts, each contiguous
-        with the local slot as its first dimension. Called at start and whenever weights were replaced,
-        since other tensors may hold them then; never in mode observe.
+    expert_tensors: returns, for each MoE layer, all that this rank's experts consist of: tensors whose local
+        slots lie one after another, with or without names, or their slabs. Called at start and whenever
+        weights were replaced, since other tensors may hold them then; never in mode observe.
+    self_test: what came of trials that the adapter made, for the status.
     group: the EP ranks, in the order of the placement; for collectives of tensors on `device`.
     host_group: the same ranks, for collectives of what lies on the host; None if `group` can do these.
     topology: where the ranks are, and which of them route the same tokens. The first of those counts them.
@@ -49,6 +52,7 @@ class EngineModel:
     max_tokens: int
     hidden_size: int = 0
     expert_bytes_L: Sequence[int] = ()
+    self_test: SelfTest = NOT_TRIED
 
     def __post_init__(self) -> None:
         ranks = dist.get_world_size(self.group)

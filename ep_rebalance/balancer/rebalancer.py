@@ -320,5 +320,11 @@ class Rebalancer:
 
 def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
     name, placement, top_k = model.identity.model, model.placement, model.top_k
-    status = initial_status(config=config, model=name, placement=placement, top_k=top_k)
+    status = initial_status(
+        config=config,
+        model=name,
+        placement=placement,
+        top_k=top_k,
+        self_test=model.self_test,
+    )
     return Journal(status, contiguous=placement, top_k=top_k, rank=rank)

@@ -62,7 +62,7 @@ class Session:
             config,
             model,
             counts=self._counts,
-            memory=ExpertMemory(model.expert_tensors()) if self._moves_experts else None,
+            memory=self._memory() if self._moves_experts else None,
             planner=_planner(config),
             recorder=self._recorder,
         )
@@ -86,6 +86,10 @@ class Session:
             placement.num_slots,
             placement.num_ranks,
         )
+
+    def _memory(self) -> ExpertMemory:
+        slots = self._model.placement.slots_per_rank
+        return ExpertMemory(self._model.expert_tensors(), slots=slots)
 
     # A step.
 
@@ -148,7 +152,7 @@ class Session:
         if not self._moves_experts:
             return
         try:
-            self.rebalancer.migrator.replace_memory(ExpertMemory(self._model.expert_tensors()))
+            self.rebalancer.migrator.replace_memory(self._memory())
         except Exception:
             # This rank still takes part in exchanges and votes, or the others would wait for it.
             logger.exception(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -59,6 +60,14 @@ def metrics() -> None:
 
 
 @app.command()
+def kernels() -> None:
+    """Which quantised experts may move, by vLLM's quantisation methods and expert kernels, as a Markdown
+    table.
+    """
+    print(kernel_table())
+
+
+@app.command()
 def hardware() -> None:
     """The accelerators that replay and advise know, as YAML to copy and correct."""
     print(hardware_table(), end="")
@@ -78,6 +87,12 @@ def metric_table() -> str:
         labels = ", ".join(metric.labels) or "-"
         rows.append(f"| `{metric.full_name}{suffix}` | {metric.kind} | {labels} | {metric.help} |")
     return "\n".join(rows)
+
+
+def kernel_table() -> str:
+    """The list of the adapter for vLLM as Markdown; docs/quantisation.md holds this text."""
+    table: str = import_module("ep_rebalance.engines.vllm.quantised_pairs").pair_table()
+    return table
 
 
 def _commented_yaml(model: type[BaseModel], indent: str) -> list[str]:

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.diagnosis.finding import Check, Finding
-from ep_rebalance.diagnosis.settings import observes
+from ep_rebalance.diagnosis.settings import served_with
 
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")
@@ -25,15 +26,15 @@ def checks(name: str, settings: Path | None) -> list[tuple[str, Check]]:
     if not name:
         return []
     return [
-        ("model", lambda: model(name, observes(settings))),
+        ("model", lambda: model(name, served_with(settings))),
         ("architecture", lambda: architecture(name)),
     ]
 
 
-def model(name: str, observed: bool = False) -> Iterator[Finding]:
+def model(name: str, settings: RebalanceConfig | None = None) -> Iterator[Finding]:
     """Whether the model has experts, and whether its quantisation lets them be moved.
 
-    observed: whether mode=observe is set, which moves nothing.
+    settings: those that it is to be served with, None for the defaults.
     """
     try:
         config = _configuration(name)
@@ -58,8 +59,7 @@ def model(name: str, observed: bool = False) -> Iterator[Finding]:
         )
         return
     yield Finding(check="model", verdict="ok", found=f"{shown}, {experts} experts, top {top_k}")
-    quantisation = text.get("quantization_config") or config.get("quantization_config")
-    yield _quantisation(quantisation, observed)
+    yield from _quantisation(name, config, settings or RebalanceConfig())
 
 
 def architecture(name: str) -> Iterator[Finding]:
@@ -94,21 +94,23 @@ def _first_number(text: Mapping[str, Any], keys: Sequence[str]) -> int:
     return int(found[0] if isinstance(found, list) else found)
 
 
-def _quantisation(found: Mapping[str, Any] | None, observed: bool) -> Finding:
-    """As in `engines/vllm/checks.py`: experts of quantised models are not moved."""
+def _quantisation(
+    name: str, config: Mapping[str, Any], settings: RebalanceConfig
+) -> Iterator[Finding]:
+    text = config.get("text_config") or config
+    found = text.get("quantization_config") or config.get("quantization_config")
+    found = found or _beside_config(name, "hf_quant_config.json")
     if not found:
-        return Finding(check="quantisation", verdict="ok", found="none: experts can be moved")
-    method = found.get("quant_method", "unknown method")
-    if observed:
-        return Finding(
-            check="quantisation", verdict="ok", found=f"{method}: mode=observe moves no experts"
+        yield Finding(check="quantisation", verdict="ok", found="none: experts can be moved")
+    elif settings.mode == "observe":
+        yield Finding(
+            check="quantisation",
+            verdict="ok",
+            found=f"{found.get('quant_method', 'quantised')}: mode=observe moves no experts",
         )
-    return Finding(
-        check="quantisation",
-        verdict="problem",
-        found=f"{method}: moving its experts is not verified, so the server will not start",
-        remedy="use mode=observe, or the unquantised checkpoint",
-    )
+    else:
+        diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
+        yield from diagnosis.quantisation(found, {**config, **text}, settings.quantisation)
 
 
 def _configuration(name: str) -> dict[str, Any]:
@@ -123,3 +125,16 @@ def _configuration(name: str) -> dict[str, Any]:
     found: dict[str, Any]
     found, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=True)
     return found
+
+
+def _beside_config(name: str, file: str) -> dict[str, Any]:
+    """What a file of the checkpoint holds; nothing if it is not there. ModelOpt had its settings in one of
+    their own.
+    """
+    path: Any = Path(name) / file
+    if not Path(name).is_dir():
+        path = import_module("huggingface_hub").try_to_load_from_cache(name, file)
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    held = json.loads(Path(path).read_text(encoding="utf-8"))
+    return held if isinstance(held, dict) else {}

@@ -17,12 +17,12 @@ def checks(file: Path | None) -> list[tuple[str, Check]]:
     return [] if file is None else [("settings", lambda: settings(file))]
 
 
-def observes(file: Path | None) -> bool:
-    """Whether the file sets mode=observe. False if it cannot be read, which `settings` reports."""
+def served_with(file: Path | None) -> RebalanceConfig:
+    """The settings; the defaults if there are none, or if they cannot be read, which `settings` reports."""
     try:
-        return file is not None and load_config(read_config_file(file)).mode == "observe"
+        return RebalanceConfig() if file is None else load_config(read_config_file(file))
     except ConfigurationError:
-        return False
+        return RebalanceConfig()
 
 
 def settings(file: Path) -> Iterator[Finding]:

@@ -134,6 +134,11 @@ class RoundExchange:
         self._take_part(self._all_to_all, sum(receive_R), sum(send_R), receive_R, send_R)
         self._attempt("experts were not unpacked", self._unpack, part, number)
 
+    @property
+    def failed_here(self) -> bool:
+        """Whether this rank failed in the batch; the vote tells only how many did."""
+        return self._transport_failed
+
     def vote(self, batch: Batch, *, replaced: bool = False) -> Download:
         """Check every expert that arrived, and sum all ranks' faults; `faults_of` reads them.
 

@@ -35,6 +35,7 @@ from ep_rebalance.telemetry.imbalance import RankBalance
 from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
 from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Commit, PlanOutcome, Status
 from ep_rebalance.telemetry.overview_report import Overview, overview
+from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
 from ep_rebalance.topology import LINKS
 from ep_rebalance.version import __version__
 
@@ -263,7 +264,12 @@ def _known(numbers: dict[str, float | None]) -> dict[str, float]:
 
 
 def initial_status(
-    *, config: RebalanceConfig, model: str, placement: Placement, top_k: int
+    *,
+    config: RebalanceConfig,
+    model: str,
+    placement: Placement,
+    top_k: int,
+    self_test: SelfTest = NOT_TRIED,
 ) -> Status:
     """A status in which every label that will be counted exists already, at zero."""
     return Status(
@@ -282,6 +288,8 @@ def initial_status(
         ep_size=placement.num_ranks,
         slots=placement.num_slots,
         config=config.as_dict(),
+        self_test=dict(self_test.verdicts),
+        self_test_seconds=self_test.seconds,
         rank_tokens=[0] * placement.num_ranks,
         busiest_rank_tokens={"served": 0, "contiguous": 0},
         phase_tokens=dict.fromkeys(PHASES, 0),

@@ -244,6 +244,20 @@ METRICS: tuple[Metric, ...] = (
         help="Records of the trace that the disk was too slow for, or refused.",
     ),
     Metric(
+        name="self_tested_layers",
+        kind="gauge",
+        labels=("verdict",),
+        field="self_test",
+        help="MoE layers by the verdict of the trial of moves at start: exact, within_noise, or alone where"
+        " a rank has one expert. None are shown if nothing was tried.",
+    ),
+    Metric(
+        name="self_test_duration_seconds",
+        kind="gauge",
+        field="self_test_seconds",
+        help="Time at start that it took to find, compare and try what experts consist of.",
+    ),
+    Metric(
         name="info",
         kind="gauge",
         labels=("version", "mode", "policy", "ep_size", "slots"),
@@ -360,6 +374,8 @@ class Status(msgspec.Struct, kw_only=True):
     ep_size: int
     slots: int
     config: dict[str, object]
+    self_test: dict[str, int] = {}
+    self_test_seconds: float = 0.0
     steps: int = 0
     snapshots: int = 0
     step_seconds: float = 0.0

@@ -12,7 +12,7 @@ from statuses import make_status
 
 from ep_rebalance import __version__
 from ep_rebalance.commands import app as application
-from ep_rebalance.commands.app import metric_table
+from ep_rebalance.commands.app import kernel_table, metric_table
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.telemetry.metrics import METRICS
@@ -58,6 +58,10 @@ def test_metrics_prints_a_row_for_each_metric():
         assert name.strip("`").removesuffix("_total") == metric.full_name
         assert name.endswith("_total`") == (kind == "counter")
         assert labels == (", ".join(metric.labels) or "-")
+
+
+def test_kernels_prints_the_list_of_the_adapter():
+    assert run("kernels").output.strip() == kernel_table()
 
 
 def test_version_is_that_of_the_package():

@@ -10,12 +10,20 @@ import yaml
 from command_line import run
 
 from ep_rebalance.commands import doctor as command
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.diagnosis import machine, model, packages
+from ep_rebalance.diagnosis.finding import Finding
 from ep_rebalance.engines.vllm import contract
 from ep_rebalance.engines.vllm.contract import Contract
 from ep_rebalance.engines.vllm.seams import router
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe"
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    config = json.loads((TINY_MOE / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
 
 
 def findings(*options: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -32,7 +40,7 @@ def test_this_machine_can_run_the_plugin(tmp_path: Path):
     assert problems == {}
     assert code == 0
     assert found["model"]["found"] == "Qwen3MoeForCausalLM, 16 experts, top 2"
-    assert "contracts hold in 14 seams" in found["seams"]["found"]
+    assert "contracts hold in 15 seams" in found["seams"]["found"]
     assert found["vLLM"]["verdict"] == "ok"
     assert found["trace.path"]["found"] == str(tmp_path)
 
@@ -50,7 +58,7 @@ def test_lines_name_the_verdict_and_the_remedy(tmp_path: Path):
     ("changes", "check", "words"),
     [
         ({"num_experts": 0, "num_local_experts": 0}, "model", "without experts"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantisation", "fp8"),
+        ({"quantization_config": {"quant_method": "new"}}, "quantisation", "never read"),
     ],
 )
 def test_models_that_cannot_be_balanced_are_problems(tmp_path: Path, changes, check, words):
@@ -125,6 +133,111 @@ def test_a_quantised_model_is_fine_where_nothing_is_moved(tmp_path: Path):
     code, found = findings("--model", str(tmp_path), "--config", str(settings))
     assert code == 0
     assert found["quantisation"]["found"] == "fp8: mode=observe moves no experts"
+
+
+INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+CHECKPOINTS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "DeepSeek-V3": (
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+        },
+        {
+            "quantisation": "FP8, a scale per block, loaded by Fp8MoEMethod",
+            "experts on H100": "FlashInferExperts, TritonOrDeepGemmExperts, TritonExperts: listed",
+            "experts on A100": "MarlinExperts: listed",
+            "experts on CPU": "CPUExpertsFp8: unlisted (compiled code packs",
+        },
+    ),
+    "Qwen3-FP8": (
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "modules_to_not_convert": ["lm_head"],
+            "weight_block_size": [128, 128],
+        },
+        {"experts on Blackwell": "TritonOrDeepGemmExperts, TritonExperts: listed"},
+    ),
+    "Kimi K2": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": INT4, "input_activations": None}
+            },
+        },
+        {
+            "quantisation": "compressed-tensors INT4 weights (WNA16)",
+            "experts on H100": "not read); then MarlinExperts: listed",
+            "experts on Blackwell": "MarlinExperts: listed",
+        },
+    ),
+    "AWQ": (
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+        {"quantisation": "AWQ, loaded by AutoAWQMoEMethod"},
+    ),
+    "ModelOpt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        {
+            "experts on Blackwell": "TrtLlmNvFp4ExpertsModular, FlashInferCuteDSLExperts",
+            "experts on ROCm": "refused (its scale of activations is the largest of the rank's own",
+            "experts on CPU": "vLLM has no kernel there for this format",
+        },
+    ),
+}
+
+
+def looked_at(folder: Path, **settings: object) -> dict[str, Finding]:
+    """What is told of the model alone."""
+    return {one.check: one for one in model.model(str(folder), load_config(settings))}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_kernels_of_a_quantised_model_are_told_for_each_accelerator(tmp_path: Path, name: str):
+    quantisation, told = CHECKPOINTS[name]
+    found = looked_at(write_config(tmp_path, quantization_config=quantisation))
+    assert found["quantisation"].verdict == "ok"
+    for check, words in told.items():
+        assert words in found[check].found
+    for one in found.values():
+        assert bool(one.remedy) == (one.verdict == "warning"), one
+
+
+def test_a_kernel_that_is_listed_is_offered_where_another_one_comes_first(tmp_path: Path):
+    quantisation, _ = CHECKPOINTS["Kimi K2"]
+    hopper = looked_at(write_config(tmp_path, quantization_config=quantisation))["experts on H100"]
+    assert hopper.verdict == "warning"
+    assert hopper.remedy.startswith("--moe-backend marlin")
+
+
+def test_a_quantisation_in_a_file_of_its_own_is_read(tmp_path: Path):
+    """As ModelOpt wrote it before it put it into config.json."""
+    held = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (write_config(tmp_path) / "hf_quant_config.json").write_text(json.dumps(held))
+    found = looked_at(tmp_path)
+    assert "ModelOpt NVFP4, loaded by ModelOptNvFp4FusedMoE" in found["quantisation"].found
+    assert found["experts on H100"].verdict == "warning"
+
+
+def test_gpt_oss_in_mxfp4_is_a_problem_whatever_is_set(tmp_path: Path):
+    mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    write_config(tmp_path, model_type="gpt_oss", quantization_config=mxfp4)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("quantisation: {unlisted: self_test}")
+    code, found = findings("--model", str(tmp_path), "--config", str(settings))
+    assert code == 1
+    assert "does not say which of its layers hold experts" in found["quantisation"]["found"]
+    assert "without --plugin" in found["quantisation"]["remedy"]
+    assert "experts on H100" not in found
+
+
+def test_an_unknown_quantisation_is_left_to_the_trial_if_that_is_asked_for(tmp_path: Path):
+    write_config(tmp_path, quantization_config={"quant_method": "new"})
+    found = looked_at(tmp_path, quantisation={"unlisted": "self_test"})
+    assert found["quantisation"].verdict == "warning"
+    assert "unlisted with every kernel" in found["quantisation"].found
 
 
 def test_code_that_comes_with_a_cached_model_is_not_run(

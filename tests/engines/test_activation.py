@@ -4,12 +4,15 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ep_rebalance import __version__
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.config_sources import load_config
+from ep_rebalance.engines.vllm import checks
 from ep_rebalance.load.state import FORMAT, FORMAT_VERSION, Header, SavedState, save_state
 from ep_rebalance.placement import Placement
 
@@ -407,13 +410,63 @@ QUANTISED = {
 }
 
 
-def test_a_quantised_model_is_refused_where_experts_move(create, tmp_path):
-    assert_refused(
-        create,
-        ["quantisation 'fp8'"],
-        ["mode=observe", "unquantised"],
-        model=write_model(tmp_path, QUANTISED),
+UNREAD = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int8"}}}
+
+
+def test_a_quantised_model_passes_that_may_be_listed(create, tmp_path):
+    """Whether it is depends on the kernel, which is chosen when the model is loaded."""
+    config = create({}, model=write_model(tmp_path, QUANTISED))
+    assert config.parallel_config.enable_eplb
+
+
+def test_a_quantised_model_that_no_kernel_makes_right_is_refused():
+    gpt_oss = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    assert_checked(
+        {**MODEL, **gpt_oss},
+        ["MXFP4 of gpt-oss", "does not say which of its layers hold experts"],
+        ["without --plugin ep_rebalance"],
+        {"quantisation": {"unlisted": "self_test"}},
     )
+
+
+def test_a_quantised_model_that_was_never_read_is_refused_unless_it_is_to_be_tried():
+    for quantisation, reason in (
+        ({"quant_method": "new"}, "(new with any kernel): never read"),
+        (UNREAD, "the largest of a rank's own experts"),
+    ):
+        model = {**MODEL, "quantization_config": quantisation}
+        words = [reason], ["quantisation.unlisted=self_test", "mode=observe"]
+        assert_checked(model, *words, {})
+        check_quantisation(model, {"quantisation": {"unlisted": "self_test"}})
+        check_quantisation(model, {"mode": "observe"})
+
+
+def check_quantisation(model: dict, settings: dict) -> None:
+    """Of a model that vLLM on a CPU may not know."""
+    name = model["quantization_config"]["quant_method"]
+    hf_config = SimpleNamespace(**model, to_dict=lambda: model)
+    checks._check_quantisation(
+        SimpleNamespace(quantization=name, hf_config=hf_config, hf_text_config=hf_config),
+        load_config(settings),
+    )
+
+
+def assert_checked(model: dict, reason: list[str], remedy: list[str], settings: dict) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check_quantisation(model, settings)
+    assert all(word in caught.value.reason for word in reason), caught.value.reason
+    assert all(word in caught.value.remedy for word in remedy), caught.value.remedy
+
+
+def test_what_is_made_of_an_unquantised_checkpoint_has_the_name_of_the_argument():
+    bare = SimpleNamespace(to_dict=dict)
+    model = {"hf_config": bare, "hf_text_config": bare}
+    online = SimpleNamespace(quantization="fp8_per_block", **model)
+    checks._check_quantisation(online, load_config({}))
+    with pytest.raises(ConfigurationError, match="NVFP4 made from an unquantised checkpoint"):
+        checks._check_quantisation(
+            SimpleNamespace(quantization="nvfp4_per_token", **model), load_config({})
+        )
 
 
 def test_a_quantised_model_can_be_observed(create, tmp_path):

@@ -11,6 +11,7 @@ from balanced_engine import eager
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.load.state import ModelIdentity
+from ep_rebalance.telemetry.self_test import NOT_TRIED
 from ep_rebalance.topology import Topology
 
 
@@ -94,8 +95,16 @@ class Layer(torch.nn.Module):
         self.routed_experts.quant_method = object()
         self.routed_experts.layer_name = "model.layers.0.mlp.experts"
 
-    def get_expert_weights(self):
-        return [self.routed_experts.up.data]
+
+def slabs_as_they_are(layers, *_):
+    """In place of a trial, which needs vLLM's own layers (`test_real_model.py`)."""
+    from ep_rebalance.engines.vllm.movable_experts import MovableExperts
+
+    return MovableExperts(
+        slabs=lambda: [[layer.routed_experts.up.data] for layer in layers],
+        expert_bytes_L=(12,) * len(layers),
+        self_test=NOT_TRIED,
+    )
 
 
 @pytest.fixture
@@ -108,6 +117,7 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
     parts = {
         "_moe_model": lambda model: model,
         "_tensor_group": lambda: group,
+        "movable_experts": slabs_as_they_are,
         "ep_group": lambda: group,
         "model_identity": lambda *_: identity,
         "ranks_on_nodes": lambda ranks_per_source: Topology(
@@ -154,7 +164,6 @@ def test_routers_of_a_joined_model_count_the_tokens_of_a_step(joined, mode):
 
 def test_a_kernel_that_routes_by_itself_is_refused_before_its_tensors_are_read(joined, monkeypatch):
     monkeypatch.setattr(Layer, "is_monolithic", True)
-    monkeypatch.setattr(Layer, "get_expert_weights", None)
     with pytest.raises(ConfigurationError, match="routes tokens by itself"):
         joined(eager())
 

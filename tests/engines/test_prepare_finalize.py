@@ -47,3 +47,40 @@ def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
 def test_every_rank_gets_every_result(two_ranks: Ranks, tokens, padded, plane):
     for out_TH, expected in two_ranks.run(forward, tokens, padded, plane, timeout=IMPORT_SECONDS):
         assert torch.equal(out_TH, expected)
+
+
+def prepare_for_8_bit_kernels(rank: int) -> tuple:
+    """(rows as sent, rows as a kernel for FP8 takes them, what a kernel that quantises by itself takes)."""
+    import reference_experts
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+
+    from ep_rebalance.engines.vllm.seams.prepare_finalize import AllToAllPrepareAndFinalize
+
+    join(rank)
+    _custom_ops.scaled_fp8_quant = reference_experts._to_fp8  # a CPU has none
+    placement = [list(range(r * EXPERTS // 2, (r + 1) * EXPERTS // 2)) for r in range(2)]
+    step = make_step(0, 6, TOP_K, torch.float32, placement, EXPERTS, seed=6)
+    moe = SimpleNamespace(
+        num_experts=EXPERTS, moe_parallel_config=SimpleNamespace(is_sequence_parallel=False)
+    )
+    scale = torch.tensor([0.02])
+    quantised = fp8_w8a8_moe_quant_config(
+        w1_scale=scale, w2_scale=scale, a1_scale=scale, a2_scale=scale
+    )
+    layer = AllToAllPrepareAndFinalize(moe, RebalanceConfig())
+    given = (step.hidden_TH, step.weights_TK, step.slots_TK, EXPERTS, None, False)
+    plain, *_ = layer.prepare(*given, None)
+    rows, scales, *_ = layer.prepare(*given, quantised)
+    deferred, none, *_ = layer.prepare(*given, quantised, defer_input_quant=True)
+    assert none is None
+    return plain, rows.float() * scales, deferred, rows.dtype
+
+
+def test_a_kernel_that_takes_8_bit_rows_gets_them_with_their_scales(two_ranks: Ranks):
+    for plain, dequantised, deferred, dtype in two_ranks.run(
+        prepare_for_8_bit_kernels, timeout=IMPORT_SECONDS
+    ):
+        assert dtype == torch.float8_e4m3fn
+        assert torch.equal(deferred, plain)
+        torch.testing.assert_close(dequantised, plain, rtol=0.07, atol=0.02)

@@ -50,6 +50,7 @@ def attach(folder: str):
     from vllm.model_executor.model_loader import get_model
 
     from ep_rebalance.engines.vllm import register
+    from ep_rebalance.engines.vllm.seams import cpu_experts, prepare_finalize
     from ep_rebalance.engines.vllm.seams.attachment import Attachment
 
     register()
@@ -61,6 +62,8 @@ def attach(folder: str):
         load_format="dummy",
         additional_config={"ep_rebalance": {**EAGER, "trace": {"path": folder}}},
     ).create_engine_config()
+    cpu_experts.install()  # as in a worker: vLLM's kernel takes ids of other ranks for its own
+    prepare_finalize.install()
     with set_current_vllm_config(vllm_config):
         model = get_model(vllm_config=vllm_config)
         generator = torch.Generator().manual_seed(dist.get_rank())

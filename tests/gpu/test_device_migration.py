@@ -1,11 +1,14 @@
 """The whole loop and its rounds with two ranks on one device, over gloo and over NCCL."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from balanced_engine import Engine, assert_in_step, eager, has_generation
 from devices import group_of, waits_refused
 from migration_rig import Rig
+from mixed_layers import loaded_mixed
 from ranks import Ranks
 
 from ep_rebalance.all_to_all import ExactSplits, FixedCapacity
@@ -54,13 +57,19 @@ def test_the_steps_of_a_migration_do_not_wait_for_the_device(two_ranks: Ranks, p
     assert_in_step(two_ranks.run(steps_without_a_wait, config, *place, timeout=TIMEOUT))
 
 
-def migrate(rank, device, backend, seeds):
-    rigs = [Rig(rank, 2, seed=seed, device=device, group=group_of(backend)) for seed in seeds]
+def migrate(rank, device, backend, seeds, load):
+    options = {"device": device, "group": group_of(backend)}
+    if load is not None:
+        options["load"] = partial(load, device=device)
+    rigs = [Rig(rank, 2, seed=seed, **options) for seed in seeds]
     return [(rig.migrate(), rig.wrong_slots(rig.target)) for rig in rigs]
 
 
-def test_experts_arrive_bit_for_bit(two_ranks: Ranks, place):
-    for outcomes in two_ranks.run(migrate, *place, range(6), timeout=TIMEOUT):
+@pytest.mark.parametrize(
+    "load", [pytest.param(None, id="one type"), pytest.param(loaded_mixed, id="quantised layers")]
+)
+def test_experts_arrive_bit_for_bit(two_ranks: Ranks, place, load):
+    for outcomes in two_ranks.run(migrate, *place, range(6), load, timeout=TIMEOUT):
         for votes, wrong in outcomes:
             assert not any(votes)
             assert wrong == []

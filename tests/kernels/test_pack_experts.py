@@ -4,25 +4,34 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ep_rebalance.kernels import pack_experts
 from ep_rebalance.kernels.language import INTERPRETED, triton
 from ep_rebalance.kernels.pack_experts import (
     ALIGNMENT,
+    BLOCK,
+    BLOCK_BYTES,
     Slabs,
     pack_expert,
     pack_expert_torch,
     packed_checksum,
+    packed_checksum_torch,
     unpack_expert,
+    unpack_expert_torch,
     warm_up,
 )
 
 SLOTS = 3
 SIZES = [
     pytest.param([16], id="one short slab"),
-    pytest.param([4096 * 4 + 16, 48], id="more than a program"),
+    pytest.param([4 * BLOCK + 16, 48], id="more than a program"),
     pytest.param([64, 16, 160, 32], id="several slabs"),
-    pytest.param([7, 32, 3], id="slabs that only the reference reads"),
+    pytest.param([7, 32, 3], id="odd slabs"),
+    pytest.param([4], id="a scale alone"),
+    pytest.param([512, 256, 12, 4, 4, 4], id="weights, block scales and small scales"),
+    pytest.param([4 * BLOCK + 13, 2 * BLOCK_BYTES + 1], id="more than a program, with a tail"),
 ]
 
 
@@ -34,6 +43,28 @@ def slabs_of(sizes, device, seed=0) -> Slabs:
             for n in sizes
         ]
     )
+
+
+def slabs_in_one_buffer(layout, device, seed=0) -> tuple[Slabs, torch.Tensor]:
+    """Slabs behind each other, and the buffer around them. layout: of each tensor the bytes that are
+    left out before it, its slab's bytes, and those left out between two slabs.
+    """
+    length = sum(before + SLOTS * (size + gap) for before, size, gap in layout)
+    generator = torch.Generator().manual_seed(seed)
+    buffer = torch.randint(0, 256, (length,), generator=generator, dtype=torch.uint8).to(device)
+    tensors, position = [], 0
+    for before, size, gap in layout:
+        position += before
+        tensors.append(buffer.as_strided((SLOTS, size), (size + gap, 1), position))
+        position += SLOTS * (size + gap)
+    return Slabs.of(tensors), buffer
+
+
+SLAB = st.tuples(
+    st.one_of(st.sampled_from([0, 16]), st.integers(0, 40)),
+    st.one_of(st.integers(1, 70), st.integers(1, 5000), st.sampled_from([16, 256, 4096])),
+    st.one_of(st.just(0), st.integers(0, 40)),
+)
 
 
 def checksum_of(slabs: Slabs, packed: torch.Tensor) -> torch.Tensor:
@@ -91,16 +122,69 @@ def test_unpacking_changes_one_slot(sizes, device):
         assert torch.equal(tensor[2], old[2])
 
 
-def test_damage_changes_the_checksum(device):
-    slabs = slabs_of([64, 16, 160, 32], device)
+@given(layout=st.lists(SLAB, min_size=1, max_size=5), cut=st.integers(0, 1000))
+@settings(max_examples=25)
+def test_slabs_of_any_size_at_any_address_are_copied_as_by_the_reference(device, layout, cut):
+    slabs, buffer = slabs_in_one_buffer(layout, device)
+    packed, expected = (poisoned(slabs.packed_bytes, device) for _ in range(2))
+    checksums = torch.full((3,), -1, dtype=torch.int64, device=device)
+    middle = cut * ALIGNMENT % slabs.packed_bytes
+    pack_expert(slabs, 1, 0, packed[:middle])
+    pack_expert(slabs, 1, middle, packed[middle:], checksums[:1])
+    pack_expert_torch(slabs, 1, 0, expected, checksums[1:2])
+    packed_checksum(slabs, packed, checksums[2:])
+    assert torch.equal(packed, expected)
+    assert len(set(checksums.tolist())) == 1
+    before = buffer.clone()
+    unpack_expert(slabs, 2, packed)
+    after = buffer.clone()
+    buffer.copy_(before)
+    unpack_expert_torch(slabs, 2, expected)
+    assert torch.equal(after, buffer)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 16])
+def test_a_slab_is_read_in_words_only_where_every_slot_is_aligned(device, gap):
+    slabs, _ = slabs_in_one_buffer([(0, 48, gap), (0, 48, 0)], device)
+    in_words = slabs.blocks_B5[:, 3] > 0
+    aligned = SLOTS * (48 + gap) % ALIGNMENT == 0
+    assert in_words.tolist() == [gap % ALIGNMENT == 0, aligned]
+
+
+@pytest.mark.parametrize("layout", [[(0, 64, 0), (0, 16, 0)], [(0, 37, 0), (1, 3, 2), (0, 1, 0)]])
+@pytest.mark.parametrize("flip", [1, 0x80])
+def test_any_byte_that_changes_changes_the_checksum(layout, flip, device):
+    slabs, _ = slabs_in_one_buffer(layout, device)
     packed = torch.zeros(slabs.packed_bytes, dtype=torch.uint8, device=device)
     pack_expert(slabs, 0, 0, packed)
     intact = int(checksum_of(slabs, packed))
-    for byte in range(len(packed)):
-        packed[byte] ^= 1
-        assert int(checksum_of(slabs, packed)) != intact
-        packed[byte] ^= 1
+    for (_, size, _), first in zip(layout, slabs.firsts, strict=True):
+        for byte in range(first, first + size):
+            packed[byte] ^= flip
+            assert int(checksum_of(slabs, packed)) != intact
+            packed[byte] ^= flip
     assert int(checksum_of(slabs, packed)) == intact
+
+
+def test_padding_is_not_in_the_checksum(device):
+    slabs = slabs_of([7, 32, 3], device)
+    packed, other = poisoned(slabs.packed_bytes, device), torch.zeros_like(poisoned(64, device))
+    pack_expert(slabs, 1, 0, packed)
+    pack_expert(slabs, 1, 0, other)
+    assert not torch.equal(packed, other)
+    assert torch.equal(checksum_of(slabs, packed), checksum_of(slabs, other))
+
+
+def test_the_checksum_is_the_weighted_sum_of_the_words_padded_with_zeros():
+    """As the module says it, in Python's integers, with words of either sign."""
+    slabs = slabs_of([4 * 3000 + 7, 4, 1, 16], "cpu")
+    packed = torch.zeros(slabs.packed_bytes, dtype=torch.uint8)
+    pack_expert(slabs, 2, 0, packed)
+    words = packed.view(torch.int32).tolist()
+    total = sum(word * (2 * n + 1) for n, word in enumerate(words))
+    checksum = torch.zeros(1, dtype=torch.int64)
+    packed_checksum_torch(slabs, packed, checksum)
+    assert (int(checksum) - total) % 2**64 == 0
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -142,7 +226,7 @@ def test_nothing_is_compiled_after_warming_up(monkeypatch):
     launches = Launches()
     monkeypatch.setattr(pack_experts, "_kernel", launches)
     monkeypatch.setattr(pack_experts, "runs_triton", lambda tensor: True)
-    slabs = slabs_of([64, 16, 4096, 32], "cpu")
+    slabs = slabs_of([64, 16, 4096, 37, 4, 4], "cpu")
     packed = torch.zeros(slabs.packed_bytes, dtype=torch.uint8)
     checksums = torch.zeros(8, dtype=torch.int64)
     warm_up(slabs, packed)

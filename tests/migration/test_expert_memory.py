@@ -9,6 +9,12 @@ from hypothesis import strategies as st
 
 from ep_rebalance.kernels.pack_experts import ALIGNMENT
 from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.slabs import (
+    NamedTensor,
+    SlabTensor,
+    slabs_of_layers,
+    split_by_expert,
+)
 
 SLOTS = 3
 SHAPES = [
@@ -30,6 +36,11 @@ def random_tensors(shapes, dtype, seed=0, slots=SLOTS):
         .view(dtype)
         for shape in shapes
     ]
+
+
+def numbered(*shape) -> torch.Tensor:
+    """float32; no two elements are alike."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
 
 
 def pack(memory: ExpertMemory, slot: int, layer: int = 0) -> torch.Tensor:
@@ -99,16 +110,81 @@ def test_layers_have_sizes_of_their_own():
     assert memory.expert_bytes_L == (16, 128)
 
 
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        pytest.param([torch.zeros(4, 6).t()], id="not contiguous"),
-        pytest.param([torch.zeros(4, 2), torch.zeros(5, 2)], id="other number of slots"),
-    ],
-)
-def test_tensors_that_are_not_one_block_per_expert_are_refused(tensors):
-    with pytest.raises(ValueError, match="contiguous"):
-        ExpertMemory([tensors])
+def test_a_scale_that_each_expert_has_once_moves_with_it():
+    layer = {"weight": random_tensors([(4, 8)], torch.uint8)[0], "alpha": torch.rand(SLOTS)}
+    expected = layer["weight"][0].clone(), layer["alpha"][0].clone()
+    memory = ExpertMemory([layer])
+    memory.write(0, 2, pack(memory, 0))
+    assert torch.equal(layer["weight"][2], expected[0])
+    assert torch.equal(layer["alpha"][2], expected[1])
+
+
+def test_slabs_are_taken_as_they_are_cut():
+    weight, alphas = numbered(SLOTS, 5, 2), numbered(SLOTS)
+    named = [NamedTensor("weight", weight.transpose(1, 2)), NamedTensor("alphas", alphas)]
+    memory = ExpertMemory([split_by_expert(named, SLOTS).slabs])
+    assert (memory.slots, memory.expert_bytes_L) == (SLOTS, (64,))
+    assert [slab.name for slab in memory.slabs_L[0]] == ["alphas", "weight"]
+    expected = weight[0].clone()
+    memory.write(0, 2, pack(memory, 0))
+    assert torch.equal(weight[2], expected)
+    assert alphas.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_local_experts_may_be_the_last_dimension():
+    columns_first = torch.zeros(SLOTS, 5, 2).permute(2, 1, 0)
+    assert ExpertMemory([[columns_first]], slots=SLOTS).expert_bytes_L == (48,)
+
+
+def test_a_layer_without_experts_is_refused():
+    for empty in ([], [torch.empty(SLOTS, 0)], {}):
+        with pytest.raises(ValueError, match="layer 1 has no tensor"):
+            ExpertMemory([[numbered(SLOTS)], empty])
+
+
+def test_layers_with_other_numbers_of_experts_are_refused():
+    cut = [slabs_of_layers([[numbered(slots, 2)]])[0] for slots in (3, 2)]
+    with pytest.raises(ValueError, match=r"tensor 0 of layer 1 is torch.uint8 \(2, 8\)"):
+        ExpertMemory(cut)
+
+
+def test_experts_on_several_devices_are_refused():
+    layers = [[numbered(SLOTS)], [torch.zeros(SLOTS, device="meta")]]
+    with pytest.raises(ValueError, match="tensor 0 of layer 1 is on meta and tensor 0 of layer 0"):
+        ExpertMemory(layers)
+
+
+def test_two_layers_in_one_memory_are_refused():
+    weight = numbered(SLOTS, 4)
+    with pytest.raises(ValueError, match="w of layer 0 and w of layer 1 share memory"):
+        ExpertMemory([{"w": weight}, {"w": weight}])
+    with pytest.raises(ValueError, match="w of layer 0 and w of layer 2 share memory"):
+        ExpertMemory([{"w": weight}, {"w": numbered(SLOTS, 4)}, {"w": weight[:, 2:]}])
+
+
+def test_slabs_may_share_memory_expert_by_expert_alone():
+    rows = numbered(1 + SLOTS * 4)[1:].view(torch.uint8).view(SLOTS, 16)
+    left, right, shifted = (
+        SlabTensor("left", rows[:, :10]),
+        SlabTensor("right", rows[:, 6:]),
+        SlabTensor("later", rows.flatten()[8:40].view(2, 16)),
+    )
+    assert ExpertMemory([[left, right, left]]).expert_bytes_L == (48,)
+    two = [SlabTensor("left", rows[:2, :10]), shifted]
+    with pytest.raises(ValueError, match="later of layer 0 and left of layer 0 share memory"):
+        ExpertMemory([two])
+    with pytest.raises(ValueError, match="same of layer 0 and same of layer 0 share memory"):
+        ExpertMemory([[SlabTensor("same", rows[:1].expand(SLOTS, 16))]])
+
+
+def test_rows_between_each_other_share_nothing():
+    rows = numbered(SLOTS, 2, 4)
+    layers = [[rows[:, 0, :3]], [rows[:, 1, :3]]]
+    with pytest.raises(ValueError, match="share memory"):
+        ExpertMemory(layers)  # padding of a memory that seems to hold nothing else moves along
+    memory = torch.cat((rows.flatten(), torch.zeros(1)))
+    first, second = memory[:-1].view(SLOTS, 2, 4).unbind(1)
+    assert ExpertMemory([[first[:, :3]], [second[:, :3]]]).expert_bytes_L == (16, 16)
 
 
 @pytest.mark.parametrize(("shapes", "dtype"), SHAPES)

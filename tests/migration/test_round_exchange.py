@@ -7,6 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from migration_rig import Rig
+from mixed_layers import loaded_mixed
 from ranks import Ranks
 
 from ep_rebalance.migration import schedule
@@ -42,6 +43,27 @@ def test_after_a_migration_every_slot_holds_the_targets_expert(
     for migrations in answers:
         assert all(wrong == [] and not faults for wrong, faults, _ in migrations)
     assert sum(moves for _, _, moves in answers[0]) > 10
+
+
+def migrate_mixed(rank, size, seeds, max_bytes):
+    outcomes = []
+    for seed in seeds:
+        rig = Rig(rank, size, seed=seed, max_bytes=max_bytes, load=loaded_mixed)
+        votes = rig.migrate()
+        kinds = len(set(rig.memory.expert_bytes_L))
+        outcomes.append((rig.wrong_slots(rig.target), any(votes), rig.migration.num_moves, kinds))
+    return outcomes
+
+
+@pytest.mark.parametrize("max_bytes", [64, 256, 1 << 20])
+def test_layers_that_are_quantised_in_different_ways_arrive_bit_for_bit(
+    two_ranks: Ranks, max_bytes
+):
+    answers = two_ranks.run(migrate_mixed, 2, range(8), max_bytes)
+    for migrations in answers:
+        assert all(wrong == [] and not faults for wrong, faults, _, _ in migrations)
+    assert sum(moves for _, _, moves, _ in answers[0]) > 10
+    assert max(kinds for _, _, _, kinds in answers[0]) == 3
 
 
 def rounds_with_bytes(rank, size, seed, max_bytes):

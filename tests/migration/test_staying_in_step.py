@@ -4,6 +4,7 @@ abandon the migration in the same step, and the next one works.
 
 import pytest
 import torch.distributed as dist
+from forced_failures import Failing
 from migration_rig import Rig
 from ranks import Ranks
 
@@ -18,20 +19,6 @@ FAILURES = {
     "the vote": (lambda rig: dist, "all_reduce"),
 }
 """What one rank fails at, once: before anything was sent."""
-
-
-class Failing:
-    """Raises at the `at`-th call and `times` in all; otherwise what it stands for."""
-
-    def __init__(self, original, at: int, times: int = 1) -> None:
-        self.original, self.raises = original, range(at, at + times)
-        self.calls = 0
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls in self.raises:
-            raise OSError("forced failure")
-        return self.original(*args, **kwargs)
 
 
 def failing(patch: pytest.MonkeyPatch, rig: Rig, failure: str, at: int, times: int = 1) -> Failing:

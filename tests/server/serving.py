@@ -164,15 +164,15 @@ class Server:
         return self.log.read_text(errors="replace")
 
 
-def complete(port: int, *arguments: str) -> list[str]:
-    """All arguments of `vllm serve`.
+def complete(port: int, *arguments: str, model: Path = TINY_MOE) -> list[str]:
+    """All arguments of `vllm serve`. What stands in `arguments`, too, is as it stands there.
 
     One API server unless asked for more: with data parallelism vLLM would start one per rank.
     """
     if "--api-server-count" not in arguments:
         arguments = (*arguments, "--api-server-count", "1")
     return [
-        str(TINY_MOE), "--served-model-name", "tiny_moe", "--dtype", "float32", "--max-model-len", "1024",
+        str(model), "--served-model-name", "tiny_moe", "--dtype", "float32", "--max-model-len", "1024",
         "--host", HOST, "--port", str(port), *arguments,
     ]  # fmt: skip
 
@@ -189,17 +189,19 @@ def serving(
     plugins: Sequence[Path] = (),
     tokens: int = TOKENS,
     ranks: int = 2,
+    model: Path = TINY_MOE,
     **extra: str,
 ) -> Iterator[Server]:
     """A server that has answered /health; ended with all its processes.
 
+    model: its checkpoint, called tiny_moe all the same.
     extra: environment variables.
     """
     for folder in engine.path:
         assert folder.exists(), f"{folder} is missing; run scripts/setup --engines"
     port, began = free_port(), time.monotonic()
     variables = environment(ranks, engine.environment(plugins) | extra)
-    process = ServerProcess(complete(port, *arguments), variables, log)
+    process = ServerProcess(complete(port, *arguments, model=model), variables, log)
     server = Server(process, port, log, tokens)
     try:
         asyncio.run(process.ready(server.url))
@@ -212,10 +214,12 @@ def serving(
         process.stop()
 
 
-def refused_start(tmp_path: Path, *arguments: str, **extra: str) -> tuple[int, str]:
+def refused_start(
+    tmp_path: Path, *arguments: str, model: Path = TINY_MOE, **extra: str
+) -> tuple[int, str]:
     """Exit code and output of a server that must not come up."""
     result = subprocess.run(
-        [str(VLLM), "serve", *complete(free_port(), *arguments)],
+        [str(VLLM), "serve", *complete(free_port(), *arguments, model=model)],
         env=environment(2, extra),
         capture_output=True,
         text=True,

@@ -37,12 +37,18 @@ def wrong_slots(
     tensors: Tensors, placement: Placement, rank: int, dtype: torch.dtype, shapes=SHAPES
 ) -> list[tuple[int, int]]:
     """(layer, slot) of this rank's slots that do not hold the placement's expert bit for bit."""
-    expected = loaded(placement, rank, dtype, shapes)
+    return differing_slots(tensors, loaded(placement, rank, dtype, shapes))
+
+
+def differing_slots(tensors: Tensors, expected: Tensors) -> list[tuple[int, int]]:
+    """(layer, slot) wherever any tensor has another value."""
     return [
         (layer, slot)
         for layer, (ours, right) in enumerate(zip(tensors, expected, strict=True))
-        for slot in range(placement.slots_per_rank)
-        if not all(torch.equal(a[slot].cpu(), b[slot]) for a, b in zip(ours, right, strict=True))
+        for slot in range(len(right[0]))
+        if not all(
+            torch.equal(a[slot].cpu(), b[slot].cpu()) for a, b in zip(ours, right, strict=True)
+        )
     ]
 
 

@@ -1,9 +1,11 @@
 """Migrations between random placements, one rank of them."""
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from expert_weights import loaded, memory_of, wrong_slots
+from expert_weights import differing_slots, loaded, memory_of
 
 from ep_rebalance.migration import schedule
 from ep_rebalance.migration.commit import PreparedMigration, commit_batch
@@ -29,6 +31,7 @@ def random_placement(rng, layers, experts, redundant, ranks) -> Placement:
 class Rig:
     """One rank's weights and exchange, and a migration between two random placements.
 
+    load: gives the tensors of a rank's slots under a placement; left out, `loaded` does.
     steps: engine steps that `migrate` has taken.
     """
 
@@ -43,16 +46,18 @@ class Rig:
         staging=None,
         device="cpu",
         group=None,
+        load=None,
     ):
         rng = np.random.default_rng(seed)
         layers, per_rank = int(rng.integers(1, 5)), int(rng.integers(2, 5))
         redundant = int(rng.integers(0, size)) if per_rank > 2 else 0
         experts = size * per_rank - redundant
-        self.rank, self.dtype = rank, dtype
+        self.rank = rank
+        self.load = load or partial(loaded, dtype=dtype, device=device)
         self.source, self.target = (
             random_placement(rng, layers, experts, redundant, size) for _ in range(2)
         )
-        self.tensors = loaded(self.source, rank, dtype, device=device)
+        self.tensors = self.load(self.source, rank)
         self.memory = memory_of(self.tensors)
         staging = staging or per_rank + int(rng.integers(0, 2 * per_rank))
         self.counts = RoutingTables(
@@ -106,4 +111,4 @@ class Rig:
         return votes
 
     def wrong_slots(self, placement):
-        return wrong_slots(self.tensors, placement, self.rank, self.dtype)
+        return differing_slots(self.tensors, self.load(placement, self.rank))

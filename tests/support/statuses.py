@@ -16,4 +16,5 @@ def make_status() -> Status:
     status.phase_tokens = {"prefill": 5, "decode": 3}
     status.plans["committed"] = 2
     status.generation = 2
+    status.self_test = {"exact": 2}
     return status

@@ -178,6 +178,7 @@ def deepseek_v3_on_64_ranks() -> Status:
     status.measured_gain = {"low": 0.01, "estimate": 0.02, "high": 0.03}
     for seen in ("plan", "migration", "commit_stall", "round_stall"):
         getattr(status, f"{seen}_seconds").add(0.1)
+    status.self_test = {"exact": 58}
     return status
 
 

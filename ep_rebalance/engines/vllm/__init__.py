@@ -6,11 +6,13 @@
 | seams/activation | checks and completes the engine's configuration | front end |
 | seams/compile_cache | keeps our settings out of the compile cache's key | front end |
 | checks, contract | what cannot be served; what we rely on in vLLM | front end |
+| quantised_schemes | what vLLM makes of a quantised checkpoint | front end |
 | worker_extension | puts the seams below into a worker, and answers its RPCs | worker |
 | seams/worker, rank_agreement, attachment | settings agreed on; model and drafter attached | worker |
 | seams/expert_loads, weights | tell us which weights were loaded or replaced | worker |
 | seams/model_runner | calls us when a step's inputs are ready, and after each step | worker |
 | seams/router, drafts | count logical expert ids and turn them into slots; drafters' stay | worker |
+| seams/quantised_layers, quantised_pairs | have quantised layers built that may move | worker |
 | seams/eplb_state | keeps vLLM's own balancer out | worker |
 | seams/prepare_finalize, data_plane | tokens to the experts and back by our all-to-all | worker |
 | seams/experts, cpu_experts | the experts by our grouped MLP; vLLM's on CPU by ids of their rank | worker |

@@ -7,6 +7,7 @@ refused in `seams/attachment.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConf
 from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.data_plane import check_data_plane
 from ep_rebalance.engines.vllm.engine_config import ep_size, model_identity, no_experts
+from ep_rebalance.engines.vllm.quantised_schemes import refuse_schemes, schemes_of
 from ep_rebalance.load.state import check_writable, load_state
 
 
@@ -28,6 +30,7 @@ def check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_drafter(vllm_config, config)
     check_data_plane(vllm_config, config)
     _check_model(vllm_config, config)
+    _check_quantisation(vllm_config.model_config, config)
     _check_metrics(vllm_config, config.metrics)
     _check_state(vllm_config, config)
     _check_trace(config)
@@ -140,11 +143,6 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
     experts, ranks = model.get_num_experts(), ep_size(vllm_config.parallel_config)
     if experts < 1:
         raise no_experts(model.model)
-    if model.quantization is not None and config.mode != "observe":
-        raise ConfigurationError(
-            f"quantisation {model.quantization!r} is not verified: scales of an expert might stay behind.",
-            "use mode=observe, which moves nothing, or the unquantised checkpoint.",
-        )
     redundant = config.planner.redundant_experts
     if (experts + redundant) % ranks:
         fitting = -(-experts // ranks) * ranks - experts
@@ -160,6 +158,27 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
             f"planner.redundant_experts={redundant} gives a rank more slots than there are experts.",
             f"set it to at most {experts * ranks - experts}.",
         )
+
+
+def _check_quantisation(model: Any, config: RebalanceConfig) -> None:
+    """What could be right with no kernel. The kernel is known once the model is loaded, and then it is
+    looked up, and tried.
+    """
+    if model.quantization is None or config.mode == "observe":
+        return
+    schemes = schemes_of(_quantisation(model), model.hf_config.to_dict())
+    refuse_schemes(schemes, config.quantisation)
+
+
+def _quantisation(model: Any) -> dict[str, Any]:
+    """What the checkpoint says of it, or the name that `--quantization` gives to an unquantised one."""
+    named = {"quant_method": model.quantization}
+    if model.quantization in ("humming", "moe_wna16"):  # in the place of the checkpoint's own
+        return named
+    for holder in (model.hf_config, model.hf_text_config):
+        if found := getattr(holder, "quantization_config", None):
+            return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+    return named
 
 
 def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
-from ep_rebalance.config import ConfigurationError
+from ep_rebalance.config import ConfigurationError, QuantisationConfig
 from ep_rebalance.diagnosis.finding import Check, Finding
 from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.contract import check_version
+from ep_rebalance.engines.vllm.quantised_pairs import MOE_BACKENDS, Pair
+from ep_rebalance.engines.vllm.quantised_schemes import (
+    ACCELERATORS,
+    Accelerator,
+    Scheme,
+    refuse_schemes,
+    schemes_of,
+)
 
 
 def checks() -> list[tuple[str, Check]]:
@@ -63,3 +73,75 @@ def architecture(names: Sequence[str]) -> Finding:
         found=f"vLLM has no model for {', '.join(names) or 'an unnamed architecture'}",
         remedy="install the plugin that brings it; models run through Transformers were never tried",
     )
+
+
+def quantisation(
+    checkpoint: Mapping[str, Any], model: Mapping[str, Any], settings: QuantisationConfig
+) -> Iterator[Finding]:
+    """Whether the experts of a quantised checkpoint can be moved, and by which kernels.
+
+    checkpoint: its quantisation. model: its configuration. vLLM is not imported.
+    """
+    schemes = schemes_of(checkpoint, model)
+    try:
+        refuse_schemes(schemes, settings)
+    except ConfigurationError as error:
+        yield Finding(
+            check="quantisation", verdict="problem", found=error.reason, remedy=error.remedy
+        )
+        return
+    for scheme in schemes:
+        yield _scheme(scheme)
+        if any(scheme.kernels.values()):
+            yield from (_experts_on(accelerator, scheme) for accelerator in ACCELERATORS)
+
+
+def _scheme(scheme: Scheme) -> Finding:
+    known = f"{scheme.format}, loaded by {scheme.method or 'a method that was never read'}"
+    if any(scheme.kernels.values()):
+        return Finding(
+            check="quantisation",
+            verdict="ok",
+            found=f"{known}: what may move depends on the kernel",
+        )
+    return Finding(
+        check="quantisation",
+        verdict="warning",
+        found=f"{known}: unlisted with every kernel",
+        remedy="the trial at start decides (quantisation.unlisted=self_test)",
+    )
+
+
+def _experts_on(accelerator: Accelerator, scheme: Scheme) -> Finding:
+    """Of the kernels that vLLM tries there, in its order."""
+    check, pairs = f"experts on {accelerator}", scheme.pairs(accelerator)
+    if not pairs:
+        return Finding(
+            check=check, verdict="skipped", found="vLLM has no kernel there for this format"
+        )
+    return Finding(
+        check=check,
+        verdict="ok" if pairs[0].verdict == "listed" else "warning",
+        found="; then ".join(_alike(list(group)) for _, group in groupby(pairs, _told)),
+        remedy=_remedy(pairs),
+    )
+
+
+def _told(pair: Pair) -> str:
+    return "listed" if pair.verdict == "listed" else f"{pair.verdict} ({pair.reason})"
+
+
+def _alike(pairs: Sequence[Pair]) -> str:
+    return f"{', '.join(pair.kernels[0] for pair in pairs)}: {_told(pairs[0])}"
+
+
+def _remedy(pairs: Sequence[Pair]) -> str:
+    """Where what vLLM tries first is not listed."""
+    if pairs[0].verdict == "listed":
+        return ""
+    for pair in pairs:
+        if pair.verdict == "listed" and pair.kernels[0] in MOE_BACKENDS:
+            return f"--moe-backend {MOE_BACKENDS[pair.kernels[0]]} asks for the one that is listed"
+    if any(pair.verdict == "unlisted" for pair in pairs):
+        return "set quantisation.unlisted=self_test to have it tried at start, or use mode=observe"
+    return "use mode=observe there"

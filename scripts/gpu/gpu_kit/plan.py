@@ -20,7 +20,11 @@ NCCL = {
 }
 """Load c's library in place of PyTorch's, and two ranks on one GPU."""
 
-STEP_PATH = ("tests/gpu/test_device_routing.py", "tests/gpu/test_device_host_memory.py")
+STEP_PATH = (
+    "tests/gpu/test_device_routing.py",
+    "tests/gpu/test_device_host_memory.py",
+    "tests/gpu/test_device_packing.py",
+)
 LOOP = "tests/gpu/test_device_migration.py"
 
 

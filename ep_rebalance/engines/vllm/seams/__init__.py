@@ -17,6 +17,7 @@ def of_workers() -> tuple[ModuleType, ...]:
         experts,
         model_runner,
         prepare_finalize,
+        quantised_layers,
         router,
         weights,
         worker,
@@ -24,6 +25,7 @@ def of_workers() -> tuple[ModuleType, ...]:
 
     return (
         router,
+        quantised_layers,
         eplb_state,
         worker,
         expert_loads,

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.config import ConfigurationError
 from ep_rebalance.engines.port import EngineModel, Session
 from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
+from ep_rebalance.engines.vllm.movable_experts import MovableExperts, movable_experts
 from ep_rebalance.engines.vllm.parallel import ep_group, ranks_on_nodes
 from ep_rebalance.engines.vllm.seams import router
 from ep_rebalance.engines.vllm.seams.drafts import draft_model, leave_in_place, satisfy_validation
 from ep_rebalance.engines.vllm.seams.expert_loads import ExpertLoads
 from ep_rebalance.placement import Placement
+from ep_rebalance.telemetry.self_test import NOT_TRIED
 
 
 class Attachment:
@@ -38,10 +40,13 @@ class Attachment:
         shares = _tokens_are_shared(moe_model)
         for layer in moe_model.moe_layers:
             _refuse_unseen_routing(layer)
+        experts: MovableExperts | None = None
         if config.mode != "observe":
-            _allow_moves(moe_model, device)
+            for layer in moe_model.moe_layers:
+                satisfy_validation(layer.router, device)
+            experts = movable_experts(tuple(moe_model.moe_layers), vllm_config, config.quantisation)
         session = Session(
-            config, _engine_model(moe_model, vllm_config, config, device, shares_tokens=shares)
+            config, _engine_model(moe_model, vllm_config, experts, device, shares_tokens=shares)
         )
         _attach_routers(moe_model, session, splits_tokens=not shares)
         leave_in_place(model, device, listed=tuple(moe_model.moe_layers))
@@ -88,13 +93,18 @@ def _moe_model(model: Any) -> Any:
 def _engine_model(
     model: Any,
     vllm_config: Any,
-    config: RebalanceConfig,
+    experts: MovableExperts | None,
     device: torch.device,
     *,
     shares_tokens: bool,
 ) -> EngineModel:
-    """What the balancer has to know about the model. Collective."""
+    """What the balancer has to know about the model. Collective.
+
+    experts: None in mode observe.
+    """
     import vllm
+
+    config = active_config(vllm_config)
 
     layers, group = tuple(model.moe_layers), ep_group()
     tensor_ranks = _tensor_group().world_size
@@ -104,9 +114,8 @@ def _engine_model(
         identity=model_identity(vllm_config, config),
         placement=_loaded_placement(model, vllm_config),
         top_k=layers[0].router.top_k,
-        # As vLLM's own balancer collects them (`MixtureOfExperts.set_eplb_state` in
-        # vllm/model_executor/models/interfaces.py).
-        expert_tensors=lambda: [list(layer.get_expert_weights()) for layer in layers],
+        expert_tensors=list if experts is None else experts.slabs,
+        self_test=NOT_TRIED if experts is None else experts.self_test,
         group=group.device_group,
         host_group=group.cpu_group,
         topology=ranks_on_nodes(ranks_per_source=tensor_ranks if shares_tokens else 1),
@@ -115,8 +124,8 @@ def _engine_model(
         max_tokens=batched + 2 * tensor_ranks + 1024,
         hidden_size=vllm_config.model_config.get_hidden_size(),
         expert_bytes_L=[_expert_bytes(layer.routed_experts) for layer in layers]
-        if config.trace.path is not None
-        else (),
+        if experts is None
+        else experts.expert_bytes_L,
     )
 
 
@@ -177,28 +186,8 @@ def _refuse_unseen_routing(layer: Any) -> None:
         )
 
 
-def _allow_moves(model: Any, device: torch.device) -> None:
-    for layer in model.moe_layers:
-        _refuse_hidden_tensors(layer.routed_experts)
-        satisfy_validation(layer.router, device)
-
-
 def _expert_bytes(experts: Any) -> int:
-    """Bytes of one expert of a layer. Known in mode observe too, which has no `ExpertMemory` to ask."""
+    """Bytes of one expert of a layer, by its parameters, where nothing is to move."""
     local = experts.local_num_experts
     tensors = [p for p in experts.parameters() if p.ndim and len(p) == local]
     return sum(tensor.nbytes // local for tensor in tensors)
-
-
-def _refuse_hidden_tensors(experts: Any) -> None:
-    """A per-expert tensor that is not a parameter would stay behind when the expert moves."""
-    for name, value in vars(experts).items():
-        if (
-            isinstance(value, torch.Tensor)
-            and value.ndim > 1
-            and len(value) == experts.local_num_experts
-        ):
-            raise ConfigurationError(
-                f"layer {experts.layer_name!r} keeps the per-expert tensor {name!r} outside its parameters.",
-                "use mode=observe, which moves nothing.",
-            )

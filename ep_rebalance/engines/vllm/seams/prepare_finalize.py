@@ -39,6 +39,10 @@ CONTRACTS = (
         "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEPrepareAndFinalizeModular.finalize",
         ("output", "fused_expert_output"),
     ),
+    Contract(
+        "vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep:_quantize_input",
+        ("a1", "quant_config"),
+    ),
 )
 
 
@@ -46,6 +50,7 @@ def install() -> None:
     """Use our all-to-all where the configuration asks for it."""
     original = getattr(importlib.import_module(_HOME), _NAME)
 
+    @functools.wraps(original)
     def make(moe: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config
 
@@ -132,7 +137,12 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         quant_config: Any,
         defer_input_quant: bool = False,
     ) -> mk.PrepareResultType:
-        """Send this rank's tokens. Returns rows, ids and weights for the expert kernel, in vLLM's form."""
+        """Send this rank's tokens. Returns rows, their scales, ids and weights for the expert kernel, in
+        vLLM's form.
+
+        Rows are sent as they are, and quantised where they arrive: a row's scales come from it alone, or from
+        the layer.
+        """
         hidden, weights, slots = (self._share(t) for t in (a1, topk_weights, topk_ids))
         if apply_router_weight_on_input:
             hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
@@ -140,7 +150,10 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         rows, ids = self._as_the_experts_take_them(self._dispatched)
         # The router's weights are applied when outputs are combined, not by the experts.
         ones = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
-        return rows, None, None, ids, ones
+        if defer_input_quant or quant_config is None or quant_config.quant_dtype is None:
+            return rows, None, None, ids, ones
+        rows, scales = _quantise(rows, quant_config)
+        return rows, scales, None, ids, ones
 
     def finalize(
         self,
@@ -210,3 +223,12 @@ def _node_groups() -> NodeGroups:
     from vllm.distributed.parallel_state import get_ep_group
 
     return NodeGroups.create(get_ep_group().device_group, ranks_per_node())
+
+
+def _quantise(rows_MH: torch.Tensor, quant_config: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As vLLM prepares the rows of one rank (vllm/model_executor/layers/fused_moe/prepare_finalize/
+    no_dp_ep.py)."""
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import _quantize_input
+
+    quantised: tuple[torch.Tensor, torch.Tensor | None] = _quantize_input(rows_MH, quant_config)
+    return quantised

@@ -1,0 +1,141 @@
+"""The trials of moves (`migration/proof.py`, `migration/trial_move.py`) on a MoE layer of vLLM, through
+its real kernel.
+
+No exception leaves them on one rank alone: it becomes a verdict, and `migration/verdicts.py` tells it to
+all. A layer's kernel may be collective, where all-to-alls are part of it: a rank where it raised then keeps
+the others waiting in it, until `distributed_timeout_seconds` of vLLM's ParallelConfig or what torch has
+for the backend, and they fail, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ep_rebalance.engines.vllm.expert_tensors import LayerTensors
+from ep_rebalance.engines.vllm.parallel import ep_group
+from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.proof import Proof, failed, prove_moves, ring_ids
+from ep_rebalance.migration.trial_move import RingProof, prove_move
+
+_SEED = 0
+
+
+def compute_once(layer: Any, vllm_config: Any) -> Proof | None:
+    """Let the kernel make what it makes at its first call, before its tensors are looked for. Only that it
+    failed is a finding.
+
+    Collective where the layer is.
+    layer: of vLLM's `moe_layers`.
+    """
+    try:
+        _Trial(layer, vllm_config).compute(_ring(layer))
+    except Exception as error:
+        return failed(error)
+    return None
+
+
+def prove_layer(layer: Any, tensors: LayerTensors, vllm_config: Any) -> Proof:
+    """Whether what was found is what has to move.
+
+    Collective where the layer is: all ranks call it for the same layers in the same order, outside of a
+    forward pass and of a capture.
+    layer: of vLLM's `moe_layers`. tensors: of it.
+    """
+    try:
+        trial, ids_TK = _Trial(layer, vllm_config), _ring(layer)
+    except Exception as error:
+        return failed(error)
+    return prove_moves(trial.compute, tensors.slabs, ids_TK)
+
+
+def prove_layer_between_ranks(
+    layer: Any, number: int, memory: ExpertMemory, vllm_config: Any
+) -> RingProof:
+    """Whether the layer's experts are the same on the next EP rank. Collective, as `prove_layer`.
+
+    layer: of vLLM's `moe_layers`. number: of it in `memory`.
+    """
+    trials: list[_Trial] = []
+
+    def compute(ids_TK: torch.Tensor) -> torch.Tensor:
+        if not trials:  # made here, where it may fail and the others are told
+            trials.append(_Trial(layer, vllm_config))
+        return trials[0].compute(ids_TK)
+
+    ranks = ep_group()
+    return prove_move(
+        memory,
+        number,
+        compute,
+        _ring(layer),
+        group=ranks.device_group,
+        host_group=ranks.cpu_group,
+    )
+
+
+def _ring(layer: Any) -> torch.Tensor:
+    experts = layer.routed_experts
+    ids_TK = ring_ids(int(experts.local_num_experts), int(experts.top_k))
+    return ids_TK.to(experts.moe_config.device)
+
+
+class _Trial:
+    """Tokens of this rank for its own experts, always the same.
+
+    They go past the router, by `FusedMoEMethodBase.apply` (vllm/model_executor/layers/fused_moe/
+    fused_moe_method_base.py), as `RoutedExperts.forward_modular` calls it. Tensor-parallel ranks that
+    share their tokens have those of all of them, and each looks at its own.
+    """
+
+    def __init__(self, layer: Any, vllm_config: Any) -> None:
+        self._experts = layer.routed_experts
+        self._experts._ensure_moe_quant_config_init()  # as `MoERunner` does it before each call
+        self._vllm_config = vllm_config
+        config = self._experts.moe_config
+        ids_TK = _ring(layer)
+        tokens, top_k = ids_TK.shape
+        ranks, place = _ranks_of_shared_tokens(config)
+        first_rank = config.moe_parallel_config.ep_rank - place
+        self._own = slice(place * tokens, (place + 1) * tokens)
+        self._first_slot_R11 = tokens * torch.arange(
+            first_rank, first_rank + ranks, dtype=torch.int32, device=ids_TK.device
+        ).view(-1, 1, 1)
+        generator = torch.Generator().manual_seed(_SEED)
+        hidden_TH = torch.randn(tokens, config.hidden_dim, generator=generator)
+        weights_TK = 0.5 + torch.rand(tokens, top_k, generator=generator)
+        self._hidden_TH = hidden_TH.to(ids_TK.device, config.in_dtype).repeat(ranks, 1)
+        self._weights_TK = weights_TK.to(ids_TK.device).repeat(ranks, 1)
+        self._ids_dtype = self._experts.quant_method.topk_indices_dtype or torch.int32
+
+    @torch.inference_mode()
+    def compute(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Outputs [T, H] of the tokens by these local experts."""
+        from vllm.forward_context import set_forward_context
+
+        experts = self._experts
+        slots_TK = (ids_TK + self._first_slot_R11).flatten(0, 1)
+        with set_forward_context(None, self._vllm_config, num_tokens=len(slots_TK)):
+            output: torch.Tensor = experts.quant_method.apply(
+                layer=experts,
+                x=self._hidden_TH.clone(),  # some kernels write over it
+                topk_weights=self._weights_TK.clone(),
+                topk_ids=slots_TK.to(self._ids_dtype),
+                shared_experts=None,
+                shared_experts_input=None,
+            )
+        return output[self._own].clone()
+
+
+def _ranks_of_shared_tokens(config: Any) -> tuple[int, int]:
+    """How many ranks have the same tokens, and which of them this one is.
+
+    config: vLLM's FusedMoEConfig.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    if config.is_sequence_parallel:
+        return 1, 0
+    return int(group.world_size), int(group.rank_in_group)

@@ -1,0 +1,163 @@
+"""What a loaded model's experts consist of, and the proof that they may move: found, compared over ranks,
+tried. Before the engine profiles and captures, on every rank.
+
+A rank that finds a fault tells the others before any of them goes on, so that all refuse or none.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ep_rebalance.config import ConfigurationError, QuantisationConfig
+from ep_rebalance.engines.vllm.expert_proof import (
+    compute_once,
+    prove_layer,
+    prove_layer_between_ranks,
+)
+from ep_rebalance.engines.vllm.expert_tensors import (
+    OTHER_KERNEL,
+    LayerTensors,
+    find_expert_tensors,
+    refuse_differences,
+    refuse_unmovable,
+)
+from ep_rebalance.engines.vllm.parallel import ep_group
+from ep_rebalance.engines.vllm.quantised_pairs import pair_of_layer, refuse_pair
+from ep_rebalance.migration import compile_schedule
+from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.slabs import SlabTensor
+from ep_rebalance.migration.verdicts import Finding, refuse_unproven
+from ep_rebalance.telemetry.self_test import SelfTest
+
+logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class MovableExperts:
+    """The experts of one rank.
+
+    slabs: finds what moves with each layer's experts, as it is then.
+    expert_bytes_L: bytes of one expert of each layer.
+    self_test: what came of the trial of moves.
+    """
+
+    slabs: Callable[[], Sequence[Sequence[SlabTensor]]]
+    expert_bytes_L: tuple[int, ...]
+    self_test: SelfTest
+
+
+def movable_experts(
+    layers: Sequence[Any], vllm_config: Any, settings: QuantisationConfig
+) -> MovableExperts:
+    """Collective.
+
+    layers: vLLM's `moe_layers`, loaded.
+
+    Raises ConfigurationError, the same on all ranks, if their experts may not move.
+    """
+    group = ep_group().cpu_group
+    began = time.perf_counter()
+    for layer in layers:
+        experts = layer.routed_experts
+        refuse_pair(pair_of_layer(experts.quant_method), settings, experts.layer_name)
+    if settings.self_test:
+        _refuse_failures(_first_runs(layers, vllm_config), group)
+    found = _on_all_ranks(lambda: find_expert_tensors(layers), group)
+    summaries: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(summaries, [layer.summary for layer in found], group=group)
+    refuse_differences(found, summaries)
+    _on_all_ranks(lambda: refuse_unmovable(found), group)
+    verdicts: Counter[str] = Counter()
+    if settings.self_test:
+        verdicts = _tried(layers, found, vllm_config, group)
+    seconds = time.perf_counter() - began
+    logger.info(
+        "ep_rebalance: %d MoE layers may move, %s bytes per expert; %s, %.2f s",
+        len(found),
+        _range([layer.expert_bytes for layer in found]),
+        f"tried: {dict(verdicts)}" if verdicts else "not tried (quantisation.self_test)",
+        seconds,
+    )
+    return MovableExperts(
+        slabs=lambda: [layer.slabs for layer in find_expert_tensors(layers)],
+        expert_bytes_L=tuple(layer.expert_bytes for layer in found),
+        self_test=SelfTest(verdicts=dict(verdicts), seconds=seconds),
+    )
+
+
+def _first_runs(layers: Sequence[Any], vllm_config: Any) -> list[Finding]:
+    """Kernels make what they make at their first call. Returns the layers in which that failed."""
+    proofs = [(layer, compute_once(layer, vllm_config)) for layer in layers]
+    return [
+        Finding.alone(layer.routed_experts.layer_name, (), proof)
+        for layer, proof in proofs
+        if proof is not None
+    ]
+
+
+def _tried(
+    layers: Sequence[Any],
+    found: Sequence[LayerTensors],
+    vllm_config: Any,
+    group: dist.ProcessGroup,
+) -> Counter[str]:
+    """One layer of each kind stands for the others. Returns how many layers have which verdict."""
+    alike = Counter(tensors.signature for tensors in found)
+    first_of_kind = {tensors.signature: number for number, tensors in reversed([*enumerate(found)])}
+    compile_schedule()  # the move between ranks needs it
+    memory = _on_all_ranks(lambda: _memory(found), group)
+    verdicts: Counter[str] = Counter()
+    findings: list[Finding] = []
+    for signature, number in sorted(first_of_kind.items(), key=lambda item: item[1]):
+        layer, tensors = layers[number], found[number]
+        alone = prove_layer(layer, tensors, vllm_config)
+        findings.append(Finding.alone(tensors.layer, tensors.slabs, alone))
+        between = prove_layer_between_ranks(layer, number, memory, vllm_config)
+        findings.append(
+            Finding.from_ring(tensors.layer, tensors.slabs, between, dist.get_rank(group))
+        )
+        verdicts[between.verdict.name.lower()] += alike[signature]
+    _refuse_failures(findings, group)
+    return verdicts
+
+
+def _memory(found: Sequence[LayerTensors]) -> ExpertMemory:
+    try:
+        return ExpertMemory([tensors.slabs for tensors in found])
+    except ValueError as error:
+        raise ConfigurationError(f"{error}.", OTHER_KERNEL) from None
+
+
+def _refuse_failures(findings: Sequence[Finding], group: dist.ProcessGroup) -> None:
+    refuse_unproven(findings, group=group, remedy=OTHER_KERNEL)
+
+
+def _on_all_ranks(find: Callable[[], Found], group: dist.ProcessGroup) -> Found:
+    """What `find` returns. Raises the first rank's ConfigurationError on all of them. Collective."""
+    found: Found | None = None
+    refused: tuple[str, str] | None = None
+    try:
+        found = find()
+    except ConfigurationError as error:
+        refused = error.reason, error.remedy
+    refused_R: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(refused_R, refused, group=group)
+    for rank, parts in enumerate(refused_R):
+        if parts is not None:
+            reason, remedy = parts
+            raise ConfigurationError(f"EP rank {rank}: {reason}", remedy)
+    return found  # type: ignore[return-value]
+
+
+def _range(sizes: Sequence[int]) -> str:
+    least, most = min(sizes), max(sizes)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
