@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ep_rebalance.config import ConfigurationError, QuantisationConfig
@@ -32,9 +33,9 @@ from ep_rebalance.engines.vllm.parallel import ep_group
 from ep_rebalance.engines.vllm.quantised_pairs import pair_of_layer, refuse_pair
 from ep_rebalance.migration import compile_schedule
 from ep_rebalance.migration.expert_memory import ExpertMemory
-from ep_rebalance.migration.slabs import SlabTensor
+from ep_rebalance.migration.slabs import ExpertsOfLayer
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
-from ep_rebalance.telemetry.self_test import SelfTest
+from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class MovableExperts:
     self_test: what came of the trial of moves.
     """
 
-    slabs: Callable[[], Sequence[Sequence[SlabTensor]]]
+    slabs: Callable[[], Sequence[ExpertsOfLayer]]
     expert_bytes_L: tuple[int, ...]
     self_test: SelfTest
 
@@ -92,6 +93,40 @@ def movable_experts(
         expert_bytes_L=tuple(layer.expert_bytes for layer in found),
         self_test=SelfTest(verdicts=dict(verdicts), seconds=seconds),
     )
+
+
+def experts_as_listed(layers: Sequence[Any]) -> MovableExperts:
+    """Experts of a model that is not quantised, as vLLM's own balancer collects them
+    (`MixtureOfExperts.set_eplb_state` in vllm/model_executor/models/interfaces.py). Nothing is tried.
+
+    layers: vLLM's `moe_layers`, loaded.
+
+    Raises ConfigurationError if a layer keeps a tensor of its experts that vLLM does not list.
+    """
+    for layer in layers:
+        _refuse_hidden_tensors(layer.routed_experts)
+    local = layers[0].routed_experts.local_num_experts
+    listed = [layer.get_expert_weights() for layer in layers]
+    return MovableExperts(
+        slabs=lambda: [list(layer.get_expert_weights()) for layer in layers],
+        expert_bytes_L=tuple(
+            sum(w.nbytes // local for w in weights) for weights in map(list, listed)
+        ),
+        self_test=NOT_TRIED,
+    )
+
+
+def _refuse_hidden_tensors(experts: Any) -> None:
+    for name, value in vars(experts).items():
+        if (
+            isinstance(value, torch.Tensor)
+            and value.ndim > 1
+            and len(value) == experts.local_num_experts
+        ):
+            raise ConfigurationError(
+                f"layer {experts.layer_name!r} keeps the per-expert tensor {name!r} outside its parameters.",
+                "use mode=observe, which moves nothing.",
+            )
 
 
 def _first_runs(layers: Sequence[Any], vllm_config: Any) -> list[Finding]:

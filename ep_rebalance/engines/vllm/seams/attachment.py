@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.engines.port import EngineModel, Session
 from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
-from ep_rebalance.engines.vllm.movable_experts import MovableExperts, movable_experts
+from ep_rebalance.engines.vllm.movable_experts import (
+    MovableExperts,
+    experts_as_listed,
+    movable_experts,
+)
 from ep_rebalance.engines.vllm.parallel import ep_group, ranks_on_nodes
 from ep_rebalance.engines.vllm.seams import router
 from ep_rebalance.engines.vllm.seams.drafts import draft_model, leave_in_place, satisfy_validation
@@ -44,7 +48,11 @@ class Attachment:
         if config.mode != "observe":
             for layer in moe_model.moe_layers:
                 satisfy_validation(layer.router, device)
-            experts = movable_experts(tuple(moe_model.moe_layers), vllm_config, config.quantisation)
+            layers = tuple(moe_model.moe_layers)
+            if getattr(vllm_config.model_config, "quantization", None) is None:
+                experts = experts_as_listed(layers)
+            else:
+                experts = movable_experts(layers, vllm_config, config.quantisation)
         session = Session(
             config, _engine_model(moe_model, vllm_config, experts, device, shares_tokens=shares)
         )
