@@ -90,6 +90,7 @@ class _Trial:
     """
 
     def __init__(self, layer: Any, vllm_config: Any) -> None:
+        self._layer = layer
         self._experts = layer.routed_experts
         self._experts._ensure_moe_quant_config_init()  # as `MoERunner` does it before each call
         self._vllm_config = vllm_config
@@ -116,7 +117,12 @@ class _Trial:
 
         experts = self._experts
         slots_TK = (ids_TK + self._first_slot_R11).flatten(0, 1)
-        with set_forward_context(None, self._vllm_config, num_tokens=len(slots_TK)):
+        with (
+            set_forward_context(None, self._vllm_config, num_tokens=len(slots_TK)),
+            # Tells vLLM's own exchange over data-parallel ranks how many tokens each has, as in
+            # `MoERunner` (vllm/model_executor/layers/fused_moe/runner/moe_runner.py).
+            self._layer._sequence_parallel_context(),
+        ):
             output: torch.Tensor = experts.quant_method.apply(
                 layer=experts,
                 x=self._hidden_TH.clone(),  # some kernels write over it
