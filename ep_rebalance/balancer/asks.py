@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -95,3 +95,12 @@ def ask(request: Ask[Answer]) -> Asks[Answer]:
     """The answer to one request, with its type, which a bare `yield` would lose."""
     answer: Answer = yield request
     return answer
+
+
+def drive(
+    asks: Asks[None], answer: Callable[[Ask[Any]], Generator[None, None, Any]]
+) -> Generator[None, None, None]:
+    """Send each ask its answer, for which `answer` may let steps pass, one with each `yield`."""
+    given: Any = None
+    while True:
+        given = yield from answer(asks.send(given))

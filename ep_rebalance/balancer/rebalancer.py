@@ -27,6 +27,7 @@ from ep_rebalance.balancer.asks import (
     TakeUpQuotas,
     Tell,
     WorkOutRounds,
+    drive,
 )
 from ep_rebalance.balancer.control import Action, Control
 from ep_rebalance.balancer.engine_model import EngineModel
@@ -120,7 +121,7 @@ class Rebalancer:
         self._prepared: PreparedMigration | None = None
         self._reloads = 0  # how many all ranks have been told of
         self._ended: MigrationEnd | None = None  # for the next snapshot's record
-        self._driver = self._drive()
+        self._driver = drive(self._loop.run(), self._answer)
         next(self._driver)  # up to the first `yield`, where it waits for a step to end
 
     def warm_up(self) -> None:
@@ -203,11 +204,6 @@ class Rebalancer:
             raise
 
     # What follows is advanced by `step`; a bare `yield` is the end of an engine step.
-
-    def _drive(self) -> Steps:
-        asks, answer = self._loop.run(), None
-        while True:
-            answer = yield from self._answer(asks.send(answer))
 
     def _answer(self, asked: Ask[Any]) -> Generator[None, None, Any]:
         match asked:

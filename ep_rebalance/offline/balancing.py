@@ -25,6 +25,7 @@ from ep_rebalance.balancer.asks import (
     TakeUpQuotas,
     Tell,
     WorkOutRounds,
+    drive,
 )
 from ep_rebalance.balancer.loop import BalancingLoop
 from ep_rebalance.config import RebalanceConfig
@@ -111,7 +112,7 @@ class ReplayedServer:
         self._planning = self._scheduling = (
             False  # from its begin until a snapshot says that it is done
         )
-        self._driver = self._drive()
+        self._driver = drive(self._loop.run(), self._answer)
         next(self._driver)
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
@@ -120,11 +121,6 @@ class ReplayedServer:
         next(self._driver)
 
     # What follows is advanced by `snapshot`; a bare `yield` waits for the next one.
-
-    def _drive(self) -> Steps:
-        asks, answer = self._loop.run(), None
-        while True:
-            answer = yield from self._answer(asks.send(answer))
 
     def _answer(self, asked: Ask[Any]) -> Generator[None, None, Any]:
         match asked:
