@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,13 +33,12 @@ from ep_rebalance.engines.vllm.parallel import ep_group
 from ep_rebalance.engines.vllm.quantised_pairs import pair_of_layer, refuse_pair
 from ep_rebalance.migration import compile_schedule
 from ep_rebalance.migration.expert_memory import ExpertMemory
+from ep_rebalance.migration.proof import Verdict, in_a_line
 from ep_rebalance.migration.slabs import ExpertsOfLayer
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
 from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
 
 logger = logging.getLogger(__name__)
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +71,11 @@ def movable_experts(
         refuse_pair(pair_of_layer(experts.quant_method), settings, experts.layer_name)
     if settings.self_test:
         _refuse_failures(_first_runs(layers, vllm_config), group)
-    found = _on_all_ranks(lambda: find_expert_tensors(layers), group)
+    found = find_expert_tensors(layers)
     summaries: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(summaries, [layer.summary for layer in found], group=group)
     refuse_differences(found, summaries)
-    _on_all_ranks(lambda: refuse_unmovable(found), group)
+    refuse_unmovable(found)  # for the same reasons on all ranks, which were compared
     verdicts: Counter[str] = Counter()
     if settings.self_test:
         verdicts = _tried(layers, found, vllm_config, group)
@@ -97,7 +96,8 @@ def movable_experts(
 
 def experts_as_listed(layers: Sequence[Any]) -> MovableExperts:
     """Experts of a model that is not quantised, as vLLM's own balancer collects them
-    (`MixtureOfExperts.set_eplb_state` in vllm/model_executor/models/interfaces.py). Nothing is tried.
+    (`MixtureOfExperts.set_eplb_state` in vllm/model_executor/models/interfaces.py). Nothing is tried: such
+    models have moved on a GPU this way, and the trial has run on none.
 
     layers: vLLM's `moe_layers`, loaded.
 
@@ -105,18 +105,22 @@ def experts_as_listed(layers: Sequence[Any]) -> MovableExperts:
     """
     for layer in layers:
         _refuse_hidden_tensors(layer.routed_experts)
-    local = layers[0].routed_experts.local_num_experts
-    listed = [layer.get_expert_weights() for layer in layers]
     return MovableExperts(
         slabs=lambda: [list(layer.get_expert_weights()) for layer in layers],
-        expert_bytes_L=tuple(
-            sum(w.nbytes // local for w in weights) for weights in map(list, listed)
-        ),
+        expert_bytes_L=tuple(listed_bytes(layer.routed_experts) for layer in layers),
         self_test=NOT_TRIED,
     )
 
 
+def listed_bytes(experts: Any) -> int:
+    """Bytes of one expert of a layer, by its parameters."""
+    local = experts.local_num_experts
+    tensors = [p for p in experts.parameters() if p.ndim and len(p) == local]
+    return sum(tensor.nbytes // local for tensor in tensors)
+
+
 def _refuse_hidden_tensors(experts: Any) -> None:
+    """A per-expert tensor that is not a parameter would stay behind when the expert moves."""
     for name, value in vars(experts).items():
         if (
             isinstance(value, torch.Tensor)
@@ -149,7 +153,7 @@ def _tried(
     alike = Counter(tensors.signature for tensors in found)
     first_of_kind = {tensors.signature: number for number, tensors in reversed([*enumerate(found)])}
     compile_schedule()  # the move between ranks needs it
-    memory = _on_all_ranks(lambda: _memory(found), group)
+    memory = _memory(found, group)
     verdicts: Counter[str] = Counter()
     findings: list[Finding] = []
     for signature, number in sorted(first_of_kind.items(), key=lambda item: item[1]):
@@ -165,32 +169,19 @@ def _tried(
     return verdicts
 
 
-def _memory(found: Sequence[LayerTensors]) -> ExpertMemory:
+def _memory(found: Sequence[LayerTensors], group: dist.ProcessGroup) -> ExpertMemory:
+    memory, failures = None, []
     try:
-        return ExpertMemory([tensors.slabs for tensors in found])
+        memory = ExpertMemory([tensors.slabs for tensors in found])
     except ValueError as error:
-        raise ConfigurationError(f"{error}.", OTHER_KERNEL) from None
+        failures.append(Finding(found[0].layer, Verdict.FAILED, failure=in_a_line(error)))
+    _refuse_failures(failures, group)
+    assert memory is not None, "no rank failed"
+    return memory
 
 
 def _refuse_failures(findings: Sequence[Finding], group: dist.ProcessGroup) -> None:
     refuse_unproven(findings, group=group, remedy=OTHER_KERNEL)
-
-
-def _on_all_ranks(find: Callable[[], Found], group: dist.ProcessGroup) -> Found:
-    """What `find` returns. Raises the first rank's ConfigurationError on all of them. Collective."""
-    found: Found | None = None
-    refused: tuple[str, str] | None = None
-    try:
-        found = find()
-    except ConfigurationError as error:
-        refused = error.reason, error.remedy
-    refused_R: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(refused_R, refused, group=group)
-    for rank, parts in enumerate(refused_R):
-        if parts is not None:
-            reason, remedy = parts
-            raise ConfigurationError(f"EP rank {rank}: {reason}", remedy)
-    return found  # type: ignore[return-value]
 
 
 def _range(sizes: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from ep_rebalance.engines.vllm.engine_config import active_config, model_identit
 from ep_rebalance.engines.vllm.movable_experts import (
     MovableExperts,
     experts_as_listed,
+    listed_bytes,
     movable_experts,
 )
 from ep_rebalance.engines.vllm.parallel import ep_group, ranks_on_nodes
@@ -131,7 +132,7 @@ def _engine_model(
         # The scheduler's bound, and room for the padding that vLLM adds to a batch.
         max_tokens=batched + 2 * tensor_ranks + 1024,
         hidden_size=vllm_config.model_config.get_hidden_size(),
-        expert_bytes_L=[_expert_bytes(layer.routed_experts) for layer in layers]
+        expert_bytes_L=[listed_bytes(layer.routed_experts) for layer in layers]
         if experts is None
         else experts.expert_bytes_L,
     )
@@ -192,10 +193,3 @@ def _refuse_unseen_routing(layer: Any) -> None:
             "can be counted.",
             "choose another kernel with --moe-backend, or serve without --plugin ep_rebalance.",
         )
-
-
-def _expert_bytes(experts: Any) -> int:
-    """Bytes of one expert of a layer, by its parameters, where nothing is to move."""
-    local = experts.local_num_experts
-    tensors = [p for p in experts.parameters() if p.ndim and len(p) == local]
-    return sum(tensor.nbytes // local for tensor in tensors)
