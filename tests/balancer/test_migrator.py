@@ -136,8 +136,9 @@ def test_quotas_alone_take_no_step_and_no_generation(two_ranks: Ranks):
         assert outcome.served.generation == 0
 
 
-def migrate_with_a_damaged_batch(rank):
-    rig, votes, vote = Rig(rank), [], RoundExchange.vote
+def damage_the_second_batch(patch, rank):
+    """One byte in the staging of rank 1 changes before the vote on it."""
+    votes, vote = [], RoundExchange.vote
 
     def damaged_vote(exchange, batch, **told):
         votes.append(batch)
@@ -145,8 +146,13 @@ def migrate_with_a_damaged_batch(rank):
             exchange.staging[0, 5] ^= 1
         return vote(exchange, batch, **told)
 
+    patch.setattr(RoundExchange, "vote", damaged_vote)
+
+
+def migrate_with_a_damaged_batch(rank):
+    rig = Rig(rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RoundExchange, "vote", damaged_vote)
+        damage_the_second_batch(patch, rank)
         return rig.migrate(TARGET)
 
 
@@ -189,16 +195,9 @@ def test_what_cannot_be_restored_is_refused_on_all_ranks(two_ranks: Ranks):
 
 def restore_with_a_damaged_batch(rank):
     """Staging is as large as a rank, so that one batch would hold all: here it holds two experts."""
-    rig, votes, vote = Rig(rank), [], RoundExchange.vote
-
-    def damaged_vote(exchange, batch, **told):
-        votes.append(batch)
-        if rank == 1 and len(votes) == 2:
-            exchange.staging[0, 5] ^= 1
-        return vote(exchange, batch, **told)
-
+    rig = Rig(rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RoundExchange, "vote", damaged_vote)
+        damage_the_second_batch(patch, rank)
         patch.setattr(migrator, "schedule", partial(schedule_in_batches, migrator.schedule))
         with pytest.raises(RuntimeError):
             rig.migrator.restore(TARGET, QUOTAS_LP, 7)

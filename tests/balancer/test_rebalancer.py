@@ -22,6 +22,7 @@ from balanced_engine import (
     eager,
     has_generation,
     identity,
+    spoil_votes,
 )
 from expert_weights import wrong_slots
 from ranks import Ranks
@@ -282,19 +283,8 @@ def test_a_rank_that_cannot_work_out_the_rounds_stops_all_ranks_from_beginning(t
 
 
 def spoil(rank, size, config, spoilt_batch):
-    """One byte in the staging of one rank changes before the vote on one batch."""
     engine = Engine(rank, size, config)
-    exchange = engine.rebalancer.migrator._exchange
-    vote, votes = exchange.vote, []
-
-    def spoiled_vote(batch, **told):
-        votes.append(batch)
-        mine = [move for move in batch.moves if move.dst_rank == rank]
-        if rank == 1 and len(votes) == spoilt_batch:
-            exchange.staging[mine[0].staging, 3] ^= 4
-        return vote(batch, **told)
-
-    exchange.vote = spoiled_vote
+    spoil_votes(engine, (spoilt_batch,))
     engine.run_until(lambda status: status.plans["abandoned"])
     abandoned = engine.seen[-1], engine.rebalancer.status.message
     engine.run_until(lambda status: status.plans["committed"])

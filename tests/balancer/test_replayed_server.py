@@ -15,6 +15,7 @@ from balanced_engine import (
     Engine,
     Inline,
     eager,
+    spoil_votes,
 )
 from expert_weights import loaded, memory_of
 from ranks import Ranks
@@ -169,21 +170,6 @@ EVENTS = {
     331: "rebalance",
 }
 """What happens before which step."""
-
-
-def spoil_votes(engine: Engine, numbers: tuple[int, ...]) -> None:
-    """One byte that arrived on rank 1 changes before these votes of the server's life."""
-    exchange = engine.rebalancer.migrator._exchange
-    vote, votes = exchange.vote, []
-
-    def spoiled_vote(batch, **told):
-        votes.append(batch)
-        mine = [move for move in batch.moves if move.dst_rank == engine.rank]
-        if engine.rank == 1 and len(votes) in numbers:
-            exchange.staging[mine[0].staging, 3] ^= 4
-        return vote(batch, **told)
-
-    exchange.vote = spoiled_vote
 
 
 def what_was_served(recorder: Recorder) -> list[ServedThen]:
