@@ -2,7 +2,7 @@
 
 Its Python files are those of the CUDA wheel; its compiled parts are those of vLLM 0.32 for CPU,
 which 0.33 gets along with. A process whose PYTHONPATH begins with that folder runs vLLM 0.33, with
-all other packages from .venv. Only server tests need it, so `make demo` does not wait for the wheel.
+all other packages from .venv. Only tests need it, so `make demo` does not wait for the wheel.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def make_overlay() -> None:
 
 def _download() -> Path:
     """Raises SetupError if it is not the wheel that was tried."""
-    title = f"vLLM {RELEASED} for the server tests (336 MB)"
+    title = f"vLLM {RELEASED} for the tests (336 MB)"
     command = [*PIP, "download", *FROM_WHEELS, "--dest", OVERLAY, f"vllm=={RELEASED}"]
     remedy = "check the network and the sources that `pip config list` names"
     remedy += f", or name a folder that holds vllm-{RELEASED}-*.whl in PIP_FIND_LINKS."

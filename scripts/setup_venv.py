@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--engines",
         action="store_true",
-        help="also vLLM 0.33, which only server tests need (a download of 336 MB)",
+        help="also vLLM 0.33, which only tests need (a download of 336 MB)",
     )
     arguments = parser.parse_args()
     make_environment()
