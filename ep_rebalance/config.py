@@ -167,7 +167,7 @@ class MigrationConfig(_Section):
 
 
 class QuantisationConfig(_Section):
-    """Which quantised experts may move, and what is tried at start before they do."""
+    """Which experts may move, quantised or not, and what is tried at start before they do."""
 
     self_test: bool = True
     """Try at start, with the kernel that will serve, that an expert computes the same in whichever slot it

@@ -117,7 +117,7 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
     parts = {
         "_moe_model": lambda model: model,
         "_tensor_group": lambda: group,
-        "experts_as_listed": slabs_as_they_are,
+        "movable_experts": slabs_as_they_are,
         "ep_group": lambda: group,
         "model_identity": lambda *_: identity,
         "ranks_on_nodes": lambda ranks_per_source: Topology(

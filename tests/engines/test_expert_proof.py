@@ -125,7 +125,7 @@ def compare(rank: int, checkpoint: Path) -> str:
     with loaded(rank, checkpoint, "engine") as (_, layers):
         refuse_unmovable(layers)
         summaries: list = [None, None]
-        dist.all_gather_object(summaries, [layer.summary for layer in layers])
+        dist.all_gather_object(summaries, [layer.summary() for layer in layers])
         try:
             refuse_differences(layers, summaries)
         except ConfigurationError as error:

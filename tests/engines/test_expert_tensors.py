@@ -125,7 +125,7 @@ def test_each_layer_has_its_slabs_and_moves_are_exact(checkpoint, name):
     refuse_unmovable(found)
     for layer in found:
         assert all(slab.gapless for slab in layer.slabs)
-        assert [tensor.name for tensor in layer.common] == COMMON.get(name, unread(layer))
+        assert [*layer.fingerprints()] == COMMON.get(name, unread(layer))
     for number in {layer.signature: number for number, layer in enumerate(found)}.values():
         proof = prove(model, number)
         assert proof.verdict is Verdict.EXACT
@@ -151,7 +151,7 @@ def test_layers_of_other_precision_have_other_signatures(checkpoint):
 def test_what_is_found_does_not_depend_on_the_run(checkpoint):
     first, again = find(checkpoint("ct_wna16")), find(checkpoint("ct_wna16"))
     assert [layer.signature for layer in first] == [layer.signature for layer in again]
-    assert [layer.common for layer in first] == [layer.common for layer in again]
+    assert [layer.summary() for layer in first] == [layer.summary() for layer in again]
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "fp8_block", "ct_wna16"])
@@ -271,7 +271,7 @@ def test_a_value_of_the_rank_that_is_spread_over_experts_is_to_be_compared(fp8_b
     method.limit = torch.tensor(7.0)
     layer = find(fp8_block)[0]
     activations = "quant_method.moe_quant_config._a"
-    common = {tensor.name: tensor.fingerprint for tensor in layer.common}
+    common = layer.fingerprints()
     assert set(common) == {
         f"{activations}1.alpha_or_gscale",
         f"{activations}2.alpha_or_gscale",
@@ -280,40 +280,40 @@ def test_a_value_of_the_rank_that_is_spread_over_experts_is_to_be_compared(fp8_b
     assert f"{activations}1.alpha_or_gscale" in sizes(layer)
     assert f"{activations}2.alpha_or_gscale" not in sizes(layer)
     method.limit.fill_(8.0)
-    changed = {tensor.name: tensor.fingerprint for tensor in find(fp8_block)[0].common}
+    changed = find(fp8_block)[0].fingerprints()
     assert {name for name in common if common[name] != changed[name]} == {"quant_method.limit"}
 
 
 def test_ranks_that_hold_other_values_are_refused_with_the_name(checkpoint):
     model = checkpoint("ct_wna16")
     found = find(model)
-    ours = [layer.summary for layer in found]
+    ours = [layer.summary() for layer in found]
     refuse_differences(found, [ours, json.loads(json.dumps(ours))])
     experts_of(model, 2).quant_method.limit = torch.tensor(7.0)
-    theirs = [layer.summary for layer in find(model)]
+    theirs = [layer.summary() for layer in find(model)]
     with pytest.raises(
         ConfigurationError, match=r"EP ranks 0 and 1 in quant_method\.limit"
     ) as raised:
         refuse_differences(found, [ours, theirs])
     assert "model.layers.2.mlp.experts" in raised.value.reason
     experts_of(model, 1).w13_weight_shape.data.fill_(1)
-    theirs = [layer.summary for layer in find(model)]
+    theirs = [layer.summary() for layer in find(model)]
     with pytest.raises(ConfigurationError, match="EP ranks 0 and 2 in w13_weight_shape"):
         refuse_differences(found, [ours, ours, theirs])
 
 
 def test_what_one_rank_refuses_is_refused_by_all(fp8_block):
     found = find(fp8_block)
-    ours = [layer.summary for layer in found]
+    ours = [layer.summary() for layer in found]
     experts_of(fp8_block).quant_method.hidden = itertools.count()
-    theirs = [layer.summary for layer in find(fp8_block)]
+    theirs = [layer.summary() for layer in find(fp8_block)]
     with pytest.raises(ConfigurationError, match="EP ranks 0 and 1 in refusals"):
         refuse_differences(found, [ours, theirs])
 
 
 def test_ranks_with_other_kernels_are_refused(checkpoint):
     found, others = find(checkpoint("ct_fp8")), find(checkpoint("fp8_tensor"))
-    summaries = [[layer.summary for layer in layers] for layers in (found, others)]
+    summaries = [[layer.summary() for layer in layers] for layers in (found, others)]
     with pytest.raises(ConfigurationError, match="kernel, expert's part of w13_weight_scale"):
         refuse_differences(found, summaries)
 
@@ -326,7 +326,7 @@ def test_tables_of_slots_and_what_belongs_to_logical_experts_are_left_alone(fp8_
     experts.quant_method.moe_kernel.prepare_finalize.local_ids = torch.arange(EXPERTS)
     layer = find(fp8_block)[0]
     assert sizes(layer) == SLABS["fp8_block"][0]
-    assert layer.common == ()
+    assert layer.fingerprints() == {}
 
 
 def test_names_that_are_left_alone_are_still_vllms(vllm):
@@ -351,27 +351,9 @@ def test_what_cannot_be_seen_is_refused_with_its_name(fp8_block):
     assert "mode=observe" in raised.value.remedy
 
 
-def test_a_kernel_that_routes_by_itself_is_refused(fp8_block, monkeypatch):
-    method = experts_of(fp8_block).quant_method
-    monkeypatch.setattr(type(method), "is_monolithic", True)
-    with pytest.raises(ConfigurationError, match="routes tokens by itself"):
-        refuse_unmovable(find(fp8_block))
-
-
 def test_shared_experts_among_the_routed_ones_are_refused(fp8_block):
     experts_of(fp8_block).expert_map_manager.num_fused_shared_experts = 1
     with pytest.raises(ConfigurationError, match="1 shared experts are among the routed ones"):
-        refuse_unmovable(find(fp8_block))
-
-
-def test_emulated_nvfp4_is_refused(fp8_block):
-    from vllm.model_executor.layers.fused_moe.experts.nvfp4_emulation_moe import (
-        Nvfp4QuantizationEmulationTritonExperts as Emulation,
-    )
-
-    kernel = experts_of(fp8_block).quant_method.moe_kernel
-    kernel.impl.fused_experts = Emulation.__new__(Emulation)
-    with pytest.raises(ConfigurationError, match="the largest of the rank's own experts"):
         refuse_unmovable(find(fp8_block))
 
 

@@ -13,11 +13,24 @@ from typing import Any
 
 import torch
 
+from ep_rebalance.engines.vllm.contract import Contract
 from ep_rebalance.engines.vllm.expert_tensors import LayerTensors
 from ep_rebalance.engines.vllm.parallel import ep_group
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.proof import Proof, failed, prove_moves, ring_ids
 from ep_rebalance.migration.trial_move import RingProof, prove_move
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_METHOD = f"{_FUSED_MOE}.fused_moe_method_base:FusedMoEMethodBase"
+_APPLIED = ("layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
+
+CONTRACTS = (
+    Contract(f"{_METHOD}.apply", _APPLIED),
+    Contract(f"{_METHOD}.topk_indices_dtype"),
+    Contract(f"{_FUSED_MOE}.routed_experts:RoutedExperts._ensure_moe_quant_config_init"),
+    Contract(f"{_FUSED_MOE}.runner.moe_runner:MoERunner._sequence_parallel_context"),
+    Contract("vllm.forward_context:set_forward_context", ("vllm_config", "num_tokens")),
+)
 
 _SEED = 0
 

@@ -16,7 +16,13 @@ from typing import Any
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.migration.reachable import reach
-from ep_rebalance.migration.slabs import SlabTensor, Split, fingerprint, split_by_expert
+from ep_rebalance.migration.slabs import (
+    NamedTensor,
+    SlabTensor,
+    Split,
+    fingerprint,
+    split_by_expert,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +33,13 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class CommonTensor:
-    """A tensor of which all ranks must hold the same, since an expert may go from any to any.
-
-    fingerprint: equal on two ranks if the tensors are.
-    """
-
-    name: str
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerTensors:
     """What one rank's experts of one layer consist of.
 
     layer: its name. scheme: the classes of its quantisation method and its kernel.
     experts: local ones. slabs: what moves with an expert; by name, so in the same order on all ranks.
-    common: what ranks must compare: tensors that stay, and slabs that are equal for all local experts,
-        since a value of the rank may have been spread over them.
+    common: tensors that stay.
     refusals: why nothing may move; empty if it may.
     """
 
@@ -53,7 +47,7 @@ class LayerTensors:
     scheme: str
     experts: int
     slabs: tuple[SlabTensor, ...]
-    common: tuple[CommonTensor, ...]
+    common: tuple[NamedTensor, ...]
     refusals: tuple[Refusal, ...]
 
     @property
@@ -65,12 +59,19 @@ class LayerTensors:
         """Layers of one signature are packed and computed alike."""
         return self.scheme, tuple((slab.name, slab.size) for slab in self.slabs)
 
-    @property
     def summary(self) -> dict[str, str]:
-        """What must be the same on all ranks, short enough to be sent around: texts by name."""
+        """What must be the same on all ranks, short enough to be sent around: texts by name. Reads memory."""
         sizes = {f"expert's part of {slab.name}": f"{slab.size} bytes" for slab in self.slabs}
-        common = {tensor.name: tensor.fingerprint for tensor in self.common}
-        return {"kernel": self.scheme, "refusals": self.reasons} | sizes | common
+        return {"kernel": self.scheme, "refusals": self.reasons} | sizes | self.fingerprints()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of tensors of which all ranks must hold the same, since an expert may go from any to any, by name:
+        those that stay, and slabs that are equal for all local experts, since a value of the rank may have
+        been spread over them.
+        """
+        stay = {named.name: named.tensor for named in self.common}
+        uniform = {slab.name: slab.bytes_EB for slab in self.slabs if slab.uniform}
+        return {name: fingerprint(tensor) for name, tensor in (stay | uniform).items()}
 
     @property
     def reasons(self) -> str:
@@ -112,7 +113,7 @@ def refuse_differences(
     """Raises ConfigurationError if a rank's layer has not what rank 0's has: an expert that moved there
     would compute something else. With the same summaries it raises the same on all ranks.
 
-    summaries: `LayerTensors.summary` of each layer, by rank.
+    summaries: `LayerTensors.summary()` of each layer, by rank.
     """
     for number, layer in enumerate(layers):
         first = summaries[0][number]
@@ -183,16 +184,12 @@ def _of_layer(experts: Any) -> LayerTensors:
         for slab in split.slabs
         if slab.bytes_EB.device != device
     ]
-    uniform = [slab for slab in split.slabs if slab.uniform]
     return LayerTensors(
         layer=experts.layer_name,
         scheme=_scheme(method),
         experts=local,
         slabs=split.slabs,
-        common=tuple(
-            [CommonTensor(named.name, fingerprint(named.tensor)) for named in split.common]
-            + [CommonTensor(slab.name, fingerprint(slab.bytes_EB)) for slab in uniform]
-        ),
+        common=split.common,
         refusals=tuple(refusals),
     )
 
@@ -206,21 +203,9 @@ def _scheme(method: Any) -> str:
 
 
 def _known_refusals(experts: Any) -> list[Refusal]:
-    """What the tensors alone do not show."""
-    refusals = []
-    if experts.quant_method.is_monolithic:
-        refusals.append(
-            Refusal("", "the kernel routes tokens by itself, so nothing can be counted")
-        )
-    if fused := getattr(experts.expert_map_manager, "num_fused_shared_experts", 0):
-        refusals.append(
-            Refusal(
-                "", f"{fused} shared experts are among the routed ones, and every rank needs them"
-            )
-        )
-    if "Nvfp4QuantizationEmulation" in _scheme(experts.quant_method):
-        # experts/nvfp4_emulation_moe.py, oracle/nvfp4.py: `a13_scale` is the local experts' maximum.
-        refusals.append(
-            Refusal("", "its scale of activations is the largest of the rank's own experts")
-        )
-    return refusals
+    """What neither the tensors show nor the list of methods and kernels (`quantised_pairs.py`)."""
+    fused = getattr(experts.expert_map_manager, "num_fused_shared_experts", 0)
+    if not fused:
+        return []
+    reason = f"{fused} shared experts are among the routed ones, and every rank needs them"
+    return [Refusal("", reason)]

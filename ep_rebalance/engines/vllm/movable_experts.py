@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from ep_rebalance.config import ConfigurationError, QuantisationConfig
+from ep_rebalance.config import QuantisationConfig
 from ep_rebalance.engines.vllm.expert_proof import (
     compute_once,
     prove_layer,
@@ -36,7 +35,7 @@ from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.proof import Verdict, in_a_line
 from ep_rebalance.migration.slabs import ExpertsOfLayer
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
-from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
+from ep_rebalance.telemetry.self_test import SelfTest
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def movable_experts(
         _refuse_failures(_first_runs(layers, vllm_config), group)
     found = find_expert_tensors(layers)
     summaries: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(summaries, [layer.summary for layer in found], group=group)
+    dist.all_gather_object(summaries, [layer.summary() for layer in found], group=group)
     refuse_differences(found, summaries)
     refuse_unmovable(found)  # for the same reasons on all ranks, which were compared
     verdicts: Counter[str] = Counter()
@@ -94,43 +93,11 @@ def movable_experts(
     )
 
 
-def experts_as_listed(layers: Sequence[Any]) -> MovableExperts:
-    """Experts of a model that is not quantised, as vLLM's own balancer collects them
-    (`MixtureOfExperts.set_eplb_state` in vllm/model_executor/models/interfaces.py). Nothing is tried: such
-    models have moved on a GPU this way, and the trial has run on none.
-
-    layers: vLLM's `moe_layers`, loaded.
-
-    Raises ConfigurationError if a layer keeps a tensor of its experts that vLLM does not list.
-    """
-    for layer in layers:
-        _refuse_hidden_tensors(layer.routed_experts)
-    return MovableExperts(
-        slabs=lambda: [list(layer.get_expert_weights()) for layer in layers],
-        expert_bytes_L=tuple(listed_bytes(layer.routed_experts) for layer in layers),
-        self_test=NOT_TRIED,
-    )
-
-
 def listed_bytes(experts: Any) -> int:
     """Bytes of one expert of a layer, by its parameters."""
     local = experts.local_num_experts
     tensors = [p for p in experts.parameters() if p.ndim and len(p) == local]
     return sum(tensor.nbytes // local for tensor in tensors)
-
-
-def _refuse_hidden_tensors(experts: Any) -> None:
-    """A per-expert tensor that is not a parameter would stay behind when the expert moves."""
-    for name, value in vars(experts).items():
-        if (
-            isinstance(value, torch.Tensor)
-            and value.ndim > 1
-            and len(value) == experts.local_num_experts
-        ):
-            raise ConfigurationError(
-                f"layer {experts.layer_name!r} keeps the per-expert tensor {name!r} outside its parameters.",
-                "use mode=observe, which moves nothing.",
-            )
 
 
 def _first_runs(layers: Sequence[Any], vllm_config: Any) -> list[Finding]:

@@ -14,7 +14,6 @@ from ep_rebalance.engines.port import EngineModel, Session
 from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
 from ep_rebalance.engines.vllm.movable_experts import (
     MovableExperts,
-    experts_as_listed,
     listed_bytes,
     movable_experts,
 )
@@ -49,11 +48,7 @@ class Attachment:
         if config.mode != "observe":
             for layer in moe_model.moe_layers:
                 satisfy_validation(layer.router, device)
-            layers = tuple(moe_model.moe_layers)
-            if getattr(vllm_config.model_config, "quantization", None) is None:
-                experts = experts_as_listed(layers)
-            else:
-                experts = movable_experts(layers, vllm_config, config.quantisation)
+            experts = movable_experts(tuple(moe_model.moe_layers), vllm_config, config.quantisation)
         session = Session(
             config, _engine_model(moe_model, vllm_config, experts, device, shares_tokens=shares)
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ep_rebalance.engines.port import compile_in_background
+from ep_rebalance.engines.vllm import expert_proof
 from ep_rebalance.engines.vllm.contract import Contract, may_import, resolve
 from ep_rebalance.engines.vllm.engine_config import active_config
 from ep_rebalance.engines.vllm.parallel import ep_group
@@ -27,6 +28,7 @@ CONTRACTS = (
     Contract(f"{WORKERS[0]}.load_model"),
     *(Contract(f"{worker}.compile_or_warm_up_model") for worker in WORKERS),
     Contract("vllm.utils.mem_utils:DeviceMemoryProfiler"),
+    *expert_proof.CONTRACTS,
 )
 
 _ATTRIBUTE = "ep_rebalance"
