@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ep_rebalance.commands.options import AsJson
-from ep_rebalance.diagnosis import machine, model, packages, settings
+from ep_rebalance.commands.options import ApiKey, AsJson
+from ep_rebalance.diagnosis import machine, model, packages, server, settings
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
@@ -31,6 +31,11 @@ def doctor(
     config: Annotated[
         Path | None, typer.Option(help="Also check this configuration, YAML or JSON.")
     ] = None,
+    server_url: Annotated[
+        str,
+        typer.Option("--server", help="Also ask this running server, e.g. http://localhost:8000."),
+    ] = "",
+    api_key: ApiKey = "",
     as_json: AsJson = False,
 ) -> None:
     """Can this machine and this vLLM run the plugin? One line for each check, with a remedy.
@@ -38,7 +43,7 @@ def doctor(
     Exits with 1 if there is a problem. Takes some seconds, since it imports vLLM and compiles the planner.
     """
     console, shown = Console(), []
-    for finding in run_checks(_all(model_name, config)):
+    for finding in run_checks(_all(model_name, config, server_url, api_key)):
         shown.append(finding)
         if not as_json:
             _print(console, finding)
@@ -48,12 +53,15 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _all(model_name: str, config: Path | None) -> Iterator[tuple[str, Check]]:
+def _all(
+    model_name: str, config: Path | None, server_url: str, api_key: str
+) -> Iterator[tuple[str, Check]]:
     yield from machine.checks()
     yield from packages.checks()
     yield "vLLM", _engine
     yield from settings.checks(config)
     yield from model.checks(model_name, config)
+    yield from server.checks(server_url, api_key)
 
 
 def _engine() -> Iterable[Finding]:

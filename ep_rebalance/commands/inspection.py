@@ -20,7 +20,8 @@ from rich.text import Text
 
 from ep_rebalance.commands.options import ApiKey, AsJson
 from ep_rebalance.commands.scenarios import explained
-from ep_rebalance.commands.status import NoStatus, fetch_status, status_table
+from ep_rebalance.commands.status import status_table
+from ep_rebalance.diagnosis.server import NoStatus, fetch_status
 from ep_rebalance.formats import state, trace
 from ep_rebalance.load.state import SavedState, read_state
 from ep_rebalance.load.trace import TraceReader, read_records

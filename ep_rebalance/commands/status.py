@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import urllib.error
-import urllib.request
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ep_rebalance.commands.options import ApiKey
-from ep_rebalance.telemetry.metrics import decode
-
-
-class NoStatus(Exception):
-    """A server did not answer with a status. The text says why."""
+from ep_rebalance.diagnosis.server import NoStatus, fetch_status, told_self_test
 
 
 def status(
@@ -44,25 +36,6 @@ def status(
     Console().print(status_table(answer))
 
 
-def fetch_status(server: str, api_key: str) -> dict[str, Any]:
-    """The answer of a server to `GET /ep_rebalance/status`. Raises NoStatus."""
-    url = f"{server.rstrip('/')}/ep_rebalance/status"
-    try:
-        request = urllib.request.Request(url)
-        if api_key:
-            request.add_header("Authorization", f"Bearer {api_key}")
-        with urllib.request.urlopen(request, timeout=10) as response:
-            payload = response.read()
-        # Only to check it: what is shown may include fields that this version does not know.
-        decode(payload)
-        answer: dict[str, Any] = json.loads(payload)
-        return answer
-    except (OSError, http.client.HTTPException, ValueError, msgspec.MsgspecError) as error:
-        if isinstance(error, urllib.error.HTTPError):  # it is a response, too, with a connection
-            error.close()
-        raise NoStatus(f"{url} did not answer with a status: {error}") from None
-
-
 def status_table(answer: dict[str, Any]) -> Table:
     """A table of a status.
 
@@ -78,6 +51,7 @@ def status_table(answer: dict[str, Any]) -> Table:
     table.add_row(
         "ranks, slots, experts", f"{answer['ep_size']}, {answer['slots']}, {answer['experts']}"
     )
+    table.add_row("self-test", told_self_test(answer))
     table.add_row("generation", str(answer["generation"]))
     table.add_row("now", "paused" if answer["paused"] else answer["activity"])
     table.add_row("imbalance (max/mean)", overall("served"))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import run
+from command_line import run, server
+from statuses import make_status
 
 from ep_rebalance.commands import doctor as command
 from ep_rebalance.config_sources import load_config
@@ -16,6 +17,7 @@ from ep_rebalance.diagnosis.finding import Finding
 from ep_rebalance.engines.vllm import contract
 from ep_rebalance.engines.vllm.contract import Contract
 from ep_rebalance.engines.vllm.seams import router
+from ep_rebalance.telemetry.metrics import encode
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
@@ -87,6 +89,34 @@ def test_settings_that_cannot_work_are_problems(tmp_path: Path, settings, check,
     assert code == 1
     assert found[check]["verdict"] == "problem"
     assert words in found[check]["found"]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "mode", "verdict", "words"),
+    [
+        ({"exact": 3, "within_noise": 1}, "rebalance", "ok", "MoE layers: 3 exact, 1 within_noise"),
+        ({}, "rebalance", "warning", "not tried at start"),
+        ({}, "observe", "skipped", "nothing moves"),
+    ],
+)
+def test_a_running_server_tells_whether_experts_were_seen_to_move(verdicts, mode, verdict, words):
+    status = make_status()
+    status.self_test = verdicts
+    status.info["mode"] = mode
+    with server(200, encode(status)) as (url, _):
+        _, found = findings("--server", url)
+    assert found["server"]["found"] == f"mode {mode}, 2 MoE layers, generation 2"
+    assert found["self-test"]["verdict"] == verdict
+    assert words in found["self-test"]["found"]
+
+
+def test_a_server_that_does_not_answer_is_a_problem():
+    with server(200, None) as (url, _):
+        pass
+    code, found = findings("--server", url)
+    assert code == 1
+    assert found["server"]["verdict"] == "problem"
+    assert "--plugin ep_rebalance" in found["server"]["remedy"]
 
 
 def test_an_unknown_engine_is_a_problem(monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from engines import REFERENCE_EXPERTS, V032
+from engines import GPU_TOKEN_PATHS, REFERENCE_EXPERTS, V032
 from quantised_checkpoints import write_checkpoint
 from serving import (
     DATA_PARALLEL,
@@ -25,6 +25,9 @@ from serving import (
     serving,
 )
 
+from ep_rebalance.diagnosis import server as diagnosis
+from ep_rebalance.diagnosis.finding import run_checks
+
 pytestmark = V032.marks
 
 MIGRATIONS = 3
@@ -34,27 +37,37 @@ SINGLE_REQUESTS = {
     "window": {"min_tokens": 1},
     "planner": {"interval_snapshots": 20, "max_moved_fraction": 0.2},
 }
-CHECKPOINTS = [
-    "ct_mixed",
+CASES = [
+    ("ct_mixed", "ours"),
     *(
-        pytest.param(name, marks=pytest.mark.repeats)
-        for name in ("fp8_block", "fp8_tensor", "ct_fp8", "ct_int8", "ct_wna16")
+        pytest.param(case, marks=pytest.mark.repeats)
+        for case in (
+            ("fp8_block", "ours"),
+            ("fp8_tensor", "ours"),
+            ("ct_fp8", "ours"),
+            ("ct_int8", "ours"),
+            ("ct_wna16", "ours"),
+            ("fp8_block", "engine"),
+        )
     ),
 ]
+"""Checkpoint, and whose all-to-all carries the tokens."""
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def quantised(
     request: pytest.FixtureRequest, logs: Path, settings_file: str, operators_key: str
 ) -> Iterator[Server]:
-    name = request.param
-    model = write_checkpoint(name, logs / name)
+    name, all_to_all = request.param
+    model = write_checkpoint(name, logs / f"{name}-{all_to_all}")
     control = {"control": {"enabled": True, "api_key_file": operators_key}}
-    more = json.dumps(TRIED | SINGLE_REQUESTS | control)
+    carried = {"data_plane": {"all_to_all": all_to_all}}
+    more = json.dumps(TRIED | SINGLE_REQUESTS | control | carried)
     arguments = (*DATA_PARALLEL, *PLUGIN, "--dtype", "bfloat16")
     arguments += ("--ep-rebalance-config", settings_file, "--ep-rebalance-config", more)
-    log = logs / f"quantised-{name}.log"
-    with serving(log, *arguments, model=model, plugins=REFERENCE_EXPERTS) as server:
+    plugins = (*REFERENCE_EXPERTS, *([GPU_TOKEN_PATHS] if all_to_all == "engine" else []))
+    log = logs / f"quantised-{name}-{all_to_all}.log"
+    with serving(log, *arguments, model=model, plugins=plugins) as server:
         yield server
 
 
@@ -87,6 +100,9 @@ def test_the_trial_at_start_is_shown(quantised: Server) -> None:
     assert status["self_test"] == {"exact": status["layers"]}
     assert status["self_test_seconds"] > 0
     assert "ep_rebalance_self_tested_layers{" in quantised.metrics()
+    _, told = run_checks(diagnosis.checks(quantised.url, ""))
+    assert told.verdict == "ok"
+    assert told.found.startswith(f"MoE layers: {status['layers']} exact; it took ")
 
 
 def test_what_is_on_no_list_is_refused_unless_it_is_to_be_tried(logs: Path, tmp_path: Path) -> None:
