@@ -150,7 +150,7 @@ STEPS = (
     ),
     _engine("engine-v2", 180, "--runner", "v2"),
     _engine("engine-v1", 150, "--runner", "v1"),
-    _tests("trial", "quantised", 150, TRIAL, "-k", "{device}", loads=("a", "b")),
+    _tests("trial", "quantised", 210, TRIAL, "-k", "{device}", loads=("a", "b")),
     _quantised("quantised-block", "fp8_block"),
     _quantised("quantised-tensor", "fp8_tensor"),
     _quantised("untried-block", "fp8_block", untried=True),
