@@ -15,7 +15,7 @@ import torch
 from loaded_models import LoadedModel
 
 from ep_rebalance.config import ConfigurationError
-from ep_rebalance.engines.vllm import expert_tensors
+from ep_rebalance.engines.vllm import expert_proof, expert_tensors
 from ep_rebalance.engines.vllm.expert_proof import compute_once, prove_layer
 from ep_rebalance.engines.vllm.expert_tensors import (
     find_expert_tensors,
@@ -552,3 +552,97 @@ def test_weights_and_scales_in_objects_of_triton_kernels_are_found(fp8_block):
     assert found["w13_weight_triton_tensor.storage.data"] == GATE_UP * HIDDEN // 2
     scales = "quant_method.w13_precision_config.weight_scale.storage.data"
     assert found[scales] == GATE_UP * HIDDEN // 32
+
+
+# What the trial asks of a kernel.
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the kernel of a model's first layer is called with from now on."""
+
+    def listen(model):
+        method, calls = experts_of(model).quant_method, []
+        original = method.apply
+
+        def apply(**given):
+            calls.append(SimpleNamespace(**given))
+            return original(**given)
+
+        monkeypatch.setattr(method, "apply", apply)
+        return calls
+
+    return listen
+
+
+def ring_of(model):
+    return expert_proof._Trial(model.layers[0], model.config), expert_proof._ring(model.layers[0])
+
+
+def test_a_token_goes_to_different_experts_of_which_one_counts(fp8_block, asked):
+    calls = asked(fp8_block)
+    trial, ids_TK = ring_of(fp8_block)
+    ids_TK[:] = 3
+    trial.compute(ids_TK)
+    assert calls[0].topk_ids.tolist() == [[3, 4]] * EXPERTS
+    assert calls[0].topk_weights.tolist() == [[1.0, 0.0]] * EXPERTS
+
+
+def test_a_scale_of_all_tokens_is_taken_from_the_expert_that_was_asked_for(checkpoint, asked):
+    model = checkpoint("fp8_tensor")
+    calls = asked(model)
+    trial, ids_TK = ring_of(model)
+    ids_TK[:] = 3
+    trial.compute(ids_TK)
+    assert calls[0].topk_ids.tolist() == [[3, 3]] * EXPERTS
+
+
+def test_a_rank_with_fewer_experts_than_a_token_wants_has_those_of_others_follow(fp8_block):
+    trial, _ = ring_of(fp8_block)
+    trial._local, trial._top_k = 3, 5
+    trial._first_slot_R11 = torch.tensor([3, 12]).view(-1, 1, 1)
+    slots_RTK = trial._slots_RTK(torch.tensor([[0, 1], [2, 0]]))
+    assert slots_RTK.tolist() == [
+        [[3, 4, 5, 6, 7], [5, 3, 4, 6, 7]],
+        [[12, 13, 14, 15, 0], [14, 12, 13, 15, 0]],
+    ]
+
+
+@pytest.mark.parametrize(("name", "most"), [("fp8_block", 5), ("fp8_tensor", 2)])
+def test_no_expert_gets_more_tokens_at_once_than_buffers_have_room_for(
+    checkpoint, asked, name, most
+):
+    model = checkpoint(name)
+    experts_of(model).moe_config.max_num_tokens = 5
+    calls = asked(model)
+    assert prove(model).verdict is Verdict.EXACT
+    assert {len(call.topk_ids) for call in calls} == {most, EXPERTS % most or most}
+
+
+def test_columns_that_vllm_pads_hold_nothing_and_are_not_compared(fp8_block, asked):
+    config = experts_of(fp8_block).moe_config
+    config.hidden_dim_unpadded = HIDDEN - 32
+    calls = asked(fp8_block)
+    trial, ids_TK = ring_of(fp8_block)
+    assert trial.compute(ids_TK).shape == (EXPERTS, HIDDEN - 32)
+    assert calls[0].x.shape == (EXPERTS, HIDDEN)
+    assert not calls[0].x[:, HIDDEN - 32 :].any()
+
+
+def test_sequence_parallel_ranks_have_the_tokens_that_vllm_makes_of_their_number(
+    fp8_block, monkeypatch
+):
+    from vllm import forward_context
+
+    experts_of(fp8_block).moe_config.moe_parallel_config.sp_size = 4
+    original, counted = forward_context.set_forward_context, []
+
+    def counting(*args, num_tokens, **more):
+        counted.append(num_tokens)
+        return original(*args, num_tokens=num_tokens, **more)
+
+    monkeypatch.setattr(forward_context, "set_forward_context", counting)
+    trial, ids_TK = ring_of(fp8_block)
+    trial.compute(ids_TK)
+    sizes = forward_context._compute_sp_num_tokens(torch.tensor(counted * 2), 4)
+    assert sizes == [EXPERTS] * 8

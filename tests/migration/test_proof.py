@@ -111,6 +111,50 @@ def test_a_kernel_that_is_not_repeatable_gets_room_far_below_a_mistake():
     assert not wildly.verdict.allows_moves
 
 
+class Striped(Layer):
+    """bfloat16, with sums in two parts, cut where the expert's slot says. Large addends cancel out."""
+
+    def __init__(self):
+        super().__init__(experts=16)
+        generator = torch.Generator().manual_seed(2)
+        self.weight = torch.randn(16, 256, 512, generator=generator).bfloat16()
+        self.scale = torch.ones(16)
+        self.bias = torch.zeros(16, 256)
+        self.hidden = torch.randn(16, 512, generator=generator).bfloat16()
+        self.weight[..., 0] = self.weight[..., -1]
+        self.hidden[:, 0], self.hidden[:, -1] = 30_000.0, -30_000.0
+
+    def compute(self, ids_TK):
+        outputs = []
+        for hidden_H, expert in zip(self.hidden.float(), ids_TK[:, 0].tolist(), strict=True):
+            matrix, cut = self.weight[expert].float(), 16 * (expert + 1)
+            above, below = matrix[:, :cut] @ hidden_H[:cut], matrix[:, cut:] @ hidden_H[cut:]
+            outputs.append(self.scale[expert] * (above + below) + self.bias[expert])
+        return torch.stack(outputs).bfloat16()
+
+
+def test_sums_in_an_order_that_the_slot_gives_are_no_mistake():
+    proof = Striped().prove("weight", "scale")
+    assert proof.verdict is Verdict.ROUNDED
+    assert proof.verdict.allows_moves
+    assert proof.noise == proof.restored == 0.0 < proof.moved
+
+
+@pytest.mark.parametrize("part", ["scale", "bias"])
+def test_rounding_hides_no_small_part_that_stays_behind(part):
+    layer = Striped()
+    getattr(layer, part)[5:] += 0.003 * (1.0 if part == "scale" else 512**0.5)
+    assert layer.prove("weight").verdict is Verdict.MISPLACED
+    assert layer.prove("weight", part).verdict is Verdict.ROUNDED
+
+
+def test_rounding_needs_wrong_experts_to_differ_by_far_more():
+    layer = Striped()
+    layer.weight[:] = layer.weight[0].clone()
+    layer.scale += 0.002 * torch.arange(16)
+    assert layer.prove("weight", "scale").verdict is Verdict.MISPLACED
+
+
 def test_a_copy_that_is_made_meanwhile_is_seen():
     """A kernel that takes up its weights at its fifth call, while they are moved."""
     layer = Layer()

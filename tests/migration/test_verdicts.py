@@ -40,7 +40,7 @@ def finding(verdict=Verdict.EXACT, layer="layers.0", **more):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_nothing_is_refused_if_nothing_speaks_against_moves(ranks_of: dict[int, Ranks], size):
-    fine = [finding(), finding(Verdict.WITHIN_NOISE), finding(Verdict.ALONE)]
+    fine = [finding(verdict) for verdict in Verdict if verdict.allows_moves]
     assert reason(ranks_of[size], [fine] * size) is None
     assert reason(ranks_of[size], [[]] * size) is None
 

@@ -25,8 +25,12 @@ class LoadedModel:
 
 
 @contextmanager
-def joined(rank: int, ranks: int, folder: Path) -> Iterator[None]:
-    """vLLM's process groups of tensor-parallel ranks. folder: for a file of theirs, if torch has none."""
+def joined(rank: int, ranks: int, folder: Path, *, apart: bool = False) -> Iterator[None]:
+    """vLLM's process groups of tensor-parallel ranks.
+
+    folder: for a file of theirs, if torch has none. apart: each rank is alone in its groups, and they
+    share the first device.
+    """
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.distributed.parallel_state import destroy_model_parallel
@@ -36,8 +40,9 @@ def joined(rank: int, ranks: int, folder: Path) -> Iterator[None]:
     identity = f"{'-'.join(folder.parts[-2:])}-{next(_times_joined)}"
     os.environ["VLLM_DIST_IDENT"] = identity
     with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(ranks, rank, f"file://{folder / 'rendezvous'}", rank, "gloo")
-        initialize_model_parallel(ranks, 1)
+        place = 0 if apart else rank
+        init_distributed_environment(ranks, rank, f"file://{folder / 'rendezvous'}", place, "gloo")
+        initialize_model_parallel(1 if apart else ranks, 1)
     try:
         yield
     finally:

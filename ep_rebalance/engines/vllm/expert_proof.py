@@ -100,6 +100,9 @@ class _Trial:
     They go past the router, by `FusedMoEMethodBase.apply` (vllm/model_executor/layers/fused_moe/
     fused_moe_method_base.py), as `RoutedExperts.forward_modular` calls it. Tensor-parallel ranks that
     share their tokens have those of all of them, and each looks at its own.
+
+    A token's first expert has all the weight. Kernels that sum in the order of slots or of arrival (the
+    epilogue of FlashInfer's CUTLASS kernel adds atomically) then have nothing to sum in another order.
     """
 
     def __init__(self, layer: Any, vllm_config: Any) -> None:
@@ -107,44 +110,93 @@ class _Trial:
         self._experts = layer.routed_experts
         self._experts._ensure_moe_quant_config_init()  # as `MoERunner` does it before each call
         self._vllm_config = vllm_config
-        config = self._experts.moe_config
-        ids_TK = _ring(layer)
-        tokens, top_k = ids_TK.shape
+        self._config = config = self._experts.moe_config
+        self._top_k = int(self._experts.top_k)
+        self._local = tokens = int(self._experts.local_num_experts)
         ranks, place = _ranks_of_shared_tokens(config)
         first_rank = config.moe_parallel_config.ep_rank - place
         self._own = slice(place * tokens, (place + 1) * tokens)
         self._first_slot_R11 = tokens * torch.arange(
-            first_rank, first_rank + ranks, dtype=torch.int32, device=ids_TK.device
+            first_rank, first_rank + ranks, dtype=torch.int32, device=config.device
         ).view(-1, 1, 1)
-        generator = torch.Generator().manual_seed(_SEED)
-        hidden_TH = torch.randn(tokens, config.hidden_dim, generator=generator)
-        weights_TK = 0.5 + torch.rand(tokens, top_k, generator=generator)
-        self._hidden_TH = hidden_TH.to(ids_TK.device, config.in_dtype).repeat(ranks, 1)
-        self._weights_TK = weights_TK.to(ids_TK.device).repeat(ranks, 1)
+        self._hidden_TH = _hidden_TH(self._experts, tokens).to(config.device).repeat(ranks, 1)
         self._ids_dtype = self._experts.quant_method.topk_indices_dtype or torch.int32
+        self._repeats = _takes_one_scale(self._experts)
 
     @torch.inference_mode()
     def compute(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """Outputs [T, H] of the tokens by these local experts."""
+        """Outputs [T, H] of the tokens by their first experts, which are local ones."""
+        slots_TK = self._slots_RTK(ids_TK).flatten(0, 1).to(self._ids_dtype)
+        weights_TK = torch.zeros(slots_TK.shape, device=slots_TK.device)
+        weights_TK[:, 0] = 1.0
+        # What buffers of an all-to-all have room for, of a rank for an expert.
+        most = self._config.max_num_tokens
+        if self._repeats:
+            most = max(1, most // slots_TK.shape[1])
+        together = (self._hidden_TH, weights_TK, slots_TK)
+        parts = zip(*(each.split(most) for each in together), strict=True)
+        output_TH = torch.cat([self._apply(*part) for part in parts])
+        return output_TH[self._own, : self._config.hidden_dim_unpadded].clone()
+
+    def _slots_RTK(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """The first expert of a token and those behind it, as many as kernels are made for and no two the
+        same: buffers of DeepEP overflow else, and some kernels take a token once for each expert. Where a
+        rank has too few of its own, others' follow.
+
+        A kernel that takes one scale from all tokens wants nothing but what it was asked for, since that of
+        other experts enters the scale.
+        """
+        if self._repeats:
+            return ids_TK + self._first_slot_R11
+        place_K = torch.arange(self._top_k, dtype=torch.int32, device=ids_TK.device)
+        local_TK = (ids_TK[:, :1] + place_K) % self._local
+        followers_TK = torch.where(place_K < self._local, local_TK, place_K)
+        return (followers_TK + self._first_slot_R11) % self._config.num_experts
+
+    def _apply(
+        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, slots_TK: torch.Tensor
+    ) -> torch.Tensor:
         from vllm.forward_context import set_forward_context
 
-        experts = self._experts
-        slots_TK = (ids_TK + self._first_slot_R11).flatten(0, 1)
+        # Sequence-parallel ranks divide what vLLM counts here among them.
+        counted = len(slots_TK) * self._config.moe_parallel_config.sp_size
         with (
-            set_forward_context(None, self._vllm_config, num_tokens=len(slots_TK)),
+            set_forward_context(None, self._vllm_config, num_tokens=counted),
             # Tells vLLM's own exchange over data-parallel ranks how many tokens each has, as in
             # `MoERunner` (vllm/model_executor/layers/fused_moe/runner/moe_runner.py).
             self._layer._sequence_parallel_context(),
         ):
-            output: torch.Tensor = experts.quant_method.apply(
-                layer=experts,
-                x=self._hidden_TH.clone(),  # some kernels write over it
-                topk_weights=self._weights_TK.clone(),
-                topk_ids=slots_TK.to(self._ids_dtype),
+            output: torch.Tensor = self._experts.quant_method.apply(
+                layer=self._experts,
+                x=hidden_TH.clone(),  # some kernels write over it
+                topk_weights=weights_TK,
+                topk_ids=slots_TK,
                 shared_experts=None,
                 shared_experts_input=None,
             )
-        return output[self._own].clone()
+        return output.clone()
+
+
+def _hidden_TH(experts: Any, tokens: int) -> torch.Tensor:
+    """As wide as the kernel wants them, nothing where vLLM pads: weights may be anything there."""
+    config = experts.moe_config
+    generator = torch.Generator().manual_seed(_SEED)
+    hidden_TH = torch.randn(tokens, config.hidden_dim_unpadded, generator=generator)
+    if not experts.quant_method.skip_forward_padding:
+        padding = config.hidden_dim - config.hidden_dim_unpadded
+        hidden_TH = torch.nn.functional.pad(hidden_TH, (0, padding))
+    return hidden_TH.to(config.in_dtype)
+
+
+def _takes_one_scale(experts: Any) -> bool:
+    """Whether the kernel scales the activations of all tokens that a rank has by their largest
+    (`FusedMoEQuantConfig` in vllm/model_executor/layers/fused_moe/config.py).
+    """
+    scheme = experts.quant_method.moe_quant_config
+    if scheme is None or not isinstance(scheme.quant_dtype, torch.dtype):  # as "nvfp4"
+        return False
+    divided = scheme.is_per_act_token or scheme.is_block_quantized
+    return not divided and scheme.a1_scale is None
 
 
 def _ranks_of_shared_tokens(config: Any) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Device = Literal["cuda", "cpu"]
@@ -26,6 +26,7 @@ STEP_PATH = (
     "tests/gpu/test_device_packing.py",
 )
 LOOP = "tests/gpu/test_device_migration.py"
+TRIAL = "tests/gpu/test_device_quantised.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +63,20 @@ def _unpack(load: str) -> Step:
     )
 
 
-def _tests(name: str, group: str, seconds: float, *arguments: str, nccl: bool = False) -> Step:
+def _tests(
+    name: str,
+    group: str,
+    seconds: float,
+    *arguments: str,
+    nccl: bool = False,
+    loads: tuple[str, ...] = ("b",),
+) -> Step:
     return Step(
         name=name,
         group=group,
         command=(f"{MODULES}.tests", *arguments),
         seconds=seconds,
-        loads=("b", "c") if nccl else ("b",),
+        loads=(*loads, "c") if nccl else loads,
         environment=NCCL if nccl else {},
         needs_gpu=nccl,
     )
@@ -89,6 +97,13 @@ def _engine(
         environment=(NCCL if nccl else {}) | environment,
         needs_gpu=nccl,
     )
+
+
+def _quantised(name: str, expert_format: str, *, untried: bool = False) -> Step:
+    """On CPU the reference is on no list, and needs the trial."""
+    more = ("--untried",) if untried else ()
+    step = _engine(name, 150, "--format", expert_format, *more)
+    return replace(step, group="quantised", needs_gpu=untried)
 
 
 STEPS = (
@@ -135,6 +150,11 @@ STEPS = (
     ),
     _engine("engine-v2", 180, "--runner", "v2"),
     _engine("engine-v1", 150, "--runner", "v1"),
+    _tests("trial", "quantised", 210, TRIAL, "-k", "{device}", loads=("a", "b")),
+    _quantised("quantised-block", "fp8_block"),
+    _quantised("quantised-tensor", "fp8_tensor"),
+    _quantised("untried-block", "fp8_block", untried=True),
+    _quantised("untried-tensor", "fp8_tensor", untried=True),
     _unpack("c"),
     Step(
         name="ranks-nccl",

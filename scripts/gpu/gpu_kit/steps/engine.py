@@ -4,14 +4,19 @@ Each rank is an offline vLLM in one process (VLLM_ENABLE_V1_MULTIPROCESSING=0) a
 data-parallel group. Both ask the same prompts turn after turn, greedily, while experts move.
 Over gloo vLLM's own all-to-all does not work, so that ours carries the tokens there. Outside CUDA graphs
 it reads back how many rows there are, which vLLM's check for waits refuses: that is for NCCL.
+
+With --format the experts are quantised: vLLM's Triton experts compute them on a GPU, a reference on CPU.
+What the trial of moves found at start is told, where there was one.
 """
 
 import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gpu_kit.figures import tell
@@ -31,25 +36,42 @@ EAGER_BALANCER = {
     "planner": {"interval_snapshots": 2},
     "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
 }
+FORMATS = ("fp8_block", "fp8_tensor")
+PLACE_COUNTS = ("fp8_tensor",)
+"""Formats whose answers depend on where experts are: a scale for all tokens that a rank has."""
+SUPPORT = ROOT / "tests" / "support"
+REFERENCE = (ROOT / "tests/server/plugins/reference_experts", SUPPORT, ROOT / "benchmarks")
+"""The plugin that computes quantised experts on CPU: its metadata, its module, and what that imports."""
 
 
 def main() -> int:
     options = _parser().parse_args()
     if options.rank is not None:
         return serve(options)
-    ends = run_two_ranks(
-        "gpu_kit.steps.engine", sys.argv[1:], options.seconds, lambda r: _environment(r, options)
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = sys.argv[1:]
+        if options.format:
+            arguments += ["--model", str(_quantised(options.format, Path(folder)))]
+        ends = run_two_ranks(
+            "gpu_kit.steps.engine", arguments, options.seconds, lambda r: _environment(r, options)
+        )
     answers = [end.figures.pop("answers", None) for end in ends]
     tell(**ends[0].figures)
     reason = ended_badly(ends)
-    if not reason and answers[0] != answers[1]:
+    if not reason and answers[0] != answers[1] and options.format not in PLACE_COUNTS:
         reason = "the ranks gave different answers"
     if not reason and options.mode == "rebalance" and not ends[0].figures["generation"]:
         reason = "no expert was moved"
     if reason:
         tell(reason=reason)
     return int(bool(reason))
+
+
+def _quantised(name: str, folder: Path) -> Path:
+    sys.path.append(str(SUPPORT))
+    from quantised_checkpoints import write_checkpoint
+
+    return write_checkpoint(name, folder / name)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -61,6 +83,7 @@ def serve(options: argparse.Namespace) -> int:
         CudaPlatform.dist_backend = "gloo"
     from vllm import LLM, SamplingParams
 
+    _tell_trials()
     began = time.monotonic()
     llm = LLM(str(options.model), **_engine_arguments(options))
     tell(start_seconds=round(time.monotonic() - began, 1))
@@ -77,17 +100,51 @@ def serve(options: argparse.Namespace) -> int:
     tell(
         generation=status["generation"],
         moved_experts=sum(status["migrated_experts"].values()),
+        self_test=status["self_test"],
+        self_test_seconds=round(status["self_test_seconds"], 2),
         answers=turns[0],
     )
-    if equal != len(turns):
+    if options.format and bool(status["self_test"]) == options.untried:
+        tell(reason=f"the trial of moves found {status['self_test']}")
+        return 1
+    if equal != len(turns) and options.format not in PLACE_COUNTS:
         tell(reason=f"{len(turns) - equal} of {len(turns)} turns gave other answers than the first")
-    return int(equal != len(turns))
+        return 1
+    return 0
+
+
+def _tell_trials() -> None:
+    """The numbers of each trial on this rank, which vLLM's log does not have."""
+    from ep_rebalance.engines.vllm import movable_experts
+
+    prove = movable_experts.prove_layer
+    trials: list[dict[str, Any]] = []
+
+    def told(layer: Any, tensors: Any, vllm_config: Any) -> Any:
+        proof = prove(layer, tensors, vllm_config)
+        trials.append(
+            {
+                "kernel": tensors.scheme,
+                "verdict": proof.verdict.name.lower(),
+                "noise": proof.noise,
+                "moved": proof.moved,
+                "missed": proof.missed,
+            }
+        )
+        tell(trials=trials)
+        return proof
+
+    movable_experts.prove_layer = told
 
 
 def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {**EAGER_BALANCER, "mode": options.mode}
     if options.backend == "gloo":
         settings["data_plane"] = {"all_to_all": "ours"}
+    if options.untried:
+        settings["quantisation"] = {"self_test": False}
+    elif options.format and options.device == "cpu":
+        settings["quantisation"] = {"unlisted": "self_test"}  # as the reference is
     arguments: dict[str, Any] = {
         "dtype": "bfloat16",
         "max_model_len": 256,
@@ -97,7 +154,9 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "additional_config": {"ep_rebalance": settings},
     }
     if options.device == "cpu":
-        return arguments | {"dtype": "float32"}
+        return arguments if options.format else arguments | {"dtype": "float32"}
+    if options.format:
+        arguments["moe_backend"] = "triton"
     return arguments | {
         # In this process, which knows that the platform's collectives are gloo's.
         "distributed_executor_backend": "uni",
@@ -121,7 +180,12 @@ def _environment(rank: int, options: argparse.Namespace) -> Mapping[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     if options.device == "cpu":
-        return shared | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(rank)}
+        path = [os.environ.get("PYTHONPATH", ""), *(map(str, REFERENCE) if options.format else ())]
+        return shared | {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": str(rank),
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        }
     return shared | ({"VLLM_DISABLE_PYNCCL": "1"} if options.backend == "gloo" else {})
 
 
@@ -134,6 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--graphs", action="store_true", help="torch.compile and CUDA graphs")
     add("--mode", choices=["observe", "rebalance"], default="rebalance")
     add("--model", default=MODEL)
+    add("--format", choices=FORMATS, help="quantise the experts of examples/tiny_moe")
+    add("--untried", action="store_true", help="without the trial of moves at start")
     add("--turns", type=int, default=6)
     add("--seconds", type=float, default=150)
     add("--rank", type=int, help=argparse.SUPPRESS)
