@@ -136,7 +136,7 @@ def _tried(compute: Compute, slabs: Sequence[SlabTensor], ids_TK: torch.Tensor) 
     with _moved_on(slabs):
         moved_TH, missed_TH = compute(following_TK), compute(ids_TK)
     moved_T, missed_T = differences_T(base, moved_TH), differences_T(base, missed_TH)
-    left_behind = [_leaving_behind(slab, slabs, base, compute, following_TK) for slab in slabs]
+    left_behind = [_leaving_behind(slab, slabs, moved_TH, compute, following_TK) for slab in slabs]
     restored = largest_difference(base, compute(ids_TK))
     allowed = allowed_difference(noise)
     moved, missed = float(moved_T.max()), float(missed_T.min())
@@ -206,13 +206,13 @@ def _parts_T(base_TH: torch.Tensor, other_TH: torch.Tensor) -> torch.Tensor:
 def _leaving_behind(
     slab: SlabTensor,
     slabs: Sequence[SlabTensor],
-    base: torch.Tensor,
+    moved_TH: torch.Tensor,
     compute: Compute,
     following_TK: torch.Tensor,
 ) -> float:
-    """How far outputs are off if this slab stays where it is."""
+    """How far outputs are from those of all slabs moved if this one stays where it is."""
     with _moved_on([other for other in slabs if other is not slab]):
-        return largest_difference(base, compute(following_TK))
+        return largest_difference(moved_TH, compute(following_TK))
 
 
 @contextmanager

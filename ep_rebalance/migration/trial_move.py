@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.proof import (
     Compute,
     Verdict,
+    allowed_difference,
     differences_T,
     failed,
     largest_difference,
@@ -32,6 +34,7 @@ from ep_rebalance.migration.proof import (
 )
 from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.migration.schedule import schedule
+from ep_rebalance.migration.slabs import SlabTensor
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
@@ -58,10 +61,14 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class RingProof:
-    """arrivals_R: by rank, the same on all of them. failure: this rank's error, in a line, if it had one."""
+    """arrivals_R: by rank, the same on all of them. failure: this rank's error, in a line, if it had one.
+    swapped: pairs of slabs, by name. What arrived misplaced on this rank computes the right outputs with the
+        two exchanged: they go by each other's name on one of the ranks.
+    """
 
     arrivals_R: tuple[Arrival, ...]
     failure: str = ""
+    swapped: tuple[tuple[str, str], ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -149,6 +156,7 @@ class _Trial:
         self._memory = memory
         self._layer = layer
         self._slabs = memory.slabs_L[layer]
+        self._same_size = [(a, b) for a, b in combinations(self._slabs, 2) if a.size == b.size]
         self._compute = compute
         self._ids_TK = ids_TK
         self._group = group
@@ -160,7 +168,8 @@ class _Trial:
 
     def run(self) -> RingProof:
         prepared = self._attempt(self._prepare)
-        sizes = self._memory.slots, self._memory.expert_bytes_L[self._layer], *self._ids_TK.shape
+        size = self._memory.expert_bytes_L[self._layer]
+        sizes = self._memory.slots, size, len(self._same_size), *self._ids_TK.shape
         told_R = self._tell_alike("its experts or its tokens are others", sizes)
         if prepared is None or _any_failed(told_R):
             return self._stopped(told_R, Verdict.UNTRIED)
@@ -180,11 +189,7 @@ class _Trial:
         return self._compare(prepared, before)
 
     def _compare(self, prepared: _Prepared, before: _Before) -> RingProof:
-        try:
-            self._attempt(lambda: self._write(prepared))
-            moved_TH = self._attempt(lambda: self._compute(self._ids_TK))
-        finally:
-            self._attempt(lambda: self._put_back(prepared))
+        moved_TH = self._moved(prepared)
         whole = self._attempt(lambda: self._holds(prepared))
         restored_TH = self._attempt(lambda: self._compute(self._ids_TK))
         replica = self._attempt(lambda: self._had_it(prepared))
@@ -199,7 +204,38 @@ class _Trial:
             arrival.missed,
             arrival.restored,
         )
-        return RingProof(tuple(_told_arrival(told) for told in told_R.tolist()), self._failure)
+        arrivals_R = tuple(_told_arrival(told) for told in told_R.tolist())
+        swapped = () if _any_failed(told_R) else self._swapped(prepared, before, arrivals_R)
+        return RingProof(arrivals_R, self._failure, swapped)
+
+    def _moved(self, prepared: _Prepared, *exchanged: SlabTensor) -> torch.Tensor | None:
+        """Outputs of what arrived, in our slot for that long. exchanged: as of `_write`."""
+        try:
+            self._attempt(lambda: self._write(prepared, *exchanged))
+            return self._attempt(lambda: self._compute(self._ids_TK))
+        finally:
+            self._attempt(lambda: self._put_back(prepared))
+
+    def _swapped(
+        self, prepared: _Prepared, before: _Before, arrivals_R: Sequence[Arrival]
+    ) -> tuple[tuple[str, str], ...]:
+        """As of `RingProof`. What all were told decides, so that all compute equally often."""
+        misplaced_R = [arrival.verdict is Verdict.MISPLACED for arrival in arrivals_R]
+        if not any(misplaced_R):
+            return ()
+        swapped = [
+            (one.name, other.name)
+            for one, other in self._same_size
+            if self._is_right(self._moved(prepared, one, other), before)
+        ]
+        return tuple(swapped) if misplaced_R[self._rank] else ()
+
+    def _is_right(self, outputs_TH: torch.Tensor | None, before: _Before) -> bool:
+        """Whether these are what the sender had. outputs_TH: None for what could not be computed."""
+        if outputs_TH is None:
+            return False
+        far = self._attempt(lambda: largest_difference(before.theirs_TH, outputs_TH))
+        return far is not None and far <= allowed_difference(before.noise)
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
         """Do what this rank can fail at alone; None if it does, and the others are told next."""
@@ -277,9 +313,13 @@ class _Trial:
             self._failure = "its part in the exchange failed; its log says why"
         return not faults
 
-    def _write(self, prepared: _Prepared) -> None:
+    def _write(self, prepared: _Prepared, *exchanged: SlabTensor) -> None:
+        """exchanged: two slabs of the same size whose parts of it change places, or none."""
         size = self._memory.expert_bytes_L[self._layer]
         self._memory.write(self._layer, _SLOT, prepared.exchange.staging[0, :size])
+        parts = [slab.bytes_EB[_SLOT] for slab in exchanged]
+        for part, other in zip(parts, [part.clone() for part in reversed(parts)], strict=True):
+            part.copy_(other)
 
     def _had_it(self, prepared: _Prepared) -> bool:
         """Whether what arrived is what our slot held before, as where replicas were loaded."""

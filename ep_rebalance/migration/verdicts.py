@@ -22,7 +22,7 @@ class Finding:
     """What one rank found in a trial of a layer.
 
     layer: its name. slabs: names of what moved. came_from: the rank whose expert it was; None if experts
-        of this rank changed places. failure: as of `Proof`.
+        of this rank changed places. failure: as of `Proof`. hint: a clause on what the cause may be.
     """
 
     layer: str
@@ -30,12 +30,16 @@ class Finding:
     slabs: tuple[str, ...] = ()
     came_from: int | None = None
     failure: str = ""
+    hint: str = ""
 
     @classmethod
     def alone(cls, layer: str, slabs: Sequence[SlabTensor], proof: Proof) -> Finding:
         """Of `prove_moves`."""
         names = tuple(slab.name for slab in slabs)
-        return cls(layer, proof.verdict, names, failure=proof.failure)
+        hint = ""
+        if proof.unread and proof.verdict is Verdict.MISPLACED:
+            hint = f"the kernel does not seem to read {', '.join(proof.unread)}"
+        return cls(layer, proof.verdict, names, failure=proof.failure, hint=hint)
 
     @classmethod
     def from_ring(
@@ -44,7 +48,9 @@ class Finding:
         """Of `prove_move`. rank: this one."""
         names = tuple(slab.name for slab in slabs)
         before = (rank - 1) % len(proof.arrivals_R)
-        return cls(layer, proof.arrivals_R[rank].verdict, names, before, proof.failure)
+        pairs = " or ".join(" and ".join(pair) for pair in proof.swapped)
+        hint = f"nothing differs with {pairs} exchanged" if pairs else ""
+        return cls(layer, proof.arrivals_R[rank].verdict, names, before, proof.failure, hint)
 
     def __str__(self) -> str:
         experts = (
@@ -52,7 +58,8 @@ class Finding:
         )
         moved = f" ({', '.join(self.slabs)})" if self.slabs else ""
         why = f": {self.failure}" if self.failure else ""
-        return f"a trial with {experts}{moved} found {self.verdict.value}{why}"
+        hint = f"; {self.hint}" if self.hint else ""
+        return f"a trial with {experts}{moved} found {self.verdict.value}{why}{hint}"
 
 
 def refuse_unproven(findings: Sequence[Finding], *, group: dist.ProcessGroup, remedy: str) -> None:

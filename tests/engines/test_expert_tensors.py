@@ -237,6 +237,7 @@ def test_a_scale_where_no_walk_comes_is_found_by_the_trial(fp8_block):
     proof = prove(fp8_block)
     assert proof.verdict is Verdict.MISPLACED
     assert proof.tokens == tuple(range(EXPERTS))
+    assert proof.unread == ("w13_weight_scale_inv",)
 
 
 def test_a_tensor_that_two_hold_is_found_once(fp8_block):

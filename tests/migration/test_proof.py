@@ -78,6 +78,14 @@ def test_a_slab_that_makes_no_difference_is_named():
     assert proof.unread == ("forgotten", "shape")
 
 
+def test_a_slab_that_the_kernel_reads_a_copy_of_is_named():
+    layer = Layer()
+    layer.live, layer.scale = layer.scale, layer.scale.clone()
+    proof = layer.prove("weight", "live")
+    assert proof.verdict is Verdict.MISPLACED
+    assert proof.unread == ("live",)
+
+
 def test_experts_that_are_all_alike_prove_nothing():
     layer = Layer()
     layer.weight[:] = layer.weight[0].clone()

@@ -19,7 +19,7 @@ from ep_rebalance.migration.trial_move import Arrival, RingProof, prove_move
 pytestmark = pytest.mark.usefixtures("compiled_schedule")
 
 SLOTS, HIDDEN, INNER, TOP_K = 3, 8, 12, 2
-SLABS = ("up", "down", "scale", "offset")
+SLABS = ("up", "down", "scale", "offset", "gain")
 SIZES = pytest.mark.parametrize("size", [2, 4])
 
 
@@ -39,6 +39,7 @@ class Layer:
         self.down = drawn(HIDDEN, INNER).to(torch.bfloat16)
         self.scale = drawn().exp()
         self.offset = drawn(3)
+        self.gain = drawn()
         self.common = torch.tensor(2.0)
         self.hidden_TH = torch.randn(SLOTS, HIDDEN, generator=torch.Generator().manual_seed(99))
         self.calls = 0
@@ -49,7 +50,8 @@ class Layer:
         inner_TKI = torch.einsum("tkih,th->tki", self.up[ids_TK], self.hidden_TH).relu()
         outputs_TKH = torch.einsum("tkhi,tki->tkh", self.down[ids_TK].float(), inner_TKI)
         outputs_TKH = outputs_TKH * (self.scale * self.common)[ids_TK][..., None]
-        outputs_TH = (outputs_TKH + self.offset[ids_TK].sum(2, keepdim=True)).sum(1)
+        offset_TK = self.offset[ids_TK].sum(2) * self.gain[ids_TK]
+        outputs_TH = (outputs_TKH + offset_TK[..., None]).sum(1)
         if self.noise is not None:
             outputs_TH += 1e-4 * torch.rand(outputs_TH.shape, generator=self.noise)
         return outputs_TH
@@ -126,13 +128,48 @@ def alike_but_for_rank_one(rank, layer, memory, patch):
 
 
 def test_only_ranks_where_it_makes_a_difference_are_named(four_ranks: Ranks):
-    slabs = ("up", "down", "offset")
+    slabs = ("up", "down", "offset", "gain")
     proof = told_alike(
         four_ranks.run(functools.partial(proved, slabs=slabs), alike_but_for_rank_one)
     )
     # Rank 1's scale stayed where rank 0's expert came to, and rank 2 got its expert without it.
     assert proof.refusing_ranks == (1, 2)
     assert proof.verdict is Verdict.MISPLACED
+
+
+def swapped_on_rank_one(rank, fails_at=0):
+    """(verdicts, what this rank says was swapped, its error, times computed) where `scale` and `gain` of
+    rank 1 have each other's name. fails_at: which computation fails there.
+    """
+    layer = Layer(rank)
+    scale, gain = layer.scale, layer.gain
+    if rank == 1:
+        layer.scale, layer.gain = gain, scale
+    memory = layer.memory(*SLABS)
+    layer.scale, layer.gain = scale, gain
+    before, compute = layer.bytes(), layer.compute
+    if rank == 1 and fails_at:
+        compute = Failing(layer.compute, fails_at)
+    proof = prove_move(memory, 1, compute, ring_ids(SLOTS, TOP_K), group=dist.group.WORLD)
+    assert all(map(torch.equal, layer.bytes(), before))
+    return verdicts(proof), proof.swapped, proof.failure, layer.calls
+
+
+@SIZES
+def test_slabs_that_have_each_others_name_on_one_rank_are_told(ranks_of: dict[int, Ranks], size):
+    wrong, right = (Verdict.MISPLACED, (("gain", "scale"),)), (Verdict.EXACT, ())
+    expected = [wrong, wrong] if size == 2 else [right, wrong, wrong, right]
+    for rank, told in enumerate(ranks_of[size].run(swapped_on_rank_one)):
+        assert told == ([verdict for verdict, _ in expected], expected[rank][1], "", 7)
+
+
+def test_a_rank_that_fails_while_names_are_looked_for_keeps_nobody_waiting(two_ranks: Ranks):
+    (told, swapped, _, _), (told_there, found_there, failure, _) = two_ranks.run(
+        swapped_on_rank_one, 7
+    )
+    assert told == told_there == [Verdict.MISPLACED] * 2
+    assert (swapped, found_there) == ((("gain", "scale"),), ())
+    assert failure == "OSError: forced failure"
 
 
 def other_common_scale(rank, layer, memory, patch):

@@ -1,5 +1,6 @@
 """What a trial found on one rank stops all of them, with the same words."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from ranks import Ranks
 
 from ep_rebalance.config import ConfigurationError
-from ep_rebalance.migration.proof import Verdict, prove_moves, ring_ids
+from ep_rebalance.migration.proof import Proof, Verdict, prove_moves, ring_ids
 from ep_rebalance.migration.slabs import slabs_of_layers
 from ep_rebalance.migration.trial_move import Arrival, RingProof
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
@@ -115,3 +116,25 @@ def test_findings_say_whose_experts_were_tried():
     last, first = (Finding.from_ring("layers.0", SLABS, ring, rank) for rank in (1, 0))
     assert last == finding(Verdict.MISPLACED, came_from=0, failure="broken")
     assert (first.came_from, first.verdict) == (1, Verdict.EXACT)
+
+
+def alone(verdict, *unread):
+    proof = replace(Proof.without_numbers(verdict), unread=unread)
+    return str(Finding.alone("layers.0", SLABS, proof))
+
+
+def test_what_stayed_behind_is_looked_for_in_what_the_kernel_does_not_read():
+    told = alone(Verdict.MISPLACED, "scale", "shape")
+    assert told.endswith("stayed behind; the kernel does not seem to read scale, shape")
+    assert alone(Verdict.MISPLACED).endswith("stayed behind")
+    assert "read" not in alone(Verdict.BLIND, *NAMES)
+
+
+def test_slabs_that_go_by_each_others_name_are_told():
+    def told(*swapped):
+        ring = RingProof((Arrival(Verdict.MISPLACED),) * 2, swapped=swapped)
+        return str(Finding.from_ring("layers.0", SLABS, ring, 0))
+
+    assert told(("a", "b")).endswith("stayed behind; nothing differs with a and b exchanged")
+    assert told(("a", "b"), ("a", "c")).endswith("with a and b or a and c exchanged")
+    assert told().endswith("stayed behind")

@@ -17,6 +17,7 @@ FORCED_FAULTS = PLUGINS / "forced_faults"
 GPU_TOKEN_PATHS = PLUGINS / "gpu_token_paths"
 FILE_TRANSFER = PLUGINS / "file_transfer"
 PREPACKED_RELOADS = PLUGINS / "prepacked_reloads"
+SABOTAGED_EXPERTS = PLUGINS / "sabotaged_experts"
 REFERENCE_EXPERTS = (PLUGINS / "reference_experts", ROOT / "tests" / "support")
 """Its metadata, and its module."""
 
