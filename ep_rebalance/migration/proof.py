@@ -63,6 +63,11 @@ class Verdict(enum.Enum):
             Verdict.REPLICA,
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it speaks neither for moves nor against them."""
+        return self in (Verdict.BLIND, Verdict.UNSTEADY, Verdict.FAILED, Verdict.UNTRIED)
+
 
 @dataclass(frozen=True, slots=True)
 class Proof:

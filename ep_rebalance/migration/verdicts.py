@@ -62,7 +62,9 @@ class Finding:
         return f"a trial with {experts}{moved} found {self.verdict.value}{why}{hint}"
 
 
-def refuse_unproven(findings: Sequence[Finding], *, group: dist.ProcessGroup, remedy: str) -> None:
+def refuse_unproven(
+    findings: Sequence[Finding], *, group: dist.ProcessGroup, remedy: str, remedy_if_open: str
+) -> None:
     """Raises ConfigurationError if a trial on any rank allows no moves, the same on all ranks. Collective.
 
     It names the first layer with such a trial and the first ranks, of which the cause of the others' may be
@@ -70,6 +72,7 @@ def refuse_unproven(findings: Sequence[Finding], *, group: dist.ProcessGroup, re
 
     findings: of this rank, layer by layer; ranks that failed may have fewer.
     group: carries what lies on the host. A rank that is still in a trial is waited for until its timeout.
+    remedy_if_open: where no trial speaks against moves.
     """
     findings_R: list[Sequence[Finding]] = [()] * dist.get_world_size(group)
     dist.all_gather_object(findings_R, tuple(findings), group=group)
@@ -89,6 +92,8 @@ def refuse_unproven(findings: Sequence[Finding], *, group: dist.ProcessGroup, re
     ][:MOST_TOLD]
     others = len(refusals) - len(told)
     more = f"; further trials that allow no moves: {others}" if others else ""
+    is_open = all(finding.verdict.is_open for _, _, finding in refusals)
     raise ConfigurationError(
-        f"the experts of layer {layer!r} cannot move: {'; '.join(told)}{more}.", remedy
+        f"the experts of layer {layer!r} cannot move: {'; '.join(told)}{more}.",
+        remedy_if_open if is_open else remedy,
     )

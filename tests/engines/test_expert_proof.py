@@ -113,7 +113,9 @@ def fail(rank: int, checkpoint: Path) -> list[str]:
             Finding.from_ring(first.layer, first.slabs, ring, rank),
         ):
             with pytest.raises(ConfigurationError) as error:
-                refuse_unproven([finding], group=dist.group.WORLD, remedy=OTHER_KERNEL)
+                refuse_unproven(
+                    [finding], group=dist.group.WORLD, remedy=OTHER_KERNEL, remedy_if_open=""
+                )
             reasons.append(error.value.reason)
     return reasons
 

@@ -22,7 +22,9 @@ NAMES = ("weight", "scale")
 def refused(rank, findings_R):
     """The error's reason and remedy."""
     try:
-        refuse_unproven(findings_R[rank], group=dist.group.WORLD, remedy="stay.")
+        refuse_unproven(
+            findings_R[rank], group=dist.group.WORLD, remedy="stay.", remedy_if_open="report."
+        )
     except ConfigurationError as error:
         return error.reason, error.remedy
     return None
@@ -72,6 +74,18 @@ def test_the_first_layer_is_named_with_all_that_was_found_there(four_ranks: Rank
     assert "on EP rank 1 a trial with one of EP rank 0 (weight, scale) found no difference" in told
     assert "on EP rank 2 a trial with its own experts (weight, scale) found an error" in told
     assert told.endswith(": MemoryError: full; further trials that allow no moves: 1.")
+
+
+def test_where_it_remains_open_the_remedy_is_another_one(two_ranks: Ranks):
+    failed, wrong = finding(Verdict.FAILED), finding(Verdict.MISPLACED)
+    untried = finding(Verdict.UNTRIED)
+    for findings_R, remedy in (
+        ([[failed], [untried]], "report."),
+        ([[finding(Verdict.BLIND)], [finding(Verdict.UNSTEADY)]], "report."),
+        ([[failed], [wrong]], "stay."),
+        ([[finding(Verdict.NOT_RESTORED)], [finding()]], "stay."),
+    ):
+        assert [told[1] for told in two_ranks.run(refused, findings_R)] == [remedy] * 2
 
 
 def test_ranks_that_others_kept_from_trying_are_not_named(four_ranks: Ranks):
