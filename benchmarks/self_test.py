@@ -7,7 +7,7 @@ has 32 GPUs, so that the time is put together from parts:
   gathers   measured here between two processes over gloo, times the number of other ranks
   memory    bytes that all operations and kernels read and write, counted here in real calls at the true
             size, over the memory bandwidth of `--hardware`
-  launches  operations counted in the same calls, LAUNCH_SECONDS each
+  launches  operations counted in the same calls, LAUNCH_SECONDS each, and KERNEL_OPERATIONS a kernel call
   link      bytes that a rank sends, counted, over a link between nodes, and EXCHANGE_SECONDS a collective
 
 Left out is what a start needs in any case, sooner or later: what a kernel compiles at its first call,
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from self_test_layers import HostTimes, host_times
 from self_test_start import print_starts
-from self_test_trial import Size, Trial, Trials, run_trials
+from self_test_trial import SMALL, Size, Trial, Trials, run_trials
 
 from ep_rebalance.offline.step_time import Hardware, hardware_names, load_hardware
 
@@ -49,6 +49,10 @@ LAUNCH_SECONDS = 1e-5
 """Assumed for an operation of torch on a GPU, the Python around it included."""
 EXCHANGE_SECONDS = 1e-4
 """Assumed for a collective of the device without its bytes."""
+KERNEL_EXCHANGES = 2
+"""Of a call of the kernel: tokens go to their experts and come back."""
+KERNEL_OPERATIONS = 20
+"""Assumed for a call of the kernel: sorting, quantisation, two multiplications, a sum, what is between."""
 COMPARISONS = 3
 """Operations of a comparison of two slabs: compare, reduce, read."""
 VERDICTS = 3
@@ -74,6 +78,7 @@ def parse_options() -> argparse.Namespace:
         help="time N starts of a real server of either kind instead",
     )
     add("--port", type=int, default=8300, help="of those servers (default 8300)")
+    add("--rehearse", action="store_true", help="run it all with small layers")
     return parser.parse_args()
 
 
@@ -123,7 +128,8 @@ class Estimate:
                 counted=f"{layers} calls",
                 host=self.host.first_runs,
                 memory=self._memory(layers * self.size.slots * expert),
-                link=2 * layers * EXCHANGE_SECONDS,
+                launches=layers * KERNEL_OPERATIONS * LAUNCH_SECONDS,
+                link=layers * KERNEL_EXCHANGES * EXCHANGE_SECONDS,
             ),
             Part(
                 name="discovery",
@@ -152,7 +158,8 @@ class Estimate:
 
     def _trial(self, name: str, trial: Trial) -> Part:
         kinds = self.host.kinds
-        collectives = trial.exchanges + 2 * trial.calls
+        collectives = trial.exchanges + KERNEL_EXCHANGES * trial.calls
+        operations = trial.operations + KERNEL_OPERATIONS * trial.calls
         return Part(
             name=name,
             counted=f"{trial.calls} calls, {trial.operations:,} operations, "
@@ -161,7 +168,7 @@ class Estimate:
             host=kinds * trial.calls * self.host.first_runs / self.size.layers,
             gathers=kinds * trial.tells * (self.size.ranks - 1) * self.trials.tell,
             memory=kinds * self._memory(trial.moved + trial.read),
-            launches=kinds * trial.operations * LAUNCH_SECONDS,
+            launches=kinds * operations * LAUNCH_SECONDS,
             link=kinds * (trial.sent / self.hardware.internode + collectives * EXCHANGE_SECONDS),
         )
 
@@ -236,17 +243,19 @@ def print_parts(options: argparse.Namespace, console: Console) -> None:
     """Measure and print."""
     name, hardware = load_hardware(options.hardware)
     measured: dict[Size, Trials] = {}
-    for size in SIZES:
+    for size in (SMALL,) if options.rehearse else SIZES:
         host = host_times(size)
         measured[size] = run_trials(size, host.summaries, options.device)
         estimate = Estimate(size=size, host=host, trials=measured[size], hardware=hardware)
         print_time(size, estimate.parts(), console)
-    measured[UNQUANTISED] = run_trials(UNQUANTISED, [], options.device)
+    if not options.rehearse:
+        measured[UNQUANTISED] = run_trials(UNQUANTISED, [], options.device)
     print_memory(measured, console)
     console.print(
         f"computed with {name}: {hardware.memory_bytes_per_second / 1e12:.2f} TB/s of memory, "
         f"{hardware.internode / 1e9:.0f} GB/s between nodes (assumed: offline/hardware.yaml), "
-        f"{1e6 * LAUNCH_SECONDS:.0f} us a launch, {1e6 * EXCHANGE_SECONDS:.0f} us a collective (assumed)",
+        f"{1e6 * LAUNCH_SECONDS:.0f} us a launch, {1e6 * EXCHANGE_SECONDS:.0f} us a collective, "
+        f"{KERNEL_OPERATIONS} operations a kernel call (assumed)",
         highlight=False,
     )
 

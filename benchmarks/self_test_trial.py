@@ -76,7 +76,7 @@ class Size:
         return found
 
 
-WARM_UP = Size(name="", ranks=RANKS, slots=3, hidden=1024, intermediate=512)
+SMALL = Size(name="small", ranks=RANKS, slots=3, layers=2, hidden=1024, intermediate=512, top_k=2)
 """Whatever is made once is made for it."""
 
 
@@ -320,7 +320,7 @@ def run_rank(
     )
     host_group = dist.new_group(backend="gloo")
     compile_schedule()
-    _run_both(WARM_UP, on, host_group)
+    _run_both(SMALL, on, host_group)
     slabs, alone, between = _run_both(size, on, host_group)
     numbers = torch.zeros(5, dtype=torch.float64)
     gathered = [torch.empty_like(numbers) for _ in range(ranks)]
