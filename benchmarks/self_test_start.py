@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,10 @@ def _wait(process: ServerProcess, port: int) -> None:
     with httpx.Client(base_url=f"http://{HOST}:{port}", trust_env=False) as client:
         while time.monotonic() < ends:
             process.check_alive()
-            try:
+            with suppress(httpx.TransportError):
                 if client.get("/health").is_success:
                     return
-            except httpx.TransportError:
-                time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)
     raise TimeoutError(f"no server within {START_SECONDS:.0f} s")
 
 
@@ -87,7 +87,9 @@ def print_starts(pairs: int, port: int, console: Console) -> None:
     started: dict[bool, list[Started]] = {True: [], False: []}
     for number in track(range(pairs), "pairs of starts", console=console):
         for self_test in (True, False) if number % 2 else (False, True):
-            started[self_test].append(start(folder, port, self_test=self_test))
+            one = start(folder, port, self_test=self_test)
+            started[self_test].append(one)
+            console.print(f"self-test {'on' if self_test else 'off'}: {one.seconds:.1f} s")
     table = Table(title=f"starts of {MODEL.name} on {RANKS} data-parallel ranks, seconds")
     for heading in ("self-test", "start, median (range)", "of these the plugin", "layers tried"):
         table.add_column(heading, justify="right")
