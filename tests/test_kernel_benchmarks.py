@@ -10,7 +10,8 @@ from ep_rebalance.exchanges import EXCHANGES
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> None:
+def run(script: str, *arguments: str) -> str:
+    """What it printed."""
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments],
         capture_output=True,
@@ -18,6 +19,7 @@ def run(script: str, *arguments: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_every_case_of_the_kernels_runs(tmp_path: Path) -> None:
@@ -39,6 +41,14 @@ def test_moves_of_quantised_experts_run_on_any_machine(tmp_path: Path) -> None:
         "bfloat16": 6 * 128 * 128,
     }
     assert min(result["ratio"]) > 0
+
+
+def test_parts_of_the_self_test_are_put_together() -> None:
+    printed = run("self_test.py", "--rehearse")
+    for trial in ("on each rank", "between ranks"):
+        (row,) = [line for line in printed.splitlines() if f"│ {trial}" in line]
+        assert "exact" in row
+    assert "small: 0." in printed
 
 
 def test_every_candidate_of_the_all_to_all_runs(tmp_path: Path) -> None:

@@ -48,10 +48,8 @@ class SlabTensor:
     @property
     def uniform(self) -> bool:
         """Whether several experts all hold the same, as where a value of the rank is spread over them."""
-        first, rest = self.bytes_EB[:1], self.bytes_EB[1:]
-        if not len(rest) or not torch.equal(first, rest[:1]):
-            return False
-        return bool((rest == first).all())
+        first, *rest = self.bytes_EB
+        return bool(rest) and all(torch.equal(first, other) for other in rest)
 
 
 TensorsOfLayer = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]

@@ -43,6 +43,8 @@ T = TypeVar("T")
 _VERDICTS = tuple(Verdict)
 _SLOT = 0
 """Local slot from which and into which experts go."""
+_PIECE = 4 << 20
+"""Bytes that are on their way at once, and that are compared at once: what either takes besides experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,8 @@ def prove_move(
     host_group: the same ranks, for what they tell each other; None for `group`, unless `compute` has
         collectives of that one.
 
-    Takes memory for four experts, which it gives back. Raises only if a collective of these groups does:
-    the rank is then out of step.
+    Takes memory for two experts and a few pieces, which it gives back. Raises only if a collective of
+    these groups does: the rank is then out of step.
     """
     ranks = dist.get_world_size(group)
     if ranks == 1:
@@ -276,9 +278,8 @@ class _Trial:
         return RingProof(tuple(map(Arrival, verdicts)), self._failure)
 
     def _prepare(self) -> _Prepared:
-        size = self._memory.expert_bytes_L[self._layer]
         exchange = RoundExchange(
-            group=self._group, memory=self._memory, max_bytes=size, staging_slots=1
+            group=self._group, memory=self._memory, max_bytes=_PIECE, staging_slots=1
         )
         batch = _round_the_ring(self._memory, self._layer, self._rank, self._size)
         exchange.begin_batch(batch)
@@ -335,8 +336,11 @@ class _Trial:
     def _holds(self, prepared: _Prepared) -> bool:
         """Whether all slots of the layer have their bytes again."""
         same = all(
-            torch.equal(slab.bytes_EB[_SLOT], kept)
+            torch.equal(now, before)
             for slab, kept in zip(self._slabs, prepared.kept, strict=True)
+            for now, before in zip(
+                slab.bytes_EB[_SLOT].split(_PIECE), kept.split(_PIECE), strict=True
+            )
         )
         return same and torch.equal(self._checksums_S(), prepared.checksums_S)
 
@@ -392,7 +396,7 @@ def _round_the_ring(memory: ExpertMemory, layer: int, rank: int, ranks: int) -> 
         target.even_quotas_LP(),
         topology=Topology.single_node(ranks),
         expert_bytes_L=memory.expert_bytes_L,
-        max_bytes_per_round=memory.expert_bytes_L[layer],
+        max_bytes_per_round=_PIECE,
         staging_slots=1,
         rank=rank,
     ).batches

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 from datetime import timedelta
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torch.distributed as dist
 from forced_failures import Failing
 from ranks import Ranks
+from torch.profiler import ProfilerActivity, profile
 
+from ep_rebalance.migration import trial_move
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.proof import Verdict, ring_ids
 from ep_rebalance.migration.round_exchange import RoundExchange
@@ -378,6 +381,43 @@ def memory_left(rank):
 def test_no_memory_is_kept(two_ranks: Ranks):
     two_ranks.run(memory_left)
     assert two_ranks.run(memory_left) == [0, 0]
+
+
+def in_small_pieces(rank, layer, memory, patch):
+    patch.setattr(trial_move, "_PIECE", 128)
+
+
+@SIZES
+def test_an_expert_larger_than_a_piece_goes_in_several_rounds(ranks_of: dict[int, Ranks], size):
+    proof = told_alike(ranks_of[size].run(proved, in_small_pieces))
+    assert verdicts(proof) == [Verdict.EXACT] * size
+
+
+def most_memory(rank):
+    """Bytes that are allocated at once during a trial, in bytes of an expert."""
+    weights = torch.stack([torch.full((1 << 20,), 1.0 + rank + slot) for slot in range(SLOTS)])
+    memory = ExpertMemory([split_by_expert([NamedTensor("weight", weights)], SLOTS).slabs])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial_move, "_PIECE", 1 << 16)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            prove_move(
+                memory,
+                0,
+                lambda ids_TK: weights[ids_TK, :HIDDEN].sum(1),
+                ring_ids(SLOTS, TOP_K),
+                group=dist.group.WORLD,
+            )
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    most = max(itertools.accumulate(event.nbytes() for event in changes))
+    return most / memory.expert_bytes_L[0]
+
+
+def test_a_trial_takes_memory_for_two_experts(two_ranks: Ranks):
+    most = two_ranks.run(most_memory)
+    # The checksum of the reference takes more, which stays the same for larger experts.
+    assert all(2.0 <= experts <= 2.7 for experts in most)
 
 
 def test_the_verdict_of_all_is_one_that_gives_the_reason():
