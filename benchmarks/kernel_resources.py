@@ -34,6 +34,7 @@ from ep_rebalance.kernels import (
     pack_experts,
     quantize_rows,
     route_and_count,
+    route_by_own_counts,
     tiles,
     weighted_sum,
 )
@@ -98,6 +99,7 @@ class Resources:
 def cases() -> Iterator[Case]:
     """All kernels."""
     yield from routing_cases()
+    yield from own_counts_cases()
     for pairs in (1024, 65536):
         yield Case(
             name=f"group_tokens, {pairs} pairs",
@@ -178,6 +180,45 @@ def routing_cases() -> Iterator[Case]:
                 },
                 odd=(*route_and_count.POINTERS, *route_and_count.SIZES),
             )
+
+
+def own_counts_cases() -> Iterator[Case]:
+    """Both kernels for 256 experts on 32 ranks; the second with room for 32 replicated ones."""
+    yield Case(
+        name="route_by_own_counts, count",
+        kernel=route_by_own_counts._count_blocks,
+        arguments={
+            **typed("*i32", "topk_ids_ptr", "tokens_ptr"),
+            **typed("*i64", "counts_ptr"),
+            **typed("*i8", "phase_ptr"),
+            **typed("i32", *route_by_own_counts.COUNTED_SIZES),
+        },
+        constants={
+            "IGNORED": route_by_own_counts.IGNORED,
+            "BLOCK": route_by_own_counts.BLOCK,
+            "PHASE_BINS": 1024,
+            "EXPERTS": 256,
+        },
+        odd=(*route_by_own_counts.COUNTED_POINTERS, *route_by_own_counts.COUNTED_SIZES),
+    )
+    pointers = [name for name in route_by_own_counts.POURED_POINTERS if name != "offset_ptr"]
+    yield Case(
+        name="route_by_own_counts, pour",
+        kernel=route_by_own_counts._pour_and_assign,
+        arguments={
+            **typed("*i32", *pointers),
+            **typed("*i64", "offset_ptr"),
+            **typed("i32", *route_by_own_counts.POURED_SIZES),
+        },
+        constants={
+            "HASH_STEP": route_by_own_counts.HASH_STEP,
+            "UNIT_BITS": route_by_own_counts.UNIT_BITS,
+            "SWEEPS": route_by_own_counts.SWEEPS,
+            **route_by_own_counts.POUR_OPTIONS,
+            **route_by_own_counts.bins(256, 32, 32, 32),
+        },
+        odd=(*route_by_own_counts.POURED_POINTERS, *route_by_own_counts.POURED_SIZES),
+    )
 
 
 def typed(kind: str | None, *names: str) -> dict[str, str | None]:

@@ -12,8 +12,9 @@ run on the same steps:
 
 Columns: balancedness (mean over mean/max rank load of steps and layers; 1 is even) with every
 expert's tokens split evenly over its replicas; with the plugin's quotas, refreshed each snapshot;
-and with the best split for each step, which no dispatch can beat on that placement. Slots that a plan
-changes; GB over links in all and on the busiest rank, per plan; expert transfers that the busiest
+with each rank's tokens of a step split evenly by its own counts (`dispatch.split: own_counts`), in every
+sixth step; and with the best split for each step, which no dispatch can beat on that placement. Slots
+that a plan changes; GB over links in all and on the busiest rank, per plan; expert transfers that the busiest
 rank makes one after another in a layer; parts of moved experts and of tokens that cross a node
 boundary; milliseconds to plan, and microseconds to fit one layer's quotas, on one core.
 """
@@ -63,6 +64,7 @@ from ep_rebalance.offline.scoring import (
     cross_node_tokens,
     even_balancedness,
     moves_between,
+    own_counts_balancedness,
 )
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import compile_planner, own_planners
@@ -153,6 +155,7 @@ class Row:
     seed: int
     even: float
     quotas: float
+    own_counts: float
     best_split: float | None
     cross_node_tokens: float
     plans: int = 0
@@ -211,7 +214,7 @@ def score_policy(
     bytes_L: Sequence[int],
     options: argparse.Namespace,
 ) -> Row:
-    even, quotas, best, crossing = [], [], [], []
+    even, quotas, own_counts, best, crossing = [], [], [], [], []
     moves: list[Moves] = []
     for number, window_NLE in enumerate(windows):
         policy.window_begins(window_NLE)
@@ -223,6 +226,11 @@ def score_policy(
         for part_NLE in np.split(window_NLE, WINDOW_STEPS // SNAPSHOT_STEPS):
             if number:
                 quotas.append(balancedness(part_NLE, policy.placement, policy.quotas_LP))
+                own_counts.append(
+                    own_counts_balancedness(
+                        part_NLE[:1], policy.placement, policy.quotas_LP, topology, seed=number
+                    )
+                )
                 crossing.append(
                     cross_node_tokens(part_NLE, policy.placement, policy.quotas_LP, topology)
                 )
@@ -239,6 +247,7 @@ def score_policy(
         seed=seed,
         even=float(np.mean(even)),
         quotas=float(np.mean(quotas)),
+        own_counts=float(np.mean(own_counts)),
         best_split=float(np.mean(best)) if best else None,
         plans=len(made),
         moved=mean(move.fraction for move in moves),
@@ -295,7 +304,7 @@ def mean(values: Iterator[float]) -> float:
 
 def show(case: Case, rows: Sequence[Row], console: Console) -> None:
     table = Table(title=case.title, title_justify="left")
-    heads = ("", "even", "quotas", "best split", "moved", "GB", "GB busiest", "serial",
+    heads = ("", "even", "quotas", "own counts", "best split", "moved", "GB", "GB busiest", "serial",
              "x-node moves", "x-node tokens", "ms", "us quotas")  # fmt: skip
     for head in heads:
         table.add_column(head, justify="right" if head else "left")
@@ -305,6 +314,7 @@ def show(case: Case, rows: Sequence[Row], console: Console) -> None:
             name,
             spread([r.even for r in own], ".3f"),
             spread([r.quotas for r in own], ".3f"),
+            spread([r.own_counts for r in own], ".3f"),
             spread([r.best_split for r in own], ".3f"),
             spread([100 * r.moved for r in own], ".1f", "%"),
             spread([r.gigabytes for r in own], ".1f"),

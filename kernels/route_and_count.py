@@ -12,11 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
-
-HASH_STEP = 40503
-"""An odd number near 2**16 / golden ratio, so that consecutive tokens spread evenly over the 16-bit
-hash range (Knuth).
-"""
+from ep_rebalance.kernels.shared_arithmetic import HASH_STEP
 
 PREFILL, DECODE, IGNORED = 0, 1, 2
 """Rows of the count tensor. Tokens that are not to be counted land in IGNORED, without a branch."""

@@ -323,4 +323,10 @@ def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
         top_k=top_k,
         self_test=model.self_test,
     )
-    return Journal(status, contiguous=placement, top_k=top_k, rank=rank)
+    return Journal(
+        status,
+        contiguous=placement,
+        top_k=top_k,
+        rank=rank,
+        by_own_counts=config.dispatch.split == "own_counts",
+    )

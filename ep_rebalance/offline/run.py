@@ -148,12 +148,17 @@ def replay(
             continue
         served_before.snapshot(record)  # the step times in the trace are those of this placement
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
-        was = RankLoad.of(counts_LE, served_before.placement, served_before.quotas_LP)
+        was = RankLoad.of(
+            counts_LE,
+            served_before.placement,
+            served_before.quotas_LP,
+            by_own_counts=head.config.get("dispatch", {}).get("split") == "own_counts",
+        )
         # Recorded times are kept if the replay decides as the server did, or decides nothing by them.
         timed = as_recorded or not isinstance(serving, ReplayedServer)
         serving.snapshot(record if timed else _timed(record, scenario, serving, was))
         if counts_LE.any():
-            served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
+            served = _load(counts_LE, scenario, serving)
             rows.append(_row(record, served, scenario.step_time.seconds(record, served, was)))
             sums_LR += served.tokens_LR
         advance()
@@ -183,8 +188,13 @@ def _timed(
     placement that is served here, and on the scenario's hardware.
     """
     counts_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.int64)
-    served = RankLoad.of(counts_LE, serving.placement, serving.quotas_LP)
+    served = _load(counts_LE, scenario, serving)
     return replace(snapshot, step_seconds=scenario.step_time.seconds(snapshot, served, recorded))
+
+
+def _load(counts_LE: NDArray[np.integer], scenario: Scenario, serving: Serving) -> RankLoad:
+    by_own_counts = scenario.config.dispatch.split == "own_counts"
+    return RankLoad.of(counts_LE, serving.placement, serving.quotas_LP, by_own_counts=by_own_counts)
 
 
 def _row(record: RecordedSnapshot, served: RankLoad, seconds: float) -> tuple[float, ...]:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.planning.sources import choose_sources
+from ep_rebalance.routing.pours import pour_order, pour_tokens
+from ep_rebalance.routing.thresholds import HASH_STRIDE, dispatch_thresholds
 from ep_rebalance.topology import Topology
 
 
@@ -67,6 +69,56 @@ def best_split_balancedness(steps_NLE: NDArray[np.integer], placement: Placement
             ]
         )
     )
+
+
+def own_counts_balancedness(
+    steps_NLE: NDArray[np.integer],
+    placement: Placement,
+    quotas_LP: NDArray[np.float64],
+    topology: Topology,
+    *,
+    seed: int = 0,
+) -> float:
+    """The same if each source splits its own tokens of a step evenly, as `dispatch.split: own_counts` does.
+    Which source brings a token is drawn by lot.
+
+    steps_NLE: [N, L, E], tokens.
+    quotas_LP: float64 [L, P]. Where each source begins.
+    """
+    random = np.random.default_rng(seed)
+    layers = range(placement.num_layers)
+    sources = topology.num_ranks // topology.ranks_per_source
+    tables = [
+        dispatch_thresholds(
+            placement, layers, quotas_LP, topology=topology, rank=source * topology.ranks_per_source
+        )
+        for source in range(sources)
+    ]
+    slots_LEC, _ = tables[0]
+    poured_LX, _, _ = pour_order(
+        slots_LEC,
+        rows=placement.num_redundant,
+        slots_per_rank=placement.slots_per_rank,
+        num_ranks=placement.num_ranks,
+    )
+    evenness = []
+    for number, step_LE in enumerate(steps_NLE):
+        for layer in layers:
+            own_SE = random.multinomial(step_LE[layer], np.full(sources, 1 / sources)).T
+            load_R = np.zeros(placement.num_ranks)
+            for source, tokens_E in enumerate(own_SE):
+                load_R += pour_tokens(
+                    tokens_E,
+                    slots_LEC[layer],
+                    tables[source][1][layer],
+                    poured_LX[layer],
+                    number * HASH_STRIDE,
+                    placement.num_ranks,
+                    placement.slots_per_rank,
+                    source,
+                )
+            evenness.append(load_R.mean() / max(load_R.max(), 1e-300))
+    return float(np.mean(evenness))
 
 
 def even_balancedness(pairs: int, ranks: int, *, steps: int = 10_000) -> float:

@@ -23,6 +23,7 @@ from ep_rebalance.load.trace import RecordedSnapshot
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import RooflineCost
+from ep_rebalance.planning.quotas import split_by_own_counts
 from ep_rebalance.topology import Topology
 
 NOMINAL_STEP_SECONDS = 0.05
@@ -122,12 +123,21 @@ class RankLoad:
 
     @classmethod
     def of(
-        cls, counts_LE: NDArray[np.integer], placement: Placement, quotas_LP: NDArray[np.float64]
+        cls,
+        counts_LE: NDArray[np.integer],
+        placement: Placement,
+        quotas_LP: NDArray[np.float64],
+        *,
+        by_own_counts: bool = False,
     ) -> RankLoad:
         """The load of a placement.
 
         counts_LE: [L, E], tokens. Of all phases.
+        by_own_counts: whether tokens were counted before they were split; `quotas_LP` are then where that
+            began, and the snapshot is taken for one step.
         """
+        if by_own_counts:
+            quotas_LP = split_by_own_counts(placement, counts_LE, quotas_LP)
         return cls(
             placement=placement,
             quotas_LP=quotas_LP,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
+from ep_rebalance.kernels.shared_arithmetic import SWEEPS
 from ep_rebalance.placement import Placement
 
 _MAX_SWEEPS = 200
@@ -37,6 +38,23 @@ def split_quotas(
         load = np.array(load_LE, dtype=np.float64)
         _pour_layers(load, np.array(placement.slots_LP), placement.num_ranks, quotas_LP)
     return quotas_LP
+
+
+def split_by_own_counts(
+    placement: Placement,
+    load_LE: NDArray[np.floating | np.integer],
+    quotas_LP: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """float64 [L, P], the split of a load that is counted before it is sent, from the quotas of the window.
+
+    load_LE: [L, E], tokens.
+    """
+    load = np.array(load_LE, dtype=np.float64)
+    own_LP = np.array(quotas_LP, dtype=np.float64)
+    if placement.num_redundant:
+        for load_E, slots_P, own_P in zip(load, np.array(placement.slots_LP), own_LP, strict=True):
+            pour_step(load_E, slots_P, placement.num_ranks, SWEEPS, own_P)
+    return own_LP
 
 
 @compiled
@@ -72,6 +90,27 @@ def _pour_layer(
             break
     # Over-relaxed pairs are a little off their level; a plain sweep puts them on it.
     _sweep(load_E, replicated, slots, first, slots_per_rank, 1.0, rank_load_R, quotas_P)
+
+
+@compiled
+def pour_step(
+    load_E: NDArray[np.float64],
+    slots_P: NDArray[np.int32],
+    num_ranks: int,
+    sweeps: int,
+    quotas_P: NDArray[np.float64],
+) -> None:
+    """Improve one layer's quotas in place, for a load of which nothing else is known; in microseconds.
+
+    load_E: tokens. quotas_P: those to begin with.
+    """
+    slots_per_rank = slots_P.size // num_ranks
+    rank_load_R = np.zeros(num_ranks)
+    for slot in range(slots_P.size):
+        rank_load_R[slot // slots_per_rank] += load_E[slots_P[slot]] * quotas_P[slot]
+    replicated, slots, first = _replicated(load_E, slots_P)
+    for _ in range(sweeps):
+        _sweep(load_E, replicated, slots, first, slots_per_rank, 1.0, rank_load_R, quotas_P)
 
 
 @compiled

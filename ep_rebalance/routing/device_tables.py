@@ -20,16 +20,15 @@ from ep_rebalance.kernels.route_and_count import (
     IGNORED,
     LayerTables,
     count_experts,
-    route_and_count,
 )
+from ep_rebalance.kernels.route_by_own_counts import PourTables, Ranks
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.thresholds import HASH_RANGE, dispatch_thresholds
+from ep_rebalance.routing.pours import pour_order
+from ep_rebalance.routing.route import route
+from ep_rebalance.routing.thresholds import HASH_RANGE, HASH_STRIDE, dispatch_thresholds
 from ep_rebalance.topology import Topology
 
 logger = logging.getLogger(__name__)
-
-HASH_STRIDE = 20_011
-"""Added to the hash offset in each step. It is coprime to 65536, so that every offset comes up."""
 
 _OFFSET_BYTES = 8
 _TABLES_AT_A_TIME = 3
@@ -41,10 +40,12 @@ class DispatchTables:
     """How one rank dispatches all layers of a placement; on the host, ready to be uploaded.
 
     slots_LEC, thresholds_LEC: int32 [L, E, C]. See `dispatch_thresholds`.
+    pours_LO: int32 [L, 2 X + E]. `PourTables` one after another; None where tokens are split by quotas.
     """
 
     slots_LEC: torch.Tensor
     thresholds_LEC: torch.Tensor
+    pours_LO: torch.Tensor | None = None
 
 
 class RoutingTables:
@@ -52,6 +53,7 @@ class RoutingTables:
 
     topology, rank: where the tokens are that it routes.
     counts_here: whether this rank counts its tokens; see `mark_tokens`.
+    by_own_counts: whether each step's own tokens are spread evenly, and not by quotas.
 
     counts_LAE: int64 [L, 3, E], tokens. By phase, with a third row for tokens that do not count.
     phase_T: int8 [max_tokens]. IGNORED except for the tokens that a real step marks.
@@ -67,6 +69,7 @@ class RoutingTables:
         topology: Topology,
         rank: int,
         counts_here: bool = True,
+        by_own_counts: bool = False,
     ) -> None:
         layers, experts = placement.num_layers, placement.num_experts
         self.counts_LAE = torch.zeros(layers, 3, experts, dtype=torch.int64, device=device)
@@ -74,6 +77,18 @@ class RoutingTables:
             layers, experts, placement.max_replicas, dtype=torch.int32, device=device
         )
         self._thresholds_LEC = torch.empty_like(self._slots_LEC)
+        self._rows = placement.num_redundant if by_own_counts else 0
+        width = 2 * self._rows + experts
+        self._pours_LO = torch.full((layers, width), -1, dtype=torch.int32, device=device)
+        self.ranks = Ranks(
+            count=placement.num_ranks,
+            slots=placement.slots_per_rank,
+            source=topology.source_of_rank[rank],
+        )
+        self.pours = tuple(
+            PourTables(*pours_O.split((self._rows, self._rows, experts)))
+            for pours_O in self._pours_LO
+        )
         self.layers = tuple(
             LayerTables(
                 counts_AE=self.counts_LAE[layer],
@@ -124,11 +139,12 @@ class RoutingTables:
     def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> torch.Tensor:
         """[T, K], the slot for each of one layer's top-k ids, which are also counted.
 
-        topk_ids_TK: [T, K]. Logical experts; see `route_and_count`.
+        topk_ids_TK: [T, K]. Logical experts; see `route`.
         first_token: where these rows start in the batch that `mark_tokens` described.
         """
         phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
-        return route_and_count(topk_ids_TK, phase_T, self.layers[layer], self.offset)
+        tables, pours = self.layers[layer], self.pours[layer]
+        return route(topk_ids_TK, phase_T, tables, pours, self.offset, self.ranks)
 
     def count(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> None:
         """Count the ids without routing them; arguments as in `route`."""
@@ -148,6 +164,9 @@ class RoutingTables:
                 self.count(0, padding, 0)
         values = np.zeros(self._slots_LEC.shape, dtype=np.int32)
         _ = [pinned(values, self._slots_LEC.device) for _ in range(2 * _TABLES_AT_A_TIME)]
+        if self._rows:
+            values = np.zeros(self._pours_LO.shape, dtype=np.int32)
+            _ = [pinned(values, self._slots_LEC.device) for _ in range(_TABLES_AT_A_TIME)]
 
     def dispatch_tables(
         self, placement: Placement, quotas_LP: NDArray[np.float64]
@@ -165,14 +184,26 @@ class RoutingTables:
             topology=self._topology,
             rank=self._rank,
         )
-        slots_LEC, thresholds_LEC = (pinned(table, self._slots_LEC.device) for table in tables)
-        return DispatchTables(slots_LEC=slots_LEC, thresholds_LEC=thresholds_LEC)
+        device = self._slots_LEC.device
+        slots_LEC, thresholds_LEC = (pinned(table, device) for table in tables)
+        pours_LO = None
+        if self._rows:
+            order = pour_order(
+                tables[0],
+                rows=self._rows,
+                slots_per_rank=placement.slots_per_rank,
+                num_ranks=placement.num_ranks,
+            )
+            pours_LO = pinned(np.concatenate(order, axis=1), device)
+        return DispatchTables(slots_LEC=slots_LEC, thresholds_LEC=thresholds_LEC, pours_LO=pours_LO)
 
     def serve(self, layers: Sequence[int], tables: DispatchTables) -> None:
         """Swap the tables of `layers`, in place and in stream order."""
         for layer in layers:
             self._slots_LEC[layer].copy_(tables.slots_LEC[layer], non_blocking=True)
             self._thresholds_LEC[layer].copy_(tables.thresholds_LEC[layer], non_blocking=True)
+            if tables.pours_LO is not None:
+                self._pours_LO[layer].copy_(tables.pours_LO[layer], non_blocking=True)
 
     def split(self, tables: DispatchTables) -> None:
         """Split tokens anew over the replicas that are served, in place and in stream order."""

@@ -22,6 +22,8 @@ from ep_rebalance.topology import Topology
 
 HASH_RANGE = 1 << 16
 """Tokens have a hash in 0..HASH_RANGE-1, and thresholds divide that range."""
+HASH_STRIDE = 20_011
+"""Added to the hash offset in each step. It is coprime to 65536, so that every offset comes up."""
 
 
 def dispatch_thresholds(

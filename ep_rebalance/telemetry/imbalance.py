@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
+from ep_rebalance.kernels.shared_arithmetic import SWEEPS
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.quotas import pour_step
 
 HALF_LIFE_SNAPSHOTS = 4
 """A snapshot counts half once this many more with tokens have followed."""
@@ -58,6 +60,9 @@ class RecentImbalance:
 class RankBalance:
     """What the snapshots of one model add up to.
 
+    by_own_counts: whether each step's own tokens are spread evenly over the replicas. A snapshot then counts
+        as one step, since it does not tell how its steps were split; else its tokens went by the quotas.
+
     served: recent imbalance as served.
     contiguous: the same for the placement that the engine loaded, had it stayed.
     phases: recent imbalance as served, by phase; a phase without tokens in a snapshot does not fade.
@@ -69,7 +74,7 @@ class RankBalance:
         served and as loaded.
     """
 
-    def __init__(self, contiguous: Placement) -> None:
+    def __init__(self, contiguous: Placement, *, by_own_counts: bool = False) -> None:
         layers, experts, ranks = (
             contiguous.num_layers,
             contiguous.num_experts,
@@ -92,6 +97,7 @@ class RankBalance:
             busiest_KL,
             mean_KL,
         )
+        self._sweeps = SWEEPS if by_own_counts else 0
         loaded = Served.initial(contiguous)
         self._served, self._served_slots = loaded, _Slots.of(loaded)
         self._loaded_slots = self._served_slots
@@ -105,7 +111,7 @@ class RankBalance:
         if self._served is not served:
             self._served, self._served_slots = served, _Slots.of(served)
         busiest_served, busiest_contiguous = _add_snapshot(
-            counts_ALE, self._served_slots, self._loaded_slots, self._sums
+            counts_ALE, self._served_slots, self._loaded_slots, self._sweeps, self._sums
         )
         self.busiest_tokens["served"] += round(busiest_served)
         self.busiest_tokens["contiguous"] += round(busiest_contiguous)
@@ -141,10 +147,11 @@ class _Sums(NamedTuple):
 
 @compiled
 def _add_snapshot(
-    counts_ALE: NDArray[np.int64], served: _Slots, loaded: _Slots, sums: _Sums
+    counts_ALE: NDArray[np.int64], served: _Slots, loaded: _Slots, sweeps: int, sums: _Sums
 ) -> tuple[float, float]:
     """Add a snapshot layer by layer, while each is in the cache.
 
+    sweeps: how often the served split is poured for the snapshot's own load; 0 to leave it as it is.
     Returns the tokens of the busiest ranks in this snapshot, summed over layers, as served and as
     loaded.
     """
@@ -155,15 +162,20 @@ def _add_snapshot(
     kinds, ranks = len(busiest_KL), recent_LR.shape[1]
     load_E, load_KR = np.empty(experts), np.zeros((kinds, ranks))
     new_busiest_KL, new_mean_KL = np.empty((kinds, layers)), np.empty((kinds, layers))
+    quotas_P = np.empty(quotas_LP.shape[1])
     for layer in range(layers):
         load_E[:] = 0.0
         load_KR[_SERVED] = 0.0
         for phase in range(phases):
-            counts_E = counts_ALE[phase, layer]
             for expert in range(experts):
-                tokens_ALE[phase, layer, expert] += counts_E[expert]
-                load_E[expert] += counts_E[expert]
-            _sum_ranks(counts_E, slots_LP[layer], quotas_LP[layer], load_KR[_PHASES + phase])
+                tokens_ALE[phase, layer, expert] += counts_ALE[phase, layer, expert]
+                load_E[expert] += counts_ALE[phase, layer, expert]
+        quotas_P[:] = quotas_LP[layer]
+        if sweeps:
+            pour_step(load_E, slots_LP[layer], ranks, sweeps, quotas_P)
+        for phase in range(phases):
+            counts_E = counts_ALE[phase, layer]
+            _sum_ranks(counts_E, slots_LP[layer], quotas_P, load_KR[_PHASES + phase])
             # Ranks' loads are linear in the tokens, so those of the phases add up.
             load_KR[_SERVED] += load_KR[_PHASES + phase]
         _sum_ranks(load_E, loaded_LP[layer], loaded_quotas_LP[layer], load_KR[_CONTIGUOUS])

@@ -60,11 +60,20 @@ class Journal:
 
     contiguous: what the engine loaded.
     top_k: experts per token.
+    by_own_counts: see `RankBalance`.
     """
 
-    def __init__(self, status: Status, *, contiguous: Placement, top_k: int, rank: int) -> None:
+    def __init__(
+        self,
+        status: Status,
+        *,
+        contiguous: Placement,
+        top_k: int,
+        rank: int,
+        by_own_counts: bool = False,
+    ) -> None:
         self.status = status
-        self._balance = RankBalance(contiguous)
+        self._balance = RankBalance(contiguous, by_own_counts=by_own_counts)
         self._rank = rank
         self._pairs_per_token = top_k * contiguous.num_layers
         self._before = Before()

@@ -8,7 +8,8 @@ from step_path import DEVICE, recording_waits
 from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
-from ep_rebalance.routing.device_tables import HASH_STRIDE, RoutingTables
+from ep_rebalance.routing.device_tables import RoutingTables
+from ep_rebalance.routing.thresholds import HASH_STRIDE
 from ep_rebalance.topology import Topology
 
 PLACEMENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)

@@ -25,6 +25,7 @@ class Case:
     engine: Engine
     layout: tuple[str, ...]
     all_to_all: str
+    split: str = "window"
 
 
 CASES = [
@@ -32,11 +33,14 @@ CASES = [
     Case("data_parallel", V032, DATA_PARALLEL, "engine"),
     Case("tensor_parallel", V033_V1, TENSOR_PARALLEL, "ours"),
     Case("data_parallel", V033_V1, DATA_PARALLEL, "ours"),
+    Case("data_parallel", V032, DATA_PARALLEL, "ours", "own_counts"),
+    Case("tensor_parallel", V032, TENSOR_PARALLEL, "ours", "own_counts"),
 ]
 
 
 def label(case: Case) -> str:
-    return f"{case.name}-{case.all_to_all}-{case.engine.mark.removeprefix('engine_')}"
+    engine = case.engine.mark.removeprefix("engine_")
+    return f"{case.name}-{case.all_to_all}-{engine}-{case.split}"
 
 
 @pytest.fixture(
@@ -50,6 +54,7 @@ def replicas(
     settings = {
         "planner": {"redundant_experts": 4},
         "data_plane": {"all_to_all": case.all_to_all},
+        "dispatch": {"split": case.split},
     }
     with serving(
         logs / f"replicas-{label(case)}.log",

@@ -116,3 +116,17 @@ def test_overview_names_the_hottest_experts_and_all_their_ranks():
     )
     assert seen.rank_load == (loads_LR / loads_LR.mean(1, keepdims=True)).round(3).tolist()
     assert b'"rank_load":[]' in encode(overview(status, 0 * loads_LR, 0 * loads_LE, placement))
+
+
+def test_tokens_that_were_split_by_their_own_counts_are_booked_so():
+    placement = Placement(np.array([[0, 1, 1, 2], [0, 1, 0, 2]]), 3, 2)
+    served = Served.initial(placement)
+    load_LE = np.array([[10, 40, 30], [50, 0, 10]])
+    counts_ALE = np.array([np.zeros_like(load_LE), load_LE])
+    rank_tokens = []
+    for by_own_counts in (False, True):
+        balance = RankBalance(placement, by_own_counts=by_own_counts)
+        balance.add(counts_ALE, served)
+        rank_tokens.append(balance.rank_tokens_LR.tolist())
+    # By quotas, the halves; else as even as the replicas allow.
+    assert rank_tokens == [[[30, 50], [25, 35]], [[40, 40], [30, 30]]]

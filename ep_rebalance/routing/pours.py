@@ -1,0 +1,242 @@
+"""The order in which experts with replicas are poured, and the pour itself compiled for the host."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rebalance.compiled import compiled
+from ep_rebalance.kernels.shared_arithmetic import HASH_STEP, MOST_REPLICAS, SWEEPS, UNIT_BITS
+
+
+def pour_order(
+    slots_LEC: NDArray[np.int32], *, rows: int, slots_per_rank: int, num_ranks: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """(poured, colour, row) of each layer, as in `PourTables`: int32 [L, X], [L, X] and [L, E].
+
+    Greedy colouring, experts with most replicas first: each gets the first colour that none of its ranks
+    has yet.
+
+    slots_LEC: int32 [L, E, C]. As from `dispatch_thresholds`.
+    rows: X, at least as many as there are redundant slots; 0 for experts that all go by quotas.
+    """
+    layers, experts, _ = slots_LEC.shape
+    poured_LX = np.full((layers, rows), -1, dtype=np.int32)
+    colour_LX = np.full((layers, rows), -1, dtype=np.int32)
+    row_LE = np.full((layers, experts), -1, dtype=np.int32)
+    if rows:
+        _order_layers(slots_LEC, slots_per_rank, num_ranks, poured_LX, colour_LX, row_LE)
+    return poured_LX, colour_LX, row_LE
+
+
+@compiled
+def _order_layers(
+    slots_LEC: NDArray[np.int32],
+    slots_per_rank: int,
+    num_ranks: int,
+    poured_LX: NDArray[np.int32],
+    colour_LX: NDArray[np.int32],
+    row_LE: NDArray[np.int32],
+) -> None:
+    for layer in range(slots_LEC.shape[0]):
+        replicas_E = (slots_LEC[layer] >= 0).sum(axis=1)
+        colour_E = _colours(slots_LEC[layer], replicas_E, slots_per_rank, num_ranks)
+        row = 0
+        for colour in range(colour_E.max() + 1):
+            for expert in range(colour_E.size):
+                if colour_E[expert] == colour:
+                    poured_LX[layer, row], colour_LX[layer, row] = expert, colour
+                    row_LE[layer, expert] = row
+                    row += 1
+
+
+@compiled
+def _colours(
+    slots_EC: NDArray[np.int32],
+    replicas_E: NDArray[np.int64],
+    slots_per_rank: int,
+    num_ranks: int,
+) -> NDArray[np.int64]:
+    """int64 [E]; -1 for experts that are not poured."""
+    colour_E = np.full(replicas_E.size, -1)
+    taken_RN = np.zeros((num_ranks, replicas_E.size), np.bool_)  # by rank and colour
+    for expert in np.argsort(-replicas_E, kind="mergesort"):
+        if not 2 <= replicas_E[expert] <= MOST_REPLICAS:
+            continue
+        ranks = slots_EC[expert, : replicas_E[expert]] // slots_per_rank
+        colour = 0
+        while taken_RN[ranks, colour].any():
+            colour += 1
+        taken_RN[ranks, colour] = True
+        colour_E[expert] = colour
+    return colour_E
+
+
+@compiled
+def route_on_host(
+    ids_TK: NDArray[np.int64],
+    phase_T: NDArray[np.int8],
+    counts_AE: NDArray[np.int64],
+    slots_EC: NDArray[np.int32],
+    thresholds_EC: NDArray[np.int32],
+    poured_X: NDArray[np.int32],
+    row_E: NDArray[np.int32],
+    offset: int,
+    num_ranks: int,
+    slots_per_rank: int,
+    source: int,
+    slots_TK: NDArray[np.int64],
+) -> None:
+    """`route_by_own_counts`: the same bits, in the order of experts and tokens.
+
+    ids_TK, slots_TK: of one integer type. counts_AE: added to. slots_TK: filled.
+    """
+    tokens_E = _count(ids_TK, phase_T, counts_AE)
+    bounds_XC = pour_bounds(
+        tokens_E, slots_EC, thresholds_EC, poured_X, offset, num_ranks, slots_per_rank, source
+    )
+    seen_E = np.zeros(tokens_E.size, np.int64)
+    for token in range(ids_TK.shape[0]):
+        token_hash = (token * HASH_STEP + offset) & 0xFFFF
+        for k in range(ids_TK.shape[1]):
+            expert = ids_TK[token, k]
+            if expert < 0 or expert >= tokens_E.size:
+                slots_TK[token, k] = min(expert, -1)
+                continue
+            choice, row = 0, row_E[expert]
+            if row >= 0:
+                while bounds_XC[row, choice] <= seen_E[expert]:
+                    choice += 1
+                seen_E[expert] += 1
+            else:
+                while thresholds_EC[expert, choice] <= token_hash:
+                    choice += 1
+            slots_TK[token, k] = slots_EC[expert, choice]
+
+
+@compiled
+def _count(
+    ids_TK: NDArray[np.int64], phase_T: NDArray[np.int8], counts_AE: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """int64 [E]. Every phase is added up apart in `counts_AE`."""
+    tokens_E = np.zeros(counts_AE.shape[1], np.int64)
+    for token in range(ids_TK.shape[0]):
+        phase = phase_T[token] if token < phase_T.size else 2  # IGNORED
+        for k in range(ids_TK.shape[1]):
+            expert = ids_TK[token, k]
+            if 0 <= expert < tokens_E.size:
+                tokens_E[expert] += 1
+                counts_AE[phase, expert] += 1
+    return tokens_E
+
+
+@compiled
+def pour_bounds(
+    tokens_E: NDArray[np.int64],
+    slots_EC: NDArray[np.int32],
+    thresholds_EC: NDArray[np.int32],
+    poured_X: NDArray[np.int32],
+    offset: int,
+    num_ranks: int,
+    slots_per_rank: int,
+    source: int,
+) -> NDArray[np.int64]:
+    """int64 [X, C], as `bounds_torch` in kernels/route_by_own_counts.py."""
+    bounds_XC = np.zeros((poured_X.size, slots_EC.shape[1]), np.int64)
+    if not poured_X.size:
+        return bounds_XC
+    units_EC = np.zeros(slots_EC.shape, np.int64)
+    replicas_E = np.zeros(tokens_E.size, np.int64)
+    load_R = np.zeros(num_ranks, np.int64)
+    for expert in range(tokens_E.size):
+        lower = 0
+        for j in range(slots_EC.shape[1]):
+            if slots_EC[expert, j] < 0:
+                break
+            upper = thresholds_EC[expert, j]
+            units = (tokens_E[expert] * (upper - lower)) >> (16 - UNIT_BITS)
+            units_EC[expert, j] = units
+            load_R[slots_EC[expert, j] // slots_per_rank] += units
+            replicas_E[expert] += 1
+            lower = upper
+    for _ in range(SWEEPS):
+        for expert in poured_X:
+            if expert >= 0 and tokens_E[expert]:
+                count = replicas_E[expert]
+                ranks = slots_EC[expert, :count] // slots_per_rank
+                _pour_expert(tokens_E[expert] << UNIT_BITS, ranks, load_R, units_EC[expert, :count])
+    for row in range(poured_X.size):
+        expert = poured_X[row]
+        if expert < 0:
+            continue
+        total = (((expert + source) * HASH_STEP + offset) & 0xFFFF) >> (16 - UNIT_BITS)
+        for j in range(replicas_E[expert]):
+            total += units_EC[expert, j]
+            bounds_XC[row, j] = min(total >> UNIT_BITS, tokens_E[expert])
+        bounds_XC[row, replicas_E[expert] - 1] = tokens_E[expert]
+    return bounds_XC
+
+
+@compiled
+def pour_tokens(
+    tokens_E: NDArray[np.int64],
+    slots_EC: NDArray[np.int32],
+    thresholds_EC: NDArray[np.int32],
+    poured_X: NDArray[np.int32],
+    offset: int,
+    num_ranks: int,
+    slots_per_rank: int,
+    source: int,
+) -> NDArray[np.float64]:
+    """float64 [R], the tokens that each rank gets of one source's, as `route_on_host` sends them."""
+    bounds_XC = pour_bounds(
+        tokens_E, slots_EC, thresholds_EC, poured_X, offset, num_ranks, slots_per_rank, source
+    )
+    load_R = np.zeros(num_ranks)
+    row_E = np.full(tokens_E.size, -1)
+    for row in range(poured_X.size):
+        if poured_X[row] >= 0:
+            row_E[poured_X[row]] = row
+    for expert in range(tokens_E.size):
+        row, lower = row_E[expert], 0.0
+        for j in range(slots_EC.shape[1]):
+            if slots_EC[expert, j] < 0:
+                break
+            if row >= 0:
+                upper = float(bounds_XC[row, j])
+            else:
+                upper = tokens_E[expert] * thresholds_EC[expert, j] / 65536
+            load_R[slots_EC[expert, j] // slots_per_rank] += upper - lower
+            lower = upper
+    return load_R
+
+
+@compiled
+def _pour_expert(
+    volume: int, ranks: NDArray[np.int32], load_R: NDArray[np.int64], units: NDArray[np.int64]
+) -> None:
+    """Pour one expert's tokens anew, and change the ranks' loads by it. units: int64 [C]."""
+    floors = np.empty(units.size, np.int64)
+    for j in range(units.size):
+        floors[j] = load_R[ranks[j]] - units[j]
+    level = _level(floors, volume)
+    for j in range(units.size):
+        poured = max(level - floors[j], 0)
+        load_R[ranks[j]] += poured - units[j]
+        units[j] = poured
+
+
+@compiled
+def _level(floors: NDArray[np.int64], volume: int) -> int:
+    """See `_levels` in kernels/route_by_own_counts.py."""
+    level = 1 << 30
+    while True:
+        total, wet = volume, 0
+        for floor in floors:
+            if floor < level:
+                total += floor
+                wet += 1
+        lowered = min(level, total // wet)
+        if lowered == level:
+            return level
+        level = lowered

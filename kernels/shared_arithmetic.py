@@ -1,0 +1,14 @@
+"""Numbers that every form of routing shares, so that all give the same bits. Knows no torch, no Triton."""
+
+HASH_STEP = 40503
+"""An odd number near 2**16 / golden ratio, so that consecutive tokens spread evenly over the 16-bit
+hash range (Knuth).
+"""
+UNIT_BITS = 4
+"""Tokens are poured in sixteenths."""
+SWEEPS = 2
+"""How often every expert is poured. The second sweep adds a third of what the first one does, further
+ones next to nothing (benchmarks/planning.py).
+"""
+MOST_REPLICAS = 16
+"""An expert with more of them keeps the split of its quotas."""

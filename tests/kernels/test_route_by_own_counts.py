@@ -1,0 +1,236 @@
+"""Splitting by own counts: what it hands out, how even it is, and that all forms of it give the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ep_rebalance.kernels.language import INTERPRETED
+from ep_rebalance.kernels.route_and_count import LayerTables, count_torch, route_torch
+from ep_rebalance.kernels.route_by_own_counts import (
+    PourTables,
+    Ranks,
+    route_by_own_counts,
+    route_by_own_counts_torch,
+)
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.routing.device_tables import RoutingTables
+from ep_rebalance.routing.pours import pour_order, route_on_host
+from ep_rebalance.routing.route import route
+from ep_rebalance.routing.thresholds import dispatch_thresholds
+from ep_rebalance.topology import Topology
+
+
+def random_step(tokens, top_k, experts, redundant, ranks, seed=0, dtype=torch.int32, device="cpu"):
+    """What `route_by_own_counts` takes, for a placement and ids drawn at random."""
+    rng = np.random.default_rng(seed)
+    slots = experts + redundant
+    own_RS = rng.permutation(experts).reshape(ranks, -1)
+    more_R = [
+        rng.permutation(np.setdiff1d(range(experts), own))[: redundant // ranks] for own in own_RS
+    ]
+    slots_P = np.concatenate(
+        [np.append(own, more) for own, more in zip(own_RS, more_R, strict=True)]
+    )
+    placement = Placement(slots_P[None].astype(np.int32), experts, ranks)
+    load_LE = rng.exponential(size=(1, experts)) ** 3 + 1e-3
+    rank = int(rng.integers(ranks))
+    table, thresholds = dispatch_thresholds(
+        placement,
+        [0],
+        split_quotas(placement, load_LE),
+        topology=Topology.single_node(ranks),
+        rank=rank,
+    )
+    order = pour_order(
+        table, rows=max(redundant, 1), slots_per_rank=slots // ranks, num_ranks=ranks
+    )
+    weights = load_LE[0] / load_LE[0].sum()
+    ids = [rng.choice(experts, top_k, replace=False, p=weights) for _ in range(tokens)]
+    ids_TK = torch.from_numpy(np.array(ids, dtype=np.int64).reshape(tokens, top_k)).to(dtype)
+    ids_TK[rng.random(ids_TK.shape) < 0.1] = -1
+    tables = LayerTables(
+        counts_AE=torch.zeros(3, experts, dtype=torch.int64, device=device),
+        replica_slots_EC=torch.from_numpy(table[0]).to(device),
+        thresholds_EC=torch.from_numpy(thresholds[0]).to(device),
+    )
+    poured_X, colour_X, row_E = (torch.from_numpy(part[0]).to(device) for part in order)
+    pours = PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E)
+    phase_T = torch.from_numpy(rng.integers(0, 3, tokens)).to(device, torch.int8)
+    offset = torch.tensor([int(rng.integers(1 << 40))], device=device)
+    which = Ranks(count=ranks, slots=slots // ranks, source=rank)
+    return placement, ids_TK.to(device), phase_T, tables, pours, offset, which
+
+
+def on_host(ids_TK, phase_T, tables, pours, offset, ranks):
+    slots_TK = torch.empty_like(ids_TK)
+    route_on_host(
+        ids_TK.numpy(),
+        phase_T.numpy(),
+        tables.counts_AE.numpy(),
+        tables.replica_slots_EC.numpy(),
+        tables.thresholds_EC.numpy(),
+        pours.poured_X.numpy(),
+        pours.row_E.numpy(),
+        int(offset),
+        ranks.count,
+        ranks.slots,
+        ranks.source,
+        slots_TK.numpy(),
+    )
+    return slots_TK
+
+
+def shapes():
+    """(tokens, top_k, experts, redundant, ranks)"""
+    return st.tuples(
+        st.integers(0, 90),
+        st.integers(1, 8),
+        st.integers(1, 5),
+        st.integers(0, 4),
+        st.integers(2, 6),
+    ).map(
+        lambda s: (
+            s[0],
+            min(s[1], s[2] * s[4]),
+            s[2] * s[4],
+            min(s[3], s[2] * (s[4] - 1)) * s[4],
+            s[4],
+        )
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes(), seed=st.integers(0, 999))
+def test_every_token_goes_to_a_slot_that_holds_its_expert(shape, seed):
+    placement, ids_TK, *rest = random_step(*shape, seed)
+    slots_TK = route_by_own_counts_torch(ids_TK, *rest).numpy()
+    held = placement.slots_LP[0][slots_TK.clip(0)]
+    assert (np.where(slots_TK < 0, -1, held) == ids_TK.numpy()).all()
+    counted = torch.zeros_like(rest[1].counts_AE)
+    count_torch(ids_TK, rest[0], counted)
+    assert torch.equal(rest[1].counts_AE, counted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes(), seed=st.integers(0, 999))
+def test_the_host_gives_the_same_bits(shape, seed):
+    _, ids_TK, phase_T, tables, *rest = random_step(*shape, seed)
+    expected_TK = route_by_own_counts_torch(ids_TK, phase_T, tables, *rest)
+    counted = tables.counts_AE.clone()
+    tables.counts_AE.zero_()
+    assert torch.equal(on_host(ids_TK, phase_T, tables, *rest), expected_TK)
+    assert torch.equal(tables.counts_AE, counted)
+
+
+SHAPES = [
+    (1, 1, 4, 0, 2),
+    (5, 2, 4, 2, 2),
+    (17, 3, 9, 3, 3),
+    (64, 8, 32, 8, 4),
+    (300, 4, 16, 32, 16),
+    (300, 2, 18, 306, 18),  # experts with more replicas than are poured
+    (520, 4, 64, 32, 8),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_and_reference_give_the_same_bits(shape, dtype, device):
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("there is no kernel to compare")
+    _, ids_TK, phase_T, tables, *rest = random_step(*shape, sum(shape), dtype, device)
+    expected_TK = route_by_own_counts_torch(ids_TK, phase_T, tables, *rest)
+    counted = tables.counts_AE.clone()
+    tables.counts_AE.zero_()
+    assert torch.equal(route_by_own_counts(ids_TK, phase_T, tables, *rest), expected_TK)
+    assert torch.equal(tables.counts_AE, counted)
+
+
+def test_ranks_that_share_their_tokens_send_them_alike():
+    placement = Placement.contiguous(num_layers=1, num_experts=8, num_ranks=4, num_redundant=8)
+    topology = Topology(node_of_rank=(0,) * 4, ranks_per_source=2)
+    ids_TK = torch.randint(0, 8, (40, 2), dtype=torch.int32)
+    sent = []
+    for rank in (2, 3):
+        counts = RoutingTables(
+            placement=placement,
+            max_tokens=64,
+            device=torch.device("cpu"),
+            topology=topology,
+            rank=rank,
+            by_own_counts=True,
+        )
+        counts.set_dispatch([0], placement, placement.even_quotas_LP())
+        sent.append(counts.route(0, ids_TK, 0))
+    assert torch.equal(*sent)
+    assert torch.equal(sent[0], counts.route(0, ids_TK, 0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), tokens=st.integers(60, 120))
+def test_own_tokens_load_ranks_as_the_best_split_would(seed, tokens):
+    """To within a hundredth of a rank's mean load, and a token for each expert that is rounded."""
+    placement, ids_TK, *rest = random_step(tokens, 4, 32, 16, 8, seed)
+    slots_TK = route_by_own_counts_torch(ids_TK, *rest)
+    load_R = torch.bincount(slots_TK[slots_TK >= 0] // placement.slots_per_rank, minlength=8)
+    load_LE = torch.bincount(ids_TK[ids_TK >= 0], minlength=32).numpy()[None]
+    best_R = placement.rank_load_LR(load_LE, split_quotas(placement, load_LE))[0]
+    assert load_R.max() <= best_R.max() + 0.05 * best_R.mean() + 2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_rounding_favours_no_replica(tokens):
+    """Over many steps of short batches, with two ranks that are alike, each replica gets its half."""
+    placement = Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2, num_redundant=2)
+    counts = RoutingTables(
+        placement=placement,
+        max_tokens=64,
+        device=torch.device("cpu"),
+        topology=Topology.single_node(2),
+        rank=0,
+        by_own_counts=True,
+    )
+    counts.set_dispatch([0], placement, placement.even_quotas_LP())
+    received_P = torch.zeros(4)
+    ids_TK = torch.zeros(tokens, 1, dtype=torch.int32)
+    for _ in range(600):
+        counts.mark_tokens(np.zeros(tokens, dtype=np.int8))
+        received_P += torch.bincount(counts.route(0, ids_TK, 0).flatten(), minlength=4)
+        counts.end_step()
+    halves = received_P[torch.from_numpy(placement.replica_slots(0)[0].astype(np.int64))]
+    assert (halves / halves.sum()).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+def test_layers_without_rows_go_by_quotas():
+    _, ids_TK, phase_T, tables, pours, offset, ranks = random_step(40, 2, 8, 8, 4, 3)
+    nothing = torch.empty(0, dtype=torch.int32)
+    unpoured = PourTables(
+        poured_X=nothing, colour_X=nothing, row_E=torch.full_like(pours.row_E, -1)
+    )
+    sent_TK = route(ids_TK, phase_T, tables, unpoured, offset, ranks)
+    assert torch.equal(sent_TK, route_torch(ids_TK, tables, offset))
+
+
+def test_the_operation_for_a_compiled_graph_gives_the_same(device):
+    if device == "cpu" and INTERPRETED:
+        pytest.skip("kernels are not interpreted in a graph")
+    _, ids_TK, phase_T, tables, pours, offset, ranks = random_step(17, 2, 8, 8, 4, 3, device=device)
+    expected_TK = route(ids_TK, phase_T, tables, pours, offset, ranks)
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids_TK, phase_T, tables, pours, offset, ranks), expected_TK)
+
+
+def test_fake_and_real_forms_agree(device):
+    _, ids_TK, phase_T, tables, pours, offset, ranks = random_step(17, 2, 8, 8, 4, 3, device=device)
+    parts = (tables.counts_AE, tables.replica_slots_EC, tables.thresholds_EC)
+    rows = (pours.poured_X, pours.colour_X, pours.row_E)
+    torch.library.opcheck(
+        torch.ops.ep_rebalance.route.default,
+        (ids_TK, phase_T, *parts, *rows, offset, ranks.count, ranks.slots, ranks.source),
+        test_utils=("test_schema", "test_faketensor"),
+    )
