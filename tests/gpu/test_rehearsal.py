@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gpu_kit import __main__ as kit
@@ -15,8 +16,12 @@ from gpu_kit.archive import pack
 from gpu_kit.driver import Place, Result, run_steps, take
 from gpu_kit.plan import STEPS, Step, UnknownStep, chosen
 from gpu_kit.report import read_log
+from gpu_kit.steps import engine
 from gpu_kit.steps.sanitizer import TESTS
 from made_up_files import wheel
+
+from ep_rebalance.engines.vllm import movable_experts
+from ep_rebalance.migration.proof import Proof, Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -257,6 +262,25 @@ def test_tests_that_fail_or_do_not_run_are_told(place: Place, tmp_path: Path):
     assert tried[0].figures == {"passed": 1, "skipped": 0, "failed": 1}
     assert "test_some.py::test_bad" in tried[0].reason
     assert tried[1].reason == "no test ran"
+
+
+def test_numbers_of_trials_are_told(monkeypatch, capsys):
+    proof = Proof(Verdict.WITHIN_NOISE, noise=0.25, moved=0.5, missed=9.0, restored=0.0)
+    monkeypatch.setattr(movable_experts, "prove_layer", lambda *_: proof)
+    engine._tell_trials()
+    tensors = SimpleNamespace(scheme="a method with a kernel")
+    assert movable_experts.prove_layer("layer", tensors, "config") is proof
+    assert json.loads(capsys.readouterr().out) == {
+        "trials": [
+            {
+                "kernel": "a method with a kernel",
+                "verdict": "within_noise",
+                "noise": 0.25,
+                "moved": 0.5,
+                "missed": 9.0,
+            }
+        ]
+    }
 
 
 # --- the command

@@ -114,7 +114,9 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _tell_trials() -> None:
-    """The numbers of each trial on this rank, which vLLM's log does not have."""
+    """The numbers of each trial on this rank, which vLLM's log does not have. Only where vLLM's worker is in
+    this process, as on a GPU.
+    """
     from ep_rebalance.engines.vllm import movable_experts
 
     prove = movable_experts.prove_layer
@@ -181,6 +183,8 @@ def _environment(rank: int, options: argparse.Namespace) -> Mapping[str, str]:
     }
     if options.device == "cpu":
         path = [os.environ.get("PYTHONPATH", ""), *(map(str, REFERENCE) if options.format else ())]
+        if options.format:  # V2 asks for Triton, which the reference does without
+            shared["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         return shared | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(rank),
