@@ -498,6 +498,15 @@ def test_weights_that_are_changed_in_place_are_refused_where_experts_move(create
     create({}, weight_transfer_config={"backend": "nccl"})
 
 
+def test_weights_on_the_host_are_refused_where_experts_move(create):
+    for told, offloaded in (
+        ("--cpu-offload-gb 2.5", {"cpu_offload_gb": 2.5}),
+        ("--offload-group-size 4", {"offload_group_size": 4}),
+    ):
+        assert_refused(create, [told, "on the host"], ["drop it", "mode=observe"], **offloaded)
+        create({"mode": "observe"}, **offloaded)
+
+
 # --- refused: engine and settings
 
 

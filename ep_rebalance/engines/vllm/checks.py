@@ -26,6 +26,7 @@ def check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_parallel(vllm_config.parallel_config)
     _check_adapters(vllm_config.lora_config, config)
     _check_weight_transfer(vllm_config.weight_transfer_config, config)
+    _check_offload(vllm_config.offload_config, config)
     _check_sleep(vllm_config.model_config, config)
     _check_drafter(vllm_config, config)
     check_data_plane(vllm_config, config)
@@ -107,6 +108,20 @@ def _check_weight_transfer(transfer: Any | None, config: RebalanceConfig) -> Non
             f"weight transfer {transfer.backend!r} bypasses the model's loader and writes experts where they "
             "were loaded, not where they have moved to.",
             "use the backend nccl or ipc, or mode=observe.",
+        )
+
+
+def _check_offload(offload: Any, config: RebalanceConfig) -> None:
+    """With prefetch, experts are copied again and again into memory that layers share
+    (vllm/model_executor/offloader/prefetch.py), over what had moved there; with UVA they lie on the host.
+    """
+    parts = [f"--cpu-offload-gb {offload.uva.cpu_offload_gb:g}"] * (offload.uva.cpu_offload_gb > 0)
+    if offload.prefetch.offload_group_size > 0:
+        parts.append(f"--offload-group-size {offload.prefetch.offload_group_size}")
+    if parts and config.mode != "observe":
+        raise ConfigurationError(
+            f"weights that vLLM keeps on the host ({', '.join(parts)}) do not stay where experts moved to.",
+            "drop it, or use mode=observe.",
         )
 
 
