@@ -303,6 +303,21 @@ def test_ranks_that_hold_other_values_are_refused_with_the_name(checkpoint):
         refuse_differences(found, [ours, ours, theirs])
 
 
+def test_experts_of_one_rank_may_have_the_same_scale_by_chance(checkpoint):
+    model = checkpoint("fp8_tensor")
+    found = find(model)
+    ours = [layer.summary() for layer in found]
+    experts_of(model, 1).w2_weight_scale.data.fill_(0.25)
+    by_chance = [layer.summary() for layer in find(model)]
+    assert "w2_weight_scale" in by_chance[1]
+    refuse_differences(found, [by_chance, ours, ours])
+    refuse_differences(found, [ours, ours, by_chance])
+    experts_of(model, 1).w2_weight_scale.data.fill_(0.5)
+    spread = [layer.summary() for layer in find(model)]
+    with pytest.raises(ConfigurationError, match="EP ranks 0 and 1 in w2_weight_scale"):
+        refuse_differences(found, [by_chance, spread])
+
+
 def test_what_one_rank_refuses_is_refused_by_all(fp8_block):
     found = find(fp8_block)
     ours = [layer.summary() for layer in found]
