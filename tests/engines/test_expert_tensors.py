@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import weakref
 from types import SimpleNamespace
 
 import loaded_models
@@ -316,6 +317,12 @@ def test_experts_of_one_rank_may_have_the_same_scale_by_chance(checkpoint):
     spread = [layer.summary() for layer in find(model)]
     with pytest.raises(ConfigurationError, match="EP ranks 0 and 1 in w2_weight_scale"):
         refuse_differences(found, [by_chance, spread])
+
+
+def test_an_error_on_the_way_is_a_refusal_that_other_ranks_hear(fp8_block):
+    experts_of(fp8_block).quant_method.gone = weakref.proxy(torch.nn.Module())
+    layer = find(fp8_block)[0]
+    assert "ReferenceError" in layer.summary()["refusals"]
 
 
 def test_what_one_rank_refuses_is_refused_by_all(fp8_block):

@@ -15,7 +15,8 @@ from operator import attrgetter
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError
-from ep_rebalance.migration.reachable import reach
+from ep_rebalance.migration.proof import in_a_line
+from ep_rebalance.migration.reachable import Reached, reach
 from ep_rebalance.migration.slabs import (
     NamedTensor,
     SlabTensor,
@@ -179,7 +180,11 @@ def _of_layer(experts: Any) -> LayerTensors:
     method = experts.quant_method
     local = int(experts.local_num_experts)
     refusals = _known_refusals(experts)
-    reached = reach(experts, _leaves)
+    reached = Reached((), ())
+    try:
+        reached = reach(experts, _leaves)
+    except Exception as error:  # such as a weak reference to what is gone
+        refusals.append(Refusal("", in_a_line(error)))
     refusals += [
         Refusal(hidden.name, f"what a {hidden.type} holds cannot be seen")
         for hidden in reached.hidden
