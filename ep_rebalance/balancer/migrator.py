@@ -231,6 +231,10 @@ class Migrator:
         """Vote every batch down from now on."""
         self._may_move = False
 
+    def allow_moves(self) -> None:
+        """Vote by what became of each batch again."""
+        self._may_move = True
+
     def layers_reloaded(self, reloads: int) -> tuple[int, ...]:
         """Layers that the engine replaced since what `served` reflects, up to the `reloads`-th time."""
         told = self._told[: reloads - self.agreed_reloads]

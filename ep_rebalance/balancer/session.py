@@ -69,6 +69,7 @@ class Session:
         )
         self._started: float | None = None
         self._continues = False
+        self._half_loaded = False
 
     def start(self) -> None:
         """Collective, before serving: compile, connect, and take up the saved placement if there is one.
@@ -109,6 +110,9 @@ class Session:
         """
         self._started = time.perf_counter() if started is None else started
         self._continues = continues
+        if self._half_loaded:  # when its memory was asked for; who computes has loaded all
+            self._half_loaded = False
+            self._replace_memory()
         self._counts.mark_tokens(phases_T)
 
     def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int = 0) -> torch.Tensor:
@@ -152,14 +156,23 @@ class Session:
         self.rebalancer.weights_replaced(tuple(every if layers is None else layers))
         if not self._moves_experts:
             return
+        self._half_loaded = not self._replace_memory()
+
+    def _replace_memory(self) -> bool:
+        """Whether moves go on, in the memory in which the experts are now."""
+        migrator = self.rebalancer.migrator
         try:
-            self.rebalancer.migrator.replace_memory(self._memory())
+            migrator.replace_memory(self._memory())
         except Exception:
             # This rank still takes part in exchanges and votes, or the others would wait for it.
             logger.exception(
-                "ep_rebalance: experts now have another size or layout, so none are moved any more"
+                "ep_rebalance: experts are not whole or have another size or layout, so none are moved "
+                "unless they fit at the next step or after another reload"
             )
-            self.rebalancer.migrator.refuse_moves()
+            migrator.refuse_moves()
+            return False
+        migrator.allow_moves()
+        return True
 
     # What is asked from outside.
 

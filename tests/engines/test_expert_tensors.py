@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import weakref
 from types import SimpleNamespace
 
 import loaded_models
@@ -301,6 +302,27 @@ def test_ranks_that_hold_other_values_are_refused_with_the_name(checkpoint):
     theirs = [layer.summary() for layer in find(model)]
     with pytest.raises(ConfigurationError, match="EP ranks 0 and 2 in w13_weight_shape"):
         refuse_differences(found, [ours, ours, theirs])
+
+
+def test_experts_of_one_rank_may_have_the_same_scale_by_chance(checkpoint):
+    model = checkpoint("fp8_tensor")
+    found = find(model)
+    ours = [layer.summary() for layer in found]
+    experts_of(model, 1).w2_weight_scale.data.fill_(0.25)
+    by_chance = [layer.summary() for layer in find(model)]
+    assert "w2_weight_scale" in by_chance[1]
+    refuse_differences(found, [by_chance, ours, ours])
+    refuse_differences(found, [ours, ours, by_chance])
+    experts_of(model, 1).w2_weight_scale.data.fill_(0.5)
+    spread = [layer.summary() for layer in find(model)]
+    with pytest.raises(ConfigurationError, match="EP ranks 0 and 1 in w2_weight_scale"):
+        refuse_differences(found, [by_chance, spread])
+
+
+def test_an_error_on_the_way_is_a_refusal_that_other_ranks_hear(fp8_block):
+    experts_of(fp8_block).quant_method.gone = weakref.proxy(torch.nn.Module())
+    layer = find(fp8_block)[0]
+    assert "ReferenceError" in layer.summary()["refusals"]
 
 
 def test_what_one_rank_refuses_is_refused_by_all(fp8_block):

@@ -188,6 +188,23 @@ def test_after_new_weights_it_answers_by_them_and_is_balanced_again(two_ranks):
     assert two_ranks.run(serve_after_reload, eager()) == [(True, 1)] * 2
 
 
+def serve_after_half_a_load(rank, config):
+    service = Service.start(rank, config)
+    service.until_generation(1, 0)
+    engine, session = service.engine, service.engine.session
+    service.checkpoint = Checkpoint.of(2)
+    engine.load(service.checkpoint)
+    engine.half_loaded = True
+    session.weights_replaced()
+    engine.half_loaded = False
+    service.until_generation(3, 1)
+    return session.has_moved_experts, engine.reads
+
+
+def test_told_of_weights_that_arrive_in_parts_it_moves_experts_once_they_are_whole(two_ranks):
+    assert two_ranks.run(serve_after_half_a_load, eager()) == [(True, 3)] * 2
+
+
 def serve_saved(rank, config, static):
     first = Service.start(rank, config)
     first.until_generation(1, 0)
