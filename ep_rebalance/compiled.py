@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,19 +25,25 @@ def compiled(function: Function) -> Function:
         return cast("Function", numba.njit(nogil=True)(function))
 
 
-def _drop_stale_code() -> None:
-    """Delete cached code that is older than any file with compiled functions.
+def _drop_stale_code(folder: Path, constants: Path) -> None:
+    """Delete cached code in a folder that is older than any file with compiled functions, or than
+    `constants`, which holds numbers that they take from elsewhere.
 
-    Numba compiles callees from other files into a function, but looks only at the function's own file to
-    see whether its cached code is still valid.
+    Numba compiles callees and constants from other files into a function, but looks only at the function's
+    own file to see whether its cached code is still valid.
     """
-    folder = Path(__file__).parent
     with suppress(OSError):
         texts = ((path, path.read_text(encoding="utf-8")) for path in folder.rglob("*.py"))
-        newest = max(path.stat().st_mtime for path, text in texts if "@compiled" in text)
+        sources = [constants, *(path for path, text in texts if "@compiled" in text)]
+        newest = max(path.stat().st_mtime for path in sources)
         for index in folder.rglob("__pycache__/*.nbi"):
             if index.stat().st_mtime < newest:
                 index.unlink()
 
 
-_drop_stale_code()
+_shared = find_spec(
+    "ep_rebalance.kernels.shared_arithmetic"
+)  # outside of this folder in a checkout
+assert _shared is not None
+assert _shared.origin is not None
+_drop_stale_code(Path(__file__).parent, Path(_shared.origin))

@@ -270,6 +270,8 @@ def _pour(
         for each in range(colours):
             own = held & ((colour == each) & (tokens > 0))[:, None]
             floor = tl.load(load_ptr + rank, mask=own, other=0) - units
+            # Where rows are fewer than warps, several hold the same ones: all read before one adds.
+            tl.debug_barrier()
             level = tl.full([ROWS], 1 << 30, tl.int32)
             for _level in tl.static_range(REPLICAS):
                 wet = own & (floor < level[:, None])

@@ -19,7 +19,12 @@ from ep_rebalance.migration.served import Served
 from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
 from ep_rebalance.offline.peers import AsRecorded, Hindsight, Serving
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, Beginning
-from ep_rebalance.offline.step_time import MeasuredSteps, RankLoad, StepTime
+from ep_rebalance.offline.step_time import (
+    MeasuredSteps,
+    RankLoad,
+    StepTime,
+    recorded_by_own_counts,
+)
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.problem import Planner
@@ -138,6 +143,8 @@ def replay(
     as_recorded = _as_recorded(head, scenario)
     serving = _serving(head, scenario, clocked, recorded, as_recorded)
     served_before = AsRecorded(recorded.placement, scenario.config)
+    own_before = recorded_by_own_counts(head)
+    own = own_before if isinstance(serving, AsRecorded) else _by_own_counts(scenario)
     rows: list[tuple[float, ...]] = []
     sums_LR = np.zeros((head.layers, scenario.topology.num_ranks))
     for record in _announced(records, serving, scenario.config):
@@ -148,17 +155,12 @@ def replay(
             continue
         served_before.snapshot(record)  # the step times in the trace are those of this placement
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
-        was = RankLoad.of(
-            counts_LE,
-            served_before.placement,
-            served_before.quotas_LP,
-            by_own_counts=head.config.get("dispatch", {}).get("split") == "own_counts",
-        )
+        was = _load(counts_LE, served_before, own_before)
         # Recorded times are kept if the replay decides as the server did, or decides nothing by them.
         timed = as_recorded or not isinstance(serving, ReplayedServer)
         serving.snapshot(record if timed else _timed(record, scenario, serving, was))
         if counts_LE.any():
-            served = _load(counts_LE, scenario, serving)
+            served = _load(counts_LE, serving, own)
             rows.append(_row(record, served, scenario.step_time.seconds(record, served, was)))
             sums_LR += served.tokens_LR
         advance()
@@ -188,12 +190,15 @@ def _timed(
     placement that is served here, and on the scenario's hardware.
     """
     counts_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.int64)
-    served = _load(counts_LE, scenario, serving)
+    served = _load(counts_LE, serving, _by_own_counts(scenario))
     return replace(snapshot, step_seconds=scenario.step_time.seconds(snapshot, served, recorded))
 
 
-def _load(counts_LE: NDArray[np.integer], scenario: Scenario, serving: Serving) -> RankLoad:
-    by_own_counts = scenario.config.dispatch.split == "own_counts"
+def _by_own_counts(scenario: Scenario) -> bool:
+    return scenario.config.dispatch.split == "own_counts"
+
+
+def _load(counts_LE: NDArray[np.integer], serving: Serving, by_own_counts: bool) -> RankLoad:
     return RankLoad.of(counts_LE, serving.placement, serving.quotas_LP, by_own_counts=by_own_counts)
 
 
@@ -267,6 +272,7 @@ def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
         and isinstance(scenario.step_time, MeasuredSteps)
         and list(scenario.topology.node_of_rank) == head.node_of_rank
         and all(settings[part] == head.config.get(part) for part in _BALANCING)
+        and recorded_by_own_counts(head) == _by_own_counts(scenario)
         and scenario.config.mode == "rebalance"
         and SERVER_POLICIES.get(scenario.policy) == scenario.config.planner.policy
     )

@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ep_rebalance.load.trace import RecordedSnapshot
+from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import RooflineCost
@@ -107,6 +107,11 @@ class StepTime(Protocol):
         recorded: the snapshot on the placement of the recorded server.
         """
         ...
+
+
+def recorded_by_own_counts(head: TraceHead) -> bool:
+    """Whether the recorded server counted tokens before it split them; those of earlier versions did not."""
+    return bool(head.config.get("dispatch", {}).get("split") == "own_counts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

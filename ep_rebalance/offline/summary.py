@@ -9,6 +9,7 @@ import numpy as np
 
 from ep_rebalance.load.trace import Record, RecordedPlacement, TraceHead
 from ep_rebalance.load.window import PHASES
+from ep_rebalance.offline.step_time import RankLoad, recorded_by_own_counts
 from ep_rebalance.placement import imbalance_L
 
 _HOTTEST, _WORST = 5, 3
@@ -49,6 +50,7 @@ def summarise(head: TraceHead, records: Iterable[Record]) -> Summary:
     snapshots = idle = steps = 0
     began = ended = seconds = 0.0
     served: RecordedPlacement | None = None
+    by_own_counts = recorded_by_own_counts(head)
     for record in records:
         if isinstance(record, RecordedPlacement):
             if served is None or record.placement != served.placement:
@@ -62,7 +64,9 @@ def summarise(head: TraceHead, records: Iterable[Record]) -> Summary:
         tokens_ALE += record.counts_ALE
         if served is not None:
             load_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
-            loads_LR = served.placement.rank_load_LR(load_LE, served.quotas_LP)
+            loads_LR = RankLoad.of(
+                load_LE, served.placement, served.quotas_LP, by_own_counts=by_own_counts
+            ).tokens_LR
             weighted_L += imbalance_L(loads_LR) * loads_LR.sum(axis=1)
             pairs_L += loads_LR.sum(axis=1)
     mean_L = np.where(pairs_L > 0, weighted_L / np.maximum(pairs_L, 1.0), 1.0)

@@ -73,10 +73,10 @@ class RoutingTables:
     ) -> None:
         layers, experts = placement.num_layers, placement.num_experts
         self.counts_LAE = torch.zeros(layers, 3, experts, dtype=torch.int64, device=device)
-        self._slots_LEC = torch.empty(
-            layers, experts, placement.max_replicas, dtype=torch.int32, device=device
-        )
-        self._thresholds_LEC = torch.empty_like(self._slots_LEC)
+        # No expert has a slot until tables are served: what is routed before goes nowhere.
+        shape = layers, experts, placement.max_replicas
+        self._slots_LEC = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._thresholds_LEC = torch.full_like(self._slots_LEC, HASH_RANGE)
         self._rows = placement.num_redundant if by_own_counts else 0
         width = 2 * self._rows + experts
         self._pours_LO = torch.full((layers, width), -1, dtype=torch.int32, device=device)

@@ -174,7 +174,7 @@ def test_ranks_that_share_their_tokens_send_them_alike():
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), tokens=st.integers(60, 120))
 def test_own_tokens_load_ranks_as_the_best_split_would(seed, tokens):
-    """To within a hundredth of a rank's mean load, and a token for each expert that is rounded."""
+    """To within a twentieth of a rank's mean load, and two tokens that are rounded."""
     placement, ids_TK, *rest = random_step(tokens, 4, 32, 16, 8, seed)
     slots_TK = route_by_own_counts_torch(ids_TK, *rest)
     load_R = torch.bincount(slots_TK[slots_TK >= 0] // placement.slots_per_rank, minlength=8)

@@ -18,6 +18,7 @@ from ep_rebalance.load.trace import (
     TraceReader,
     read_records,
 )
+from ep_rebalance.migration.served import Served
 from ep_rebalance.offline.peers import AsRecorded
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES
 from ep_rebalance.offline.run import (
@@ -28,10 +29,12 @@ from ep_rebalance.offline.run import (
     replay,
 )
 from ep_rebalance.offline.step_time import MeasuredSteps
-from ep_rebalance.placement import imbalance_L
+from ep_rebalance.offline.summary import summarise
+from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.proposal import planned_load
 from ep_rebalance.planning.quotas import split_quotas
+from ep_rebalance.telemetry.imbalance import RankBalance
 from ep_rebalance.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
@@ -184,6 +187,27 @@ def test_quotas_are_fitted_anew_after_a_migration_that_moved_nothing() -> None:
         served.snapshot(snapshot)
     load_LE = planned_load(PlannerConfig(), [first.sample(), second.sample()]).load_LE
     assert (served.quotas_LP == split_quotas(served.placement, load_LE)).all()
+
+
+def test_tokens_split_by_own_counts_are_scored_as_the_server_showed_them() -> None:
+    config = load_config({"planner": {"redundant_experts": 2}, "dispatch": {"split": "own_counts"}})
+    plain = head_of(layers=1, experts=4, redundant=2)
+    head = head_of(layers=1, experts=4, redundant=2, config=config.as_dict())
+    placement = Placement(np.array([[0, 1, 2, 0, 1, 3]]), 4, 2)
+    beginning = replace(contiguous(head), placement=placement, quotas_LP=placement.even_quotas_LP())
+    counts = np.array([[[40, 40, 90, 10]], [[0, 0, 0, 0]]], dtype=np.uint32)
+    (snapshot,) = (replace(one, counts_ALE=counts) for one in snapshots(head, 1))
+    balance = RankBalance(placement, by_own_counts=True)
+    balance.add(counts.astype(np.int64), Served.initial(placement))
+    shown = balance.served.overall()
+    assert shown == pytest.approx(1.0)
+    # What was recorded stays as it was, whatever the settings of the replay.
+    imbalances = [
+        replay(its, [beginning, snapshot], scenario("recorded", 2, 2)).imbalance_N[0]
+        for its in (head, plain)
+    ]
+    assert imbalances == pytest.approx([shown, 130 / 90])
+    assert [summarise(its, [beginning, snapshot]).imbalance for its in (head, plain)] == imbalances
 
 
 class LongSteps:

@@ -17,7 +17,9 @@ PHASES = np.array([PREFILL, PREFILL, DECODE])
 IDS = torch.tensor([[0, 1], [0, 2], [3, 1]], dtype=torch.int32)
 
 
-def make_counts(counts_here: bool = True, device: torch.device | str = "cpu") -> RoutingTables:
+def make_counts(
+    counts_here: bool = True, device: torch.device | str = "cpu", by_own_counts: bool = False
+) -> RoutingTables:
     counts = RoutingTables(
         placement=PLACEMENT,
         max_tokens=16,
@@ -25,6 +27,7 @@ def make_counts(counts_here: bool = True, device: torch.device | str = "cpu") ->
         topology=Topology.single_node(2),
         rank=0,
         counts_here=counts_here,
+        by_own_counts=by_own_counts,
     )
     counts.set_dispatch(range(PLACEMENT.num_layers), PLACEMENT, PLACEMENT.even_quotas_LP())
     return counts
@@ -204,3 +207,39 @@ def test_tables_of_the_layers_share_memory_with_the_counters():
     counts = make_counts()
     counts.layers[0].counts_AE[PREFILL, 1] = 5
     assert counts.counts_LAE[0, PREFILL, 1] == 5
+
+
+def test_before_tables_are_served_tokens_go_nowhere():
+    """Memory that is reserved may hold anything, and the tables are read to the end."""
+    counts = RoutingTables(
+        placement=PLACEMENT,
+        max_tokens=16,
+        device=torch.device("cpu"),
+        topology=Topology.single_node(2),
+        rank=0,
+        by_own_counts=True,
+    )
+    for tables in counts.layers:
+        assert (tables.replica_slots_EC == -1).all()
+    assert (counts.route(0, IDS, 0) == -1).all()
+
+
+def test_tables_for_own_counts_follow_commits_and_splits_in_place():
+    """A layer that is served anew also has another order of pouring; a split changes where it begins."""
+    counts, same = (make_counts(by_own_counts=True) for _ in range(2))
+    addresses = [pour.poured_X.data_ptr() for pour in counts.pours]
+    target = Placement(np.array([[0, 1, 2, 0, 1, 3], [2, 3, 1, 2, 3, 0]]), 4, 2)
+    quotas_LP = split_quotas(target, np.array([[5, 1, 9, 1], [1, 9, 1, 8]]))
+    mixed = PLACEMENT.replaced((1,), target)
+    before = counts.pours[0].poured_X.clone()
+    counts.serve((1,), counts.dispatch_tables(target, target.even_quotas_LP()))
+    assert torch.equal(counts.pours[0].poured_X, before)
+    counts.split(counts.dispatch_tables(mixed, quotas_LP))
+    same.set_dispatch((0, 1), mixed, quotas_LP)
+    assert [pour.poured_X.data_ptr() for pour in counts.pours] == addresses
+    ids = torch.tensor([[e, (e + n) % 4] for n in (1, 2, 3) for e in range(4)], dtype=torch.int32)
+    for layer in range(2):
+        sent = counts.route(layer, ids, 0)
+        assert torch.equal(sent, same.route(layer, ids, 0))
+        assert (mixed.slots_LP[layer][sent.numpy()] == ids.numpy()).all()
+    assert not torch.equal(counts.pours[1].row_E, counts.pours[0].row_E)
