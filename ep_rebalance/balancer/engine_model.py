@@ -29,6 +29,8 @@ class EngineModel:
     expert_tensors: returns, for each MoE layer, all that this rank's experts consist of: tensors whose local
         slots lie one after another, with or without names, or their slabs. Called at start and whenever
         weights were replaced, since other tensors may hold them then; never in mode observe.
+    refusal: returns why experts may not move with the weights that are loaded now, as a clause; "" if they
+        may. Called on each rank in the first step after weights were replaced; never in mode observe.
     self_test: what came of trials that the adapter made, for the status.
     group: the EP ranks, in the order of the placement; for collectives of tensors on `device`.
     host_group: the same ranks, for collectives of what lies on the host; None if `group` can do these.
@@ -45,6 +47,7 @@ class EngineModel:
     placement: Placement
     top_k: int
     expert_tensors: ExpertTensors
+    refusal: Callable[[], str] = str
     group: dist.ProcessGroup
     host_group: dist.ProcessGroup | None = None
     topology: Topology

@@ -69,7 +69,7 @@ class Session:
         )
         self._started: float | None = None
         self._continues = False
-        self._half_loaded = False
+        self._unchecked = False
 
     def start(self) -> None:
         """Collective, before serving: compile, connect, and take up the saved placement if there is one.
@@ -110,9 +110,6 @@ class Session:
         """
         self._started = time.perf_counter() if started is None else started
         self._continues = continues
-        if self._half_loaded:  # when its memory was asked for; who computes has loaded all
-            self._half_loaded = False
-            self._replace_memory()
         self._counts.mark_tokens(phases_T)
 
     def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int = 0) -> torch.Tensor:
@@ -130,6 +127,8 @@ class Session:
 
     def end_step(self) -> None:
         """The forward pass was issued. Every rank calls this equally often, with tokens or without."""
+        if self._unchecked:
+            self._check_weights()
         started, self._started = self._started, None
         self.rebalancer.step(started, self._continues)
 
@@ -156,7 +155,23 @@ class Session:
         self.rebalancer.weights_replaced(tuple(every if layers is None else layers))
         if not self._moves_experts:
             return
-        self._half_loaded = not self._replace_memory()
+        self._replace_memory()
+        self._unchecked = True
+
+    def weights_complete(self) -> None:
+        """The engine may have made the last of its weights whole, without a loader that was seen."""
+        self._unchecked = self._moves_experts
+
+    def _check_weights(self) -> None:
+        """Whether experts may move with what was loaded, as at start; on each rank before its next vote."""
+        self._unchecked = False
+        if self._replace_memory() and (refusal := self._model.refusal()):
+            logger.error(
+                "ep_rebalance: experts are not moved with the weights that were loaded: %s. "
+                "Remedy: restart the server with them.",
+                refusal,
+            )
+            self.rebalancer.migrator.refuse_moves()
 
     def _replace_memory(self) -> bool:
         """Whether moves go on, in the memory in which the experts are now."""
@@ -167,7 +182,7 @@ class Session:
             # This rank still takes part in exchanges and votes, or the others would wait for it.
             logger.exception(
                 "ep_rebalance: experts are not whole or have another size or layout, so none are moved "
-                "unless they fit at the next step or after another reload"
+                "until others are loaded"
             )
             migrator.refuse_moves()
             return False

@@ -102,6 +102,7 @@ def slabs_as_they_are(layers, *_):
 
     return MovableExperts(
         slabs=lambda: [[layer.routed_experts.up.data] for layer in layers],
+        refusal=str,
         expert_bytes_L=(12,) * len(layers),
         self_test=NOT_TRIED,
     )

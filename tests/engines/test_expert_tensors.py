@@ -20,6 +20,7 @@ from ep_rebalance.engines.vllm import expert_proof, expert_tensors
 from ep_rebalance.engines.vllm.expert_proof import compute_once, prove_layer
 from ep_rebalance.engines.vllm.expert_tensors import (
     find_expert_tensors,
+    refusal_of_change,
     refuse_differences,
     refuse_unmovable,
 )
@@ -323,6 +324,19 @@ def test_an_error_on_the_way_is_a_refusal_that_other_ranks_hear(fp8_block):
     experts_of(fp8_block).quant_method.gone = weakref.proxy(torch.nn.Module())
     layer = find(fp8_block)[0]
     assert "ReferenceError" in layer.summary()["refusals"]
+
+
+def test_weights_that_are_loaded_later_must_hold_what_ranks_compared(checkpoint):
+    model = checkpoint("ct_wna16")
+    compared = [layer.summary() for layer in find(model)]
+    experts = experts_of(model, 1)
+    experts.w13_weight_scale.data.mul_(2)  # which moves with its expert
+    assert refusal_of_change(compared, find(model)) == ""
+    experts.w13_weight_shape.data.fill_(1)
+    told = refusal_of_change(compared, find(model))
+    assert "layer 'model.layers.1.mlp.experts' has other values of w13_weight_shape" in told
+    experts_of(model).quant_method.hidden = itertools.count()
+    assert "cannot be seen" in refusal_of_change(compared, find(model))
 
 
 def test_what_one_rank_refuses_is_refused_by_all(fp8_block):

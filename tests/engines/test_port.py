@@ -205,6 +205,28 @@ def test_told_of_weights_that_arrive_in_parts_it_moves_experts_once_they_are_who
     assert two_ranks.run(serve_after_half_a_load, eager()) == [(True, 3)] * 2
 
 
+def serve_after_another_load(rank, config):
+    """One rank has loaded what may not move, and later something that may."""
+    service = Service.start(rank, config)
+    service.until_generation(1, 0)
+    engine, session = service.engine, service.engine.session
+    for seed, refusal in ((2, "a scale of its own"), (3, "")):
+        service.checkpoint = Checkpoint.of(seed)
+        engine.load(service.checkpoint)
+        engine.refusal = refusal if rank == 1 else ""
+        session.weights_replaced()
+        if refusal:
+            for _ in range(120):
+                service.step(1)
+            abandoned, kept = service.status.plans["abandoned"], not session.has_moved_experts
+    service.until_generation(service.status.generation + 2, 1)
+    return abandoned > 0, kept, session.has_moved_experts
+
+
+def test_experts_stay_where_one_rank_loaded_what_may_not_move(two_ranks):
+    assert two_ranks.run(serve_after_another_load, eager()) == [(True, True, True)] * 2
+
+
 def serve_saved(rank, config, static):
     first = Service.start(rank, config)
     first.until_generation(1, 0)

@@ -72,7 +72,7 @@ def alone(checkpoint: Checkpoint, hidden_TH: torch.Tensor) -> tuple[torch.Tensor
 
 class TinyEngine:
     """One rank. ranks_per_source: those that are given the same tokens. reads: times that the session
-    asked for the expert tensors. half_loaded: whether it has none to show.
+    asked for the expert tensors. half_loaded: whether it has none to show. refusal: why they may not move.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class TinyEngine:
         self._all_to_all = make_all_to_all(config, group=group, slots_per_rank=slots)
         self.reads = 0
         self.half_loaded = False
+        self.refusal = ""
         identity = ModelIdentity(
             model="tiny",
             config_hash="tiny",
@@ -106,6 +107,7 @@ class TinyEngine:
             placement=self.placement,
             top_k=TOP_K,
             expert_tensors=self._expert_tensors,
+            refusal=lambda: self.refusal,
             group=group,
             topology=Topology(node_of_rank=(0,) * ranks, ranks_per_source=ranks_per_source),
             device=torch.device("cpu"),

@@ -137,6 +137,24 @@ def refuse_differences(
                 )
 
 
+def refusal_of_change(compared: Sequence[Mapping[str, str]], layers: Sequence[LayerTensors]) -> str:
+    """Why experts may not move with weights that were loaded after ranks were compared, as a clause; "" if
+    they may. Of what all ranks must hold the same, each rank must hold the same as then.
+
+    compared: `LayerTensors.summary()` of each layer then. layers: as they are now.
+    """
+    for before, layer in zip(compared, layers, strict=True):
+        if layer.refusals:
+            return f"layer {layer.layer!r} has {layer.reasons}"
+        now = layer.fingerprints()
+        if changed := [name for name, value in now.items() if before.get(name) != value]:
+            return (
+                f"layer {layer.layer!r} has other values of {', '.join(changed)} than at start, and each EP "
+                "rank may have its own"
+            )
+    return ""
+
+
 def _part_of(name: str) -> str:
     """Entry of a summary."""
     return f"expert's part of {name}"

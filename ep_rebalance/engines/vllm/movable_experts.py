@@ -25,6 +25,7 @@ from ep_rebalance.engines.vllm.expert_tensors import (
     OTHER_KERNEL,
     LayerTensors,
     find_expert_tensors,
+    refusal_of_change,
     refuse_differences,
     refuse_unmovable,
 )
@@ -51,11 +52,14 @@ class MovableExperts:
     """The experts of one rank.
 
     slabs: finds what moves with each layer's experts, as it is then.
+    refusal: why they may not move with the weights that are loaded now, as a clause; "" if they may. Reads
+        memory.
     expert_bytes_L: bytes of one expert of each layer.
     self_test: what came of the trial of moves.
     """
 
     slabs: Callable[[], Sequence[ExpertsOfLayer]]
+    refusal: Callable[[], str]
     expert_bytes_L: tuple[int, ...]
     self_test: SelfTest
 
@@ -78,7 +82,8 @@ def movable_experts(
         _refuse_failures(_first_runs(layers, vllm_config), group)
     found = find_expert_tensors(layers)
     summaries: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(summaries, [layer.summary() for layer in found], group=group)
+    ours = [layer.summary() for layer in found]
+    dist.all_gather_object(summaries, ours, group=group)
     refuse_differences(found, summaries)
     refuse_unmovable(found)  # for the same reasons on all ranks, which were compared
     verdicts: Counter[str] = Counter()
@@ -94,6 +99,7 @@ def movable_experts(
     )
     return MovableExperts(
         slabs=lambda: [layer.slabs for layer in find_expert_tensors(layers)],
+        refusal=lambda: refusal_of_change(ours, find_expert_tensors(layers)),
         expert_bytes_L=tuple(layer.expert_bytes for layer in found),
         self_test=SelfTest(verdicts=dict(verdicts), seconds=seconds),
     )
@@ -137,9 +143,15 @@ def _tried(
         findings.append(
             Finding.from_ring(tensors.layer, tensors.slabs, between, dist.get_rank(group))
         )
-        verdicts[between.verdict.name.lower()] += alike[signature]
+        verdicts[_told(alone.verdict, between.verdict).name.lower()] += alike[signature]
     _refuse_failures(findings, group)
     return verdicts
+
+
+def _told(alone: Verdict, between: Verdict) -> Verdict:
+    """What stands for both trials of a layer: the one that says least."""
+    weakest_first = (Verdict.ROUNDED, Verdict.WITHIN_NOISE, Verdict.REPLICA)
+    return next((verdict for verdict in weakest_first if verdict in (alone, between)), between)
 
 
 def _memory(found: Sequence[LayerTensors], group: dist.ProcessGroup) -> ExpertMemory:

@@ -71,6 +71,7 @@ class Attachment:
             self._take_up_loads()
         else:
             self.weights_replaced()
+        self.session.weights_complete()
 
     def weights_replaced(self) -> None:
         """The slots of all layers hold what the engine's loader writes, in its order, or nothing yet."""
@@ -119,6 +120,7 @@ def _engine_model(
         placement=_loaded_placement(model, vllm_config),
         top_k=layers[0].router.top_k,
         expert_tensors=list if experts is None else experts.slabs,
+        refusal=str if experts is None else experts.refusal,
         self_test=NOT_TRIED if experts is None else experts.self_test,
         group=group.device_group,
         host_group=group.cpu_group,
