@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import psutil
 
 HOST = "127.0.0.1"
 VLLM = Path(sys.executable).with_name("vllm")
+PORTS = range(20_000, 32_000)
 START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 
@@ -48,11 +50,20 @@ def cpu_environment(ranks: int, *, cores_per_rank: int = 1) -> dict[str, str]:
 
 
 def free_port(wanted: int = 0) -> int:
-    """`wanted`, or any free port if it is 0. Raises OSError if it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((HOST, wanted))
-        return int(probe.getsockname()[1])
+    """`wanted`, or if it is 0 a free port below those that Linux gives to outgoing connections: one of
+    these might take it before the server does. Raises OSError if it is taken.
+    """
+    for port in [wanted] if wanted else random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                if wanted:
+                    raise
+                continue
+            return port
+    raise OSError(f"all ports from {PORTS.start} to {PORTS.stop - 1} are taken")
 
 
 class ServerProcess:

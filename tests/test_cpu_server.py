@@ -83,6 +83,12 @@ def test_a_child_is_found_after_its_parent_is_gone(start):
     assert child in process.family()
 
 
+def test_a_free_port_is_none_that_a_connection_may_take():
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert not any(first <= port <= last for port in (cpu_server.PORTS[0], cpu_server.PORTS[-1]))
+    assert free_port() in cpu_server.PORTS
+
+
 def test_a_port_that_is_taken_is_refused():
     with socket.socket() as other:
         other.bind((HOST, 0))
