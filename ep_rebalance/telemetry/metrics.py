@@ -248,8 +248,8 @@ METRICS: tuple[Metric, ...] = (
         kind="gauge",
         labels=("verdict",),
         field="self_test",
-        help="MoE layers by the verdict of the trial of moves at start: exact, within_noise, rounded, or replica"
-        " where a rank was sent an expert that it had. None are shown if nothing was tried.",
+        help="MoE layers by the verdict of the trial of moves at start: exact, within_noise, rounded, or"
+        " replica where a rank was sent an expert that it had. None are shown if nothing was tried.",
     ),
     Metric(
         name="self_test_duration_seconds",
