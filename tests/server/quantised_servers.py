@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from engines import GPU_TOKEN_PATHS, REFERENCE_EXPERTS
+from engines import REFERENCE_EXPERTS
 from quantised_checkpoints import write_checkpoint
 from serving import DATA_PARALLEL, OPERATOR, PLUGIN, Server, prompts, serving
 
@@ -29,18 +29,14 @@ def serving_quantised(
     settings_file: str,
     operators_key: str,
     plugins: Sequence[Path] = (),
-    all_to_all: str = "ours",
     **extra: str,
 ) -> Iterator[Server]:
-    """name: of CHECKPOINTS. all_to_all: whose carries the tokens. extra: environment variables."""
+    """name: of CHECKPOINTS. extra: environment variables."""
     model = write_checkpoint(name, log.with_suffix(""))
     control = {"control": {"enabled": True, "api_key_file": operators_key}}
     arguments = [*QUANTISED, *TRIED]
-    carried = {"data_plane": {"all_to_all": all_to_all}}
-    for settings in (settings_file, json.dumps(SINGLE_REQUESTS | control | carried)):
+    for settings in (settings_file, json.dumps(SINGLE_REQUESTS | control)):
         arguments += ["--ep-rebalance-config", settings]
-    if all_to_all == "engine":
-        plugins = (GPU_TOKEN_PATHS, *plugins)
     plugins = (*REFERENCE_EXPERTS, *plugins)
     with serving(log, *arguments, model=model, plugins=plugins, **extra) as server:
         yield server

@@ -21,32 +21,21 @@ from ep_rebalance.diagnosis.finding import run_checks
 
 pytestmark = V032.marks
 
-CASES = [
-    ("ct_mixed", "ours"),
+CHECKPOINTS = [
+    "ct_mixed",
     *(
-        pytest.param(case, marks=pytest.mark.repeats)
-        for case in (
-            ("fp8_block", "ours"),
-            ("fp8_tensor", "ours"),
-            ("ct_fp8", "ours"),
-            ("ct_int8", "ours"),
-            ("ct_wna16", "ours"),
-            ("fp8_block", "engine"),
-        )
+        pytest.param(name, marks=pytest.mark.repeats)
+        for name in ("fp8_block", "fp8_tensor", "ct_fp8", "ct_int8", "ct_wna16")
     ),
 ]
-"""Checkpoint, and whose all-to-all carries the tokens."""
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=CHECKPOINTS)
 def quantised(
     request: pytest.FixtureRequest, logs: Path, settings_file: str, operators_key: str
 ) -> Iterator[Server]:
-    name, all_to_all = request.param
-    log = logs / f"quantised-{name}-{all_to_all}.log"
-    with serving_quantised(
-        name, log, settings_file, operators_key, all_to_all=all_to_all
-    ) as server:
+    log = logs / f"quantised-{request.param}.log"
+    with serving_quantised(request.param, log, settings_file, operators_key) as server:
         yield server
 
 
