@@ -183,7 +183,13 @@ _NOT_OF_EXPERTS = frozenset(
         "weight_loader",
     }
 )
-_OF_ENGINE = ("vllm.config", "vllm.distributed", "vllm.platforms", "vllm.model_executor.models")
+_OF_ENGINE = (
+    "vllm.config",
+    "vllm.distributed",
+    "vllm.platforms",
+    "vllm.model_executor.models",
+    "vllm.models",
+)
 """Modules whose objects belong to the whole engine."""
 
 
