@@ -183,6 +183,7 @@ def test_own_tokens_load_ranks_as_the_best_split_would(seed, tokens):
     assert load_R.max() <= best_R.max() + 0.05 * best_R.mean() + 2
 
 
+@pytest.mark.skipif(INTERPRETED, reason="hundreds of steps, and every form gives the same bits")
 @pytest.mark.parametrize("tokens", [1, 3, 50])
 def test_rounding_favours_no_replica(tokens):
     """Over many steps of short batches, with two ranks that are alike, each replica gets its half."""
