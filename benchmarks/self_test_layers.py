@@ -135,7 +135,7 @@ def _times(model: Any, size: Size) -> HostTimes:
     first_runs()
     found = find_expert_tensors(model.layers)
     refuse_unmovable(found)
-    summaries = [layer.summary for layer in found]
+    summaries = [layer.summary() for layer in found]
     of_ranks = [[dict(summary) for summary in summaries] for _ in range(size.ranks)]
     sizes = SimpleNamespace(
         expert_bytes_L=tuple(layer.expert_bytes for layer in found), slots=size.slots
