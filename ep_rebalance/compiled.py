@@ -41,9 +41,8 @@ def _drop_stale_code(folder: Path, constants: Path) -> None:
                 index.unlink()
 
 
-_shared = find_spec(
-    "ep_rebalance.kernels.shared_arithmetic"
-)  # outside of this folder in a checkout
+# In a checkout it lies outside of this folder.
+_shared = find_spec("ep_rebalance.kernels.shared_arithmetic")
 assert _shared is not None
 assert _shared.origin is not None
 _drop_stale_code(Path(__file__).parent, Path(_shared.origin))

@@ -203,6 +203,11 @@ class DispatchConfig(_Section):
     more in each layer.
     """
 
+    @property
+    def by_own_counts(self) -> bool:
+        """Whether tokens are counted before they are split."""
+        return self.split == "own_counts"
+
 
 class DataPlaneConfig(_Section):
     """Who carries tokens to the experts and computes them. The balancer does not depend on it."""

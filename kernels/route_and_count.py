@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
-from ep_rebalance.kernels.shared_arithmetic import HASH_STEP
-
-PREFILL, DECODE, IGNORED = 0, 1, 2
-"""Rows of the count tensor. Tokens that are not to be counted land in IGNORED, without a branch."""
+from ep_rebalance.kernels.shared_arithmetic import HASH_STEP, IGNORED
 
 HISTOGRAM_PAIRS = 8192
 """With this many (token, expert) pairs or more, a block counts in shared memory first."""

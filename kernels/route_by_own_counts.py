@@ -19,8 +19,15 @@ from dataclasses import dataclass
 import torch
 
 from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
-from ep_rebalance.kernels.route_and_count import IGNORED, LayerTables, count_torch, route_torch
-from ep_rebalance.kernels.shared_arithmetic import HASH_STEP, MOST_REPLICAS, SWEEPS, UNIT_BITS
+from ep_rebalance.kernels.route_and_count import LayerTables, count_torch, route_torch
+from ep_rebalance.kernels.shared_arithmetic import (
+    HASH_STEP,
+    IGNORED,
+    MOST_REPLICAS,
+    SWEEPS,
+    UNIT_BITS,
+    Ranks,
+)
 
 BLOCK = 512
 """(token, expert) pairs of one program."""
@@ -42,15 +49,6 @@ class PourTables:
     poured_X: torch.Tensor
     colour_X: torch.Tensor
     row_E: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """count: EP ranks. slots: of each. source: number of that which brings these tokens."""
-
-    count: int
-    slots: int
-    source: int
 
 
 def route_by_own_counts(
@@ -118,7 +116,7 @@ def bounds_torch(
     units_EC = (tokens_E.unsqueeze(1) * shares_EC) >> (16 - UNIT_BITS)
     held_EC = slots_EC >= 0
     rank_EC = slots_EC.clamp(min=0) // ranks.slots
-    load_R = torch.zeros(ranks.count, dtype=torch.int64, device=slots_EC.device)
+    load_R = torch.zeros(ranks.total, dtype=torch.int64, device=slots_EC.device)
     load_R.index_add_(0, rank_EC[held_EC], units_EC[held_EC])
     row_X = poured_X.clamp(min=0)
     tokens_X = torch.where(poured_X >= 0, tokens_E[row_X], 0)
@@ -440,7 +438,7 @@ def _launch(
         return
     num_experts, num_replicas = tables.replica_slots_EC.shape
     num_rows, num_blocks = len(pours.poured_X), triton.cdiv(num_pairs, BLOCK)
-    sizes = bins(num_experts, ranks.count, num_rows, num_replicas)
+    sizes = bins(num_experts, ranks.total, num_rows, num_replicas)
     room = 2 * sizes["EXPERTS"] + sizes["RANKS"] + sizes["ROWS"] * sizes["REPLICAS"]
     memory = {"dtype": torch.int32, "device": topk_ids_TK.device}
     tokens_BE = torch.empty(num_blocks, num_experts, **memory)

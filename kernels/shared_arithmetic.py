@@ -1,5 +1,12 @@
 """Numbers that every form of routing shares, so that all give the same bits. Knows no torch, no Triton."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PREFILL, DECODE, IGNORED = 0, 1, 2
+"""Rows of the count tensor. Tokens that are not to be counted land in IGNORED, without a branch."""
+
 HASH_STEP = 40503
 """An odd number near 2**16 / golden ratio, so that consecutive tokens spread evenly over the 16-bit
 hash range (Knuth).
@@ -12,3 +19,11 @@ ones next to nothing (benchmarks/planning.py).
 """
 MOST_REPLICAS = 16
 """An expert with more of them keeps the split of its quotas."""
+
+
+class Ranks(NamedTuple):
+    """total: EP ranks. slots: of each. source: number of that which brings these tokens."""
+
+    total: int
+    slots: int
+    source: int

@@ -328,5 +328,5 @@ def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
         contiguous=placement,
         top_k=top_k,
         rank=rank,
-        by_own_counts=config.dispatch.split == "own_counts",
+        by_own_counts=config.dispatch.by_own_counts,
     )

@@ -56,7 +56,7 @@ class Session:
             topology=model.topology,
             rank=self._rank,
             counts_here=self._rank % model.topology.ranks_per_source == 0,
-            by_own_counts=config.dispatch.split == "own_counts",
+            by_own_counts=config.dispatch.by_own_counts,
         )
         self._recorder = _recorder(config, model, self._rank)
         self.rebalancer = Rebalancer(

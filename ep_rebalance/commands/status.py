@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_rebalance.commands.options import ApiKey
-from ep_rebalance.diagnosis.server import NoStatus, fetch_status, told_self_test
+from ep_rebalance.diagnosis.server import WHY_NO_STATUS, NoStatus, fetch_status, told_self_test
 
 
 def status(
@@ -25,10 +25,7 @@ def status(
         answer = fetch_status(url, api_key)
     except NoStatus as error:
         typer.echo(str(error), err=True)
-        typer.echo(
-            "Is the server up, was it started with --plugin ep_rebalance, and is --api-key right?",
-            err=True,
-        )
+        typer.echo(WHY_NO_STATUS, err=True)
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(answer, indent=2))

@@ -19,6 +19,11 @@ class NoStatus(Exception):
     """A server did not answer with a status. The text says why."""
 
 
+WHY_NO_STATUS = (
+    "Is the server up, was it started with --plugin ep_rebalance, and is --api-key right?"
+)
+
+
 def fetch_status(server: str, api_key: str) -> dict[str, Any]:
     """The answer of a server to `GET /ep_rebalance/status`. Raises NoStatus."""
     url = f"{server.rstrip('/')}/ep_rebalance/status"
@@ -52,7 +57,7 @@ def server(url: str, api_key: str) -> Iterator[Finding]:
             check="server",
             verdict="problem",
             found=str(error),
-            remedy="is it up, was it started with --plugin ep_rebalance, and is --api-key right?",
+            remedy=WHY_NO_STATUS,
         )
         return
     mode = answer["info"]["mode"]

@@ -20,7 +20,7 @@ here so that adapters depend on this module alone.
 from ep_rebalance.balancer.ahead_of_time import compile_in_background
 from ep_rebalance.balancer.engine_model import EngineModel, ExpertTensors
 from ep_rebalance.balancer.session import Session
-from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
+from ep_rebalance.kernels.shared_arithmetic import DECODE, PREFILL
 
 __all__ = [
     "DECODE",

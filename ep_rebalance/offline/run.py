@@ -144,7 +144,7 @@ def replay(
     serving = _serving(head, scenario, clocked, recorded, as_recorded)
     served_before = AsRecorded(recorded.placement, scenario.config)
     own_before = recorded_by_own_counts(head)
-    own = own_before if isinstance(serving, AsRecorded) else _by_own_counts(scenario)
+    own = own_before if isinstance(serving, AsRecorded) else scenario.config.dispatch.by_own_counts
     rows: list[tuple[float, ...]] = []
     sums_LR = np.zeros((head.layers, scenario.topology.num_ranks))
     for record in _announced(records, serving, scenario.config):
@@ -190,12 +190,8 @@ def _timed(
     placement that is served here, and on the scenario's hardware.
     """
     counts_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.int64)
-    served = _load(counts_LE, serving, _by_own_counts(scenario))
+    served = _load(counts_LE, serving, scenario.config.dispatch.by_own_counts)
     return replace(snapshot, step_seconds=scenario.step_time.seconds(snapshot, served, recorded))
-
-
-def _by_own_counts(scenario: Scenario) -> bool:
-    return scenario.config.dispatch.split == "own_counts"
 
 
 def _load(counts_LE: NDArray[np.integer], serving: Serving, by_own_counts: bool) -> RankLoad:
@@ -272,7 +268,7 @@ def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
         and isinstance(scenario.step_time, MeasuredSteps)
         and list(scenario.topology.node_of_rank) == head.node_of_rank
         and all(settings[part] == head.config.get(part) for part in _BALANCING)
-        and recorded_by_own_counts(head) == _by_own_counts(scenario)
+        and recorded_by_own_counts(head) == scenario.config.dispatch.by_own_counts
         and scenario.config.mode == "rebalance"
         and SERVER_POLICIES.get(scenario.policy) == scenario.config.planner.policy
     )

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.kernels.shared_arithmetic import Ranks
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.planning.sources import choose_sources
-from ep_rebalance.routing.pours import pour_order, pour_tokens
+from ep_rebalance.routing.pours import HostTables, pour_order, pour_tokens
 from ep_rebalance.routing.thresholds import HASH_STRIDE, dispatch_thresholds
 from ep_rebalance.topology import Topology
 
@@ -95,7 +96,7 @@ def own_counts_balancedness(
         for source in range(sources)
     ]
     slots_LEC, _ = tables[0]
-    poured_LX, _, _ = pour_order(
+    poured_LX, _, row_LE = pour_order(
         slots_LEC,
         rows=placement.num_redundant,
         slots_per_rank=placement.slots_per_rank,
@@ -107,16 +108,12 @@ def own_counts_balancedness(
             own_SE = random.multinomial(step_LE[layer], np.full(sources, 1 / sources)).T
             load_R = np.zeros(placement.num_ranks)
             for source, tokens_E in enumerate(own_SE):
-                load_R += pour_tokens(
-                    tokens_E,
-                    slots_LEC[layer],
-                    tables[source][1][layer],
-                    poured_LX[layer],
-                    number * HASH_STRIDE,
-                    placement.num_ranks,
-                    placement.slots_per_rank,
-                    source,
+                thresholds_LEC = tables[source][1]
+                host = HostTables(
+                    slots_LEC[layer], thresholds_LEC[layer], poured_LX[layer], row_LE[layer]
                 )
+                ranks = Ranks(placement.num_ranks, placement.slots_per_rank, source)
+                load_R += pour_tokens(tokens_E, host, number * HASH_STRIDE, ranks)
             evenness.append(load_R.mean() / max(load_R.max(), 1e-300))
     return float(np.mean(evenness))
 

@@ -77,9 +77,8 @@ def _pour_layer(
 ) -> None:
     """Improve `quotas_P` in place: split one expert at a time anew while the others stay."""
     slots_per_rank = slots_P.size // num_ranks
-    rank_load_R = np.zeros(num_ranks)
-    for slot in range(slots_P.size):
-        rank_load_R[slot // slots_per_rank] += load_E[slots_P[slot]] * quotas_P[slot]
+    rank_load_R = np.empty(num_ranks)
+    sum_ranks(load_E, slots_P, quotas_P, rank_load_R)
     replicated, slots, first = _replicated(load_E, slots_P)
     smallest_change = _TOLERANCE * rank_load_R.sum() / num_ranks
     for _ in range(_MAX_SWEEPS):
@@ -105,12 +104,28 @@ def pour_step(
     load_E: tokens. quotas_P: those to begin with.
     """
     slots_per_rank = slots_P.size // num_ranks
-    rank_load_R = np.zeros(num_ranks)
-    for slot in range(slots_P.size):
-        rank_load_R[slot // slots_per_rank] += load_E[slots_P[slot]] * quotas_P[slot]
+    rank_load_R = np.empty(num_ranks)
+    sum_ranks(load_E, slots_P, quotas_P, rank_load_R)
     replicated, slots, first = _replicated(load_E, slots_P)
     for _ in range(sweeps):
         _sweep(load_E, replicated, slots, first, slots_per_rank, 1.0, rank_load_R, quotas_P)
+
+
+@compiled
+def sum_ranks(
+    load_E: NDArray[np.float64] | NDArray[np.int64],
+    slots_P: NDArray[np.int32] | NDArray[np.uint32],
+    quotas_P: NDArray[np.float64],
+    load_R: NDArray[np.float64],
+) -> None:
+    """Fill `load_R` with what each rank gets of one layer's tokens."""
+    # load_R[r] = sum over the slots p of rank r of load_E[slots_P[p]] * quotas_P[p]
+    slots = len(slots_P) // len(load_R)
+    for rank in range(len(load_R)):
+        tokens = 0.0
+        for slot in range(rank * slots, (rank + 1) * slots):
+            tokens += load_E[slots_P[slot]] * quotas_P[slot]
+        load_R[rank] = tokens
 
 
 @compiled

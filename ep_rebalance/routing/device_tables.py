@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from ep_rebalance.host_memory import UploadRing, pinned
 from ep_rebalance.kernels.route_and_count import (
     HISTOGRAM_PAIRS,
-    IGNORED,
     LayerTables,
     count_experts,
 )
-from ep_rebalance.kernels.route_by_own_counts import PourTables, Ranks
+from ep_rebalance.kernels.route_by_own_counts import PourTables
+from ep_rebalance.kernels.shared_arithmetic import IGNORED, Ranks
 from ep_rebalance.placement import Placement
 from ep_rebalance.routing.pours import pour_order
 from ep_rebalance.routing.route import route
@@ -81,7 +81,7 @@ class RoutingTables:
         width = 2 * self._rows + experts
         self._pours_LO = torch.full((layers, width), -1, dtype=torch.int32, device=device)
         self.ranks = Ranks(
-            count=placement.num_ranks,
+            total=placement.num_ranks,
             slots=placement.slots_per_rank,
             source=topology.source_of_rank[rank],
         )

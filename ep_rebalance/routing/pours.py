@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
-from ep_rebalance.kernels.shared_arithmetic import HASH_STEP, MOST_REPLICAS, SWEEPS, UNIT_BITS
+from ep_rebalance.kernels.shared_arithmetic import (
+    HASH_STEP,
+    IGNORED,
+    MOST_REPLICAS,
+    SWEEPS,
+    UNIT_BITS,
+    Ranks,
+)
+
+
+class HostTables(NamedTuple):
+    """One layer's tables for the host.
+
+    slots_EC, thresholds_EC: int32 [E, C]. See `LayerTables`.
+    poured_X, row_E: int32 [X] and [E]. See `PourTables`. X is 0 where experts go by quotas.
+    """
+
+    slots_EC: NDArray[np.int32]
+    thresholds_EC: NDArray[np.int32]
+    poured_X: NDArray[np.int32]
+    row_E: NDArray[np.int32]
 
 
 def pour_order(
@@ -92,9 +114,9 @@ def route_on_host(
     ids_TK, slots_TK: of one integer type. counts_AE: added to. slots_TK: filled.
     """
     tokens_E = _count(ids_TK, phase_T, counts_AE)
-    bounds_XC = pour_bounds(
-        tokens_E, slots_EC, thresholds_EC, poured_X, offset, num_ranks, slots_per_rank, source
-    )
+    # One by one, since tuples take microseconds to hand over from Python.
+    tables = HostTables(slots_EC, thresholds_EC, poured_X, row_E)
+    bounds_XC = pour_bounds(tokens_E, tables, offset, Ranks(num_ranks, slots_per_rank, source))
     seen_E = np.zeros(tokens_E.size, np.int64)
     for token in range(ids_TK.shape[0]):
         token_hash = (token * HASH_STEP + offset) & 0xFFFF
@@ -121,7 +143,7 @@ def _count(
     """int64 [E]. Every phase is added up apart in `counts_AE`."""
     tokens_E = np.zeros(counts_AE.shape[1], np.int64)
     for token in range(ids_TK.shape[0]):
-        phase = phase_T[token] if token < phase_T.size else 2  # IGNORED
+        phase = phase_T[token] if token < phase_T.size else IGNORED
         for k in range(ids_TK.shape[1]):
             expert = ids_TK[token, k]
             if 0 <= expert < tokens_E.size:
@@ -133,15 +155,13 @@ def _count(
 @compiled
 def pour_bounds(
     tokens_E: NDArray[np.int64],
-    slots_EC: NDArray[np.int32],
-    thresholds_EC: NDArray[np.int32],
-    poured_X: NDArray[np.int32],
+    tables: HostTables,
     offset: int,
-    num_ranks: int,
-    slots_per_rank: int,
-    source: int,
+    ranks: Ranks,
 ) -> NDArray[np.int64]:
     """int64 [X, C], as `bounds_torch` in kernels/route_by_own_counts.py."""
+    slots_EC, thresholds_EC, poured_X, _ = tables
+    num_ranks, slots_per_rank, source = ranks
     bounds_XC = np.zeros((poured_X.size, slots_EC.shape[1]), np.int64)
     if not poured_X.size:
         return bounds_XC
@@ -163,8 +183,9 @@ def pour_bounds(
         for expert in poured_X:
             if expert >= 0 and tokens_E[expert]:
                 count = replicas_E[expert]
-                ranks = slots_EC[expert, :count] // slots_per_rank
-                _pour_expert(tokens_E[expert] << UNIT_BITS, ranks, load_R, units_EC[expert, :count])
+                held_by = slots_EC[expert, :count] // slots_per_rank
+                volume = tokens_E[expert] << UNIT_BITS
+                _pour_expert(volume, held_by, load_R, units_EC[expert, :count])
     for row in range(poured_X.size):
         expert = poured_X[row]
         if expert < 0:
@@ -180,23 +201,14 @@ def pour_bounds(
 @compiled
 def pour_tokens(
     tokens_E: NDArray[np.int64],
-    slots_EC: NDArray[np.int32],
-    thresholds_EC: NDArray[np.int32],
-    poured_X: NDArray[np.int32],
+    tables: HostTables,
     offset: int,
-    num_ranks: int,
-    slots_per_rank: int,
-    source: int,
+    ranks: Ranks,
 ) -> NDArray[np.float64]:
     """float64 [R], the tokens that each rank gets of one source's, as `route_on_host` sends them."""
-    bounds_XC = pour_bounds(
-        tokens_E, slots_EC, thresholds_EC, poured_X, offset, num_ranks, slots_per_rank, source
-    )
-    load_R = np.zeros(num_ranks)
-    row_E = np.full(tokens_E.size, -1)
-    for row in range(poured_X.size):
-        if poured_X[row] >= 0:
-            row_E[poured_X[row]] = row
+    bounds_XC = pour_bounds(tokens_E, tables, offset, ranks)
+    slots_EC, thresholds_EC, _, row_E = tables
+    load_R = np.zeros(ranks.total)
     for expert in range(tokens_E.size):
         row, lower = row_E[expert], 0.0
         for j in range(slots_EC.shape[1]):
@@ -206,7 +218,7 @@ def pour_tokens(
                 upper = float(bounds_XC[row, j])
             else:
                 upper = tokens_E[expert] * thresholds_EC[expert, j] / 65536
-            load_R[slots_EC[expert, j] // slots_per_rank] += upper - lower
+            load_R[slots_EC[expert, j] // ranks.slots] += upper - lower
             lower = upper
     return load_R
 

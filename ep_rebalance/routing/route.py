@@ -6,7 +6,8 @@ import torch
 
 from ep_rebalance.kernels.language import runs_triton
 from ep_rebalance.kernels.route_and_count import LayerTables, route_and_count
-from ep_rebalance.kernels.route_by_own_counts import PourTables, Ranks, route_by_own_counts
+from ep_rebalance.kernels.route_by_own_counts import PourTables, route_by_own_counts
+from ep_rebalance.kernels.shared_arithmetic import Ranks
 from ep_rebalance.routing.pours import route_on_host
 
 
@@ -35,7 +36,7 @@ def route(
             pours.colour_X,
             pours.row_E,
             offset,
-            ranks.count,
+            ranks.total,
             ranks.slots,
             ranks.source,
         )
@@ -65,7 +66,7 @@ def _on_host(
         pours.poured_X.numpy(),
         pours.row_E.numpy(),
         int(offset),
-        ranks.count,
+        ranks.total,
         ranks.slots,
         ranks.source,
         slots_TK.numpy(),
@@ -97,7 +98,7 @@ def _operation(
         ),
         PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E),
         offset,
-        Ranks(count=num_ranks, slots=slots_per_rank, source=source),
+        Ranks(total=num_ranks, slots=slots_per_rank, source=source),
     )
 
 

@@ -21,7 +21,7 @@ from ep_rebalance.kernels.shared_arithmetic import SWEEPS
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.quotas import pour_step
+from ep_rebalance.planning.quotas import pour_step, sum_ranks
 
 HALF_LIFE_SNAPSHOTS = 4
 """A snapshot counts half once this many more with tokens have followed."""
@@ -175,10 +175,10 @@ def _add_snapshot(
             pour_step(load_E, slots_LP[layer], ranks, sweeps, quotas_P)
         for phase in range(phases):
             counts_E = counts_ALE[phase, layer]
-            _sum_ranks(counts_E, slots_LP[layer], quotas_P, load_KR[_PHASES + phase])
+            sum_ranks(counts_E, slots_LP[layer], quotas_P, load_KR[_PHASES + phase])
             # Ranks' loads are linear in the tokens, so those of the phases add up.
             load_KR[_SERVED] += load_KR[_PHASES + phase]
-        _sum_ranks(load_E, loaded_LP[layer], loaded_quotas_LP[layer], load_KR[_CONTIGUOUS])
+        sum_ranks(load_E, loaded_LP[layer], loaded_quotas_LP[layer], load_KR[_CONTIGUOUS])
         _fade_in(recent_LE[layer], load_E)
         _fade_in(recent_LR[layer], load_KR[_SERVED])
         for rank in range(ranks):
@@ -191,22 +191,6 @@ def _add_snapshot(
             _fade_in(busiest_KL[kind], new_busiest_KL[kind])
             _fade_in(mean_KL[kind], new_mean_KL[kind])
     return new_busiest_KL[_SERVED].sum(), new_busiest_KL[_CONTIGUOUS].sum()
-
-
-@compiled
-def _sum_ranks(
-    load_E: NDArray[np.float64] | NDArray[np.int64],
-    slots_P: NDArray[np.uint32],
-    quotas_P: NDArray[np.float64],
-    load_R: NDArray[np.float64],
-) -> None:
-    # load_R[r] = sum over the slots p of rank r of load_E[slots_P[p]] * quotas_P[p]
-    slots = len(slots_P) // len(load_R)
-    for rank in range(len(load_R)):
-        tokens = 0.0
-        for slot in range(rank * slots, (rank + 1) * slots):
-            tokens += load_E[slots_P[slot]] * quotas_P[slot]
-        load_R[rank] = tokens
 
 
 @compiled

@@ -28,7 +28,7 @@ from expert_weights import wrong_slots
 from ranks import Ranks
 
 from ep_rebalance.balancer import planner_thread
-from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
+from ep_rebalance.kernels.shared_arithmetic import DECODE, PREFILL
 from ep_rebalance.load.state import load_state
 from ep_rebalance.planning import proposal
 from ep_rebalance.telemetry.metrics import Status, decode, encode

@@ -12,7 +12,7 @@ from step_path import DEVICE, recording_waits
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ep_rebalance.collectives.snapshot import Flags, SnapshotExchange
-from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
+from ep_rebalance.kernels.shared_arithmetic import DECODE, PREFILL
 from ep_rebalance.load.step_times import StepSum
 from ep_rebalance.placement import Placement
 from ep_rebalance.routing.device_tables import RoutingTables

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ep_rebalance.kernels.route_and_count import DECODE, PREFILL
+from ep_rebalance.kernels.shared_arithmetic import DECODE, PREFILL
 
 
 @dataclass

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from ep_rebalance.kernels.language import INTERPRETED, triton
 from ep_rebalance.kernels.route_and_count import (
-    IGNORED,
     LayerTables,
     _kernel,
     count_experts,
@@ -17,7 +16,7 @@ from ep_rebalance.kernels.route_and_count import (
     route_and_count,
     route_torch,
 )
-from ep_rebalance.kernels.shared_arithmetic import HASH_STEP
+from ep_rebalance.kernels.shared_arithmetic import HASH_STEP, IGNORED
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.thresholds import dispatch_thresholds

@@ -12,15 +12,17 @@ from ep_rebalance.kernels.language import INTERPRETED
 from ep_rebalance.kernels.route_and_count import LayerTables, count_torch, route_torch
 from ep_rebalance.kernels.route_by_own_counts import (
     PourTables,
-    Ranks,
     route_by_own_counts,
     route_by_own_counts_torch,
 )
+from ep_rebalance.kernels.shared_arithmetic import Ranks
+from ep_rebalance.load.window import WindowLoad
+from ep_rebalance.offline.peers import place_anew
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.device_tables import RoutingTables
-from ep_rebalance.routing.pours import pour_order, route_on_host
-from ep_rebalance.routing.route import route
+from ep_rebalance.routing.pours import pour_order
+from ep_rebalance.routing.route import _on_host, route
 from ep_rebalance.routing.thresholds import dispatch_thresholds
 from ep_rebalance.topology import Topology
 
@@ -62,27 +64,8 @@ def random_step(tokens, top_k, experts, redundant, ranks, seed=0, dtype=torch.in
     pours = PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E)
     phase_T = torch.from_numpy(rng.integers(0, 3, tokens)).to(device, torch.int8)
     offset = torch.tensor([int(rng.integers(1 << 40))], device=device)
-    which = Ranks(count=ranks, slots=slots // ranks, source=rank)
+    which = Ranks(total=ranks, slots=slots // ranks, source=rank)
     return placement, ids_TK.to(device), phase_T, tables, pours, offset, which
-
-
-def on_host(ids_TK, phase_T, tables, pours, offset, ranks):
-    slots_TK = torch.empty_like(ids_TK)
-    route_on_host(
-        ids_TK.numpy(),
-        phase_T.numpy(),
-        tables.counts_AE.numpy(),
-        tables.replica_slots_EC.numpy(),
-        tables.thresholds_EC.numpy(),
-        pours.poured_X.numpy(),
-        pours.row_E.numpy(),
-        int(offset),
-        ranks.count,
-        ranks.slots,
-        ranks.source,
-        slots_TK.numpy(),
-    )
-    return slots_TK
 
 
 def shapes():
@@ -123,7 +106,7 @@ def test_the_host_gives_the_same_bits(shape, seed):
     expected_TK = route_by_own_counts_torch(ids_TK, phase_T, tables, *rest)
     counted = tables.counts_AE.clone()
     tables.counts_AE.zero_()
-    assert torch.equal(on_host(ids_TK, phase_T, tables, *rest), expected_TK)
+    assert torch.equal(_on_host(ids_TK, phase_T, tables, *rest), expected_TK)
     assert torch.equal(tables.counts_AE, counted)
 
 
@@ -171,15 +154,34 @@ def test_ranks_that_share_their_tokens_send_them_alike():
     assert torch.equal(sent[0], counts.route(0, ids_TK, 0))
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 999), tokens=st.integers(60, 120))
-def test_own_tokens_load_ranks_as_the_best_split_would(seed, tokens):
-    """To within a twentieth of a rank's mean load, and two tokens that are rounded."""
-    placement, ids_TK, *rest = random_step(tokens, 4, 32, 16, 8, seed)
-    slots_TK = route_by_own_counts_torch(ids_TK, *rest)
-    load_R = torch.bincount(slots_TK[slots_TK >= 0] // placement.slots_per_rank, minlength=8)
-    load_LE = torch.bincount(ids_TK[ids_TK >= 0], minlength=32).numpy()[None]
-    best_R = placement.rank_load_LR(load_LE, split_quotas(placement, load_LE))[0]
+@pytest.mark.skipif(INTERPRETED, reason="large steps, and every form gives the same bits")
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("ranks", "redundant"), [(8, 16), (32, 32), (64, 64)])
+def test_own_tokens_load_ranks_as_the_best_split_would(ranks, redundant, seed):
+    """To within a twentieth of a rank's mean load, and two tokens that are rounded, at DeepSeek-V3's size on
+    a planned placement. With few experts and many replicas two sweeps may end further off.
+    """
+    rng, experts, topology = np.random.default_rng(seed), 256, Topology.single_node(ranks)
+    load_LE = rng.lognormal(size=(1, experts))
+    start = Placement.contiguous(
+        num_layers=1, num_experts=experts, num_ranks=ranks, num_redundant=redundant
+    )
+    window = WindowLoad(tokens_WLE=1e4 * load_LE[None], weight_W=np.ones(1), steps_W=np.ones(1))
+    placement = place_anew(window, start, topology)
+    counts = RoutingTables(
+        placement=placement,
+        max_tokens=0,
+        device=torch.device("cpu"),
+        topology=topology,
+        rank=0,
+        by_own_counts=True,
+    )
+    counts.set_dispatch([0], placement, split_quotas(placement, load_LE))
+    ids_TK = torch.from_numpy(rng.choice(experts, (2048, 8), p=load_LE[0] / load_LE.sum()))
+    ranks_TK = counts.route(0, ids_TK, 0) // placement.slots_per_rank
+    own_LE = np.bincount(ids_TK.flatten(), minlength=experts)[None]
+    best_R = placement.rank_load_LR(own_LE, split_quotas(placement, own_LE))[0]
+    load_R = torch.bincount(ranks_TK.flatten())
     assert load_R.max() <= best_R.max() + 0.05 * best_R.mean() + 2
 
 
@@ -232,6 +234,6 @@ def test_fake_and_real_forms_agree(device):
     rows = (pours.poured_X, pours.colour_X, pours.row_E)
     torch.library.opcheck(
         torch.ops.ep_rebalance.route.default,
-        (ids_TK, phase_T, *parts, *rows, offset, ranks.count, ranks.slots, ranks.source),
+        (ids_TK, phase_T, *parts, *rows, offset, ranks.total, ranks.slots, ranks.source),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from step_path import DEVICE, recording_waits
 
-from ep_rebalance.kernels.route_and_count import DECODE, IGNORED, PREFILL
+from ep_rebalance.kernels.shared_arithmetic import DECODE, IGNORED, PREFILL
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.device_tables import RoutingTables

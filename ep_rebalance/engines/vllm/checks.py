@@ -115,7 +115,9 @@ def _check_offload(offload: Any, config: RebalanceConfig) -> None:
     """With prefetch, experts are copied again and again into memory that layers share
     (vllm/model_executor/offloader/prefetch.py), over what had moved there; with UVA they lie on the host.
     """
-    parts = [f"--cpu-offload-gb {offload.uva.cpu_offload_gb:g}"] * (offload.uva.cpu_offload_gb > 0)
+    parts = []
+    if offload.uva.cpu_offload_gb > 0:
+        parts.append(f"--cpu-offload-gb {offload.uva.cpu_offload_gb:g}")
     if offload.prefetch.offload_group_size > 0:
         parts.append(f"--offload-group-size {offload.prefetch.offload_group_size}")
     if parts and config.mode != "observe":
