@@ -64,7 +64,7 @@ from ep_rebalance.offline.scoring import (
     cross_node_tokens,
     even_balancedness,
     moves_between,
-    own_counts_balancedness,
+    score_own_counts,
 )
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.policies import compile_planner, own_planners
@@ -227,9 +227,14 @@ def score_policy(
             if number:
                 quotas.append(balancedness(part_NLE, policy.placement, policy.quotas_LP))
                 own_counts.append(
-                    own_counts_balancedness(
-                        part_NLE[:1], policy.placement, policy.quotas_LP, topology, seed=number
-                    )
+                    score_own_counts(
+                        part_NLE[:1],
+                        policy.placement,
+                        policy.quotas_LP,
+                        topology,
+                        load_LE=policy.load_LE,
+                        seed=number,
+                    ).balancedness
                 )
                 crossing.append(
                     cross_node_tokens(part_NLE, policy.placement, policy.quotas_LP, topology)

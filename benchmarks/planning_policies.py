@@ -28,12 +28,14 @@ Steps = NDArray[np.int64]
 class Policy:
     """What serves a window, and learns from it afterwards.
 
-    milliseconds: of each plan. moves: whether a change of its placement moves experts that serve.
+    load_LE: what the quotas were last fitted to; None before. milliseconds: of each plan. moves: whether a
+    change of its placement moves experts that serve.
     """
 
     name: str
     placement: Placement
     quotas_LP: NDArray[np.float64]
+    load_LE: NDArray[np.float64] | None = None
     milliseconds: list[float]
     moves = True
 
@@ -46,6 +48,9 @@ class Policy:
     def window_ends(self, samples: Sequence[LoadSample]) -> None:
         """All snapshots of the window that has just been served."""
 
+    def fit_quotas(self, load_LE: NDArray[np.float64]) -> None:
+        self.load_LE, self.quotas_LP = load_LE, split_quotas(self.placement, load_LE)
+
 
 class Kept(Policy):
     """A placement that stays; its quotas follow the load as the plugin's do."""
@@ -57,8 +62,7 @@ class Kept(Policy):
 
     def snapshot(self, sample: LoadSample) -> None:
         self._samples = [*self._samples, sample][-WindowConfig().snapshots :]
-        load = planned_load(PlannerConfig(), self._samples)
-        self.quotas_LP = split_quotas(self.placement, load.load_LE)
+        self.fit_quotas(planned_load(PlannerConfig(), self._samples).load_LE)
 
 
 class Anew(Kept):
@@ -73,7 +77,7 @@ class Anew(Kept):
         began = time.perf_counter()
         self.placement = self._planner(problem)
         self.milliseconds.append(1e3 * (time.perf_counter() - began))
-        self.quotas_LP = split_quotas(self.placement, window_load(self._samples).load_LE)
+        self.fit_quotas(window_load(self._samples).load_LE)
 
 
 class Ours(Policy):
@@ -112,8 +116,7 @@ class Ours(Policy):
             self._fit_quotas()
 
     def _fit_quotas(self) -> None:
-        load = planned_load(self._settings, self._window.samples())
-        self.quotas_LP = split_quotas(self.placement, load.load_LE)
+        self.fit_quotas(planned_load(self._settings, self._window.samples()).load_LE)
 
     def _solve(self, problem: Problem) -> Placement:
         began = time.perf_counter()
@@ -141,7 +144,7 @@ class Hindsight(Policy):
             steps_W=np.full(pairs, 2.0),
         )
         self.placement = place_anew(load, self._start, self._topology)
-        self.quotas_LP = split_quotas(self.placement, load.load_LE)
+        self.fit_quotas(load.load_LE)
 
 
 def vllm_policies(start: Placement, topology: Topology, *, grouped: bool) -> list[Policy]:

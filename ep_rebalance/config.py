@@ -199,8 +199,8 @@ class DispatchConfig(_Section):
     split: Literal["window", "own_counts"] = "window"
     """How tokens are split over the replicas of their expert. `window` fits quotas to the load of recent
     snapshots and prefers replicas that are near. `own_counts` counts each step's tokens before they are
-    sent and has every rank load all ranks alike with its own: more even, blind to distance, and a kernel
-    more in each layer.
+    sent and has every rank load all ranks alike with its own: more even, nearly as many tokens stay near, and
+    a kernel more in each layer.
     """
 
     @property

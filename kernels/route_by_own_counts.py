@@ -3,7 +3,8 @@
 Quotas are fitted to the load of recent steps; a step's own tokens deviate from it. Here a layer's tokens
 are counted as they come, and those of replicated experts are poured over their ranks like water
 (`planning/quotas.py` does it for the load of a window). If each source loads all ranks alike, so do all
-of them together, and nothing has to be sent for it.
+of them together, and nothing has to be sent for it. Ranks that are far from a source may stand on higher
+ground, so that less is poured there: what one source sends further, another sends back.
 
 All arithmetic is on whole sixteenths of a token, so that every form of it gives the same bits, and ranks
 that route the same tokens send them to the same slots.
@@ -44,11 +45,14 @@ class PourTables:
     poured_X: int32 [X]. Experts with replicas, colour after colour; -1 for no expert.
     colour_X: int32 [X]. From 0; -1 for no expert.
     row_E: int32 [E]. Where each expert is in the others; -1 for those that are split by their quotas.
+    ground_R: int32 [R]. How much higher than the lowest each rank stands, in 1/65536 of the step's (token,
+        expert) pairs; 0 for all if only evenness counts.
     """
 
     poured_X: torch.Tensor
     colour_X: torch.Tensor
     row_E: torch.Tensor
+    ground_R: torch.Tensor
 
 
 def route_by_own_counts(
@@ -64,7 +68,8 @@ def route_by_own_counts(
     Arguments, counts and what becomes of padding as in `route_and_count`. Of an expert's n tokens replica
     `j` gets the next floor(x_0 + ... + x_j + u) - floor(x_0 + ... + x_(j-1) + u), where x sums to n and u,
     from 0 to 1, comes from `offset`, the expert and the source: rounding favours no replica for long. x is
-    poured, from what the thresholds give, until ranks are level. Experts without a row go by the thresholds.
+    poured, from what the thresholds give, until ranks are level, their ground included. Experts without a
+    row go by the thresholds.
     """
     if runs_triton(topk_ids_TK):
         slots_TK = torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
@@ -116,7 +121,7 @@ def bounds_torch(
     units_EC = (tokens_E.unsqueeze(1) * shares_EC) >> (16 - UNIT_BITS)
     held_EC = slots_EC >= 0
     rank_EC = slots_EC.clamp(min=0) // ranks.slots
-    load_R = torch.zeros(ranks.total, dtype=torch.int64, device=slots_EC.device)
+    load_R = (tokens_E.sum() * pours.ground_R.long()) >> (16 - UNIT_BITS)
     load_R.index_add_(0, rank_EC[held_EC], units_EC[held_EC])
     row_X = poured_X.clamp(min=0)
     tokens_X = torch.where(poured_X >= 0, tokens_E[row_X], 0)
@@ -174,6 +179,7 @@ POURED_POINTERS = (
     "poured_ptr",
     "colour_ptr",
     "row_ptr",
+    "ground_ptr",
     "offset_ptr",
     "slots_ptr",
 )
@@ -184,6 +190,7 @@ POURED_SIZES = (
     "num_replicas",
     "first_step",
     "num_rows",
+    "num_ranks",
     "slots_per_rank",
     "source",
     "num_blocks",
@@ -299,6 +306,7 @@ def _pour_and_assign(
     poured_ptr,
     colour_ptr,
     row_ptr,
+    ground_ptr,
     offset_ptr,
     slots_ptr,
     num_pairs,
@@ -307,6 +315,7 @@ def _pour_and_assign(
     num_replicas,
     first_step,
     num_rows,
+    num_ranks,
     slots_per_rank,
     source,
     num_blocks,
@@ -341,7 +350,10 @@ def _pour_and_assign(
         before += tl.where(other < block, tokens, 0)
     tl.store(total_ptr + expert, total)
     tl.store(before_ptr + expert, before)
-    tl.store(load_ptr + tl.arange(0, RANKS), tl.zeros([RANKS], tl.int32))
+    ranks = tl.arange(0, RANKS)
+    ground = tl.load(ground_ptr + ranks, mask=ranks < num_ranks, other=0)
+    height = (tl.sum(total).to(tl.int64) * ground) >> (16 - UNIT_BITS)
+    tl.store(load_ptr + ranks, height.to(tl.int32))
     tl.debug_barrier()
 
     lower = tl.zeros([EXPERTS], tl.int32)
@@ -465,6 +477,7 @@ def _launch(
         pours.poured_X,
         pours.colour_X,
         pours.row_E,
+        pours.ground_R,
         offset,
         slots_TK,
         num_pairs,
@@ -473,6 +486,7 @@ def _launch(
         num_replicas,
         1 << (num_replicas - 1).bit_length() >> 1,
         num_rows,
+        ranks.total,
         ranks.slots,
         ranks.source,
         num_blocks,

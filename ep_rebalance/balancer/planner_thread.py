@@ -169,7 +169,7 @@ class PlannerThread:
         load = planned_load(self._config.planner, samples)
         try:
             quotas_LP = split_quotas(placement, load.load_LE)
-            tables = counts.dispatch_tables(placement, quotas_LP)
+            tables = counts.dispatch_tables(placement, quotas_LP, load.load_LE)
             return Split(quotas_LP=quotas_LP, tables=tables)
         except Exception:
             logger.exception("ep_rebalance: the quotas could not be fitted; they stay as they are")

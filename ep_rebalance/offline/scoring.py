@@ -16,7 +16,7 @@ from ep_rebalance.kernels.shared_arithmetic import Ranks
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.planning.sources import choose_sources
-from ep_rebalance.routing.pours import HostTables, pour_order, pour_tokens
+from ep_rebalance.routing.pours import HostTables, ground_of_ranks, pour_order, pour_tokens
 from ep_rebalance.routing.thresholds import HASH_STRIDE, dispatch_thresholds
 from ep_rebalance.topology import Topology
 
@@ -41,6 +41,20 @@ class Moves:
     busiest_rank_bytes: int
     serial_transfers: float
     cross_node: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnSplit:
+    """How evenly tokens are split by each source's own counts, and how many stay near.
+
+    balancedness: mean over max rank load, averaged over steps and layers.
+    on_source, on_node: fractions of the (token, expert) pairs that are computed by the ranks of their own
+        source, and on its node.
+    """
+
+    balancedness: float
+    on_source: float
+    on_node: float
 
 
 def balancedness(
@@ -72,50 +86,72 @@ def best_split_balancedness(steps_NLE: NDArray[np.integer], placement: Placement
     )
 
 
-def own_counts_balancedness(
+def score_own_counts(
     steps_NLE: NDArray[np.integer],
     placement: Placement,
     quotas_LP: NDArray[np.float64],
     topology: Topology,
     *,
+    load_LE: NDArray[np.float64] | None = None,
     seed: int = 0,
-) -> float:
-    """The same if each source splits its own tokens of a step evenly, as `dispatch.split: own_counts` does.
-    Which source brings a token is drawn by lot.
+) -> OwnSplit:
+    """What `dispatch.split: own_counts` does with these steps. Which source brings a token is drawn by lot.
 
     steps_NLE: [N, L, E], tokens.
     quotas_LP: float64 [L, P]. Where each source begins.
+    load_LE: float64 [L, E], tokens. What the quotas were fitted to; without it, no token stays near but by
+        chance.
     """
     random = np.random.default_rng(seed)
-    layers = range(placement.num_layers)
-    sources = topology.num_ranks // topology.ranks_per_source
-    tables = [
-        dispatch_thresholds(
-            placement, layers, quotas_LP, topology=topology, rank=source * topology.ranks_per_source
-        )
-        for source in range(sources)
-    ]
-    slots_LEC, _ = tables[0]
-    poured_LX, _, row_LE = pour_order(
-        slots_LEC,
-        rows=placement.num_redundant,
-        slots_per_rank=placement.slots_per_rank,
-        num_ranks=placement.num_ranks,
-    )
-    evenness = []
+    size, node_R = topology.ranks_per_source, np.array(topology.node_of_rank)
+    tables_SL = _tables_of_sources(placement, quotas_LP, topology, load_LE)
+    sources = len(tables_SL)
+    evenness, own, near, pairs = [], 0.0, 0.0, 0.0
     for number, step_LE in enumerate(steps_NLE):
-        for layer in layers:
-            own_SE = random.multinomial(step_LE[layer], np.full(sources, 1 / sources)).T
-            load_R = np.zeros(placement.num_ranks)
-            for source, tokens_E in enumerate(own_SE):
-                thresholds_LEC = tables[source][1]
-                host = HostTables(
-                    slots_LEC[layer], thresholds_LEC[layer], poured_LX[layer], row_LE[layer]
-                )
+        for layer, tokens_E in enumerate(step_LE):
+            own_SE = random.multinomial(tokens_E, np.full(sources, 1 / sources)).T
+            load_SR = np.empty((sources, placement.num_ranks))
+            for source in range(sources):
                 ranks = Ranks(placement.num_ranks, placement.slots_per_rank, source)
-                load_R += pour_tokens(tokens_E, host, number * HASH_STRIDE, ranks)
+                tables = tables_SL[source][layer]
+                load_SR[source] = pour_tokens(own_SE[source], tables, number * HASH_STRIDE, ranks)
+                here = slice(source * size, (source + 1) * size)
+                own += load_SR[source, here].sum()
+                near += load_SR[source, np.isin(node_R, node_R[here])].sum()
+            load_R = load_SR.sum(axis=0)
+            pairs += load_R.sum()
             evenness.append(load_R.mean() / max(load_R.max(), 1e-300))
-    return float(np.mean(evenness))
+    pairs = max(pairs, 1e-300)
+    return OwnSplit(
+        balancedness=float(np.mean(evenness)), on_source=own / pairs, on_node=near / pairs
+    )
+
+
+def _tables_of_sources(
+    placement: Placement,
+    quotas_LP: NDArray[np.float64],
+    topology: Topology,
+    load_LE: NDArray[np.float64] | None,
+) -> list[list[HostTables]]:
+    """The tables of each source and layer."""
+    layers, ranks = range(placement.num_layers), placement.num_ranks
+    found = []
+    for rank in range(0, ranks, topology.ranks_per_source):
+        slots_LEC, thresholds_LEC = dispatch_thresholds(
+            placement, layers, quotas_LP, topology=topology, rank=rank
+        )
+        poured_LX, _, row_LE = pour_order(
+            slots_LEC,
+            rows=placement.num_redundant,
+            slots_per_rank=placement.slots_per_rank,
+            num_ranks=ranks,
+        )
+        ground_LR = np.zeros((placement.num_layers, ranks), dtype=np.int32)
+        if load_LE is not None:
+            ground_LR = ground_of_ranks(slots_LEC, thresholds_LEC, quotas_LP, load_LE, ranks)
+        columns = (slots_LEC, thresholds_LEC, poured_LX, row_LE, ground_LR)
+        found.append([HostTables(*(column[layer] for column in columns)) for layer in layers])
+    return found
 
 
 def even_balancedness(pairs: int, ranks: int, *, steps: int = 10_000) -> float:

@@ -23,7 +23,7 @@ from ep_rebalance.kernels.route_and_count import (
 from ep_rebalance.kernels.route_by_own_counts import PourTables
 from ep_rebalance.kernels.shared_arithmetic import IGNORED, Ranks
 from ep_rebalance.placement import Placement
-from ep_rebalance.routing.pours import pour_order
+from ep_rebalance.routing.pours import ground_of_ranks, pour_order
 from ep_rebalance.routing.route import route
 from ep_rebalance.routing.thresholds import HASH_RANGE, HASH_STRIDE, dispatch_thresholds
 from ep_rebalance.topology import Topology
@@ -40,12 +40,14 @@ class DispatchTables:
     """How one rank dispatches all layers of a placement; on the host, ready to be uploaded.
 
     slots_LEC, thresholds_LEC: int32 [L, E, C]. See `dispatch_thresholds`.
-    pours_LO: int32 [L, 2 X + E]. `PourTables` one after another; None where tokens are split by quotas.
+    pours_LO: int32 [L, 2 X + E]. `PourTables` one after another, but for the ground.
+    ground_LR: int32 [L, R]. Both are None where tokens are split by quotas.
     """
 
     slots_LEC: torch.Tensor
     thresholds_LEC: torch.Tensor
     pours_LO: torch.Tensor | None = None
+    ground_LR: torch.Tensor | None = None
 
 
 class RoutingTables:
@@ -80,14 +82,15 @@ class RoutingTables:
         self._rows = placement.num_redundant if by_own_counts else 0
         width = 2 * self._rows + experts
         self._pours_LO = torch.full((layers, width), -1, dtype=torch.int32, device=device)
+        self._ground_LR = torch.zeros(layers, placement.num_ranks, dtype=torch.int32, device=device)
         self.ranks = Ranks(
             total=placement.num_ranks,
             slots=placement.slots_per_rank,
             source=topology.source_of_rank[rank],
         )
         self.pours = tuple(
-            PourTables(*pours_O.split((self._rows, self._rows, experts)))
-            for pours_O in self._pours_LO
+            _pour_tables(pours_O, self._rows, ground_R)
+            for pours_O, ground_R in zip(self._pours_LO, self._ground_LR, strict=True)
         )
         self.layers = tuple(
             LayerTables(
@@ -167,13 +170,20 @@ class RoutingTables:
         if self._rows:
             values = np.zeros(self._pours_LO.shape, dtype=np.int32)
             _ = [pinned(values, self._slots_LEC.device) for _ in range(_TABLES_AT_A_TIME)]
+            values = np.zeros(self._ground_LR.shape, dtype=np.int32)
+            _ = [pinned(values, self._slots_LEC.device) for _ in range(_TABLES_AT_A_TIME)]
 
     def dispatch_tables(
-        self, placement: Placement, quotas_LP: NDArray[np.float64]
+        self,
+        placement: Placement,
+        quotas_LP: NDArray[np.float64],
+        load_LE: NDArray[np.float64] | None = None,
     ) -> DispatchTables:
         """The tables that `serve` and `split` take.
 
         quotas_LP: float64 [L, P]. As in `dispatch_thresholds`.
+        load_LE: float64 [L, E], tokens. What the quotas were fitted to; without it, tokens that are split by
+            own counts do not stay near.
 
         It takes milliseconds, and any thread may call it.
         """
@@ -186,7 +196,7 @@ class RoutingTables:
         )
         device = self._slots_LEC.device
         slots_LEC, thresholds_LEC = (pinned(table, device) for table in tables)
-        pours_LO = None
+        pours_LO = ground_LR = None
         if self._rows:
             order = pour_order(
                 tables[0],
@@ -195,7 +205,16 @@ class RoutingTables:
                 num_ranks=placement.num_ranks,
             )
             pours_LO = pinned(np.concatenate(order, axis=1), device)
-        return DispatchTables(slots_LEC=slots_LEC, thresholds_LEC=thresholds_LEC, pours_LO=pours_LO)
+            ground = np.zeros(self._ground_LR.shape, dtype=np.int32)
+            if load_LE is not None:
+                ground = ground_of_ranks(*tables, quotas_LP, load_LE, placement.num_ranks)
+            ground_LR = pinned(ground, device)
+        return DispatchTables(
+            slots_LEC=slots_LEC,
+            thresholds_LEC=thresholds_LEC,
+            pours_LO=pours_LO,
+            ground_LR=ground_LR,
+        )
 
     def serve(self, layers: Sequence[int], tables: DispatchTables) -> None:
         """Swap the tables of `layers`, in place and in stream order."""
@@ -204,10 +223,14 @@ class RoutingTables:
             self._thresholds_LEC[layer].copy_(tables.thresholds_LEC[layer], non_blocking=True)
             if tables.pours_LO is not None:
                 self._pours_LO[layer].copy_(tables.pours_LO[layer], non_blocking=True)
+            if tables.ground_LR is not None:
+                self._ground_LR[layer].copy_(tables.ground_LR[layer], non_blocking=True)
 
     def split(self, tables: DispatchTables) -> None:
         """Split tokens anew over the replicas that are served, in place and in stream order."""
         self._thresholds_LEC.copy_(tables.thresholds_LEC, non_blocking=True)
+        if tables.ground_LR is not None:
+            self._ground_LR.copy_(tables.ground_LR, non_blocking=True)
 
     def set_dispatch(
         self, layers: Sequence[int], placement: Placement, quotas_LP: NDArray[np.float64]
@@ -226,3 +249,13 @@ class RoutingTables:
                 self._max_tokens,
             )
         return phases_T[: self._max_tokens]
+
+
+def _pour_tables(pours_O: torch.Tensor, rows: int, ground_R: torch.Tensor) -> PourTables:
+    """Views of one layer's tables."""
+    return PourTables(
+        poured_X=pours_O[:rows],
+        colour_X=pours_O[rows : 2 * rows],
+        row_E=pours_O[2 * rows :],
+        ground_R=ground_R,
+    )

@@ -1,4 +1,6 @@
-"""The order in which experts with replicas are poured, and the pour itself compiled for the host."""
+"""The order in which experts with replicas are poured, the ground under them, and the pour itself compiled
+for the host.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,22 @@ class HostTables(NamedTuple):
     """One layer's tables for the host.
 
     slots_EC, thresholds_EC: int32 [E, C]. See `LayerTables`.
-    poured_X, row_E: int32 [X] and [E]. See `PourTables`. X is 0 where experts go by quotas.
+    poured_X, row_E, ground_R: int32 [X], [E] and [R]. See `PourTables`. X is 0 where experts go by quotas.
     """
 
     slots_EC: NDArray[np.int32]
     thresholds_EC: NDArray[np.int32]
     poured_X: NDArray[np.int32]
     row_E: NDArray[np.int32]
+    ground_R: NDArray[np.int32]
+
+
+_NEARNESS = 0.75
+"""The part of what a source would keep near by its quotas that it tries to keep near when it pours.
+
+At 1 a source has nothing left to send home when the others need it to; at three quarters nearly all of both
+is had (benchmarks/own_counts.py).
+"""
 
 
 def pour_order(
@@ -94,6 +105,62 @@ def _colours(
     return colour_E
 
 
+def ground_of_ranks(
+    slots_LEC: NDArray[np.int32],
+    thresholds_LEC: NDArray[np.int32],
+    quotas_LP: NDArray[np.float64],
+    load_LE: NDArray[np.float64],
+    num_ranks: int,
+) -> NDArray[np.int32]:
+    """int32 [L, R]: `PourTables.ground_R` of each layer, so that a source's tokens stay near.
+
+    By the thresholds of a source, ranks near it get more of its tokens than their quotas say, and others
+    less. These differences cancel out over all sources, so that ranks are as level with them as without.
+
+    slots_LEC, thresholds_LEC: int32 [L, E, C]. As from `dispatch_thresholds`.
+    quotas_LP: float64 [L, P]. What they were made from.
+    load_LE: float64 [L, E]. The tokens that the quotas were fitted to.
+    """
+    ground_LR = np.zeros((len(slots_LEC), num_ranks), dtype=np.int32)
+    slots_per_rank = quotas_LP.shape[1] // num_ranks
+    for layer, tokens_E in enumerate(load_LE):
+        if tokens_E.any():
+            _set_ground(
+                slots_LEC[layer],
+                thresholds_LEC[layer],
+                quotas_LP[layer],
+                tokens_E / tokens_E.sum(),
+                slots_per_rank,
+                ground_LR[layer],
+            )
+    return ground_LR
+
+
+@compiled
+def _set_ground(
+    slots_EC: NDArray[np.int32],
+    thresholds_EC: NDArray[np.int32],
+    quotas_P: NDArray[np.float64],
+    share_E: NDArray[np.float64],
+    slots_per_rank: int,
+    ground_R: NDArray[np.int32],
+) -> None:
+    # near[r] = sum over the replicas (e, j) on rank r of share[e] (part at this source - quota)
+    near_R = np.zeros(ground_R.size)
+    for expert in range(share_E.size):
+        lower = 0.0
+        for j in range(slots_EC.shape[1]):
+            slot = slots_EC[expert, j]
+            if slot < 0:
+                break
+            upper = thresholds_EC[expert, j] / 65536
+            near_R[slot // slots_per_rank] += share_E[expert] * (upper - lower - quotas_P[slot])
+            lower = upper
+    highest = near_R.max()
+    for rank in range(ground_R.size):
+        ground_R[rank] = np.rint(65536 * _NEARNESS * (highest - near_R[rank]))
+
+
 @compiled
 def route_on_host(
     ids_TK: NDArray[np.int64],
@@ -103,6 +170,7 @@ def route_on_host(
     thresholds_EC: NDArray[np.int32],
     poured_X: NDArray[np.int32],
     row_E: NDArray[np.int32],
+    ground_R: NDArray[np.int32],
     offset: int,
     num_ranks: int,
     slots_per_rank: int,
@@ -115,7 +183,7 @@ def route_on_host(
     """
     tokens_E = _count(ids_TK, phase_T, counts_AE)
     # One by one, since tuples take microseconds to hand over from Python.
-    tables = HostTables(slots_EC, thresholds_EC, poured_X, row_E)
+    tables = HostTables(slots_EC, thresholds_EC, poured_X, row_E, ground_R)
     bounds_XC = pour_bounds(tokens_E, tables, offset, Ranks(num_ranks, slots_per_rank, source))
     seen_E = np.zeros(tokens_E.size, np.int64)
     for token in range(ids_TK.shape[0]):
@@ -160,14 +228,17 @@ def pour_bounds(
     ranks: Ranks,
 ) -> NDArray[np.int64]:
     """int64 [X, C], as `bounds_torch` in kernels/route_by_own_counts.py."""
-    slots_EC, thresholds_EC, poured_X, _ = tables
+    slots_EC, thresholds_EC, poured_X, _, ground_R = tables
     num_ranks, slots_per_rank, source = ranks
     bounds_XC = np.zeros((poured_X.size, slots_EC.shape[1]), np.int64)
     if not poured_X.size:
         return bounds_XC
     units_EC = np.zeros(slots_EC.shape, np.int64)
     replicas_E = np.zeros(tokens_E.size, np.int64)
-    load_R = np.zeros(num_ranks, np.int64)
+    pairs = tokens_E.sum()
+    load_R = np.empty(num_ranks, np.int64)
+    for rank in range(num_ranks):
+        load_R[rank] = (pairs * ground_R[rank]) >> (16 - UNIT_BITS)
     for expert in range(tokens_E.size):
         lower = 0
         for j in range(slots_EC.shape[1]):
@@ -207,7 +278,7 @@ def pour_tokens(
 ) -> NDArray[np.float64]:
     """float64 [R], the tokens that each rank gets of one source's, as `route_on_host` sends them."""
     bounds_XC = pour_bounds(tokens_E, tables, offset, ranks)
-    slots_EC, thresholds_EC, _, row_E = tables
+    slots_EC, thresholds_EC, _, row_E, _ = tables
     load_R = np.zeros(ranks.total)
     for expert in range(tokens_E.size):
         row, lower = row_E[expert], 0.0

@@ -35,6 +35,7 @@ def route(
             pours.poured_X,
             pours.colour_X,
             pours.row_E,
+            pours.ground_R,
             offset,
             ranks.total,
             ranks.slots,
@@ -65,6 +66,7 @@ def _on_host(
         tables.thresholds_EC.numpy(),
         pours.poured_X.numpy(),
         pours.row_E.numpy(),
+        pours.ground_R.numpy(),
         int(offset),
         ranks.total,
         ranks.slots,
@@ -84,6 +86,7 @@ def _operation(
     poured_X: torch.Tensor,
     colour_X: torch.Tensor,
     row_E: torch.Tensor,
+    ground_R: torch.Tensor,
     offset: torch.Tensor,
     num_ranks: int,
     slots_per_rank: int,
@@ -96,7 +99,7 @@ def _operation(
         LayerTables(
             counts_AE=counts_AE, replica_slots_EC=replica_slots_EC, thresholds_EC=thresholds_EC
         ),
-        PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E),
+        PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E, ground_R=ground_R),
         offset,
         Ranks(total=num_ranks, slots=slots_per_rank, source=source),
     )

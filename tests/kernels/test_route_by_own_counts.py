@@ -61,7 +61,8 @@ def random_step(tokens, top_k, experts, redundant, ranks, seed=0, dtype=torch.in
         thresholds_EC=torch.from_numpy(thresholds[0]).to(device),
     )
     poured_X, colour_X, row_E = (torch.from_numpy(part[0]).to(device) for part in order)
-    pours = PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E)
+    ground_R = torch.from_numpy(rng.integers(0, 30_000, ranks).astype(np.int32)).to(device)
+    pours = PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E, ground_R=ground_R)
     phase_T = torch.from_numpy(rng.integers(0, 3, tokens)).to(device, torch.int8)
     offset = torch.tensor([int(rng.integers(1 << 40))], device=device)
     which = Ranks(total=ranks, slots=slots // ranks, source=rank)
@@ -213,7 +214,10 @@ def test_layers_without_rows_go_by_quotas():
     _, ids_TK, phase_T, tables, pours, offset, ranks = random_step(40, 2, 8, 8, 4, 3)
     nothing = torch.empty(0, dtype=torch.int32)
     unpoured = PourTables(
-        poured_X=nothing, colour_X=nothing, row_E=torch.full_like(pours.row_E, -1)
+        poured_X=nothing,
+        colour_X=nothing,
+        row_E=torch.full_like(pours.row_E, -1),
+        ground_R=pours.ground_R,
     )
     sent_TK = route(ids_TK, phase_T, tables, unpoured, offset, ranks)
     assert torch.equal(sent_TK, route_torch(ids_TK, tables, offset))
@@ -231,7 +235,7 @@ def test_the_operation_for_a_compiled_graph_gives_the_same(device):
 def test_fake_and_real_forms_agree(device):
     _, ids_TK, phase_T, tables, pours, offset, ranks = random_step(17, 2, 8, 8, 4, 3, device=device)
     parts = (tables.counts_AE, tables.replica_slots_EC, tables.thresholds_EC)
-    rows = (pours.poured_X, pours.colour_X, pours.row_E)
+    rows = (pours.poured_X, pours.colour_X, pours.row_E, pours.ground_R)
     torch.library.opcheck(
         torch.ops.ep_rebalance.route.default,
         (ids_TK, phase_T, *parts, *rows, offset, ranks.total, ranks.slots, ranks.source),

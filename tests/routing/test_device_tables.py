@@ -225,18 +225,23 @@ def test_before_tables_are_served_tokens_go_nowhere():
 
 
 def test_tables_for_own_counts_follow_commits_and_splits_in_place():
-    """A layer that is served anew also has another order of pouring; a split changes where it begins."""
+    """A layer that is served anew also has another order of pouring; a split changes where it begins, and
+    the ground.
+    """
     counts, same = (make_counts(by_own_counts=True) for _ in range(2))
-    addresses = [pour.poured_X.data_ptr() for pour in counts.pours]
+    addresses = [(p.poured_X.data_ptr(), p.ground_R.data_ptr()) for p in counts.pours]
     target = Placement(np.array([[0, 1, 2, 0, 1, 3], [2, 3, 1, 2, 3, 0]]), 4, 2)
-    quotas_LP = split_quotas(target, np.array([[5, 1, 9, 1], [1, 9, 1, 8]]))
+    load_LE = np.array([[5.0, 1, 9, 1], [1, 9, 1, 8]])
+    quotas_LP = split_quotas(target, load_LE)
     mixed = PLACEMENT.replaced((1,), target)
     before = counts.pours[0].poured_X.clone()
     counts.serve((1,), counts.dispatch_tables(target, target.even_quotas_LP()))
     assert torch.equal(counts.pours[0].poured_X, before)
-    counts.split(counts.dispatch_tables(mixed, quotas_LP))
-    same.set_dispatch((0, 1), mixed, quotas_LP)
-    assert [pour.poured_X.data_ptr() for pour in counts.pours] == addresses
+    assert not counts.pours[1].ground_R.any()
+    counts.split(counts.dispatch_tables(mixed, quotas_LP, load_LE))
+    assert counts.pours[1].ground_R.any()
+    same.serve((0, 1), same.dispatch_tables(mixed, quotas_LP, load_LE))
+    assert [(p.poured_X.data_ptr(), p.ground_R.data_ptr()) for p in counts.pours] == addresses
     ids = torch.tensor([[e, (e + n) % 4] for n in (1, 2, 3) for e in range(4)], dtype=torch.int32)
     for layer in range(2):
         sent = counts.route(layer, ids, 0)
