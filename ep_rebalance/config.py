@@ -196,16 +196,17 @@ class DispatchConfig(_Section):
     result does not depend on the placement; `fast` sums what a rank computed before sending it
     (fewer bytes).
     """
-    split: Literal["window", "own_counts"] = "window"
+    split: Literal["window", "own_counts"] | None = None
     """How tokens are split over the replicas of their expert. `window` fits quotas to the load of recent
     snapshots and prefers replicas that are near. `own_counts` counts each step's tokens before they are
     sent and has every rank load all ranks alike with its own: more even, nearly as many tokens stay near, and
-    a kernel more in each layer.
+    a kernel more in each layer. None is `own_counts` on CPU, and `window` on GPUs, where the other has not
+    been measured.
     """
 
     @property
     def by_own_counts(self) -> bool:
-        """Whether tokens are counted before they are split."""
+        """Whether tokens are counted before they are split; False while that is left to the device."""
         return self.split == "own_counts"
 
 
@@ -355,6 +356,14 @@ class RebalanceConfig(_Section):
                 f"{self.planner.redundant_experts} cannot be had; drop it or use mode=rebalance"
             )
         return self
+
+    def on_device(self, device_type: str) -> RebalanceConfig:
+        """With every setting decided that is left to the device: "cpu", "cuda" and so on."""
+        if self.dispatch.split is not None:
+            return self
+        split = "own_counts" if device_type == "cpu" else "window"
+        dispatch = self.dispatch.model_copy(update={"split": split})
+        return self.model_copy(update={"dispatch": dispatch})
 
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-ready values."""

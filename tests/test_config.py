@@ -136,3 +136,11 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             read_config_file(path)
     with pytest.raises(ConfigurationError, match="not valid JSON"):
         parse_config_argument("{mode")
+
+
+def test_what_is_left_to_the_device_is_decided_by_it():
+    assert not load_config({}).dispatch.by_own_counts
+    assert load_config({}).on_device("cpu").dispatch.split == "own_counts"
+    assert load_config({}).on_device("cuda").dispatch.split == "window"
+    chosen = load_config({"dispatch": {"split": "window"}})
+    assert chosen.on_device("cpu") == chosen

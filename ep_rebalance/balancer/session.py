@@ -44,7 +44,7 @@ class Session:
     """
 
     def __init__(self, config: RebalanceConfig, model: EngineModel) -> None:
-        self.config = config
+        self.config = config = config.on_device(model.device.type)
         self._model = model
         self._moves_experts = config.mode != "observe"
         self._rank = dist.get_rank(model.group)
