@@ -74,6 +74,9 @@ class Placement:
         if missing_N2.size:
             layer, expert = missing_N2[0]
             raise PlacementError(f"layer {layer}: no slot holds expert {expert}")
+        self._check_repeats(slots_LP)
+
+    def _check_repeats(self, slots_LP: NDArray[np.int32]) -> None:
         sorted_LRS = np.sort(slots_LP.reshape(len(slots_LP), self.num_ranks, -1), axis=2)
         twice_N3 = np.argwhere(sorted_LRS[:, :, 1:] == sorted_LRS[:, :, :-1])
         if twice_N3.size:
@@ -187,6 +190,16 @@ class Placement:
         by_rank = slot_load.reshape(*slot_load.shape[:-1], self.num_ranks, self.slots_per_rank)
         load: NDArray[np.float64] = by_rank.sum(axis=-1)
         return load
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RepeatingPlacement(Placement):
+    """A placement whose ranks may hold an expert twice, as other balancers' may. Only its load can be
+    worked out: what plans or migrates takes a `Placement` without repeats.
+    """
+
+    def _check_repeats(self, slots_LP: NDArray[np.int32]) -> None:
+        """Repeats are allowed."""
 
 
 def _replica_counts_LE(slots_LP: NDArray[np.int32], num_experts: int) -> NDArray[np.int32]:

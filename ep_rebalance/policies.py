@@ -63,7 +63,7 @@ _ENTRIES = (
     ),
     Policy(
         name="vllm",
-        summary="the installed vLLM's own policy, which starts anew each time",
+        summary="the installed vLLM's planner (not its balancer), which starts anew each time",
         planner="ep_rebalance.engines.vllm.seams.eplb_policy:plan_vllm",
         needs="vLLM",
         line=Line("#d55e00", (5, 3)),

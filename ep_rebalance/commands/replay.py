@@ -13,7 +13,7 @@ from rich.console import Console
 from ep_rebalance.commands.choices import one_of
 from ep_rebalance.commands.options import Quiet, RanksPerNode, Traces
 from ep_rebalance.commands.replay_result import Format, as_json, check_gain, write
-from ep_rebalance.commands.scenarios import explained, settings_for
+from ep_rebalance.commands.scenarios import assignment, explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.policies import REPLAY_POLICIES
@@ -50,6 +50,16 @@ _Config = Annotated[
 _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. planner.seed=1."),
+]
+_Eplb = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--eplb",
+        metavar="KEY=VALUE",
+        help="One setting of vLLM's balancer, for policy vllm-eplb, as in its --eplb-config: step_interval, "
+        "window_size, use_async; or expert_groups, the model's n_group.",
+        show_default="vLLM's",
+    ),
 ]
 _Hardware = Annotated[
     str | None,
@@ -91,6 +101,7 @@ def run_replay(
     ranks_per_node: RanksPerNode = None,
     config: _Config = None,
     set_: _Set = None,
+    eplb: _Eplb = None,
     hardware: _Hardware = None,
     expert_time_fraction: _ExpertTimeFraction = None,
     format_: _Format = None,
@@ -114,10 +125,13 @@ def run_replay(
         if head.ep_size == 1 and not ep_size:
             raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
         settings = settings_for(head, config, set_ or [])
+        peer = dict(assignment("--eplb", text, "step_interval=1000") for text in eplb or [])
+        if peer and "vllm-eplb" not in (policy or []):
+            raise ValueError("--eplb is for vLLM's balancer: add --policy vllm-eplb")
         scenarios = [
             scenario(
                 head, settings, name, ranks, copies, ranks_per_node, hardware,
-                expert_time_fraction,
+                expert_time_fraction, peer,
             )
             for ranks, copies, name in product(
                 ep_size or [head.ep_size],

@@ -84,6 +84,7 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
         "experts_moved": one.moved,
         "bytes_moved": one.moved_bytes,
         "bytes_moved_per_hour": one.moved_bytes / one.hours,
+        "stall_seconds": one.stall_seconds,
         "plan_milliseconds": 1e3 * sum(one.plan_seconds) / max(len(one.plan_seconds), 1),
         "commits": [
             {
@@ -93,6 +94,8 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
                 "experts_moved": plan.moved,
                 "bytes": plan.bytes,
                 "layers": list(plan.layers),
+                "stall_seconds": plan.stall_seconds,
+                "serial_transfers": plan.serial_transfers,
                 "predicted_gain": plan.predicted_gain,
             }
             for plan in one.commits
@@ -126,7 +129,16 @@ def _caption(result: dict[str, Any]) -> str:
         f"{trace['snapshots']} snapshots of {trace['steps']} steps of {trace['model']} "
         f"({trace['origin']}). max/mean: load of the busiest rank over the mean; balance: its inverse, mean "
         "over layers. Every plan is scored on load that it had not seen. Plans: committed / made."
+        f"{_stalls(result)}"
     )
+
+
+def _stalls(result: dict[str, Any]) -> str:
+    """How long policies that moved experts stood still for them, which the step times leave out."""
+    stalls = [
+        f"{row['policy']} {row['stall_seconds']:.3g} s" for row in result["rows"] if row["commits"]
+    ]
+    return f" Standing still for experts on their way: {', '.join(stalls)}." if stalls else ""
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -34,13 +34,14 @@ def settings_for(head: TraceHead, file: Path | None, assignments: Sequence[str])
     assignments: `KEY=VALUE` each, with a dotted key.
     """
     base = head.config if file is None else read_config_file(file)
-    return load_config(base, *(_setting(text) for text in assignments))
+    example = "planner.half_life_snapshots=6"
+    pairs = (assignment("--set", text, example) for text in assignments)
+    return load_config(base, *(nest(key.split("."), value) for key, value in pairs))
 
 
-def _setting(text: str) -> dict[str, Any]:
+def assignment(option: str, text: str, example: str) -> tuple[str, Any]:
+    """(key, value) of `KEY=VALUE`. Raises ValueError that names the option and an example."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(
-            f"--set {text!r}: write KEY=VALUE, e.g. --set planner.half_life_snapshots=6"
-        )
-    return nest(key.split("."), yaml.safe_load(value))
+        raise ValueError(f"{option} {text!r}: write KEY=VALUE, e.g. {option} {example}")
+    return key, yaml.safe_load(value)

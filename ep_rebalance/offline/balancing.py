@@ -31,7 +31,7 @@ from ep_rebalance.balancer.loop import BalancingLoop
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.snapshot import Agreed, Snapshot
 from ep_rebalance.load.trace import MigrationEnd, RecordedSnapshot
-from ep_rebalance.migration import Migration
+from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.migration.configured import schedule_as_configured
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
@@ -56,6 +56,9 @@ class PlanMade:
     bytes: bytes over each kind of link that was used.
     layers: layers in which experts moved.
     placement: what was served; None if nothing changed.
+    stall_seconds: how long the engine stood still for bytes on their way, by the topology's figures.
+    serial_transfers: transfers that the busiest rank of a layer makes one after another, summed over layers;
+        None where experts travel in rounds.
     """
 
     step: int
@@ -68,6 +71,8 @@ class PlanMade:
     bytes: dict[Link, int]
     layers: tuple[int, ...] = ()
     placement: Placement | None = None
+    stall_seconds: float = 0.0
+    serial_transfers: int | None = None
 
 
 class ReplayedServer:
@@ -270,8 +275,25 @@ class ReplayedServer:
                 bytes={link: size for link, size in bytes_of.items() if size},
                 layers=_layers(migration, end.batches),
                 placement=self._served.placement,
+                stall_seconds=sum(round_seconds(batch, self._topology) for batch in committed),
             )
         )
+
+
+def round_seconds(batch: Batch, topology: Topology) -> float:
+    """How long a batch's rounds take: in each, as long as its busiest rank sends, or receives."""
+    rounds, moves = batch.rounds, batch.moves
+    if not len(rounds):
+        return 0.0
+    round_X = np.repeat(np.arange(len(rounds)), np.diff(rounds.first_N1))
+    rates = np.array(topology.bytes_per_second)
+    seconds_X = (rounds.stop - rounds.start) / rates[moves.link[rounds.move]]
+    longest_N = np.zeros(len(rounds))
+    for rank_M in (moves.src_rank, moves.dst_rank):
+        cells_X = round_X * topology.num_ranks + rank_M[rounds.move]
+        sums = np.bincount(cells_X, seconds_X, minlength=len(rounds) * topology.num_ranks)
+        longest_N = np.maximum(longest_N, sums.reshape(len(rounds), -1).max(axis=1))
+    return float(longest_N.sum())
 
 
 def _layers(migration: Migration, batches: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ class ModelShape:
     top_k: experts per token.
     expert_bytes: one expert of one layer, in the precision in which the model is served.
     bytes_per_parameter: size of its weights in that precision.
+    expert_groups: groups in which its router chooses experts.
     """
 
     title: str
@@ -28,6 +29,7 @@ class ModelShape:
     expert_bytes: int
     hidden_size: int
     bytes_per_parameter: float
+    expert_groups: int = 1
 
 
 SHAPES: Mapping[str, ModelShape] = MappingProxyType(
@@ -40,6 +42,7 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             expert_bytes=3 * 7168 * 2048,
             hidden_size=7168,
             bytes_per_parameter=1.0,
+            expert_groups=8,
         ),
         "qwen3-235b": ModelShape(
             title="Qwen3-235B-A22B",

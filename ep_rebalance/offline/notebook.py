@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +82,14 @@ def replay(
     ranks: int | None = None,
     redundant: int | None = None,
     ranks_per_node: int | None = None,
+    eplb: Mapping[str, object] | None = None,
 ) -> Replayed:
     """Serve recorded load again, with any policy and sizes.
 
     traces: files of one server (*.eptrace), or folders of them.
     policy: one of those that `ep-rebalance replay --help` lists.
     ranks, redundant, ranks_per_node: as in `plan`; as recorded by default.
+    eplb: for policy vllm-eplb, settings of vLLM's balancer, e.g. {"step_interval": 1000}.
 
     Raises TraceError for a file that is not a trace, ValueError for impossible sizes.
     """
@@ -96,7 +98,9 @@ def replay(
     head = completed(readers[0].head)
     copies = head.slots - head.experts if redundant is None else redundant
     settings = load_config(head.config)
-    chosen = scenario(head, settings, policy, ranks or head.ep_size, copies, ranks_per_node)
+    chosen = scenario(
+        head, settings, policy, ranks or head.ep_size, copies, ranks_per_node, eplb=eplb
+    )
     return replay_records(head, read_records(readers), chosen)
 
 

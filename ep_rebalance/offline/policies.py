@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
+from ep_rebalance.offline.vllm_eplb import Eplb, VllmEplb
 from ep_rebalance.placement import Placement
 from ep_rebalance.policies import POLICIES, Line, Policy
 from ep_rebalance.topology import Topology
@@ -19,12 +20,16 @@ class Beginning:
 
     recorded: the placement at the beginning of the trace.
     contiguous: what the engine would load.
+    expert_bytes_L: L sizes, bytes. One expert of each layer.
+    eplb: of the scenario, see there.
     """
 
     recorded: Placement
     contiguous: Placement
     config: RebalanceConfig
     topology: Topology
+    expert_bytes_L: Sequence[int]
+    eplb: Eplb | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,8 @@ class ReplayPolicy:
     subject: of the verdict's sentence; "" for what the others are compared with.
     setting: what `planner.policy` calls it, if it plans in the server's loop; else None.
     peer: makes what serves, if it does not plan in the loop; else None.
+    engine_policy: `module:function` of an engine's own policy (`EnginePolicy`) that the peer runs, or "".
+    needs: a package that it needs and ep_rebalance does not, or "".
     """
 
     name: str
@@ -45,6 +52,18 @@ class ReplayPolicy:
     subject: str = ""
     setting: str | None = None
     peer: Callable[[Beginning], Serving] | None = None
+    engine_policy: str = ""
+    needs: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Whether experts move while it serves, so that moves are counted."""
+        return bool(self.setting or self.engine_policy)
+
+    @property
+    def splits_as_configured(self) -> bool:
+        """Whether tokens are split as the plugin's settings say, and not as the engine splits them."""
+        return not self.engine_policy
 
 
 _OURS = ReplayPolicy(
@@ -55,7 +74,28 @@ _OURS = ReplayPolicy(
     setting="incremental",
 )
 
+
+def _eplb(begin: Beginning) -> VllmEplb:
+    assert begin.eplb is not None
+    return VllmEplb(
+        begin.eplb,
+        loaded=begin.contiguous,
+        topology=begin.topology,
+        expert_bytes_L=begin.expert_bytes_L,
+        expert_time_fraction=begin.config.decision.expert_time_fraction,
+    )
+
+
 _PEERS = (
+    ReplayPolicy(
+        name="vllm-eplb",
+        summary="vLLM's balancer (--enable-eplb) with its timer, window, even split and transfers",
+        line=Line("light-dark(#7a3a94, #c99bdc)", (14, 3, 6, 3)),
+        subject="vLLM's balancer",
+        peer=_eplb,
+        engine_policy="ep_rebalance.engines.vllm.seams.eplb_policy:rebalance_experts",
+        needs="vLLM",
+    ),
     ReplayPolicy(
         name="static",
         summary="placed once, by the first window of load",
@@ -92,6 +132,7 @@ def _in_the_loop(policy: Policy) -> ReplayPolicy:
         line=policy.line,
         subject=f"policy {policy.name}",
         setting=policy.name,
+        needs=policy.needs,
     )
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from ep_rebalance.offline.step_time import (
     StepTime,
     recorded_by_own_counts,
 )
+from ep_rebalance.offline.vllm_eplb import Eplb, VllmEplb
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.problem import Planner
@@ -41,6 +43,7 @@ class Scenario:
     config: also says how many redundant experts there are.
     topology: also says how many ranks there are.
     step_time: predicts step times.
+    eplb: vLLM's balancer, for policy vllm-eplb; None for the others.
     """
 
     policy: str
@@ -48,6 +51,13 @@ class Scenario:
     config: RebalanceConfig
     topology: Topology
     step_time: StepTime
+    eplb: Eplb | None = None
+
+    @property
+    def by_own_counts(self) -> bool:
+        """Whether tokens are counted before they are split."""
+        as_configured = REPLAY_POLICIES[self.policy].splits_as_configured
+        return as_configured and self.config.dispatch.by_own_counts
 
     @property
     def title(self) -> str:
@@ -115,6 +125,11 @@ class Replayed:
         return sum(n for plan in self.plans for link, n in plan.bytes.items() if link != "local")
 
     @property
+    def stall_seconds(self) -> float:
+        """How long the engine stood still for experts on their way; no part of `seconds_N`."""
+        return sum(plan.stall_seconds for plan in self.plans)
+
+    @property
     def hours(self) -> float:
         """How long the trace would have been served, by the predicted step times."""
         return float(self.seconds_N @ self.steps_N) / 3600.0
@@ -138,13 +153,13 @@ def replay(
     Raises ValueError if the slots do not divide by the ranks, NothingRecorded, and what reading the
     records raises.
     """
-    clocked = _Clocked(scenario.planner)
+    clocked = _Clocked(scenario.eplb.policy if scenario.eplb else scenario.planner)
     recorded, records = _beginning(records)
     as_recorded = _as_recorded(head, scenario)
     serving = _serving(head, scenario, clocked, recorded, as_recorded)
     served_before = AsRecorded(recorded.placement, scenario.config)
     own_before = recorded_by_own_counts(head)
-    own = own_before if isinstance(serving, AsRecorded) else scenario.config.dispatch.by_own_counts
+    own = own_before if isinstance(serving, AsRecorded) else scenario.by_own_counts
     rows: list[tuple[float, ...]] = []
     sums_LR = np.zeros((head.layers, scenario.topology.num_ranks))
     for record in _announced(records, serving, scenario.config):
@@ -157,7 +172,7 @@ def replay(
         counts_LE = record.counts_ALE.sum(axis=0, dtype=np.int64)
         was = _load(counts_LE, served_before, own_before)
         # Recorded times are kept if the replay decides as the server did, or decides nothing by them.
-        timed = as_recorded or not isinstance(serving, ReplayedServer)
+        timed = as_recorded or not isinstance(serving, ReplayedServer | VllmEplb)
         serving.snapshot(record if timed else _timed(record, scenario, serving, was))
         if counts_LE.any():
             served = _load(counts_LE, serving, own)
@@ -190,7 +205,7 @@ def _timed(
     placement that is served here, and on the scenario's hardware.
     """
     counts_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.int64)
-    served = _load(counts_LE, serving, scenario.config.dispatch.by_own_counts)
+    served = _load(counts_LE, serving, scenario.by_own_counts)
     return replace(snapshot, step_seconds=scenario.step_time.seconds(snapshot, served, recorded))
 
 
@@ -231,18 +246,18 @@ def contiguous_placement(head: TraceHead, scenario: Scenario) -> Placement:
 
 
 class _Clocked:
-    """A planner, and the wall time of each plan."""
+    """A planner or an engine's policy, and the wall time of each plan."""
 
-    def __init__(self, planner: Planner | None) -> None:
+    def __init__(self, plan: Callable[..., Any] | None) -> None:
         self.seconds: list[float] = []
-        self._planner = planner
+        self._plan = plan
 
-    def __call__(self, problem: object) -> Placement:
-        assert self._planner is not None
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._plan is not None
         began = time.perf_counter()
-        placement = self._planner(problem)  # type: ignore[arg-type]
+        planned = self._plan(*args, **kwargs)
         self.seconds.append(time.perf_counter() - began)
-        return placement
+        return planned
 
 
 def _beginning(records: Iterable[Record]) -> tuple[RecordedPlacement, Iterator[Record]]:
@@ -277,7 +292,7 @@ def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
 def _serving(
     head: TraceHead,
     scenario: Scenario,
-    planner: Planner,
+    planner: Callable[..., Any],
     recorded: RecordedPlacement,
     as_recorded: bool,
 ) -> Serving:
@@ -298,8 +313,15 @@ def _serving(
             contiguous=loaded,
             config=scenario.config,
             topology=scenario.topology,
+            expert_bytes_L=_expert_bytes_L(head),
+            eplb=scenario.eplb and replace(scenario.eplb, policy=planner),
         )
     )
+
+
+def _expert_bytes_L(head: TraceHead) -> list[int]:
+    """Experts of unknown size count as a byte, so that no bound on bytes holds a migration up."""
+    return head.expert_bytes if all(head.expert_bytes) else [1] * head.layers
 
 
 def _server(
@@ -311,9 +333,8 @@ def _server(
     as_recorded: bool,
 ) -> ReplayedServer:
     config = with_planner(scenario.config, policy=SERVER_POLICIES[scenario.policy])
-    # Experts of unknown size count as a byte, so that no bound on bytes holds a migration up.
     known = all(head.expert_bytes)
-    expert_bytes_L = head.expert_bytes if known else [1] * head.layers
+    expert_bytes_L = _expert_bytes_L(head)
     return ReplayedServer(
         config,
         proposer=Proposer(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import SUFFIX, TraceHead, TraceReader
 from ep_rebalance.offline.model_shape import shape_of
-from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES
+from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, ReplayPolicy
 from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
+from ep_rebalance.offline.vllm_eplb import Eplb, eplb_settings
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.policies import POLICIES
@@ -38,6 +41,7 @@ def scenario(
     ranks_per_node: int | None = None,
     hardware: str | None = None,
     fraction: float | None = None,
+    eplb: Mapping[str, object] | None = None,
 ) -> Scenario:
     """One way to serve the recorded load. Raises ValueError if it is impossible.
 
@@ -48,6 +52,7 @@ def scenario(
     ranks_per_node: as recorded by default, or 8.
     hardware: a row of the table that ships, or a file; None scales the recorded step times.
     fraction: of a step that waits for experts; by default, `decision.expert_time_fraction`.
+    eplb: settings of vLLM's balancer, see `EplbSettings`, for policy vllm-eplb.
     """
     if policy not in REPLAY_POLICIES:
         raise ValueError(f"there is no policy {policy!r}; choose from {', '.join(REPLAY_POLICIES)}")
@@ -63,6 +68,7 @@ def scenario(
         config=settings,
         topology=topology,
         step_time=_step_time(head, settings, topology, hardware, fraction),
+        eplb=_eplb(head, REPLAY_POLICIES[policy], eplb or {}),
     )
     if policy != "recorded":
         contiguous_placement(head, made)
@@ -75,13 +81,32 @@ def scenario(
 
 def _planner(policy: str) -> Planner:
     """A planner by its name in the settings. Raises ValueError if a package that it needs is missing."""
-    needs = POLICIES[policy].needs
-    if not needs:
+    with _needing(policy, POLICIES[policy].needs):
         return planner_of(policy)
+
+
+def _eplb(head: TraceHead, policy: ReplayPolicy, given: Mapping[str, object]) -> Eplb | None:
+    shape = shape_of(head)
+    groups = shape.expert_groups if shape else 1
+    settings = eplb_settings(given, experts=head.experts, groups=groups)
+    if not policy.engine_policy:
+        return None
+    with _needing(policy.name, policy.needs):
+        return Eplb(policy=resolve_name(policy.engine_policy), settings=settings)
+
+
+@contextmanager
+def _needing(policy: str, package: str) -> Iterator[None]:
+    """Raises ValueError if an import fails for want of a package; "" if none is needed."""
     try:
-        return planner_of(policy)
+        yield
     except ImportError as error:
-        raise ValueError(f"policy {policy} needs {needs} in this environment ({error})") from None
+        if not package:
+            raise
+        others = ", ".join(name for name, one in REPLAY_POLICIES.items() if not one.needs)
+        raise ValueError(
+            f"policy {policy} needs {package} in this environment ({error}); without it there are {others}"
+        ) from None
 
 
 def _topology(head: TraceHead, ranks: int, ranks_per_node: int | None) -> Topology:

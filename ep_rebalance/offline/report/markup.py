@@ -133,6 +133,7 @@ def summary_table(sizes: Sequence[Size]) -> str:
         "plans": "text",
         "experts moved": "",
         "bytes moved": "",
+        "standing still": "",
     }
     groups = [[_summary_row(size, one) for one in size.results] for size in sizes]
     return _table("Each policy over the whole trace", columns, groups)
@@ -153,6 +154,7 @@ def _summary_row(size: Size, one: Replayed) -> list[str]:
         escape(", ".join(f"{count} {_plain(name)}" for name, count in plans.items())) or "-",
         f"{one.moved:,}" if counted else "-",
         decimal(one.moved_bytes) if counted and size.bytes_known else "-",
+        f"{one.stall_seconds:.2g}\N{NO-BREAK SPACE}s" if counted and size.bytes_known else "-",
     ]
 
 

@@ -83,8 +83,8 @@ def reading_hints(head: TraceHead, one: Replayed) -> list[str]:
         "for its busiest rank; balancedness is the mean over the busiest.",
         _how_steps_are_predicted(one.scenario.step_time),
         timing,
-        "Moved experts and bytes are what a policy that plans moved while it served; for the others, "
-        "moves are not counted (-).",
+        "Moved experts and bytes are what a policy that plans moved while it served, and how long the engine "
+        "stood still for them comes on top of its steps; for the others, moves are not counted (-).",
     ]
 
 

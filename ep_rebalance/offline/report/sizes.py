@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_rebalance.load.trace import TraceHead
-from ep_rebalance.offline.policies import SERVER_POLICIES
+from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report.words import counted
 from ep_rebalance.offline.run import Replayed
 
@@ -31,7 +31,7 @@ class Size:
     @property
     def planned(self) -> tuple[Replayed, ...]:
         """The replays whose moves are counted."""
-        return tuple(one for one in self.results if one.scenario.policy in SERVER_POLICIES)
+        return tuple(one for one in self.results if REPLAY_POLICIES[one.scenario.policy].moves)
 
     @property
     def extremes(self) -> tuple[Replayed, ...]:
