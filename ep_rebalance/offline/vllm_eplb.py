@@ -149,7 +149,7 @@ class VllmEplb:
         self._nodes = 1 if topology.num_ranks % topology.num_nodes else topology.num_nodes
         self._fraction = expert_time_fraction
         interval = eplb.settings.step_interval
-        self._timer = max(0, interval - interval // 4)
+        self._timer = interval - steps_before_first(interval)
         self._ring = CountRing(eplb.settings.window_size)
         self._step: int | None = None
         self._clock = 0.0
@@ -171,10 +171,12 @@ class VllmEplb:
         self._step = first
         self.placement, self.quotas_LP = self._map, self._even_LP
         load_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.float64) / max(snapshot.steps, 1)
-        self._run(snapshot.steps, load_LE, seconds)
+        self._run(snapshot.steps, load_LE if load_LE.any() else None, seconds)
 
     def _run(self, steps: int, load_LE: NDArray[np.float64] | None, seconds: float) -> None:
-        """Steps that have the same load; None if it is not known, which counts like a step without tokens."""
+        """Steps that have the same load; None without tokens, or if it is not known. Those pass for the timer
+        and leave the ring as it is.
+        """
         self._load_LE = load_LE
         for _ in range(steps):
             self._end_step(seconds)
@@ -306,6 +308,11 @@ class VllmEplb:
             serial_transfers=(plan.serial_transfers or 0) + made.serial,
             stall_seconds=plan.stall_seconds + (made.seconds if stalled else 0.0),
         )
+
+
+def steps_before_first(step_interval: int) -> int:
+    """Engine steps after which the timer of a new server is done; it is looked at when a step ends."""
+    return step_interval // 4
 
 
 def eplb_settings(given: Mapping[str, object], *, experts: int, groups: int = 1) -> EplbSettings:
