@@ -59,7 +59,8 @@ class Record:
     steps: counts [L, E], whether it was a dummy, map [L, P] after it; of each step, if they are kept.
     counted_LE: of the step that is running.
     rearrangements: the `step` that each followed, `seconds` that the engine stood still, `moved` slots
-    that hold another expert than before, `fetched` experts that a rank got from another, and max/mean rank load per layer on the balancer's own window, `before` and `after`.
+    that hold another expert than before, `fetched` experts that a rank got from another, and max/mean
+    rank load per layer on the balancer's own window, `before` and `after`.
     """
 
     def __init__(self) -> None:
