@@ -20,8 +20,8 @@ from rich.table import Table
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import TraceReader
+from ep_rebalance.offline.eplb_settings import steps_before_first
 from ep_rebalance.offline.run import Replayed
-from ep_rebalance.offline.vllm_eplb import steps_before_first
 from ep_rebalance.version import __version__
 
 SCHEMA_VERSION = 1
@@ -77,7 +77,7 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
         "policy": scenario.policy,
         "ep_size": size[0],
         "redundant_experts": size[1],
-        "eplb": scenario.eplb and scenario.eplb.settings.model_dump(),
+        "eplb": scenario.eplb.settings.model_dump() if scenario.eplb else {},
         "imbalance": one.mean_imbalance,
         "balancedness": one.mean_balancedness,
         "step_seconds": one.mean_step_seconds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 from traces import head_of, snapshots, write_trace
 
 from ep_rebalance.offline import scenarios
+from ep_rebalance.offline.eplb_settings import Eplb, EplbSettings, eplb_settings
 from ep_rebalance.offline.eplb_transfers import layer_transfers
 from ep_rebalance.offline.notebook import replay
 from ep_rebalance.offline.policies import REPLAY_POLICIES
-from ep_rebalance.offline.vllm_eplb import CountRing, Eplb, EplbSettings, VllmEplb, eplb_settings
+from ep_rebalance.offline.vllm_eplb import CountRing, VllmEplb
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
@@ -179,3 +182,15 @@ def test_a_trace_that_is_too_short_is_said_to_be(tmp_path: Path, monkeypatch) ->
     done = run("replay", str(trace), *options, "--eplb", "step_interval=80", COLUMNS="200")
     assert "Standing still for experts on their way: vllm-eplb 0 s." in done.stdout
     assert "acts first" not in done.stdout
+
+
+def test_csv_has_a_line_for_it_beside_others(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scenarios, "resolve_name", lambda _: swap_ranks)
+    trace = write_trace(tmp_path, HEAD, 4)
+    policies = ("--policy", "vllm-eplb", "--policy", "none")
+    done = run("replay", str(trace), *policies, "--format", "csv", "--jobs", "1")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [(row["policy"], row["stall_seconds"]) for row in rows] == [
+        ("vllm-eplb", "0"),
+        ("none", "0"),
+    ]
