@@ -190,10 +190,12 @@ class Server:
 class Clock:
     """Engine steps between two plans, and slots beyond one per expert, of both balancers.
 
+    window_steps: that vLLM's balancer looks at; all between two plans if None.
     trace: folder in which the contiguous server records its load.
     """
 
     interval_steps: int = 64
+    window_steps: int | None = None
     redundant: int = 0
     trace: Path | None = None
 
@@ -215,7 +217,7 @@ class Clock:
         """vLLM's own balancer, in the mode that needs no second stream."""
         return {
             "step_interval": self.interval_steps,
-            "window_size": self.interval_steps,
+            "window_size": self.window_steps or self.interval_steps,
             "num_redundant_experts": self.redundant,
             "use_async": False,
             "communicator": "torch_gloo",

@@ -20,6 +20,9 @@ from typing import Any
 SWITCH = "EP_BENCHMARK_SERVER"
 """Environment variable: what this plugin does to a server."""
 
+STEPS_FOLDER = "EP_BENCHMARK_STEPS"
+"""Environment variable: folder for what each step counted, and the maps; unset, nothing is kept."""
+
 VLLM_EPLB = "vllm-eplb"
 COUNTING_IN_TURNS = "counting-in-turns"
 

@@ -7,9 +7,12 @@ runner is built.
 from __future__ import annotations
 
 import functools
+import os
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed.eplb import eplb_state
 from vllm.distributed.eplb.policy import DefaultEplbPolicy
@@ -19,6 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.engines.vllm.seams.prepare_finalize import AllToAllPrepareAndFinalize, rebind
+from vllm_eplb_on_cpu import STEPS_FOLDER
 
 KNUTH_MULTIPLIER = 2654435769
 """Of vLLM's kernel, which spreads a token's copies over replicas by a hash of its position."""
@@ -36,18 +40,35 @@ class WorkerExtension:
         """All rearrangements since the start."""
         return list(RECORD.rearrangements)
 
+    def vllm_eplb_steps(self) -> None:
+        """Write all steps since the start to a file of this rank in STEPS_FOLDER: `counts_NLE`, tokens of
+        each expert, this rank's; `dummy_N`; and the maps `slots_NLP` after each step."""
+        rank = eplb_state.get_ep_group().rank_in_group
+        counts, dummies, maps = zip(*RECORD.steps, strict=True)
+        np.savez(
+            Path(os.environ[STEPS_FOLDER]) / f"rank{rank}.npz",
+            counts_NLE=np.stack(counts),
+            dummy_N=np.array(dummies),
+            slots_NLP=np.stack(maps),
+        )
+
 
 class Record:
     """What was seen of this worker's balancer.
 
-    rearrangements: `seconds` that the engine stood still, `moved` slots that hold another expert
-    than before, `fetched` those of them whose rank did not hold that expert, and max/mean rank load
-    per layer on the balancer's own window, `before` and `after`.
+    steps: counts [L, E], whether it was a dummy, map [L, P] after it; of each step, if they are kept.
+    counted_LE: of the step that is running.
+    rearrangements: the `step` that each followed, `seconds` that the engine stood still, `moved` slots
+    that hold another expert than before, `fetched` experts that a rank got from another, and max/mean
+    rank load per layer on the balancer's own window, `before` and `after`.
     """
 
     def __init__(self) -> None:
         self.step_times: list[tuple[float, float, bool]] = []
         self.rearrangements: list[dict[str, Any]] = []
+        self.steps: list[tuple[np.ndarray, bool, np.ndarray]] = []
+        self.steps_taken = 0
+        self.counted_LE: torch.Tensor | None = None
         self.started: float | None = None
         self.rearranged = False
         self.ranks = 1
@@ -90,6 +111,8 @@ def map_to_physical_and_record(
 ) -> torch.Tensor:
     """What vLLM's Triton kernel does: slots for logical ids, and a count per slot."""
     ids = topk_ids.long()
+    if STEPS_FOLDER in os.environ:
+        _count_experts(ids, expert_load_view, len(logical_replica_count), num_unpadded_tokens)
     token = torch.arange(len(ids)).unsqueeze(1)
     replica = ((token * KNUTH_MULTIPLIER) & 0xFFFFFFFF) % logical_replica_count[ids].clamp(min=1)
     slots = logical_to_physical_map[ids, replica]
@@ -98,6 +121,19 @@ def map_to_physical_and_record(
         load = torch.bincount(counted.flatten(), minlength=len(expert_load_view))
         expert_load_view += load.to(expert_load_view.dtype)
     return slots.to(topk_ids.dtype)
+
+
+def _count_experts(
+    ids: torch.Tensor, expert_load_view: torch.Tensor, experts: int, tokens: torch.Tensor | None
+) -> None:
+    """Count logical ids, also in steps that the balancer does not record."""
+    slots = len(expert_load_view)
+    layer = expert_load_view.storage_offset() // slots
+    if RECORD.counted_LE is None:
+        layers = expert_load_view.untyped_storage().nbytes() // expert_load_view.itemsize // slots
+        RECORD.counted_LE = torch.zeros(layers, experts, dtype=torch.int64)
+    counted = ids if tokens is None else ids[: int(tokens)]
+    RECORD.counted_LE[layer] += torch.bincount(counted.flatten(), minlength=experts)
 
 
 def _install() -> None:
@@ -158,8 +194,26 @@ def _time_steps() -> None:
 
 
 def _watch_rearrangements() -> None:
+    step = eplb_state.EplbState.step
     rearrange = eplb_state.EplbState.rearrange
     rebalance = DefaultEplbPolicy.rebalance_experts.__func__
+
+    @functools.wraps(step)
+    def numbered_step(
+        self: Any, is_dummy: bool = False, is_profile: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        RECORD.steps_taken += not is_profile
+        step(self, is_dummy, is_profile, *args, **kwargs)
+        if STEPS_FOLDER in os.environ and not is_profile:
+            (state,) = self.model_states.values()
+            counted_LE = RECORD.counted_LE
+            if counted_LE is None:
+                counted_LE = torch.zeros_like(state.logical_replica_count)
+            if is_dummy:
+                counted_LE.zero_()
+            slots_LP = state.physical_to_logical_map.numpy().copy()
+            RECORD.steps.append((counted_LE.numpy().copy(), is_dummy, slots_LP))
+        RECORD.counted_LE = None
 
     @functools.wraps(rearrange)
     def timed_rearrange(self: Any, is_profile: bool = False, *args: Any, **kwargs: Any) -> Any:
@@ -186,6 +240,7 @@ def _watch_rearrangements() -> None:
         new_LP = rebalance(cls, load_LE, slots, groups, nodes, ranks, old_LP)
         RECORD.rearrangements.append(
             {
+                "step": RECORD.steps_taken,
                 "moved": int((old_LP != new_LP).sum()),
                 "fetched": _fetched(old_LP, new_LP, ranks),
                 "before": _imbalance_L(load_LE, old_LP, ranks),
@@ -194,15 +249,22 @@ def _watch_rearrangements() -> None:
         )
         return new_LP
 
+    eplb_state.EplbState.step = numbered_step
     eplb_state.EplbState.rearrange = timed_rearrange
     DefaultEplbPolicy.rebalance_experts = classmethod(watched_rebalance)
 
 
 def _fetched(old_LP: torch.Tensor, new_LP: torch.Tensor, ranks: int) -> int:
-    """Slots whose rank must get the expert from another one."""
-    layers = len(old_LP)
-    old_LRS, new_LRS = old_LP.view(layers, ranks, 1, -1), new_LP.view(layers, ranks, -1, 1)
-    return int((~(new_LRS == old_LRS).any(-1)).sum())
+    """How often a rank must get an expert from another one: once, also if it is to hold it twice."""
+    old_LRE, new_LRE = (_held_LRE(slots_LP.long(), ranks) for slots_LP in (old_LP, new_LP))
+    return int((new_LRE & ~old_LRE).sum())
+
+
+def _held_LRE(slots_LP: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Which experts each rank holds. There are no more experts than slots."""
+    layers, slots = slots_LP.shape
+    held_LRE = torch.zeros(layers, ranks, slots, dtype=torch.bool)
+    return held_LRE.scatter_(2, slots_LP.view(layers, ranks, -1), True)
 
 
 def _imbalance_L(load_LE: torch.Tensor, slots_LP: torch.Tensor, ranks: int) -> list[float]:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import TraceReader
+from ep_rebalance.offline.eplb_settings import steps_before_first
 from ep_rebalance.offline.run import Replayed
 from ep_rebalance.version import __version__
 
@@ -76,6 +77,7 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
         "policy": scenario.policy,
         "ep_size": size[0],
         "redundant_experts": size[1],
+        "eplb": scenario.eplb.settings.model_dump() if scenario.eplb else {},
         "imbalance": one.mean_imbalance,
         "balancedness": one.mean_balancedness,
         "step_seconds": one.mean_step_seconds,
@@ -129,7 +131,7 @@ def _caption(result: dict[str, Any]) -> str:
         f"{trace['snapshots']} snapshots of {trace['steps']} steps of {trace['model']} "
         f"({trace['origin']}). max/mean: load of the busiest rank over the mean; balance: its inverse, mean "
         "over layers. Every plan is scored on load that it had not seen. Plans: committed / made."
-        f"{_stalls(result)}"
+        f"{_stalls(result)}{_too_short(result)}"
     )
 
 
@@ -139,6 +141,16 @@ def _stalls(result: dict[str, Any]) -> str:
         f"{row['policy']} {row['stall_seconds']:.3g} s" for row in result["rows"] if row["commits"]
     ]
     return f" Standing still for experts on their way: {', '.join(stalls)}." if stalls else ""
+
+
+def _too_short(result: dict[str, Any]) -> str:
+    """Why vLLM's balancer never acted, if it did not."""
+    first = {
+        row["policy"]: steps_before_first(row["eplb"]["step_interval"])
+        for row in result["rows"]
+        if row["eplb"] and not row["plans"]
+    }
+    return "".join(f" {name} acts first after {steps:,} steps." for name, steps in first.items())
 
 
 def _table(result: dict[str, Any]) -> Table:

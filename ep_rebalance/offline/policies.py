@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.offline.eplb_settings import Eplb
 from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
-from ep_rebalance.offline.vllm_eplb import Eplb, VllmEplb
+from ep_rebalance.offline.vllm_eplb import VllmEplb
 from ep_rebalance.placement import Placement
 from ep_rebalance.policies import POLICIES, Line, Policy
 from ep_rebalance.topology import Topology

@@ -18,6 +18,7 @@ from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 from ep_rebalance.migration.served import Served
 from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
+from ep_rebalance.offline.eplb_settings import Eplb, import_policy
 from ep_rebalance.offline.peers import AsRecorded, Hindsight, Serving
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, Beginning
 from ep_rebalance.offline.step_time import (
@@ -26,7 +27,7 @@ from ep_rebalance.offline.step_time import (
     StepTime,
     recorded_by_own_counts,
 )
-from ep_rebalance.offline.vllm_eplb import Eplb, VllmEplb
+from ep_rebalance.offline.vllm_eplb import VllmEplb
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.cost_model import TokenCost, cost_model
 from ep_rebalance.planning.problem import Planner
@@ -153,6 +154,8 @@ def replay(
     Raises ValueError if the slots do not divide by the ranks, NothingRecorded, and what reading the
     records raises.
     """
+    if scenario.eplb:
+        import_policy(scenario.eplb.policy)
     clocked = _Clocked(scenario.eplb.policy if scenario.eplb else scenario.planner)
     recorded, records = _beginning(records)
     as_recorded = _as_recorded(head, scenario)

@@ -9,11 +9,11 @@ from pkgutil import resolve_name
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import SUFFIX, TraceHead, TraceReader
+from ep_rebalance.offline.eplb_settings import Eplb, eplb_settings
 from ep_rebalance.offline.model_shape import shape_of
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, ReplayPolicy
 from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
-from ep_rebalance.offline.vllm_eplb import Eplb, eplb_settings
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.policies import POLICIES

@@ -15,61 +15,19 @@ balancer. What it does on ROCm, and migration batching, are not modelled.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ep_rebalance.load.trace import RecordedSnapshot
 from ep_rebalance.offline.balancing import PlanMade
+from ep_rebalance.offline.eplb_settings import Eplb, steps_before_first
 from ep_rebalance.offline.eplb_transfers import LayerTransfers, layer_transfers
 from ep_rebalance.offline.step_time import NOMINAL_STEP_SECONDS
 from ep_rebalance.placement import Placement, RepeatingPlacement, imbalance_L
 from ep_rebalance.topology import Link, Topology
-
-
-class EplbSettings(BaseModel):
-    """Settings of vLLM's balancer, with the names and defaults of `--eplb-config`, and what its model tells.
-
-    step_interval: engine steps between two rearrangements; the first comes after a quarter of them.
-    window_size: steps whose counts a rearrangement looks at.
-    use_async: whether layers arrive one by one while the engine goes on, or all while it stands still.
-    expert_groups: groups in which the model's router chooses experts.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step_interval: int = Field(default=3000, gt=0)
-    window_size: int = Field(default=1000, gt=0)
-    use_async: bool = True
-    expert_groups: int = Field(default=1, gt=0)
-
-
-class EnginePolicy(Protocol):
-    """The engine's own policy."""
-
-    def __call__(
-        self,
-        load_LE: NDArray[np.int64],
-        slots_LP: NDArray[np.int32],
-        *,
-        groups: int,
-        nodes: int,
-        ranks: int,
-    ) -> NDArray[np.int64]:
-        """int64 [L, P], the expert for each slot. A rank may get an expert twice."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eplb:
-    """vLLM's balancer in a scenario."""
-
-    policy: EnginePolicy
-    settings: EplbSettings
 
 
 class CountRing:
@@ -149,7 +107,7 @@ class VllmEplb:
         self._nodes = 1 if topology.num_ranks % topology.num_nodes else topology.num_nodes
         self._fraction = expert_time_fraction
         interval = eplb.settings.step_interval
-        self._timer = max(0, interval - interval // 4)
+        self._timer = interval - steps_before_first(interval)
         self._ring = CountRing(eplb.settings.window_size)
         self._step: int | None = None
         self._clock = 0.0
@@ -171,10 +129,12 @@ class VllmEplb:
         self._step = first
         self.placement, self.quotas_LP = self._map, self._even_LP
         load_LE = snapshot.counts_ALE.sum(axis=0, dtype=np.float64) / max(snapshot.steps, 1)
-        self._run(snapshot.steps, load_LE, seconds)
+        self._run(snapshot.steps, load_LE if load_LE.any() else None, seconds)
 
     def _run(self, steps: int, load_LE: NDArray[np.float64] | None, seconds: float) -> None:
-        """Steps that have the same load; None if it is not known, which counts like a step without tokens."""
+        """Steps that have the same load; None without tokens, or if it is not known. Those pass for the timer
+        and leave the ring as it is.
+        """
         self._load_LE = load_LE
         for _ in range(steps):
             self._end_step(seconds)
@@ -306,29 +266,3 @@ class VllmEplb:
             serial_transfers=(plan.serial_transfers or 0) + made.serial,
             stall_seconds=plan.stall_seconds + (made.seconds if stalled else 0.0),
         )
-
-
-def eplb_settings(given: Mapping[str, object], *, experts: int, groups: int = 1) -> EplbSettings:
-    """Settings with their defaults. Raises ValueError that names the first wrong one.
-
-    given: by name.
-    experts: of a layer.
-    groups: expert groups, unless they are given.
-    """
-    try:
-        settings = EplbSettings.model_validate({"expert_groups": groups, **given})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = ".".join(map(str, fault["loc"]))
-        known = ", ".join(
-            f"{key}={field.default}" for key, field in EplbSettings.model_fields.items()
-        )
-        raise ValueError(
-            f"--eplb {name}={given.get(name)!r}: {fault['msg']}; the settings and their defaults are {known}"
-        ) from None
-    if experts % settings.expert_groups:
-        raise ValueError(
-            f"{experts} experts do not divide by --eplb expert_groups={settings.expert_groups}; give the "
-            "n_group of the model's configuration, or 1"
-        )
-    return settings

@@ -9,8 +9,9 @@ from engine_eplb import Balanced, maps_of
 from vllm_groups import IMPORT_SECONDS
 
 from ep_rebalance.load.trace import RecordedSnapshot
+from ep_rebalance.offline.eplb_settings import Eplb, EplbSettings
 from ep_rebalance.offline.eplb_transfers import sends
-from ep_rebalance.offline.vllm_eplb import Eplb, EplbSettings, VllmEplb
+from ep_rebalance.offline.vllm_eplb import VllmEplb
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 

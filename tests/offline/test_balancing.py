@@ -14,8 +14,9 @@ from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.snapshot import Agreed
 from ep_rebalance.load.trace import MigrationEnd, RecordedSnapshot
 from ep_rebalance.load.window import PHASES
+from ep_rebalance.migration import schedule
 from ep_rebalance.migration.served import Served
-from ep_rebalance.offline.balancing import ReplayedServer
+from ep_rebalance.offline.balancing import ReplayedServer, round_seconds
 from ep_rebalance.offline.generated_load import Timing, generate_steps, synthetic_domains
 from ep_rebalance.offline.scoring import balancedness
 from ep_rebalance.placement import Placement
@@ -215,3 +216,29 @@ def test_a_recorded_pause_holds_only_the_server_that_was_paused() -> None:
     feed(imagined, 10, agreed=paused)
     assert recorded.plans == []
     assert imagined.plans != []
+
+
+def test_a_round_takes_as_long_as_its_busiest_rank() -> None:
+    topology = Topology(node_of_rank=(0, 0, 1, 1), bytes_per_second=(1e9, 100.0, 10.0))
+    target = Placement(np.roll(START.slots_LP, 9, axis=1), START.num_experts, START.num_ranks)
+    migration = schedule(
+        START,
+        target,
+        target.even_quotas_LP(),
+        topology=topology,
+        expert_bytes_L=[BYTES] * 4,
+        max_bytes_per_round=2 * BYTES,
+        staging_slots=9,
+    )
+    for batch in migration.batches:
+        expected = 0.0
+        for number in range(len(batch.rounds)):
+            busy_2R = np.zeros((2, 4))
+            for transfer in range(*batch.rounds.first_N1[number : number + 2]):
+                move = batch.moves[int(batch.rounds.move[transfer])]
+                size = int(batch.rounds.stop[transfer] - batch.rounds.start[transfer])
+                busy_2R[0, move.src_rank] += topology.seconds(size, move.link)
+                busy_2R[1, move.dst_rank] += topology.seconds(size, move.link)
+            expected += busy_2R.max()
+        assert round_seconds(batch, topology) == pytest.approx(expected)
+        assert expected > 0

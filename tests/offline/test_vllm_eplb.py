@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 from traces import head_of, snapshots, write_trace
 
 from ep_rebalance.offline import scenarios
+from ep_rebalance.offline.eplb_settings import Eplb, EplbSettings, eplb_settings
 from ep_rebalance.offline.eplb_transfers import layer_transfers
 from ep_rebalance.offline.notebook import replay
 from ep_rebalance.offline.policies import REPLAY_POLICIES
-from ep_rebalance.offline.vllm_eplb import CountRing, Eplb, EplbSettings, VllmEplb, eplb_settings
+from ep_rebalance.offline.vllm_eplb import CountRing, VllmEplb
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
@@ -106,6 +109,27 @@ def test_steps_that_were_not_recorded_pass_for_the_timer() -> None:
     assert [plan.step for plan in balancer.plans] == [100]
 
 
+def test_steps_without_tokens_leave_the_ring_as_it_is() -> None:
+    asked: list[NDArray[np.int64]] = []
+
+    def noted(load_LE: NDArray[np.int64], slots_LP: NDArray[np.int32], **_: int) -> NDArray:
+        asked.append(load_LE)
+        return slots_LP.astype(np.int64)
+
+    balancer = VllmEplb(
+        Eplb(policy=noted, settings=EplbSettings(step_interval=64, window_size=16)),
+        loaded=Placement.contiguous(num_layers=3, num_experts=8, num_ranks=2, num_redundant=2),
+        topology=Topology.single_node(2),
+        expert_bytes_L=[1000] * 3,
+    )
+    (busy,) = snapshots(HEAD, 1)
+    balancer.snapshot(busy)
+    for number in (2, 3, 4, 5):
+        idle = replace(busy, counts_ALE=np.zeros_like(busy.counts_ALE), step=16 * number)
+        balancer.snapshot(idle)
+    assert [int(load_LE.sum()) for load_LE in asked] == [int(busy.counts_ALE.sum())] * 2
+
+
 def test_replicas_take_receivers_in_turns_and_links_count_once_per_rank() -> None:
     old_P, new_P = np.array([0, 1, 2, 3, 4, 5]), np.array([2, 0, 2, 5, 5, 5])
     made = layer_transfers(old_P, new_P, topology=NODES, expert_bytes=20)
@@ -147,3 +171,26 @@ def test_settings_without_their_policy_are_refused(tmp_path: Path) -> None:
     done = run("replay", str(trace), "--eplb", "step_interval=5")
     assert done.exit_code == 2
     assert "add --policy vllm-eplb" in done.stderr
+
+
+def test_a_trace_that_is_too_short_is_said_to_be(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scenarios, "resolve_name", lambda _: swap_ranks)
+    trace = write_trace(tmp_path, HEAD, 4)
+    options = ("--policy", "vllm-eplb", "--format", "table", "--jobs", "1")
+    done = run("replay", str(trace), *options, COLUMNS="200")
+    assert "vllm-eplb acts first after 750 steps." in done.stdout
+    done = run("replay", str(trace), *options, "--eplb", "step_interval=80", COLUMNS="200")
+    assert "Standing still for experts on their way: vllm-eplb 0 s." in done.stdout
+    assert "acts first" not in done.stdout
+
+
+def test_csv_has_a_line_for_it_beside_others(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scenarios, "resolve_name", lambda _: swap_ranks)
+    trace = write_trace(tmp_path, HEAD, 4)
+    policies = ("--policy", "vllm-eplb", "--policy", "none")
+    done = run("replay", str(trace), *policies, "--format", "csv", "--jobs", "1")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [(row["policy"], row["stall_seconds"]) for row in rows] == [
+        ("vllm-eplb", "0"),
+        ("none", "0"),
+    ]
