@@ -325,6 +325,7 @@ def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
         placement=placement,
         top_k=top_k,
         self_test=model.self_test,
+        topology=None if config.mode == "observe" else model.topology,
     )
     return Journal(
         status,

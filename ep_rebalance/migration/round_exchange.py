@@ -88,7 +88,8 @@ class RoundExchange:
     @property
     def reserved_bytes(self) -> int:
         """Bytes on the device for staging, and for what a round sends and receives."""
-        return self.staging.nbytes + self._send.nbytes + self._receive.nbytes
+        buffers = (self.staging, self._send, self._receive)
+        return sum(int(buffer.nbytes) for buffer in buffers)
 
     def warm_up(self) -> None:
         """Connect to every peer, and compile and load every kernel of a migration.

@@ -88,8 +88,8 @@ def fill_rounds(ways: Ways, limits: Limits) -> tuple[IntArray, IntArray, IntArra
                 transfers += 1
         while turn < last_K.size and not left_M[first_K1[turn] : first_K1[turn + 1]].any():
             last_K[turn] = rounds
-            for move in range(first_K1[turn], first_K1[turn + 1]):
-                room_R[dst_rank_M[move]] += 1
+            for rank in dst_rank_M[first_K1[turn] : first_K1[turn + 1]]:
+                room_R[rank] += 1
             turn += 1
         moving = moving[left_M[moving] > 0]
         rounds += 1

@@ -63,7 +63,7 @@ def decide(
     steps, cost = roads.cost(plan.placement, current, pace)
     paying = _paying_steps(plan, current, roads, pace, steps, config.horizon_steps)
     saved = gain * step_seconds * paying
-    outcome, reason = _judge(plan, gain, saved, cost, config)
+    outcome, reason = _judge(plan, gain, saved, (steps, cost), config)
     return Decision(
         outcome=outcome,
         reason=reason,
@@ -91,8 +91,10 @@ def _paying_steps(
 
 
 def _judge(
-    plan: Plan, gain: float, saved: float, cost: float, config: DecisionConfig
+    plan: Plan, gain: float, saved: float, cost: tuple[int, float], config: DecisionConfig
 ) -> tuple[Outcome, str]:
+    """cost: steps and seconds."""
+    steps, seconds = cost
     if not plan.moved_slots:
         return "no_gain", "The planner found no move that pays for itself."
     if gain < config.min_gain:
@@ -102,9 +104,9 @@ def _judge(
         )
     numbers = (
         f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, {saved:.3g} s over "
-        f"{config.horizon_steps} steps, for {cost:.3g} s of transfers"
+        f"{config.horizon_steps} steps, for {seconds:.3g} s of transfers in {steps} steps"
     )
-    if saved < config.min_gain_over_cost * cost:
+    if saved < config.min_gain_over_cost * seconds:
         return (
             "over_budget",
             f"{numbers}, less than {config.min_gain_over_cost:g} times their cost.",

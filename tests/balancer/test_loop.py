@@ -174,9 +174,7 @@ def test_the_first_plan_waits_only_until_enough_was_seen() -> None:
 @pytest.mark.parametrize("hurried", [True, False])
 def test_after_a_plan_that_saves_much_the_next_follows_at_once(hurried: bool) -> None:
     pace = replace(Pace.of_bytes(4), hurried=hurried)
-    driven = Driven(
-        migration_of=replace(MIGRATION, pace=pace), planner={"interval_snapshots": 100}
-    )
+    driven = Driven(migration_of=replace(MIGRATION, pace=pace), planner={"interval_snapshots": 100})
     driven.proposed()
     assert driven.snapshot(Agreed(scheduled=True)) == [TakeRounds, Migrate]
     assert driven.snapshot() == ([Propose] if hurried else [])
