@@ -94,6 +94,7 @@ class Ours(Policy):
             planner=self._solve,
             settings=config.planner,
             decision=config.decision,
+            migration=config.migration,
             cost=TokenCost(),
             topology=topology,
             expert_bytes_L=bytes_L,

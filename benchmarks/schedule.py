@@ -35,10 +35,13 @@ from rich.table import Table
 
 from ep_rebalance.migration import Migration, compile_schedule, schedule
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.topology import Topology
 
 ARRIVALS = 2
 """Into a rank, per layer: the default of planner.max_arrivals_per_rank_and_layer."""
+STAGING_SLOTS = 9
+"""What the default of migration.max_staging_bytes gives for experts of 44 MB."""
 LOOP = 30_000
 """Turns of the pure Python loop, about 1 ms."""
 TURN_SECONDS = 0.2
@@ -140,8 +143,8 @@ def job_of(size: Size, options: argparse.Namespace) -> Callable[[], Migration]:
         quotas_LP,
         topology=topology,
         expert_bytes_L=[size.expert_bytes] * size.layers,
-        max_bytes_per_round=options.bytes,
-        staging_slots=2 * ARRIVALS,
+        pace=Pace.of_bytes(options.bytes),
+        staging_slots=STAGING_SLOTS,
         rank=0,
     )
 

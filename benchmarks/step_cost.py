@@ -50,6 +50,7 @@ from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.policies import compile_planner, keep_current
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
@@ -175,7 +176,7 @@ class Rank:
             target.even_quotas_LP(),
             topology=self.topology,
             expert_bytes_L=self.memory.expert_bytes_L,
-            max_bytes_per_round=1 << 20,
+            pace=Pace.of_bytes(1 << 20),
             staging_slots=self.rebalancer.migrator.staging_slots,
             rank=0,
         )

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ep_rebalance.exchanges import EXCHANGES
 from ep_rebalance.policies import POLICIES
+
+LEAST_BYTES_PER_STEP = 4096
 
 Mode = Literal["observe", "static", "rebalance"]
 PhaseChoice = Literal["all", "prefill", "decode"]
@@ -56,7 +58,7 @@ class WindowConfig(_Section):
     """Engine steps that a snapshot sums up; each snapshot costs one all-reduce."""
     snapshots: int = Field(default=24, gt=0)
     """Snapshots that the load window keeps."""
-    min_snapshots: int = Field(default=4, gt=0)
+    min_snapshots: int = Field(default=2, gt=0)
     """Snapshots with traffic that must have been seen before the first plan."""
     min_tokens: int = Field(default=512, ge=0)
     """Routed tokens of one layer (each token once per chosen expert) that the window must hold before
@@ -98,7 +100,7 @@ class PlannerConfig(_Section):
     forgets them.
     """
     interval_snapshots: int = Field(default=8, gt=0)
-    """Snapshots between two plans."""
+    """Snapshots between two plans. After one that saves much, the next follows at once."""
     max_moved_fraction: float = Field(default=0.10, gt=0.0, le=1.0)
     """Largest fraction of all slots that one plan may change."""
     max_arrivals_per_rank_and_layer: int = Field(default=2, gt=0)
@@ -157,11 +159,40 @@ class AttachConfig(_Section):
     """
 
 
+def _bytes_or_auto(value: object) -> object:
+    """The value, if it is `auto` or a number of bytes. One error for all that is neither."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if value == "auto" or (type(number) is int and number >= LEAST_BYTES_PER_STEP):
+        return number
+    raise PydanticCustomError(
+        "bytes_or_auto",
+        "Input should be `auto` or a whole number of bytes from {least}",
+        {"least": LEAST_BYTES_PER_STEP},
+    )
+
+
+class LinksConfig(_Section):
+    """How fast ranks exchange experts. What is not given is measured when the server starts."""
+
+    intranode_bytes_per_second: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """What one rank can send, and receive at the same time, within its node."""
+    internode_bytes_per_second: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """The same between nodes, while all ranks of a node do so."""
+    round_seconds: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    """What one exchange takes beside its bytes."""
+
+
 class MigrationConfig(_Section):
     """How experts move between ranks."""
 
-    max_bytes_per_step: int = Field(default=4 << 20, ge=4096)
-    """Most bytes that a rank sends, and most that it receives, in one engine step."""
+    max_bytes_per_step: Annotated[int | Literal["auto"], BeforeValidator(_bytes_or_auto)] = "auto"
+    """Most bytes that a rank sends, and most that it receives, in one engine step. `auto` fits them to the
+    steps and to the links, see docs/operations.md.
+    """
+    max_staging_bytes: int = Field(default=384 << 20, gt=0)
+    """Most memory of a rank for experts that arrive before their layer is whole. What one layer needs,
+    `planner.max_arrivals_per_rank_and_layer` experts, is reserved in any case.
+    """
     deadline_steps: int = Field(default=20_000, gt=0)
     """Most engine steps that a migration may take; a plan that needs more is not carried out."""
 
@@ -331,6 +362,7 @@ class RebalanceConfig(_Section):
     planner: PlannerConfig = PlannerConfig()
     hardware: HardwareConfig = HardwareConfig()
     decision: DecisionConfig = DecisionConfig()
+    links: LinksConfig = LinksConfig()
     migration: MigrationConfig = MigrationConfig()
     quantisation: QuantisationConfig = QuantisationConfig()
     dispatch: DispatchConfig = DispatchConfig()

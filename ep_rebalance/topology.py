@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Link = Literal["local", "intranode", "internode"]
@@ -15,12 +15,14 @@ class Topology:
 
     node_of_rank: R numbers, from 0. The node of each EP rank.
     bytes_per_second: one number for each of `LINKS`. What one rank can move over such a link.
+    round_seconds: seconds. What a round of a migration takes beside its bytes.
     ranks_per_source: how many neighbouring ranks route the same tokens: those of a tensor-parallel
         group without sequence parallelism, else 1. Together they are one *source* of tokens.
     """
 
     node_of_rank: tuple[int, ...]
     bytes_per_second: tuple[float, float, float] = (200e9, 20e9, 5e9)
+    round_seconds: float = 1e-4
     ranks_per_source: int = 1
 
     def __post_init__(self) -> None:
@@ -32,6 +34,8 @@ class Topology:
             raise ValueError(
                 f"bytes_per_second={self.bytes_per_second} must be positive for {LINKS}"
             )
+        if self.round_seconds < 0:
+            raise ValueError(f"round_seconds={self.round_seconds} must be 0 or more")
         if self.ranks_per_source < 1 or self.num_ranks % self.ranks_per_source:
             raise ValueError(
                 f"{self.num_ranks} ranks do not divide into sources of {self.ranks_per_source}"
@@ -50,6 +54,21 @@ class Topology:
         if ranks_per_node < 1:
             raise ValueError(f"ranks_per_node must be 1 or more, not {ranks_per_node}")
         return cls(node_of_rank=tuple(rank // ranks_per_node for rank in range(num_ranks)))
+
+    def with_links(
+        self,
+        *,
+        intranode: float | None = None,
+        internode: float | None = None,
+        round_seconds: float | None = None,
+    ) -> Topology:
+        """The same with other figures, where there are any."""
+        local, near, far = self.bytes_per_second
+        return replace(
+            self,
+            bytes_per_second=(local, intranode or near, internode or far),
+            round_seconds=self.round_seconds if round_seconds is None else round_seconds,
+        )
 
     @property
     def num_ranks(self) -> int:

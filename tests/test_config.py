@@ -64,7 +64,23 @@ def test_config_is_frozen() -> None:
             "ep-rebalance config",
         ),
         ({"mode": "static"}, "state.path", "ep-rebalance config"),
-        ({"window": {"snapshots": 2}}, "min_snapshots=4", "ep-rebalance config"),
+        ({"window": {"snapshots": 1}}, "min_snapshots=2", "ep-rebalance config"),
+        (
+            {"migration": {"max_bytes_per_step": 4095}},
+            "migration.max_bytes_per_step=4095 is not allowed: Input should be `auto` or a whole number of "
+            "bytes from 4096.",
+            "ep-rebalance config",
+        ),
+        ({"migration": {"max_bytes_per_step": "fast"}}, "max_bytes_per_step='fast'", "config"),
+        ({"migration": {"max_bytes_per_step": True}}, "max_bytes_per_step=True", "config"),
+        ({"migration": {"max_staging_bytes": 0}}, "max_staging_bytes=0", "config"),
+        ({"links": {"intranode_bytes_per_second": 0}}, "intranode_bytes_per_second=0", "config"),
+        (
+            {"links": {"internode_bytes_per_second": float("inf")}},
+            "internode_bytes_per_second=inf",
+            "config",
+        ),
+        ({"links": {"round_seconds": -1.0}}, "round_seconds=-1.0", "config"),
         ({"mode": "observe", "planner": {"redundant_experts": 2}}, "redundant_experts=2", "config"),
         ({"planner": 3}, "planner=3", "ep-rebalance config"),
         (
@@ -98,6 +114,12 @@ def test_environment_keys_nest_at_double_underscores() -> None:
         "mode": "observe",
     }
     assert load_config(settings).migration.deadline_steps == 7
+
+
+@pytest.mark.parametrize("value", ["auto", 5000, "5000"])
+def test_bytes_per_step_are_a_number_or_fitted(value: object) -> None:
+    settings = load_config({"migration": {"max_bytes_per_step": value}}).migration
+    assert settings.max_bytes_per_step == ("auto" if value == "auto" else 5000)
 
 
 def test_nest() -> None:

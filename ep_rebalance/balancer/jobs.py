@@ -65,9 +65,9 @@ class RankJobs:
                 asked.samples, served, asked.unseen, asked.step_seconds
             )
 
-    def work_out_rounds(self, wire_2LP: NDArray[np.int64], served: Served) -> None:
+    def work_out_rounds(self, wire: NDArray[np.int64], served: Served) -> None:
         """Begin to work out the rounds of the plan that was broadcast."""
-        self._scheduling = self.thread.schedule(served, wire_2LP, self._counts)
+        self._scheduling = self.thread.schedule(served, wire, self._counts)
 
     def fit_quotas(self, asked: FitQuotas, served: Served) -> None:
         """Begin to fit the quotas for what is served."""

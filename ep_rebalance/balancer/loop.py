@@ -47,6 +47,7 @@ class BalancingLoop:
         self._plans = config.mode == "rebalance" and config.planner.policy != "none"
         self._replicated = replicated
         self._fitting = False
+        self._cold = True  # until a plan has little left to gain
 
     def run(self) -> Asks[None]:
         """Never ends."""
@@ -56,6 +57,7 @@ class BalancingLoop:
                 migration = yield from self._work_out_rounds()
                 if migration is not None:
                     yield from self._migrate()
+                    self._cold = migration.pace.hurried
 
     def _watch(self) -> Asks[None]:
         """Take snapshots until it is time to plan."""
@@ -78,6 +80,7 @@ class BalancingLoop:
                 step_seconds=self.window.step_seconds,
             )
         )
+        self._cold = False
         agreed = yield from self._until(lambda agreed: agreed.planned)
         if agreed.replaced:
             return (yield from self._give_up("abandoned", WEIGHTS_REPLACED))
@@ -105,7 +108,7 @@ class BalancingLoop:
             yield from self._give_up(
                 "over_budget",
                 f"moving {migration.num_moves} experts takes {migration.num_steps} steps at "
-                f"{limits.max_bytes_per_step} bytes per step, more than "
+                f"{migration.pace.max_bytes} bytes per step, more than "
                 f"migration.deadline_steps={limits.deadline_steps}",
             )
             return None
@@ -124,6 +127,7 @@ class BalancingLoop:
         if snapshot.agreed.reloaded:
             self._fitting = False
             self.window.clear()  # other weights route tokens differently
+            self._cold = True
             yield from ask(ServeLoaded(snapshot.agreed.reloaded))
             yield from _tell(GotUnstuck())
         elif snapshot.agreed.replaced:
@@ -152,7 +156,9 @@ class BalancingLoop:
                 return agreed
 
     def _plan_is_due(self) -> bool:
-        return self.window.plan_is_due(self._config.window, self._config.planner.interval_snapshots)
+        """While much is to be gained, one snapshot since the last plan is enough."""
+        interval = 1 if self._cold else self._config.planner.interval_snapshots
+        return self.window.plan_is_due(self._config.window, interval)
 
     def _begin(self, activity: Activity) -> Asks[None]:
         self.activity = activity

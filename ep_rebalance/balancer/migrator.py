@@ -24,11 +24,12 @@ from ep_rebalance.migration.commit import (
     commit_batch,
     commit_split,
 )
+from ep_rebalance.migration.configured import configured_staging
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import RoundExchange, StagingFull
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.policies import staging_slots
+from ep_rebalance.planning.pace import Pace, most_bytes_per_step
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.events import (
     BatchCommitted,
@@ -69,7 +70,7 @@ class Migrator:
     served: what all ranks have agreed to serve. This rank's tables differ only while its weights were
         replaced and others' not yet.
     agreed_reloads: how many reloads of weights `served` reflects; the same on all ranks.
-    staging_slots: experts. How many fit into the staging memory.
+    staging_slots: experts. How many fit into the staging memory; 0 where nothing is moved.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Migrator:
         self._may_move = True
         self._loaded = self.served
         self._actions = 0
-        self.staging_slots = staging_slots(config.planner, placement.slots_per_rank)
+        self.staging_slots = 0
         self._counts = counts
         self._memory = memory
         self._group = group
@@ -102,10 +103,12 @@ class Migrator:
         self._commit_stalls = StallClock(device, lambda seconds: tell(CommitStalled(seconds)))
         self._exchange: RoundExchange | None = None
         if memory is not None:
+            sizes = memory.expert_bytes_L
+            self.staging_slots = configured_staging(config, placement.slots_per_rank, sizes)
             self._exchange = RoundExchange(
                 group=group,
                 memory=memory,
-                max_bytes=config.migration.max_bytes_per_step,
+                max_bytes=most_bytes_per_step(config.migration.max_bytes_per_step, sizes),
                 staging_slots=self.staging_slots,
             )
         counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
@@ -116,6 +119,11 @@ class Migrator:
             self._exchange.warm_up()
 
     @property
+    def reserved_bytes(self) -> int:
+        """Bytes on the device that migrations need, for staging and for what a step sends and receives."""
+        return 0 if self._exchange is None else self._exchange.reserved_bytes
+
+    @property
     def expert_bytes_L(self) -> tuple[int, ...]:
         """L sizes, bytes. One packed expert of each layer; () where nothing is moved."""
         return () if self._memory is None else self._memory.expert_bytes_L
@@ -123,7 +131,8 @@ class Migrator:
     def migrate(self, prepared: PreparedMigration) -> Generator[None, None, MigrationOutcome]:
         """Carry a migration out: one `yield` per engine step, `num_steps` of them unless a fault ends it.
 
-        Batches committed before a fault stay in service, under their own generation.
+        A batch is committed in the step in which the next one's first round is made. Batches committed
+        before a fault stay in service, under their own generation.
         """
         assert self._exchange is not None, "mode observe moves nothing"
         fault, batches = "", 0
@@ -158,7 +167,7 @@ class Migrator:
             quotas_LP,
             topology=self._topology,
             expert_bytes_L=self._memory.expert_bytes_L,
-            max_bytes_per_round=RESTORE_BYTES_PER_ROUND,
+            pace=Pace.of_bytes(RESTORE_BYTES_PER_ROUND),
             staging_slots=placement.slots_per_rank,
             rank=self._rank,
         )
@@ -266,18 +275,24 @@ class Migrator:
         self._commit_stalls.read()
 
     def _move(self, batch: Batch, exchange: RoundExchange) -> Generator[None, None, str]:
-        """All rounds of a batch and the vote on them. Returns the fault, or "" if all ranks may commit."""
+        """All rounds of a batch, and the vote on it in the step of the last one. Returns the fault, or "" if
+        all ranks may commit.
+        """
         try:
             exchange.begin_batch(batch)
         except StagingFull as error:  # the same on all ranks; any other error ends this process
             logger.exception("ep_rebalance: the migration cannot go on")
             return str(error)
-        for number in range(len(batch.rounds)):
+        last = len(batch.rounds) - 1
+        for number in range(last):
             with self._round_stalls.stall():
                 exchange.exchange(batch, number)
             self._actions += 1
             yield
-        vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
+        with self._round_stalls.stall():
+            exchange.exchange(batch, last)
+            vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
+        self._actions += 1
         yield  # the votes are copied to the host beside the next step
         return str(faults) if (faults := exchange.faults_of(vote)) else ""
 

@@ -102,6 +102,7 @@ class PlannerThread:
             planner=planner,
             settings=config.planner,
             decision=config.decision,
+            migration=config.migration,
             cost=cost_model(config, expert_bytes_L),
             topology=topology,
             expert_bytes_L=expert_bytes_L,
@@ -117,11 +118,11 @@ class PlannerThread:
         return self._thread.submit(self._propose, samples, served, unseen, step_seconds)
 
     def schedule(
-        self, served: Served, wire_2LP: NDArray[np.int64], counts: RoutingTables
+        self, served: Served, wire: NDArray[np.int64], counts: RoutingTables
     ) -> Future[PreparedMigration]:
         """Read a plan that was broadcast, and work out the rounds that lead to it and their commits."""
         # Copied, since the next broadcast reuses the buffer.
-        return self._thread.submit(self._schedule, served, wire_2LP.copy(), counts)
+        return self._thread.submit(self._schedule, served, wire.copy(), counts)
 
     def fit_split(
         self, samples: Sequence[LoadSample], served: Served, counts: RoutingTables
@@ -144,11 +145,11 @@ class PlannerThread:
         return TimedProposal(proposal=proposal, seconds=time.perf_counter() - began)
 
     def _schedule(
-        self, served: Served, wire_2LP: NDArray[np.int64], counts: RoutingTables
+        self, served: Served, wire: NDArray[np.int64], counts: RoutingTables
     ) -> PreparedMigration:
         current = served.placement
         try:
-            slots_LP, quotas_LP = read_plan(wire_2LP)
+            slots_LP, quotas_LP, pace = read_plan(wire)
             migration = schedule_as_configured(
                 self._config,
                 current,
@@ -156,6 +157,7 @@ class PlannerThread:
                 quotas_LP,
                 topology=self._topology,
                 expert_bytes_L=self._expert_bytes_L,
+                pace=pace,
                 rank=self._rank,
             )
             return PreparedMigration.of(migration, counts)

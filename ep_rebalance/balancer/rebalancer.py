@@ -295,7 +295,10 @@ class Rebalancer:
     def _work_out_rounds(self) -> Steps:
         """All ranks work out the same rounds from one broadcast."""
         proposal = self._jobs.proposal  # None on all ranks but 0, which take part all the same
-        wire = self._plans.begin(None if proposal is None else proposal.plan)
+        if proposal is None:
+            wire = self._plans.begin(None)
+        else:
+            wire = self._plans.begin(proposal.plan, proposal.decision.pace)
         yield
         self._jobs.work_out_rounds(wire.result().numpy(), self.served)
 
@@ -322,6 +325,7 @@ def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
         placement=placement,
         top_k=top_k,
         self_test=model.self_test,
+        topology=None if config.mode == "observe" else model.topology,
     )
     return Journal(
         status,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ep_rebalance.balancer.control import Action
 from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.rebalancer import Rebalancer
 from ep_rebalance.balancer.recorder import Recorder
+from ep_rebalance.collectives.link_speed import with_measured_links
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.load.state import SavedState, load_state
 from ep_rebalance.load.trace import TraceHead
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """Made on every rank once the model is loaded.
+    """Made on every rank once the model is loaded. Collective, unless in mode observe.
 
     config: equal on all ranks.
 
@@ -45,10 +47,12 @@ class Session:
 
     def __init__(self, config: RebalanceConfig, model: EngineModel) -> None:
         self.config = config = config.on_device(model.device.type)
-        self._model = model
         self._moves_experts = config.mode != "observe"
         self._rank = dist.get_rank(model.group)
         _check_slots(config, model)
+        if self._moves_experts:
+            model = _with_measured_links(config, model)
+        self._model = model
         self._counts = RoutingTables(
             placement=model.placement,
             max_tokens=model.max_tokens,
@@ -88,6 +92,12 @@ class Session:
             placement.num_slots,
             placement.num_ranks,
         )
+        if self._moves_experts:
+            logger.info(
+                "ep_rebalance: %.0f MiB reserved for moving experts, %d of them staged at once",
+                self.rebalancer.migrator.reserved_bytes / 2**20,
+                self.rebalancer.migrator.staging_slots,
+            )
 
     def _memory(self) -> ExpertMemory:
         slots = self._model.placement.slots_per_rank
@@ -250,6 +260,13 @@ def _check_slots(config: RebalanceConfig, model: EngineModel) -> None:
         )
 
 
+def _with_measured_links(config: RebalanceConfig, model: EngineModel) -> EngineModel:
+    topology = with_measured_links(
+        model.topology, config.links, group=model.group, device=model.device
+    )
+    return replace(model, topology=topology)
+
+
 def _planner(config: RebalanceConfig) -> Planner:
     policy = config.planner.policy
     try:
@@ -274,6 +291,8 @@ def _recorder(config: RebalanceConfig, model: EngineModel, rank: int) -> Recorde
         ep_size=placement.num_ranks,
         slots=placement.num_slots,
         node_of_rank=list(model.topology.node_of_rank),
+        bytes_per_second=list(model.topology.bytes_per_second),
+        round_seconds=model.topology.round_seconds,
         expert_bytes=list(model.expert_bytes_L) or [0] * placement.num_layers,
         hidden_size=model.hidden_size,
         engine=model.engine,

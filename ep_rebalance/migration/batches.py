@@ -9,13 +9,14 @@ Letters: `M` moves, `N` rounds, `X` transfers; others as in `placement.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.migration.itinerary import Itinerary
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.sources import Fetches, IntArray
 from ep_rebalance.topology import LINKS, Link
 
@@ -25,7 +26,7 @@ class Move:
     """One expert of one layer on its way into a slot.
 
     src_slot, dst_slot: counted over all ranks.
-    staging: place in the destination rank's staging memory, counted from 0 in each batch.
+    staging: place in the destination rank's staging memory.
     """
 
     layer: int
@@ -40,9 +41,13 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moves(Fetches):
-    """The moves of a batch, in the order of layers and slots; every field is int64 [M], see `Move`."""
+    """The moves of a batch, in the order of layers and slots; every field is int64 [M], see `Move`.
+
+    size: bytes. The packed expert that a move brings.
+    """
 
     staging: IntArray
+    size: IntArray
 
     def __getitem__(self, index: int) -> Move:
         return Move(
@@ -59,15 +64,21 @@ class Moves(Fetches):
     def __iter__(self) -> Iterator[Move]:
         return (self[index] for index in range(len(self)))
 
+    def part(self, first: int, stop: int) -> Moves:
+        """The moves `first` to `stop`."""
+        columns = {field.name: getattr(self, field.name)[first:stop] for field in fields(self)}
+        return Moves(**columns)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rounds:
     """All-to-alls, one after another, with at most one transfer for each move.
 
-    A transfer is a byte range of the packed expert that its move brings.
+    A transfer is a byte range of the packed expert that its move brings. Also moves of later batches are
+    on their way, so that no link waits for the last move of a batch.
 
     first_N1: int64 [N + 1]. Round `n` makes the transfers `first_N1[n]` to `first_N1[n + 1]`.
-    move: int64 [X]. Index of the move that a transfer belongs to.
+    move: int64 [X]. Index of the move that a transfer belongs to, among all moves of the migration.
     start, stop: int64 [X], bytes. The range of the packed expert.
     """
 
@@ -82,13 +93,16 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """Whole layers whose moves fit into the staging memory together.
+    """Layers that are committed together, as they are whole after the same round.
 
+    first_move: how many moves of the migration belong to earlier batches.
+    rounds: those since the batch before.
     itinerary: what one rank does, if the migration was worked out for a rank.
     """
 
     layers: tuple[int, ...]
     moves: Moves
+    first_move: int
     rounds: Rounds
     itinerary: Itinerary | None = None
 
@@ -101,11 +115,9 @@ class Batch:
         return int(np.count_nonzero(self.moves.over(link)))
 
     def num_bytes(self, link: Link | None = None) -> int:
-        """Bytes that go over links of that kind; over all links if None."""
-        bytes_X = self.rounds.stop - self.rounds.start
-        if link is not None:
-            bytes_X = bytes_X[self.moves.over(link)[self.rounds.move]]
-        return int(bytes_X.sum())
+        """Bytes of its moves over links of that kind; over all links if None."""
+        size_M = self.moves.size
+        return int((size_M if link is None else size_M[self.moves.over(link)]).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,12 +126,14 @@ class Migration:
 
     quotas_LP: float64 [L, P]. The quotas to serve `target` with.
     batches: in order. A layer of which only the quotas change is in none of them.
+    pace: how it goes.
     """
 
     source: Placement
     target: Placement
     quotas_LP: NDArray[np.float64]
     batches: tuple[Batch, ...]
+    pace: Pace
 
     @property
     def num_moves(self) -> int:
@@ -131,8 +145,10 @@ class Migration:
 
     @property
     def num_steps(self) -> int:
-        """How many engine steps it takes: one for each round, and one for the vote on each batch."""
-        return self.num_rounds + len(self.batches)
+        """How many engine steps it takes: one for each round. Ranks vote on a batch in the step of its last
+        round, and commit it in the next.
+        """
+        return self.num_rounds
 
     def num_bytes(self, link: Link | None = None) -> int:
         """Bytes that go over links of that kind; over all links if None."""

@@ -11,6 +11,7 @@ from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.migration.batches import Migration
 from ep_rebalance.migration.schedule import schedule
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.policies import staging_slots
 from ep_rebalance.topology import Topology
 
@@ -22,6 +23,7 @@ def schedule_as_configured(
     quotas_LP: NDArray[np.float64],
     *,
     topology: Topology,
+    pace: Pace,
     expert_bytes_L: Sequence[int],
     rank: int | None = None,
 ) -> Migration:
@@ -32,7 +34,15 @@ def schedule_as_configured(
         quotas_LP,
         topology=topology,
         expert_bytes_L=expert_bytes_L,
-        max_bytes_per_round=config.migration.max_bytes_per_step,
-        staging_slots=staging_slots(config.planner, source.slots_per_rank),
+        pace=pace,
+        staging_slots=configured_staging(config, source.slots_per_rank, expert_bytes_L),
         rank=rank,
     )
+
+
+def configured_staging(
+    config: RebalanceConfig, slots_per_rank: int, expert_bytes_L: Sequence[int]
+) -> int:
+    """How many experts the staging memory of a rank holds; see `staging_slots`."""
+    limit = config.migration.max_staging_bytes
+    return staging_slots(config.planner, limit, slots_per_rank, expert_bytes_L)

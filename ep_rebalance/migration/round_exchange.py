@@ -70,9 +70,9 @@ class RoundExchange:
         self.size = dist.get_world_size(group)
         self._memory = memory
         largest, smallest = max(memory.expert_bytes_L), min(memory.expert_bytes_L)
-        # Whole experts, two that are cut for each peer, and a few to spare. On the wire each range is
-        # padded by less than CHECKSUM_BYTES and may be followed by a checksum.
-        transfers = max_bytes // smallest + 2 * self.size + 8
+        # Whole experts, and parts of all that are on their way. On the wire each range is padded by less
+        # than CHECKSUM_BYTES and may be followed by a checksum.
+        transfers = max_bytes // smallest + self.size * staging_slots + 8
         capacity = max_bytes + transfers * 2 * CHECKSUM_BYTES
         self._send = torch.zeros(capacity, dtype=torch.uint8, device=memory.device)
         self._receive = torch.zeros_like(self._send)
@@ -84,6 +84,12 @@ class RoundExchange:
         self._faults = torch.zeros(3, dtype=torch.int64, device=memory.device)
         self._votes = Download(self._faults)
         self._transport_failed = False
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes on the device for staging, and for what a round sends and receives."""
+        buffers = (self.staging, self._send, self._receive)
+        return sum(int(buffer.nbytes) for buffer in buffers)
 
     def warm_up(self) -> None:
         """Connect to every peer, and compile and load every kernel of a migration.

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from ep_rebalance.compiled import compiled
 from ep_rebalance.migration.batches import Batch, Migration, Moves, Rounds
 from ep_rebalance.migration.itinerary import itinerary
-from ep_rebalance.migration.rounds import fill_rounds
+from ep_rebalance.migration.rounds import Limits, Ways, fill_rounds
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.sources import IntArray, choose_sources
 from ep_rebalance.topology import Topology
 
@@ -23,7 +24,7 @@ def schedule(
     *,
     topology: Topology,
     expert_bytes_L: Sequence[int],
-    max_bytes_per_round: int,
+    pace: Pace,
     staging_slots: int,
     rank: int | None = None,
 ) -> Migration:
@@ -31,8 +32,8 @@ def schedule(
 
     quotas_LP: float64 [L, P]. The quotas to serve `target` with.
     expert_bytes_L: L sizes, bytes. One packed expert of each layer.
-    max_bytes_per_round: bound on what a rank sends, and on what it receives, in one round. A copy
-        within a rank counts as both.
+    pace: bounds on what a rank sends, and on what it receives, in one round, in which a copy within a rank
+        counts as both; and the order in which layers are committed.
     staging_slots: how many experts the staging memory of a rank holds.
     rank: whose itinerary the batches carry; none if None.
 
@@ -41,13 +42,14 @@ def schedule(
 
     Raises ValueError if the sizes do not match, or if a single layer overflows the staging memory.
     """
-    _check_sizes(source, target, topology, expert_bytes_L, max_bytes_per_round)
+    _check_sizes(source, target, topology, expert_bytes_L, pace)
     bytes_L = np.array(expert_bytes_L, dtype=np.int64)
-    batches = []
-    for layers in _batch_layers(_arrivals_LR(source, target), staging_slots):
-        moves = _stage_moves(source, target, layers, topology, bytes_L)
-        batches.append(_batch(layers, moves, source, bytes_L, max_bytes_per_round, rank))
-    return Migration(source=source, target=target, quotas_LP=quotas_LP, batches=tuple(batches))
+    layers = _layers_in_order(source, target, pace.layers, staging_slots)
+    batches: tuple[Batch, ...] = ()
+    if layers:
+        moves = _moves(source, target, layers, topology, bytes_L, staging_slots)
+        batches = tuple(_batches(moves, layers, source, bytes_L, pace, staging_slots, rank))
+    return Migration(source=source, target=target, quotas_LP=quotas_LP, batches=batches, pace=pace)
 
 
 def compile_schedule() -> None:
@@ -64,7 +66,7 @@ def compile_schedule() -> None:
         target.even_quotas_LP(),
         topology=Topology.single_node(2),
         expert_bytes_L=[1024],
-        max_bytes_per_round=512,
+        pace=Pace.of_bytes(512),
         staging_slots=1,
         rank=0,
     )
@@ -75,7 +77,7 @@ def _check_sizes(
     target: Placement,
     topology: Topology,
     expert_bytes_L: Sequence[int],
-    max_bytes_per_round: int,
+    pace: Pace,
 ) -> None:
     if (source.slots_LP.shape, source.num_ranks) != (target.slots_LP.shape, target.num_ranks):
         raise ValueError(
@@ -87,47 +89,40 @@ def _check_sizes(
             f"{source.num_layers} layers on {source.num_ranks} ranks, but the topology has "
             f"{topology.num_ranks} ranks and {len(expert_bytes_L)} layers have an expert size"
         )
-    if max_bytes_per_round < 1 or min(expert_bytes_L) < 1:
+    if pace.max_bytes < 1 or pace.max_internode_bytes < 1 or min(expert_bytes_L) < 1:
         raise ValueError(
-            f"max_bytes_per_round={max_bytes_per_round} and the smallest expert, "
-            f"{min(expert_bytes_L)} bytes, must be positive"
+            f"{pace.max_bytes} bytes a round, {pace.max_internode_bytes} of them between nodes, and the "
+            f"smallest expert, {min(expert_bytes_L)} bytes, must be positive"
         )
 
 
-def _arrivals_LR(source: Placement, target: Placement) -> NDArray[np.int64]:
+def _layers_in_order(
+    source: Placement, target: Placement, first: Sequence[int], staging_slots: int
+) -> tuple[int, ...]:
+    """The layers with moves, in the order in which they are to be committed.
+
+    first: those that come before the others.
+    """
     changed_LP = source.slots_LP != target.slots_LP
-    arrivals_LR: NDArray[np.int64] = changed_LP.reshape(
-        source.num_layers, source.num_ranks, source.slots_per_rank
-    ).sum(axis=2)
-    return arrivals_LR
+    arrivals_LR = changed_LP.reshape(source.num_layers, source.num_ranks, -1).sum(axis=2)
+    most_L = arrivals_LR.max(axis=1)
+    for layer in np.flatnonzero(most_L > staging_slots).tolist():
+        raise ValueError(
+            f"layer {layer} changes {most_L[layer]} slots on rank {arrivals_LR[layer].argmax()}, "
+            f"but the staging memory holds {staging_slots} experts"
+        )
+    changed = set(np.flatnonzero(most_L).tolist())
+    given = [layer for layer in dict.fromkeys(first) if layer in changed]
+    return (*given, *sorted(changed.difference(given)))
 
 
-def _batch_layers(arrivals_LR: NDArray[np.int64], staging_slots: int) -> Iterator[tuple[int, ...]]:
-    """Runs of layers with moves, each as long as the staging memory of every rank allows."""
-    layers: list[int] = []
-    staged_R = np.zeros(arrivals_LR.shape[1], dtype=np.int64)
-    for layer in np.flatnonzero(arrivals_LR.any(axis=1)).tolist():
-        arrivals_R = arrivals_LR[layer]
-        if arrivals_R.max() > staging_slots:
-            raise ValueError(
-                f"layer {layer} changes {arrivals_R.max()} slots on rank {arrivals_R.argmax()}, "
-                f"but the staging memory holds {staging_slots} experts"
-            )
-        if (staged_R + arrivals_R).max() > staging_slots:
-            yield tuple(layers)
-            layers, staged_R = [], np.zeros_like(staged_R)
-        layers.append(layer)
-        staged_R = staged_R + arrivals_R
-    if layers:
-        yield tuple(layers)
-
-
-def _stage_moves(
+def _moves(
     source: Placement,
     target: Placement,
     layers: tuple[int, ...],
     topology: Topology,
     expert_bytes_L: IntArray,
+    staging_slots: int,
 ) -> Moves:
     fetches = choose_sources(
         source, target, layers=layers, topology=topology, expert_bytes_L=expert_bytes_L
@@ -140,41 +135,69 @@ def _stage_moves(
         dst_rank=fetches.dst_rank,
         dst_slot=fetches.dst_slot,
         link=fetches.link,
-        staging=_places(fetches.dst_rank, source.num_ranks),
+        staging=_places(fetches.dst_rank, source.num_ranks, staging_slots),
+        size=expert_bytes_L[fetches.layer],
     )
 
 
 @compiled
-def _places(dst_rank_M: IntArray, num_ranks: int) -> IntArray:
-    """int64 [M], the number of each move among those into the same rank."""
+def _places(dst_rank_M: IntArray, num_ranks: int, staging_slots: int) -> IntArray:
+    """int64 [M], a place in the staging memory for each move. The moves into a rank take its places in
+    turn, because the places become free in the same order.
+    """
     staged_R, place_M = np.zeros(num_ranks, np.int64), np.empty_like(dst_rank_M)
     for move, rank in enumerate(dst_rank_M):
-        place_M[move] = staged_R[rank]
+        place_M[move] = staged_R[rank] % staging_slots
         staged_R[rank] += 1
     return place_M
 
 
-def _batch(
-    layers: tuple[int, ...],
+def _batches(
     moves: Moves,
+    layers: tuple[int, ...],
     source: Placement,
     expert_bytes_L: IntArray,
-    max_bytes: int,
+    pace: Pace,
+    staging_slots: int,
     rank: int | None,
-) -> Batch:
-    bytes_M = expert_bytes_L[moves.layer]
-    filled = fill_rounds(moves.src_rank, moves.dst_rank, bytes_M, source.num_ranks, max_bytes)
-    first_N1, (move, start, stop) = filled
-    part = None
-    if rank is not None:
-        part = itinerary(
-            rank,
-            moves,
-            moves.staging,
-            filled,
-            num_ranks=source.num_ranks,
-            slots_per_rank=source.slots_per_rank,
-            expert_bytes_L=expert_bytes_L,
+) -> Iterator[Batch]:
+    """A batch for each round after which layers are whole."""
+    turn_M = np.repeat(np.arange(len(layers)), _run_lengths(moves.layer))
+    far_M = moves.over("internode").astype(np.int64)
+    ways = Ways(moves.src_rank, moves.dst_rank, moves.size, far_M, turn_M)
+    limits = Limits(source.num_ranks, staging_slots, pace.max_bytes, pace.max_internode_bytes)
+    first_N1, transfers_3X, last_K = fill_rounds(ways, limits)
+    begin = 0
+    for last in np.unique(last_K).tolist():
+        turns = np.flatnonzero(last_K == last)
+        first = first_N1[begin : last + 2]
+        own_3X = np.ascontiguousarray(transfers_3X[:, first[0] : first[-1]])
+        filled = (first - first[0], own_3X)
+        part = None
+        if rank is not None:
+            part = itinerary(
+                rank,
+                moves,
+                moves.staging,
+                filled,
+                num_ranks=source.num_ranks,
+                slots_per_rank=source.slots_per_rank,
+                expert_bytes_L=expert_bytes_L,
+            )
+        rounds = Rounds(first_N1=filled[0], move=own_3X[0], start=own_3X[1], stop=own_3X[2])
+        bounds = np.searchsorted(turn_M, [turns[0], turns[-1] + 1])
+        yield Batch(
+            layers=layers[turns[0] : turns[-1] + 1],
+            moves=moves.part(*bounds.tolist()),
+            first_move=int(bounds[0]),
+            rounds=rounds,
+            itinerary=part,
         )
-    rounds = Rounds(first_N1=first_N1, move=move, start=start, stop=stop)
-    return Batch(layers=layers, moves=moves, rounds=rounds, itinerary=part)
+        begin = last + 1
+
+
+def _run_lengths(layer_M: IntArray) -> IntArray:
+    """How many moves each layer has, in the order of the moves, which lie layer by layer."""
+    begins = np.flatnonzero(np.diff(layer_M, prepend=-1))
+    lengths: IntArray = np.diff(begins, append=len(layer_M))
+    return lengths

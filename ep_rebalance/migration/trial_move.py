@@ -36,6 +36,7 @@ from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.migration.schedule import schedule
 from ep_rebalance.migration.slabs import SlabTensor
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.topology import Topology
 
 T = TypeVar("T")
@@ -396,7 +397,7 @@ def _round_the_ring(memory: ExpertMemory, layer: int, rank: int, ranks: int) -> 
         target.even_quotas_LP(),
         topology=Topology.single_node(ranks),
         expert_bytes_L=memory.expert_bytes_L,
-        max_bytes_per_round=_PIECE,
+        pace=Pace.of_bytes(_PIECE),
         staging_slots=1,
         rank=rank,
     ).batches

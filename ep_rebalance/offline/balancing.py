@@ -210,6 +210,7 @@ class ReplayedServer:
             self._proposal.plan.quotas_LP,
             topology=self._topology,
             expert_bytes_L=self._expert_bytes_L,
+            pace=self._proposal.decision.pace,
         )
 
     def _migrate(self) -> Steps:
@@ -227,7 +228,7 @@ class ReplayedServer:
 
         A snapshot is served with the batches whose last step falls into it, or fell before it.
         """
-        last_step_B = np.cumsum([len(batch.rounds) + 1 for batch in migration.batches])
+        last_step_B = np.cumsum([len(batch.rounds) for batch in migration.batches])
         while True:
             yield
             assert self._incoming is not None

@@ -272,7 +272,7 @@ def _beginning(records: Iterable[Record]) -> tuple[RecordedPlacement, Iterator[R
     return first, chain([first], iterator)
 
 
-_BALANCING = ("mode", "window", "planner", "hardware", "decision", "migration")
+_BALANCING = ("mode", "window", "planner", "hardware", "decision", "links", "migration")
 """The sections of the settings that plans depend on. A trace of an earlier version may lack others."""
 
 
@@ -344,6 +344,7 @@ def _server(
             planner=planner,
             settings=config.planner,
             decision=config.decision,
+            migration=config.migration,
             cost=cost_model(config, head.expert_bytes) if known else TokenCost(),
             topology=scenario.topology,
             expert_bytes_L=expert_bytes_L,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 
-from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config import LinksConfig, RebalanceConfig
 from ep_rebalance.load.trace import SUFFIX, TraceHead, TraceReader
 from ep_rebalance.offline.eplb_settings import Eplb, eplb_settings
 from ep_rebalance.offline.model_shape import shape_of
@@ -61,7 +62,7 @@ def scenario(
         planner = _planner(SERVER_POLICIES[policy])
     if redundant != settings.planner.redundant_experts:
         settings = with_planner(settings, redundant_experts=redundant)
-    topology = _topology(head, ranks, ranks_per_node)
+    topology = _topology(head, settings.links, ranks, ranks_per_node)
     made = Scenario(
         policy=policy,
         planner=planner,
@@ -109,10 +110,25 @@ def _needing(policy: str, package: str) -> Iterator[None]:
         ) from None
 
 
-def _topology(head: TraceHead, ranks: int, ranks_per_node: int | None) -> Topology:
+def _topology(
+    head: TraceHead, links: LinksConfig, ranks: int, ranks_per_node: int | None
+) -> Topology:
+    """Links as configured, else as the recorded server measured them."""
+    topology = Topology.node_by_node(ranks, 8 if ranks_per_node is None else ranks_per_node)
     if ranks_per_node is None and ranks == head.ep_size:
-        return Topology(node_of_rank=tuple(head.node_of_rank))
-    return Topology.node_by_node(ranks, 8 if ranks_per_node is None else ranks_per_node)
+        topology = Topology(node_of_rank=tuple(head.node_of_rank))
+    if head.bytes_per_second:
+        local, intranode, internode = head.bytes_per_second
+        topology = replace(
+            topology,
+            bytes_per_second=(local, intranode, internode),
+            round_seconds=head.round_seconds,
+        )
+    return topology.with_links(
+        intranode=links.intranode_bytes_per_second,
+        internode=links.internode_bytes_per_second,
+        round_seconds=links.round_seconds,
+    )
 
 
 def _step_time(

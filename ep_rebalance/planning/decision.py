@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +9,8 @@ import numpy as np
 
 from ep_rebalance.config import DecisionConfig
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace, Roads, moved_bytes_L
 from ep_rebalance.planning.problem import Plan
-from ep_rebalance.planning.sources import choose_sources
-from ep_rebalance.topology import Topology
 
 Outcome = Literal["accepted", "no_gain", "over_budget"]
 
@@ -24,8 +22,9 @@ class Decision:
     reason: one sentence that gives the numbers.
     predicted_gain: fraction of the step time. What the plan saves by its own account, times the trust in
         it; below 0 if it makes steps longer.
-    predicted_saved_seconds: what that amounts to over the horizon.
-    migration_seconds: how long the busiest rank's bytes take over its links.
+    predicted_saved_seconds: what that amounts to over the horizon, from the commit of each layer on.
+    migration_seconds: how long the busiest rank's bytes take over its links, with what each round costs.
+    pace: how the migration goes if the plan is accepted.
     """
 
     outcome: Outcome
@@ -33,6 +32,7 @@ class Decision:
     predicted_gain: float
     predicted_saved_seconds: float
     migration_seconds: float
+    pace: Pace
 
     @property
     def accepted(self) -> bool:
@@ -43,56 +43,58 @@ def decide(
     plan: Plan,
     *,
     step_seconds: float,
-    expert_bytes_L: Sequence[int],
     current: Placement,
-    topology: Topology,
+    roads: Roads,
     config: DecisionConfig,
     trust: float = 1.0,
 ) -> Decision:
     """Accept `plan` if its gain is large enough, both by itself and for what its migration costs.
 
     step_seconds: mean time of an engine step.
-    expert_bytes_L: L sizes, bytes. One expert of each layer.
+    roads: what the experts go over.
     trust: 0 to 1. The fraction of earlier plans' promises that was kept.
 
     Each layer waits for its busiest rank, so the time that experts take in a step shrinks in the same
-    proportion as the sum of the layers' imbalances. The rest of the step stays as it is.
+    proportion as the sum of the layers' imbalances. The rest of the step stays as it is. A layer saves
+    nothing until it is committed.
     """
     gain = config.expert_time_fraction * plan.promised * trust
-    saved = gain * step_seconds * config.horizon_steps
-    cost = migration_seconds(plan.placement, current, topology, expert_bytes_L)
-    outcome, reason = _judge(plan, gain, saved, cost, config)
+    pace = roads.pace(plan, current, gain)
+    steps, cost = roads.cost(plan.placement, current, pace)
+    paying = _paying_steps(plan, current, roads, pace, steps, config.horizon_steps)
+    saved = gain * step_seconds * paying
+    outcome, reason = _judge(plan, gain, saved, (steps, cost), config)
     return Decision(
         outcome=outcome,
         reason=reason,
         predicted_gain=gain,
         predicted_saved_seconds=saved,
         migration_seconds=cost,
+        pace=pace,
     )
 
 
-def migration_seconds(
-    target: Placement, current: Placement, topology: Topology, expert_bytes_L: Sequence[int]
+def _paying_steps(
+    plan: Plan, current: Placement, roads: Roads, pace: Pace, steps: int, horizon: int
 ) -> float:
-    """How long the busiest rank sends, or receives, if nothing else is on its links."""
-    fetches = choose_sources(
-        current,
-        target,
-        layers=range(current.num_layers),
-        topology=topology,
-        expert_bytes_L=expert_bytes_L,
-    )
-    bytes_F = np.array(expert_bytes_L)[fetches.layer]
-    seconds_F = bytes_F / np.array(topology.bytes_per_second)[fetches.link]
-    ranks, sent_F = current.num_ranks, ~fetches.over("local")
-    receiving_R = np.bincount(fetches.dst_rank, seconds_F, minlength=ranks)
-    sending_R = np.bincount(fetches.src_rank[sent_F], seconds_F[sent_F], minlength=ranks)
-    return float(max(sending_R.max(), receiving_R.max()))
+    """Steps of the horizon that are left once a layer is committed, on average over the plan's gain.
+
+    steps: how many the migration takes. Layers are taken to be committed as evenly as its bytes arrive.
+    """
+    layers = list(pace.layers)
+    gain_K = (plan.imbalance_before_L - plan.imbalance_after_L)[layers]
+    if gain_K.sum() <= 0.0:
+        return float(horizon)
+    arrived_K = moved_bytes_L(plan.placement, current, roads.expert_bytes_L)[layers].cumsum()
+    left_K = np.maximum(horizon - steps * arrived_K / arrived_K[-1], 0.0)
+    return float(gain_K @ left_K / gain_K.sum())
 
 
 def _judge(
-    plan: Plan, gain: float, saved: float, cost: float, config: DecisionConfig
+    plan: Plan, gain: float, saved: float, cost: tuple[int, float], config: DecisionConfig
 ) -> tuple[Outcome, str]:
+    """cost: steps and seconds."""
+    steps, seconds = cost
     if not plan.moved_slots:
         return "no_gain", "The planner found no move that pays for itself."
     if gain < config.min_gain:
@@ -102,9 +104,9 @@ def _judge(
         )
     numbers = (
         f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, {saved:.3g} s over "
-        f"{config.horizon_steps} steps, for {cost:.3g} s of transfers"
+        f"{config.horizon_steps} steps, for {seconds:.3g} s of transfers in {steps} steps"
     )
-    if saved < config.min_gain_over_cost * cost:
+    if saved < config.min_gain_over_cost * seconds:
         return (
             "over_budget",
             f"{numbers}, less than {config.min_gain_over_cost:g} times their cost.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pkgutil import resolve_name
 
 import numpy as np
@@ -35,13 +36,23 @@ def own_planners() -> dict[str, Planner]:
     return {name: planner_of(name) for name, policy in POLICIES.items() if not policy.needs}
 
 
-def staging_slots(settings: PlannerConfig, slots_per_rank: int) -> int:
-    """How many experts the staging memory must hold: the arrivals of two layers, or all slots of a
-    rank if the policy does not bound its arrivals.
+def staging_slots(
+    settings: PlannerConfig,
+    max_staging_bytes: int,
+    slots_per_rank: int,
+    expert_bytes_L: Sequence[int],
+) -> int:
+    """How many experts the staging memory holds: as many as `max_staging_bytes` allow and a migration can
+    use, but at least the arrivals of one layer, which are all slots of a rank if the policy does not bound
+    its arrivals.
+
+    expert_bytes_L: L sizes, bytes. One packed expert of each layer.
     """
+    of_a_layer = slots_per_rank
     if POLICIES[settings.policy].bounded_arrivals:
-        return 2 * settings.max_arrivals_per_rank_and_layer
-    return slots_per_rank
+        of_a_layer = min(settings.max_arrivals_per_rank_and_layer, slots_per_rank)
+    allowed = max_staging_bytes // max(expert_bytes_L)
+    return max(of_a_layer, min(allowed, of_a_layer * len(expert_bytes_L)))
 
 
 def make_plan(planner: Planner, problem: Problem) -> Plan:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from ep_rebalance.config import DecisionConfig, PlannerConfig
+from ep_rebalance.config import DecisionConfig, MigrationConfig, PlannerConfig
 from ep_rebalance.load.history import LoadHistory
 from ep_rebalance.load.window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.decision import Decision, decide
 from ep_rebalance.planning.measured_gain import MeasuredGain, StepHistory
+from ep_rebalance.planning.pace import Roads
 from ep_rebalance.planning.policies import make_plan
 from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.track_record import Promise, TrackRecord
@@ -56,6 +58,7 @@ class Proposer:
         planner: Planner,
         settings: PlannerConfig,
         decision: DecisionConfig,
+        migration: MigrationConfig,
         cost: CostModel,
         topology: Topology,
         expert_bytes_L: Sequence[int],
@@ -63,6 +66,7 @@ class Proposer:
         self._planner = planner
         self._settings = settings
         self._decision = decision
+        self._migration = migration
         self._cost = cost
         self._topology = topology
         self._expert_bytes_L = expert_bytes_L
@@ -98,9 +102,8 @@ class Proposer:
         decision = decide(
             plan,
             step_seconds=step_seconds,
-            expert_bytes_L=self._expert_bytes_L,
             current=current,
-            topology=self._topology,
+            roads=self._roads(samples),
             config=self._decision,
             trust=self._record.trust,
         )
@@ -135,6 +138,15 @@ class Proposer:
             promised = self._decision.expert_time_fraction * promise.predicted
             self._record = self._record.with_measured(measured.part_kept(promised))
         return measured
+
+    def _roads(self, samples: Sequence[LoadSample]) -> Roads:
+        timed = [sample.step_seconds for sample in samples if sample.step_seconds]
+        return Roads(
+            settings=self._migration,
+            topology=self._topology,
+            expert_bytes_L=self._expert_bytes_L,
+            step_seconds=median(timed) if timed else 0.0,
+        )
 
     def _problem(self, samples: Sequence[LoadSample], current: Placement) -> Problem:
         settings = self._settings

@@ -36,7 +36,7 @@ from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
 from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Commit, PlanOutcome, Status
 from ep_rebalance.telemetry.overview_report import Overview, overview
 from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
-from ep_rebalance.topology import LINKS
+from ep_rebalance.topology import LINKS, Topology
 from ep_rebalance.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -272,6 +272,15 @@ def _known(numbers: dict[str, float | None]) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
+def _links(topology: Topology) -> dict[str, float]:
+    _, intranode, internode = topology.bytes_per_second
+    return {
+        "intranode": intranode,
+        "internode": internode,
+        "round_seconds": topology.round_seconds,
+    }
+
+
 def initial_status(
     *,
     config: RebalanceConfig,
@@ -279,8 +288,12 @@ def initial_status(
     placement: Placement,
     top_k: int,
     self_test: SelfTest = NOT_TRIED,
+    topology: Topology | None = None,
 ) -> Status:
-    """A status in which every label that will be counted exists already, at zero."""
+    """A status in which every label that will be counted exists already, at zero.
+
+    topology: of ranks that move experts.
+    """
     return Status(
         started=time.time(),
         info={
@@ -297,6 +310,7 @@ def initial_status(
         ep_size=placement.num_ranks,
         slots=placement.num_slots,
         config=config.as_dict(),
+        links={} if topology is None else _links(topology),
         self_test=dict(self_test.verdicts),
         self_test_seconds=self_test.seconds,
         rank_tokens=[0] * placement.num_ranks,

@@ -346,6 +346,8 @@ class Status(msgspec.Struct, kw_only=True):
     started: Unix time at which counting began.
     info: version, mode, policy and sizes, as texts.
     config: all settings.
+    links: bytes per second that a rank exchanges `intranode` and `internode`, as configured or measured at
+        start, and the `round_seconds` that an exchange takes beside its bytes.
     step_seconds: mean time of a step in the last snapshot that timed one.
     imbalance, contiguous_imbalance, predicted_imbalance: max over mean rank load for each MoE layer, in
         recent snapshots as `imbalance.py` weighs them.
@@ -374,6 +376,7 @@ class Status(msgspec.Struct, kw_only=True):
     ep_size: int
     slots: int
     config: dict[str, object]
+    links: dict[str, float] = {}
     self_test: dict[str, int] = {}
     self_test_seconds: float = 0.0
     steps: int = 0

@@ -26,8 +26,9 @@ from ep_rebalance.balancer.loop import BalancingLoop
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.snapshot import NOTHING_AGREED, Agreed, Snapshot
 from ep_rebalance.load.window import LoadSample
-from ep_rebalance.migration import schedule
+from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.telemetry.events import PlanEnded
 from ep_rebalance.topology import Topology
 
@@ -43,7 +44,7 @@ MIGRATION = schedule(
     TARGET.even_quotas_LP(),
     topology=Topology.single_node(2),
     expert_bytes_L=[8],
-    max_bytes_per_round=8,
+    pace=Pace.of_bytes(4),
     staging_slots=4,
 )
 
@@ -54,7 +55,10 @@ class Driven:
     asked: the asks since the snapshot before. ended: what became of plans.
     """
 
-    def __init__(self, *, replicated: bool = False, **sections: Any) -> None:
+    def __init__(
+        self, *, replicated: bool = False, migration_of: Migration = MIGRATION, **sections: Any
+    ) -> None:
+        self._migration = migration_of
         self.loop = BalancingLoop(load_config(SETTINGS, sections), replicated=replicated)
         self.asked: list[Ask[Any]] = []
         self.ended: list[str] = []
@@ -74,7 +78,7 @@ class Driven:
             asked = self._asks.send(answer)
             if isinstance(asked, NextSnapshot):
                 return
-            answer = MIGRATION if isinstance(asked, TakeRounds) else None
+            answer = self._migration if isinstance(asked, TakeRounds) else None
             if isinstance(asked, Tell):
                 if isinstance(asked.event, PlanEnded):
                     self.ended.append(asked.event.outcome)
@@ -156,6 +160,32 @@ def test_a_pause_does_not_end_a_migration_that_was_decided_on() -> None:
     driven = Driven()
     driven.proposed()
     assert driven.snapshot(Agreed(scheduled=True, paused=True)) == [TakeRounds, Migrate]
+
+
+def test_the_first_plan_waits_only_until_enough_was_seen() -> None:
+    driven = Driven(planner={"interval_snapshots": 100})
+    driven.planned()
+    driven.snapshot(Agreed(planned=True))
+    for _ in range(98):
+        assert driven.snapshot() == []
+    assert driven.snapshot() == [Propose]
+
+
+@pytest.mark.parametrize("hurried", [True, False])
+def test_after_a_plan_that_saves_much_the_next_follows_at_once(hurried: bool) -> None:
+    pace = replace(Pace.of_bytes(4), hurried=hurried)
+    driven = Driven(migration_of=replace(MIGRATION, pace=pace), planner={"interval_snapshots": 100})
+    driven.proposed()
+    assert driven.snapshot(Agreed(scheduled=True)) == [TakeRounds, Migrate]
+    assert driven.snapshot() == ([Propose] if hurried else [])
+
+
+def test_loaded_weights_are_planned_for_as_soon_as_at_the_start() -> None:
+    driven = Driven(planner={"interval_snapshots": 100})
+    driven.planned()
+    driven.snapshot(Agreed(planned=True))
+    driven.snapshot(Agreed(replaced=True, reloaded=(0,)))
+    driven.planned()
 
 
 def test_an_operator_need_not_wait_for_the_next_plan_but_for_traffic() -> None:

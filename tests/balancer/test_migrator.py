@@ -18,17 +18,20 @@ from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.topology import Topology
+
+pytestmark = pytest.mark.usefixtures("compiled_schedule")
 
 DTYPE = torch.float32
 SHAPES = ((30, 20), (20, 11), (7,))
 STAY, MOVE = [0, 1, 2, 3, 0, 1], [0, 1, 3, 2, 0, 1]
 SOURCE = Placement(np.array([STAY] * 4), 4, 2)
 TARGET = Placement(np.array([MOVE, STAY, MOVE, MOVE]), 4, 2)
-HALF_WAY = SOURCE.replaced([0, 2], TARGET)
-"""Staging holds two experts of a rank, so that the last layer is a batch of its own."""
+ON_THE_WAY = [SOURCE, SOURCE.replaced([0], TARGET), SOURCE.replaced([0, 2], TARGET), TARGET]
+"""Layers are whole one after the other."""
 QUOTAS_LP = SOURCE.even_quotas_LP()
 QUOTAS_LP[1] = [0.25, 0.5, 1, 1, 0.75, 0.5]
 CONFIG = load_config(
@@ -70,7 +73,7 @@ class Rig:
             QUOTAS_LP,
             topology=Topology.single_node(2),
             expert_bytes_L=self.migrator.expert_bytes_L,
-            max_bytes_per_round=CONFIG.migration.max_bytes_per_step,
+            pace=Pace.of_bytes(CONFIG.migration.max_bytes_per_step),
             staging_slots=self.migrator.staging_slots,
             rank=self.rank,
         )
@@ -109,11 +112,12 @@ def migrate(rank, target):
     return Rig(rank).migrate(target)
 
 
-def test_a_migration_takes_a_step_for_each_round_and_each_vote(two_ranks: Ranks):
+def test_a_migration_takes_a_step_for_each_round(two_ranks: Ranks):
     for outcome in two_ranks.run(migrate, TARGET):
         assert outcome.fault == ""
         assert len(outcome.seen) == outcome.num_steps
-        assert outcome.actions == outcome.num_steps > 4
+        assert outcome.actions == outcome.num_steps + 3  # and three commits
+        assert outcome.num_steps > 3
         assert outcome.served.placement == TARGET
         assert (outcome.served.quotas_LP == QUOTAS_LP).all()
         assert outcome.served.generation == 1
@@ -122,10 +126,10 @@ def test_a_migration_takes_a_step_for_each_round_and_each_vote(two_ranks: Ranks)
 def test_a_batch_is_served_while_the_next_one_moves(two_ranks: Ranks):
     ours, theirs = two_ranks.run(migrate, TARGET)
     assert ours.seen == theirs.seen
-    committed = ours.seen.index(HALF_WAY)
-    assert ours.seen[:committed] == [SOURCE] * committed
-    assert ours.seen[committed:] == [HALF_WAY] * (ours.num_steps - committed)
-    assert 0 < committed < ours.num_steps
+    order = [ON_THE_WAY.index(placement) for placement in ours.seen]
+    assert order == sorted(order)
+    assert set(order) == {0, 1, 2}  # the last layer is committed after the last round's step
+    assert ours.served.placement == TARGET
 
 
 def test_quotas_alone_take_no_step_and_no_generation(two_ranks: Ranks):
@@ -143,7 +147,7 @@ def damage_the_second_batch(patch, rank):
     def damaged_vote(exchange, batch, **told):
         votes.append(batch)
         if rank == 1 and len(votes) == 2:
-            exchange.staging[0, 5] ^= 1
+            exchange.staging[batch.arrivals(rank)[0].staging, 5] ^= 1
         return vote(exchange, batch, **told)
 
     patch.setattr(RoundExchange, "vote", damaged_vote)
@@ -159,7 +163,7 @@ def migrate_with_a_damaged_batch(rank):
 def test_a_damaged_batch_ends_the_migration_after_the_batches_before_it(two_ranks: Ranks):
     for outcome in two_ranks.run(migrate_with_a_damaged_batch):
         assert "1 with a checksum error" in outcome.fault
-        assert outcome.served.placement == HALF_WAY
+        assert outcome.served.placement == ON_THE_WAY[1]
         assert (outcome.served.quotas_LP == SOURCE.even_quotas_LP()).all()
         assert outcome.served.generation == 1
 
@@ -210,7 +214,7 @@ def schedule_in_batches(schedule, *args, staging_slots, **kwargs):
 
 def test_what_was_restored_before_a_fault_has_a_generation_of_its_own(two_ranks: Ranks):
     for outcome, shown in two_ranks.run(restore_with_a_damaged_batch):
-        assert outcome.served.placement == HALF_WAY
+        assert outcome.served.placement == ON_THE_WAY[2]
         assert outcome.served.generation == shown == 1
 
 

@@ -1,6 +1,8 @@
 """A trace, replayed with the settings of the server that recorded it, comes to what the server served."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +25,18 @@ from reloading_engine import ReloadingEngine
 from traces import head_of
 
 from ep_rebalance.balancer import jobs, rebalancer
+from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceHead, TraceReader
+from ep_rebalance.offline import balancing
 from ep_rebalance.offline.balancing import ReplayedServer
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning import pace
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.topology import Topology
 
@@ -97,6 +103,53 @@ def test_a_trace_replays_to_the_placements_that_were_served(
         assert plan.moved == placement.changed_slots(recorded[plan.generation - 1].placement)
     refused = [plan.outcome for plan in replayed.plans].count("no_gain")
     assert status.plans["no_gain"] - refused in (0, 1), "the last one may not be recorded yet"
+
+
+@contextmanager
+def few_bytes_fit(owner: object, name: str) -> Iterator[list[Pace]]:
+    """So small a share of a step is for experts that its bytes depend on how long steps take. Collects the
+    pace of each call of `owner.name`.
+    """
+    paces: list[Pace] = []
+    function = getattr(owner, name)
+
+    def noted(*args, **kwargs):
+        paces.append(kwargs.get("pace") or args[1].migration.pace)
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "USUAL_SHARE", 1e-6)
+        patch.setattr(pace, "MOST_SHARE", 5e-6)
+        patch.setattr(pace, "LEAST_BYTES", 1)
+        patch.setattr(owner, name, noted)
+        yield paces
+
+
+def rebalance_at_a_fitting_pace(rank, size, config):
+    """Each rank has step times of its own."""
+    with few_bytes_fit(Migrator, "migrate") as paces, pytest.MonkeyPatch.context() as patch:
+        clock = Clock(rank)
+        patch.setattr(rebalancer, "time", clock)
+        recorder = Recorder(config.trace, head_for(size, config)) if rank == 0 else None
+        engine = Engine(rank, size, config, recorder=recorder)
+        for _ in range(STEPS_LIMIT):
+            clock.pass_step()
+            engine.step(continues=True)
+        if recorder is not None:
+            recorder.flush()
+    return engine.rebalancer.served.generation, paces
+
+
+def test_all_ranks_and_a_replay_go_at_the_same_fitting_pace(two_ranks: Ranks, tmp_path: Path):
+    config = eager({"migration": {"max_bytes_per_step": "auto"}, "trace": {"path": str(tmp_path)}})
+    (generation, ours), (_, theirs) = two_ranks.run(rebalance_at_a_fitting_pace, 2, config)
+    assert ours == theirs
+    assert generation >= 2
+    assert all(900 < one.max_bytes < 1100 for one in ours)  # 5e-6 of 10 ms over 20 GB/s
+    assert len({one.max_bytes for one in ours}) > 1
+    with few_bytes_fit(balancing, "schedule_as_configured") as replayed:
+        replayed_as_recorded(tmp_path)
+    assert replayed[: len(ours)] == ours
 
 
 class Clock:

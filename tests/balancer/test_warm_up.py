@@ -8,6 +8,7 @@ from plans import PLACEMENT, QUOTAS_LP, plan_of
 from ranks import Ranks
 
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast, read_plan
+from ep_rebalance.planning.pace import Pace
 
 pytestmark = pytest.mark.usefixtures("compiled_schedule")
 
@@ -47,7 +48,7 @@ def broadcast_twice(rank):
     )
     plans.warm_up()
     plan = plan_of(PLACEMENT, QUOTAS_LP) if rank == 0 else None
-    slots_LP, _ = read_plan(plans.begin(plan).result().numpy())
+    slots_LP, _, _ = read_plan(plans.begin(plan, Pace.of_bytes(1)).result().numpy())
     return (slots_LP == PLACEMENT.slots_LP).all()
 
 

@@ -131,7 +131,7 @@ def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
     kept = tmp_path / f"load-before the upgrade{SUFFIX}"
     kept.write_bytes(b"x" * 10_000)
     head = head_of()
-    writer = TraceWriter(tmp_path, "load", head, max_file_bytes=2_000, max_bytes=4_000)
+    writer = TraceWriter(tmp_path, "load", head, max_file_bytes=2_000, max_bytes=5_000)
     for record in (contiguous(head), *snapshots(head, 40)):
         writer.write(record)
     writer.close()

@@ -10,6 +10,7 @@ from ep_rebalance.migration import Batch, Migration, schedule
 from ep_rebalance.migration.commit import PreparedMigration, Split, commit_batch, commit_split
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.routing.thresholds import dispatch_thresholds
 from ep_rebalance.topology import Topology
@@ -93,7 +94,7 @@ def migration_of(expert_bytes_L) -> Migration:
         QUOTAS_LP,
         topology=TOPOLOGY,
         expert_bytes_L=expert_bytes_L,
-        max_bytes_per_round=1 << 20,
+        pace=Pace.of_bytes(1 << 20),
         staging_slots=2,
     )
 

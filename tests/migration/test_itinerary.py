@@ -39,11 +39,12 @@ def exchanged(
 def test_itineraries_bring_every_byte_and_its_checksum(arguments: dict[str, Any]) -> None:
     ranks = arguments["source"].num_ranks
     weights = weights_of(arguments["source"], arguments["expert_bytes_L"])
+    staged, slots = {}, {}
     for of_batch in zip(
         *(scheduled(arguments, rank).batches for rank in range(ranks)), strict=True
     ):
         itineraries = [batch.itinerary for batch in of_batch]
-        staged, slots, busiest = {}, {}, 0
+        busiest = 0
         for number in range(len(of_batch[0].rounds)):
             received = exchanged(itineraries, number, weights)
             busiest = max(busiest, *(sum(way.sends.splits(number)) for way in itineraries))
@@ -59,5 +60,6 @@ def test_itineraries_bring_every_byte_and_its_checksum(arguments: dict[str, Any]
         assert {way.busiest_bytes for way in itineraries} == {busiest}
         for move in of_batch[0].moves:
             place = move.dst_rank, move.staging
-            assert staged[place] == weights[move.layer][move.src_slot].tobytes()
-            assert slots[place] == move.src_slot
+            assert staged.pop(place) == weights[move.layer][move.src_slot].tobytes()
+            assert slots.pop(place) == move.src_slot
+    assert not staged

@@ -15,6 +15,7 @@ from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
 from ep_rebalance.migration.round_exchange import Faults, RoundExchange, StagingFull
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("compiled_schedule")
@@ -225,7 +226,7 @@ def test_every_round_that_is_scheduled_fits_into_the_buffers(
         target.even_quotas_LP(),
         topology=Topology.single_node(ranks),
         expert_bytes_L=memory.expert_bytes_L,
-        max_bytes_per_round=max_bytes,
+        pace=Pace.of_bytes(max_bytes),
         staging_slots=staging,
         rank=0,
     )

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from schedule_reference import plain, schedule_reference, transfers_by_round
-from schedules import Weights, scheduled, settings_of_a_schedule, weights_of
+from schedules import scheduled, settings_of_a_schedule, weights_of
 from shapes import random_slots
 
-from ep_rebalance.migration import Batch, Migration, compile_schedule, schedule
+from ep_rebalance.migration import Migration, Move, compile_schedule, schedule
 from ep_rebalance.placement import Placement
-from ep_rebalance.topology import Topology
+from ep_rebalance.planning.pace import Pace
+from ep_rebalance.topology import LINKS, Topology
 
 COMPILED = [
     "ep_rebalance.planning.sources",
@@ -44,7 +45,7 @@ def test_compiled_gives_what_plain_python_gives_over_many_rounds() -> None:
         "target": target,
         "topology": Topology(node_of_rank=(0, 0, 0, 0, 1, 1, 1, 1)),
         "expert_bytes_L": [70_000, 90_016, 50_000],
-        "max_bytes_per_round": 2000,
+        "pace": Pace(max_bytes=2000, max_internode_bytes=700, layers=(2, 0)),
         "staging_slots": 18,
     }
     migration = scheduled(arguments)
@@ -52,45 +53,43 @@ def test_compiled_gives_what_plain_python_gives_over_many_rounds() -> None:
     assert plain(migration) == schedule_reference(**arguments)
 
 
+def moves_of(migration: Migration) -> list[Move]:
+    return [move for batch in migration.batches for move in batch.moves]
+
+
 def sizes_L(migration: Migration) -> list[int]:
-    """The size of an expert of each layer, as far as the transfers tell."""
+    """The size of an expert of each layer, as far as the moves tell."""
     sizes = [1] * migration.source.num_layers
     for batch in migration.batches:
-        for layer, stop in zip(
-            batch.moves.layer[batch.rounds.move], batch.rounds.stop, strict=True
-        ):
-            sizes[layer] = max(sizes[layer], int(stop))
+        for layer, size in zip(batch.moves.layer, batch.moves.size, strict=True):
+            sizes[layer] = int(size)
     return sizes
-
-
-def stage(batch: Batch, weights: Weights) -> dict[tuple[int, int], NDArray[np.uint8]]:
-    """Run the rounds of a batch; what each (rank, staging position) holds afterwards."""
-    staged: dict[tuple[int, int], NDArray[np.uint8]] = {}
-    received = [0] * len(batch.moves)
-    for transfers in transfers_by_round(batch):
-        assert transfers
-        for number, start, stop in transfers:
-            move = batch.moves[number]
-            assert start == received[number] < stop
-            received[number] = stop
-            expert = weights[move.layer][move.src_slot]
-            memory = staged.setdefault((move.dst_rank, move.staging), np.zeros_like(expert))
-            memory[start:stop] = expert[start:stop]
-    assert received == [weights[move.layer].shape[1] for move in batch.moves]
-    assert len(staged) == len(batch.moves)
-    return staged
 
 
 @given(migrations())
 @settings(max_examples=150)
 def test_every_byte_gets_from_source_to_target(migration: Migration) -> None:
+    """Each batch finds its experts whole in the staging memory, whatever else arrives there."""
     source, target = migration.source, migration.target
-    sizes = sizes_L(migration)
+    sizes, moves = sizes_L(migration), moves_of(migration)
     weights = weights_of(source, sizes)
+    staged: dict[tuple[int, int], NDArray[np.uint8]] = {}
+    received = [0] * len(moves)
     for batch in migration.batches:
-        staged = stage(batch, weights)
+        for transfers in transfers_by_round(batch):
+            assert transfers
+            for number, start, stop in transfers:
+                move = moves[number]
+                assert start == received[number] < stop
+                received[number] = stop
+                expert = weights[move.layer][move.src_slot]
+                if start == 0:
+                    staged[move.dst_rank, move.staging] = np.zeros_like(expert)
+                staged[move.dst_rank, move.staging][start:stop] = expert[start:stop]
         for move in batch.moves:
-            weights[move.layer][move.dst_slot] = staged[move.dst_rank, move.staging]
+            weights[move.layer][move.dst_slot] = staged.pop((move.dst_rank, move.staging))
+    assert not staged
+    assert received == [sizes[move.layer] for move in moves]
     assert all(map(np.array_equal, weights, weights_of(target, sizes)))
     assert migration.num_moves == source.changed_slots(target)
 
@@ -100,8 +99,9 @@ def test_every_byte_gets_from_source_to_target(migration: Migration) -> None:
 def test_moves_say_where_from_and_where_to(migration: Migration) -> None:
     source, target = migration.source, migration.target
     layers = [layer for batch in migration.batches for layer in batch.layers]
-    changed = np.flatnonzero((source.slots_LP != target.slots_LP).any(axis=1))
-    assert layers == changed.tolist()
+    changed = np.flatnonzero((source.slots_LP != target.slots_LP).any(axis=1)).tolist()
+    first = [layer for layer in migration.pace.layers if layer in changed]
+    assert layers == first + [layer for layer in changed if layer not in first]
     for batch in migration.batches:
         for move in batch.moves:
             assert move.layer in batch.layers
@@ -111,34 +111,69 @@ def test_moves_say_where_from_and_where_to(migration: Migration) -> None:
             assert move.dst_slot // source.slots_per_rank == move.dst_rank
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3000), st.integers(1, 3000))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 3000))
 @settings(max_examples=60)
-def test_bounds_hold_in_every_round(seed: int, expert_bytes: int, max_bytes: int) -> None:
+def test_bounds_hold_in_every_round(
+    seed: int, expert_bytes: int, max_bytes: int, max_internode_bytes: int
+) -> None:
     generator = np.random.default_rng(seed)
     source, target = (
         Placement(np.array([random_slots(generator, 4, 3, 9)] * 3, dtype=np.int32), 9, 4)
         for _ in range(2)
     )
+    least = 1 + expert_bytes // 50
+    pace = Pace(
+        max_bytes=max(max_bytes, least), max_internode_bytes=max(max_internode_bytes, least)
+    )
     migration = schedule(
         source,
         target,
         target.even_quotas_LP(),
-        topology=Topology.single_node(4),
+        topology=Topology(node_of_rank=(0, 0, 1, 1)),
         expert_bytes_L=[expert_bytes] * 3,
-        max_bytes_per_round=max(max_bytes, 1 + expert_bytes // 50),
+        pace=pace,
         staging_slots=5,
     )
+    moves = moves_of(migration)
+    assert max((move.staging for move in moves), default=0) < 5
     for batch in migration.batches:
-        staged = {(move.dst_rank, move.staging) for move in batch.moves}
-        assert len(staged) == len(batch.moves)
-        assert max(position for _, position in staged) < 5
         for transfers in transfers_by_round(batch):
-            sent_R, received_R = np.zeros((2, 4), dtype=np.int64)
+            bytes_2RL = np.zeros((2, 4, len(LINKS)), dtype=np.int64)
             for number, start, stop in transfers:
-                move = batch.moves[number]
-                sent_R[move.src_rank] += stop - start
-                received_R[move.dst_rank] += stop - start
-            assert max(sent_R.max(), received_R.max()) <= max(max_bytes, 1 + expert_bytes // 50)
+                move = moves[number]
+                for way, rank in enumerate((move.src_rank, move.dst_rank)):
+                    bytes_2RL[way, rank, LINKS.index(move.link)] += stop - start
+            assert bytes_2RL.sum(axis=2).max() <= pace.max_bytes
+            assert bytes_2RL[:, :, LINKS.index("internode")].max() <= pace.max_internode_bytes
+
+
+@pytest.mark.parametrize(("staging_slots", "most_idle"), [(4, 1.25), (8, 1.10)])
+def test_the_busiest_rank_is_hardly_ever_idle(staging_slots: int, most_idle: float) -> None:
+    """Two experts of a layer arrive at a rank at most, as in plans; layers are whole one after the other."""
+    generator = np.random.default_rng(7)
+    source = Placement.contiguous(num_layers=24, num_experts=64, num_ranks=8)
+    slots_LP = source.slots_LP.copy()
+    for slots_P in slots_LP:
+        for _ in range(6):
+            one, other = generator.choice(64, 2, replace=False)
+            slots_P[[one, other]] = slots_P[[other, one]]
+    migration = schedule(
+        source,
+        Placement(slots_LP, 64, 8),
+        source.even_quotas_LP(),
+        topology=Topology.single_node(8),
+        expert_bytes_L=[100_000] * 24,
+        pace=Pace.of_bytes(16_384),
+        staging_slots=max(staging_slots, 6),
+    )
+    sent_R, received_R = np.zeros((2, 8))
+    for move in moves_of(migration):
+        if move.link != "local":
+            sent_R[move.src_rank] += 100_000
+        received_R[move.dst_rank] += 100_000
+    bound = max(sent_R.max(), received_R.max()) / 16_384
+    assert bound <= migration.num_rounds <= most_idle * bound
+    assert len(migration.batches) > 12
 
 
 def tiny(slots_P: list[int], target_P: list[int], **settings: object) -> Migration:
@@ -150,7 +185,7 @@ def tiny(slots_P: list[int], target_P: list[int], **settings: object) -> Migrati
     arguments = {
         "topology": Topology(node_of_rank=(0, 0, 1)[:ranks]),
         "expert_bytes_L": [1000],
-        "max_bytes_per_round": 1000,
+        "pace": Pace.of_bytes(1000),
         "staging_slots": 2,
     }
     return schedule(source, target, target.even_quotas_LP(), **(arguments | settings))  # type: ignore[arg-type]
@@ -182,29 +217,59 @@ def test_equal_sources_share_the_work() -> None:
 
 
 def test_an_expert_larger_than_the_bound_is_cut() -> None:
-    migration = tiny([0, 1, 2, 3], [0, 2, 1, 3], ranks=2, max_bytes_per_round=512)
+    migration = tiny([0, 1, 2, 3], [0, 2, 1, 3], ranks=2, pace=Pace.of_bytes(512))
     rounds = transfers_by_round(migration.batches[0])
     cuts = [[(start, stop) for _, start, stop in transfers] for transfers in rounds]
     assert cuts == [[(0, 512), (0, 512)], [(512, 1000), (512, 1000)]]
     assert migration.num_rounds == 2
 
 
-def test_layers_share_a_batch_while_the_staging_memory_lasts() -> None:
+def swaps_in_layers(*layers: int) -> tuple[Placement, Placement]:
+    """Two ranks swap an expert in each of these layers of four."""
     source = Placement.contiguous(num_layers=4, num_experts=4, num_ranks=2)
-    swapped_P = np.array([0, 2, 1, 3], dtype=np.int32)
-    slots_LP = np.array([swapped_P, source.slots_LP[1], swapped_P, swapped_P])
-    target = Placement(slots_LP, 4, 2)
-    migration = schedule(
+    slots_LP = source.slots_LP.copy()
+    slots_LP[list(layers)] = [0, 2, 1, 3]
+    return source, Placement(slots_LP, 4, 2)
+
+
+def swapped(*, max_bytes: int, staging_slots: int, first: tuple[int, ...] = ()) -> Migration:
+    """Layers 0, 2 and 3, with experts of 1024 bytes."""
+    source, target = swaps_in_layers(0, 2, 3)
+    return schedule(
         source,
         target,
         target.even_quotas_LP(),
         topology=Topology.single_node(2),
-        expert_bytes_L=[100] * 4,
-        max_bytes_per_round=4096,
-        staging_slots=2,
+        expert_bytes_L=[1024] * 4,
+        pace=Pace(max_bytes=max_bytes, max_internode_bytes=max_bytes, layers=first),
+        staging_slots=staging_slots,
     )
+
+
+def test_layers_that_are_whole_after_the_same_round_are_committed_together() -> None:
+    migration = swapped(max_bytes=4096, staging_slots=2)
     assert [batch.layers for batch in migration.batches] == [(0, 2), (3,)]
-    assert [move.staging for move in migration.batches[0].moves] == [0, 0, 1, 1]
+    assert [move.staging for move in moves_of(migration)] == [0, 0, 1, 1, 0, 0]
+
+
+def test_the_next_layer_begins_before_the_one_before_it_is_whole() -> None:
+    migration = swapped(max_bytes=768, staging_slots=2)
+    assert [batch.layers for batch in migration.batches] == [(0,), (2,), (3,)]
+    transfers = transfers_by_round(migration.batches[0])
+    assert transfers == [
+        [(0, 0, 768), (1, 0, 768)],
+        [(0, 768, 1024), (1, 768, 1024), (2, 0, 512), (3, 0, 512)],
+    ]
+
+
+def test_a_layer_waits_for_room_in_the_staging_memory() -> None:
+    assert swapped(max_bytes=768, staging_slots=1).num_rounds == 6
+    assert swapped(max_bytes=768, staging_slots=2).num_rounds == 4
+
+
+def test_layers_are_committed_in_the_order_of_the_pace() -> None:
+    migration = swapped(max_bytes=1024, staging_slots=2, first=(3, 1, 2))
+    assert [batch.layers for batch in migration.batches] == [(3,), (2,), (0,)]
 
 
 def test_nothing_to_move_is_no_batch() -> None:
@@ -219,7 +284,11 @@ def test_nothing_to_move_is_no_batch() -> None:
         ({"staging_slots": 1}, "layer 0 changes 2 slots on rank 0, but the staging memory holds 1"),
         ({"topology": Topology.single_node(3)}, "3 ranks"),
         ({"expert_bytes_L": [1, 1]}, "2 layers have an expert size"),
-        ({"max_bytes_per_round": 0}, "max_bytes_per_round=0"),
+        ({"pace": Pace.of_bytes(0)}, "0 bytes a round"),
+        (
+            {"pace": Pace(max_bytes=1, max_internode_bytes=0)},
+            "0 of them between nodes",
+        ),
         ({"expert_bytes_L": [0]}, "0 bytes"),
     ],
 )
@@ -238,7 +307,7 @@ def test_placements_of_other_sizes_are_refused() -> None:
             two.even_quotas_LP(),
             topology=Topology.single_node(2),
             expert_bytes_L=[1],
-            max_bytes_per_round=1,
+            pace=Pace.of_bytes(1),
             staging_slots=4,
         )
 
@@ -268,7 +337,7 @@ def test_nothing_is_left_to_compile_after_start() -> None:
         target.even_quotas_LP(),
         topology=Topology(node_of_rank=(0, 0, 0, 0, 1, 1, 1, 1)),
         expert_bytes_L=(70_000, 90_016, 50_000),
-        max_bytes_per_round=2000,
+        pace=Pace.of_bytes(2000),
         staging_slots=18,
         rank=5,
     )

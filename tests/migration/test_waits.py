@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import RoundExchange
+from ep_rebalance.planning.pace import Pace
 
 
 @pytest.fixture(params=[0, 1])
@@ -52,7 +53,7 @@ def test_a_plan_that_is_broadcast_waits_for_nothing(fake_group):
         plans.warm_up()
         waits.clear()
         for _ in range(5):
-            copy = plans.begin(plan_of(PLACEMENT, PLACEMENT.even_quotas_LP()))
+            copy = plans.begin(plan_of(PLACEMENT, PLACEMENT.even_quotas_LP()), Pace.of_bytes(1))
             waits.end_step()
             copy.result()
     assert waits == []

@@ -3,15 +3,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ep_rebalance.config import DecisionConfig
+from ep_rebalance.config import DecisionConfig, MigrationConfig
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.decision import Decision, decide, migration_seconds
+from ep_rebalance.planning.decision import Decision, decide
+from ep_rebalance.planning.pace import Pace, Roads
 from ep_rebalance.planning.problem import Plan
 from ep_rebalance.topology import Topology
 
 CURRENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
 SWAPPED = Placement(np.array([[0, 2, 1, 3], [0, 1, 2, 3]], dtype=np.int32), 4, 2)
-TOPOLOGY = Topology(node_of_rank=(0, 0), bytes_per_second=(1000.0, 100.0, 10.0))
+TOPOLOGY = Topology(node_of_rank=(0, 0), bytes_per_second=(1000.0, 100.0, 10.0), round_seconds=0.0)
+
+
+def roads(topology: Topology, *expert_bytes_L: int, max_bytes: int = 4096) -> Roads:
+    return Roads(
+        settings=MigrationConfig(max_bytes_per_step=max_bytes),
+        topology=topology,
+        expert_bytes_L=expert_bytes_L,
+        step_seconds=0.1,
+    )
 
 
 def judge(
@@ -36,9 +46,8 @@ def judge(
     return decide(
         plan,
         step_seconds=step_seconds,
-        expert_bytes_L=(50, 50),
         current=CURRENT,
-        topology=TOPOLOGY,
+        roads=roads(TOPOLOGY, 50, 50),
         config=config,
         trust=trust,
     )
@@ -49,7 +58,7 @@ def test_a_plan_that_pays_is_accepted_with_its_numbers() -> None:
     assert decision.outcome == "accepted"
     assert decision.accepted
     assert decision.predicted_gain == pytest.approx(0.5 * (1 - 3 / 4))
-    assert decision.predicted_saved_seconds == pytest.approx(0.125 * 0.1 * 100)
+    assert decision.predicted_saved_seconds == pytest.approx(0.125 * 0.1 * 99)
     assert decision.migration_seconds == pytest.approx(0.5)
     assert "2 slots" in decision.reason
     assert "12.50%" in decision.reason
@@ -81,10 +90,37 @@ def test_a_promise_counts_for_the_part_of_it_that_is_trusted() -> None:
     assert judge(1.0, trust=0.05).outcome == "no_gain"
 
 
+def test_a_layer_saves_nothing_until_it_is_committed() -> None:
+    """Both layers save as much for each byte, and are committed after 5 and 10 of 10 steps."""
+    target = Placement(np.array([[0, 2, 1, 3]] * 2, dtype=np.int32), 4, 2)
+    plan = Plan(
+        placement=target,
+        quotas_LP=target.even_quotas_LP(),
+        unmoved_quotas_LP=CURRENT.even_quotas_LP(),
+        imbalance_before_L=np.array([2.0, 2.0]),
+        imbalance_after_L=np.array([1.0, 1.0]),
+        moved_slots=4,
+    )
+    seconds = [
+        decide(
+            plan,
+            step_seconds=0.1,
+            current=CURRENT,
+            roads=roads(TOPOLOGY, 20480, 20480),
+            config=DecisionConfig(horizon_steps=horizon, expert_time_fraction=1.0),
+        ).predicted_saved_seconds
+        for horizon in (100, 8)
+    ]
+    assert seconds == pytest.approx([0.5 * 0.1 * (95 + 90) / 2, 0.5 * 0.1 * 3 / 2])
+
+
 def test_cost_is_the_time_of_the_busiest_rank_over_its_links() -> None:
     current = Placement(np.array([[0, 1, 2, 3, 0, 2]], dtype=np.int32), 4, 3)
-    nodes = Topology(node_of_rank=(0, 0, 1), bytes_per_second=(1000.0, 100.0, 10.0))
+    nodes = Topology(
+        node_of_rank=(0, 0, 1), bytes_per_second=(1000.0, 100.0, 10.0), round_seconds=0.25
+    )
+    pace = Pace(max_bytes=20, max_internode_bytes=10)
     moved = Placement(np.array([[0, 1, 2, 3, 1, 2]], dtype=np.int32), 4, 3)
-    assert migration_seconds(moved, current, nodes, [50]) == pytest.approx(5.0)
+    assert roads(nodes, 50).cost(moved, current, pace) == (5, pytest.approx(5.0 + 5 * 0.25))
     nearer = Placement(np.array([[0, 2, 1, 3, 0, 2]], dtype=np.int32), 4, 3)
-    assert migration_seconds(nearer, current, nodes, [50]) == pytest.approx(0.5)
+    assert roads(nodes, 50).cost(nearer, current, pace) == (3, pytest.approx(0.5 + 3 * 0.25))

@@ -25,6 +25,7 @@ def proposer(**sections: dict[str, object]) -> Proposer:
         planner=plan_incremental,
         settings=config.planner,
         decision=config.decision,
+        migration=config.migration,
         cost=TokenCost(),
         topology=Topology.single_node(2),
         expert_bytes_L=(1000, 1000),

@@ -12,6 +12,7 @@ from ep_rebalance.migration.commit import PreparedMigration, commit_batch
 from ep_rebalance.migration.round_exchange import Faults, RoundExchange
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 
@@ -74,7 +75,7 @@ class Rig:
             self.target.even_quotas_LP(),
             topology=Topology(node_of_rank=tuple(r // 2 for r in range(size))),
             expert_bytes_L=self.memory.expert_bytes_L,
-            max_bytes_per_round=max_bytes,
+            pace=Pace.of_bytes(max_bytes),
             staging_slots=staging,
             rank=rank,
         )
@@ -95,7 +96,7 @@ class Rig:
             self.exchange.begin_batch(batch)
             for number in range(len(batch.rounds)):
                 self.exchange.exchange(batch, number)
-            self.steps += len(batch.rounds) + 1
+            self.steps += len(batch.rounds)
             votes.append(self.exchange.faults_of(self.exchange.vote(batch)))
             if votes[-1]:
                 break

@@ -2,12 +2,13 @@
 give to the last byte.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ep_rebalance.migration import Migration, Move
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.topology import LINKS, Topology
 
 CHUNK_BYTES = 256
@@ -40,34 +41,36 @@ def schedule_reference(
     *,
     topology: Topology,
     expert_bytes_L: Sequence[int],
-    max_bytes_per_round: int,
+    pace: Pace,
     staging_slots: int,
 ) -> list[PlainBatch]:
+    """Batches whose transfers count the moves of all batches together."""
+    layers = layers_in_order(source, target, pace)
+    moves = stage_moves(source, target, layers, topology, expert_bytes_L, staging_slots)
+    sizes = [expert_bytes_L[move.layer] for move in moves]
     batches: list[PlainBatch] = []
-    for layers in batch_layers(source, target, staging_slots):
-        moves = stage_moves(source, target, layers, topology, expert_bytes_L)
-        sizes = [expert_bytes_L[move.layer] for move in moves]
-        rounds = list(fill_rounds(moves, sizes, source.num_ranks, max_bytes_per_round))
-        batches.append((layers, moves, rounds))
+    left, done, rounds = list(sizes), [], []
+    while len(done) < len(layers):
+        rounds.append(fill_round(moves, sizes, left, done, layers, pace, staging_slots))
+        whole = []
+        for layer in layers[len(done) :]:
+            if any(left[i] for i, move in enumerate(moves) if move.layer == layer):
+                break
+            whole.append(layer)
+        if whole:
+            done += whole
+            batches.append((tuple(whole), [m for m in moves if m.layer in whole], rounds))
+            rounds = []
     return batches
 
 
-def batch_layers(source: Placement, target: Placement, staging_slots: int):
-    layers: list[int] = []
-    staged_R = np.zeros(source.num_ranks, dtype=np.int64)
-    changed_LP = source.slots_LP != target.slots_LP
-    for layer in np.flatnonzero(changed_LP.any(axis=1)).tolist():
-        arrivals_R = changed_LP[layer].reshape(source.num_ranks, -1).sum(axis=1)
-        if (staged_R + arrivals_R).max() > staging_slots:
-            yield tuple(layers)
-            layers, staged_R = [], np.zeros_like(staged_R)
-        layers.append(layer)
-        staged_R = staged_R + arrivals_R
-    if layers:
-        yield tuple(layers)
+def layers_in_order(source: Placement, target: Placement, pace: Pace) -> list[int]:
+    changed = np.flatnonzero((source.slots_LP != target.slots_LP).any(axis=1)).tolist()
+    first = [layer for layer in pace.layers if layer in changed]
+    return first + [layer for layer in changed if layer not in first]
 
 
-def stage_moves(source, target, layers, topology, expert_bytes_L) -> list[Move]:
+def stage_moves(source, target, layers, topology, expert_bytes_L, staging_slots) -> list[Move]:
     sent_bytes_R, staged_R = [0] * source.num_ranks, [0] * source.num_ranks
     moves = []
     for layer in layers:
@@ -91,7 +94,7 @@ def stage_moves(source, target, layers, topology, expert_bytes_L) -> list[Move]:
                 dst_rank=dst_rank,
                 dst_slot=dst_slot,
                 link=topology.link(src_rank, dst_rank),
-                staging=staged_R[dst_rank],
+                staging=staged_R[dst_rank] % staging_slots,
             )
             if move.link != "local":
                 sent_bytes_R[src_rank] += expert_bytes_L[layer]
@@ -104,27 +107,49 @@ def rank_of(placement: Placement, slot: int) -> int:
     return slot // placement.slots_per_rank
 
 
-def fill_rounds(
-    moves: list[Move], sizes: list[int], num_ranks: int, max_bytes: int
-) -> Iterator[list[Transfer]]:
-    left = list(sizes)
-    while any(left):
-        urgency = urgency_of(moves, left, num_ranks)
-        order = sorted((i for i in range(len(moves)) if left[i]), key=lambda i: (-urgency[i], i))
-        send_R, receive_R = [max_bytes] * num_ranks, [max_bytes] * num_ranks
-        chunk, transfers = min(CHUNK_BYTES, max_bytes), []
-        for index in order:
-            move = moves[index]
-            room = min(send_R[move.src_rank], receive_R[move.dst_rank])
-            size = left[index] if left[index] <= room else room // chunk * chunk
-            if not size:
-                continue
-            start = sizes[index] - left[index]
-            transfers.append((index, start, start + size))
-            left[index] -= size
-            send_R[move.src_rank] -= size
-            receive_R[move.dst_rank] -= size
-        yield sorted(transfers)
+def fill_round(
+    moves: list[Move],
+    sizes: list[int],
+    left: list[int],
+    done: list[int],
+    layers: list[int],
+    pace: Pace,
+    staging_slots: int,
+) -> list[Transfer]:
+    """The transfers of the next round, whose bytes are taken off `left`.
+
+    done: layers that are committed, so that their places in the staging memory are free.
+    """
+    ranks = range(1 + max(max(move.src_rank, move.dst_rank) for move in moves))
+    waiting = [i for i, move in enumerate(moves) if move.layer not in done]
+    moving = [
+        i
+        for rank in ranks
+        for i in [i for i in waiting if moves[i].dst_rank == rank][:staging_slots]
+    ]
+    urgency = urgency_of(moves, left, len(ranks))
+    order = sorted((i for i in moving if left[i]), key=lambda i: (-urgency[i], i))
+    far_most = min(pace.max_internode_bytes, pace.max_bytes)
+    send_R, receive_R = [pace.max_bytes] * len(ranks), [pace.max_bytes] * len(ranks)
+    far_send_R, far_receive_R = [far_most] * len(ranks), [far_most] * len(ranks)
+    chunk, transfers = min(CHUNK_BYTES, far_most), []
+    for index in order:
+        move = moves[index]
+        room = min(send_R[move.src_rank], receive_R[move.dst_rank])
+        if move.link == "internode":
+            room = min(room, far_send_R[move.src_rank], far_receive_R[move.dst_rank])
+        size = left[index] if left[index] <= room else room // chunk * chunk
+        if not size:
+            continue
+        start = sizes[index] - left[index]
+        transfers.append((index, start, start + size))
+        left[index] -= size
+        send_R[move.src_rank] -= size
+        receive_R[move.dst_rank] -= size
+        if move.link == "internode":
+            far_send_R[move.src_rank] -= size
+            far_receive_R[move.dst_rank] -= size
+    return sorted(transfers)
 
 
 def urgency_of(moves: list[Move], left: list[int], num_ranks: int) -> list[int]:

@@ -11,6 +11,7 @@ from shapes import placements, random_slots
 
 from ep_rebalance.migration import Migration, schedule
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.topology import Topology
 
 Weights = list[NDArray[np.uint8]]
@@ -34,7 +35,11 @@ def settings_of_a_schedule(draw: st.DrawFn) -> dict[str, Any]:
         "target": Placement(slots_LP, source.num_experts, source.num_ranks),
         "topology": Topology(node_of_rank=tuple(nodes)),
         "expert_bytes_L": draw(st.lists(st.integers(1, 900), min_size=layers, max_size=layers)),
-        "max_bytes_per_round": draw(st.integers(21, 2000)),
+        "pace": Pace(
+            max_bytes=draw(st.integers(21, 2000)),
+            max_internode_bytes=draw(st.integers(21, 2000)),
+            layers=tuple(draw(st.permutations(range(layers)))[: draw(st.integers(0, layers))]),
+        ),
         "staging_slots": draw(st.integers(source.slots_per_rank, 3 * source.slots_per_rank)),
     }
 

@@ -12,6 +12,7 @@ from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checks
 from ep_rebalance.load.trace.error import TraceError
 from ep_rebalance.load.trace.records import FORMAT, FORMAT_VERSION, TraceHead
 from ep_rebalance.load.window import PHASES
+from ep_rebalance.topology import LINKS
 
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 
@@ -87,4 +88,9 @@ def _fault(head: TraceHead) -> str:
         return f"records of {largest} bytes, more than {_MAX_RECORD_BYTES}"
     if len(head.node_of_rank) != head.ep_size or len(head.expert_bytes) != head.layers:
         return "its lists of ranks and layers are not as long as it says"
+    links = head.bytes_per_second
+    if links and (len(links) != len(LINKS) or min(links) <= 0.0 or head.round_seconds < 0.0):
+        return (
+            f"links of {links} bytes per second, with {head.round_seconds} s for a round, cannot be"
+        )
     return ""

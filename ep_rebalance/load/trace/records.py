@@ -27,6 +27,7 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
     ep_size: number of EP ranks.
     slots: slots of a layer, on all ranks.
     node_of_rank: ep_size numbers.
+    bytes_per_second, round_seconds: of the links, see `Topology`; [] if unknown.
     expert_bytes: a size for each layer, bytes. One expert; 0 if unknown.
     hidden_size: columns of the hidden states; 0 if unknown.
     started: Unix time.
@@ -48,6 +49,8 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     config: dict[str, Any]
     origin: str = ""
+    bytes_per_second: list[float] = []
+    round_seconds: float = 0.0
     format: str = FORMAT
     version: int = FORMAT_VERSION
 
