@@ -34,7 +34,7 @@ On 32 ranks, two ranks that swap experts must each come about 2 % of the mean ra
 _LEAST_RANKS = 8
 """On fewer ranks than this, a move must gain as much as on this many."""
 
-_MANY_PAIRS = 16
+MANY_PAIRS = 16
 """On this many ranks of two slots or more, `improve_pairs` plans."""
 
 _MIN_GAIN_OF_PAIRS = 1e-4
@@ -89,7 +89,7 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
     part_EC = problem.cost.replica_part_EC(problem.load, layer, current.max_replicas)
     # No layer can spend the budget of all, but each may make one swap.
     even_share = max(2, -(-budget.max_moved_slots // current.num_layers))
-    if current.slots_per_rank == 2 and current.num_ranks >= _MANY_PAIRS:
+    if current.slots_per_rank == 2 and current.num_ranks >= MANY_PAIRS:
         changes_N4, gains_N2 = improve_pairs(
             _likely_load_E(cost, problem.load.weight_W, current.num_ranks)[:, None] * part_EC,
             slots_P,
