@@ -11,6 +11,7 @@ from ep_rebalance.config import PlannerConfig
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import mean_imbalance_L
+from ep_rebalance.planning.incremental.planner import MANY_PAIRS
 from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.policies import POLICIES
@@ -84,12 +85,16 @@ def compile_planner() -> None:
 
     This takes seconds the first time on a machine; later starts load the cached code.
     """
-    tokens_WLE = np.arange(1, 25, dtype=np.float64).reshape(3, 1, 8) ** 2
-    problem = Problem(
-        load=WindowLoad(tokens_WLE=tokens_WLE, weight_W=np.ones(3), steps_W=np.ones(3)),
-        current=Placement.contiguous(num_layers=1, num_experts=8, num_ranks=2, num_redundant=2),
-        topology=Topology.single_node(2),
-        budget=Budget(max_moved_slots=10, max_arrivals=5),
-    )
-    for planner in own_planners().values():
-        make_plan(planner, problem)
+    for num_ranks, num_experts in ((2, 8), (MANY_PAIRS, 2 * MANY_PAIRS - 2)):
+        counts = np.arange(1, 3 * num_experts + 1, dtype=np.float64)
+        tokens_WLE = counts.reshape(3, 1, num_experts) ** 2
+        problem = Problem(
+            load=WindowLoad(tokens_WLE=tokens_WLE, weight_W=np.ones(3), steps_W=np.ones(3)),
+            current=Placement.contiguous(
+                num_layers=1, num_experts=num_experts, num_ranks=num_ranks, num_redundant=2
+            ),
+            topology=Topology.single_node(num_ranks),
+            budget=Budget(max_moved_slots=10, max_arrivals=5),
+        )
+        for planner in own_planners().values():
+            make_plan(planner, problem)

@@ -3,7 +3,8 @@
 The objective is the mean over the window's samples of the squared rank loads, so that experts that
 are busy at the same time part ways. Changes are swaps between ranks, and redundant slots given to
 another expert. They are made in the order of their gain for each slot that they move, for as long as
-that gain is worth a move and the budget lasts.
+that gain is worth a move and the budget lasts. Many ranks of two slots each have an objective and a search
+of their own, see `pairs`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.alignment import align
 from ep_rebalance.planning.incremental.descent import improve_layer
-from ep_rebalance.planning.incremental.layer import describe_experts
+from ep_rebalance.planning.incremental.layer import LayerInputs, describe_experts
+from ep_rebalance.planning.incremental.load_vectors import load_vectors
+from ep_rebalance.planning.incremental.pairs import improve_pairs
 from ep_rebalance.planning.problem import Problem
 
 MIN_GAIN_PER_RANK = 1.6e-5
@@ -30,6 +33,16 @@ On 32 ranks, two ranks that swap experts must each come about 2 % of the mean ra
 
 _LEAST_RANKS = 8
 """On fewer ranks than this, a move must gain as much as on this many."""
+
+MANY_PAIRS = 16
+"""On this many ranks of two slots or more, `improve_pairs` plans."""
+
+_MIN_GAIN_OF_PAIRS = 1e-4
+"""The least gain that is worth moving a slot there, in mean rank loads of the costliest rank."""
+
+_RECENCY = 2.0
+"""Power of the samples' weights there, so that half-lives are shorter: two experts' errors do not average
+out as those of many do, and the newest samples tell most about either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,27 +83,59 @@ def plan_incremental(problem: Problem) -> Placement:
 
 
 def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Descent:
-    current, topology, budget = problem.current, problem.topology, problem.budget
+    current, budget = problem.current, problem.budget
     slots_P = np.array(current.slots_LP[layer])
-    experts = describe_experts(
-        _in_tokens(cost_WE, problem.load.tokens_WLE[:, layer]),
+    cost = _in_tokens(cost_WE, problem.load.tokens_WLE[:, layer])
+    part_EC = problem.cost.replica_part_EC(problem.load, layer, current.max_replicas)
+    # No layer can spend the budget of all, but each may make one swap.
+    even_share = max(2, -(-budget.max_moved_slots // current.num_layers))
+    if current.slots_per_rank == 2 and current.num_ranks >= MANY_PAIRS:
+        changes_N4, gains_N2 = improve_pairs(
+            _likely_load_E(cost, problem.load.weight_W, current.num_ranks)[:, None] * part_EC,
+            slots_P,
+            min(budget.max_moved_slots, 2 * even_share),
+            budget.max_arrivals,
+            _MIN_GAIN_OF_PAIRS,
+        )
+    else:
+        changes_N4, gains_N2 = improve_layer(
+            _inputs(problem, cost, part_EC, slots_P),
+            slots_P,
+            min(budget.max_moved_slots, even_share),
+            budget.max_arrivals,
+            MIN_GAIN_PER_RANK * max(current.num_ranks, _LEAST_RANKS),
+        )
+    return _Descent(changes_N4=changes_N4, gains_N2=gains_N2)
+
+
+def _inputs(
+    problem: Problem,
+    cost_WE: NDArray[np.float64],
+    part_EC: NDArray[np.float64],
+    slots_P: NDArray[np.int32],
+) -> LayerInputs:
+    topology = problem.topology
+    return describe_experts(
+        cost_WE,
         problem.load.weight_W,
-        problem.cost.replica_part_EC(problem.load, layer, current.max_replicas),
+        part_EC,
         slots_P,
         np.array(topology.node_of_rank, dtype=np.int64),
         max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
         problem.internode_token_price,
     )
-    # No layer can spend the budget of all, but each may make one swap.
-    even_share = -(-budget.max_moved_slots // current.num_layers)
-    changes_N4, gains_N2 = improve_layer(
-        experts,
-        slots_P,
-        min(budget.max_moved_slots, max(2, even_share)),
-        budget.max_arrivals,
-        MIN_GAIN_PER_RANK * max(current.num_ranks, _LEAST_RANKS),
+
+
+def _likely_load_E(
+    cost_WE: NDArray[np.float64], weight_W: NDArray[np.float64], num_ranks: int
+) -> NDArray[np.float64]:
+    """float64 [E], mean rank loads: what an expert's load will hardly exceed, its mean and one standard
+    deviation."""
+    vectors_EV, own_E = load_vectors(cost_WE, weight_W**_RECENCY, num_ranks)
+    likely_E: NDArray[np.float64] = vectors_EV[:, 0] + np.sqrt(
+        np.sum(vectors_EV[:, 1:] ** 2, axis=1) + own_E
     )
-    return _Descent(changes_N4=changes_N4, gains_N2=gains_N2)
+    return likely_E
 
 
 def _in_tokens(cost_WE: NDArray[np.float64], tokens_WE: NDArray[np.float64]) -> NDArray[np.float64]:

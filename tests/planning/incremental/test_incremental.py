@@ -212,10 +212,14 @@ def signatures() -> dict[str, int]:
 def test_nothing_is_left_to_compile_after_start() -> None:
     compile_planner()
     known = signatures()
-    current = Placement.contiguous(num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)
-    samples_WLE = random_samples(0, current)
-    for planner in own_planners().values():
-        make_plan(planner, problem_of(samples_WLE, current))
-        make_plan(planner, problem_of(samples_WLE, current, cost=small_roofline(2), threads=2))
+    for ranks, experts in ((2, 8), (24, 46)):
+        current = Placement.contiguous(
+            num_layers=2, num_experts=experts, num_ranks=ranks, num_redundant=2
+        )
+        samples_WLE = random_samples(0, current)
+        for planner in own_planners().values():
+            make_plan(planner, problem_of(samples_WLE, current))
+            make_plan(planner, problem_of(samples_WLE, current, cost=small_roofline(2), threads=2))
     assert known["ep_rebalance.planning.incremental.descent.improve_layer"]
+    assert known["ep_rebalance.planning.incremental.pairs.improve_pairs"]
     assert signatures() == known
