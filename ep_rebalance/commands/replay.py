@@ -15,11 +15,14 @@ from ep_rebalance.commands.options import Quiet, RanksPerNode, Traces
 from ep_rebalance.commands.replay_result import Format, as_json, check_gain, write
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
+from ep_rebalance.load.trace import read_records
+from ep_rebalance.offline.learned import expert_time
 from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report import check_report, write_report
 from ep_rebalance.offline.scenarios import open_traces, scenario
 from ep_rebalance.offline.step_time import hardware_names
+from ep_rebalance.planning.expert_time import ExpertTime
 
 _POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_POLICIES.values())
 _DEFAULT_POLICIES = ("ours", "none", "hindsight")
@@ -65,7 +68,7 @@ _ExpertTimeFraction = Annotated[
         min=0.01,
         max=1.0,
         help="Fraction of a step that waits for experts.",
-        show_default="decision.expert_time_fraction",
+        show_default="decision.expert_time_fraction; auto: learned from the trace",
     ),
 ]
 _Format = Annotated[Format | None, typer.Option("--format", show_default="table, json if piped")]
@@ -114,10 +117,13 @@ def run_replay(
         if head.ep_size == 1 and not ep_size:
             raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
         settings = settings_for(head, config, set_ or [])
+        if expert_time_fraction is None:
+            waiting = expert_time(head, read_records(readers), settings)
+        else:
+            waiting = ExpertTime(fraction=expert_time_fraction)
         scenarios = [
             scenario(
-                head, settings, name, ranks, copies, ranks_per_node, hardware,
-                expert_time_fraction,
+                head, settings, name, ranks, copies, ranks_per_node, hardware, waiting,
             )
             for ranks, copies, name in product(
                 ep_size or [head.ep_size],
@@ -126,7 +132,7 @@ def run_replay(
             )
         ]  # fmt: skip
         replayed = replay_all(readers, scenarios, jobs=jobs, quiet=quiet)
-    result = as_json(readers, settings, replayed)
+    result = as_json(readers, settings, waiting, replayed)
     write(result, format_ or (Format.TABLE if sys.stdout.isatty() else Format.JSON), output)
     if report is not None:
         with explained():

@@ -11,6 +11,7 @@ from ep_rebalance.offline.model_shape import shape_of
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES
 from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
+from ep_rebalance.planning.expert_time import ExpertTime, unlearned
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.policies import POLICIES
@@ -37,7 +38,7 @@ def scenario(
     redundant: int,
     ranks_per_node: int | None = None,
     hardware: str | None = None,
-    fraction: float | None = None,
+    expert_time: ExpertTime | None = None,
 ) -> Scenario:
     """One way to serve the recorded load. Raises ValueError if it is impossible.
 
@@ -47,7 +48,8 @@ def scenario(
     redundant: slots of a layer beyond one for each expert, on all ranks together.
     ranks_per_node: as recorded by default, or 8.
     hardware: a row of the table that ships, or a file; None scales the recorded step times.
-    fraction: of a step that waits for experts; by default, `decision.expert_time_fraction`.
+    expert_time: what of a step waits for experts; by default, `decision.expert_time_fraction`, and what is
+        assumed if that is to be learned.
     """
     if policy not in REPLAY_POLICIES:
         raise ValueError(f"there is no policy {policy!r}; choose from {', '.join(REPLAY_POLICIES)}")
@@ -62,7 +64,7 @@ def scenario(
         planner=planner,
         config=settings,
         topology=topology,
-        step_time=_step_time(head, settings, topology, hardware, fraction),
+        step_time=_step_time(head, settings, topology, hardware, expert_time),
     )
     if policy != "recorded":
         contiguous_placement(head, made)
@@ -95,11 +97,11 @@ def _step_time(
     settings: RebalanceConfig,
     topology: Topology,
     hardware: str | None,
-    fraction: float | None,
+    expert_time: ExpertTime | None,
 ) -> StepTime:
-    part = fraction or settings.decision.expert_time_fraction
+    waiting = expert_time or unlearned(settings.decision.expert_time_fraction)
     if hardware is None:
-        return MeasuredSteps(fraction=part)
+        return MeasuredSteps.of(waiting)
     if not all(head.expert_bytes) or not head.hidden_size:
         raise ValueError(
             "the trace does not say how large an expert is (it was converted), and no known model has its "
@@ -112,5 +114,5 @@ def _step_time(
         bytes_per_parameter=(shape_of(head) or settings.hardware).bytes_per_parameter,
         hidden_size=head.hidden_size,
         top_k=head.top_k,
-        fraction=part,
+        fraction=waiting.fraction,
     )

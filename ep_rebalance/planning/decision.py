@@ -10,6 +10,7 @@ import numpy as np
 
 from ep_rebalance.config import DecisionConfig
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.problem import Plan
 from ep_rebalance.planning.sources import choose_sources
 from ep_rebalance.topology import Topology
@@ -43,6 +44,7 @@ def decide(
     plan: Plan,
     *,
     step_seconds: float,
+    expert_time: ExpertTime,
     expert_bytes_L: Sequence[int],
     current: Placement,
     topology: Topology,
@@ -52,16 +54,22 @@ def decide(
     """Accept `plan` if its gain is large enough, both by itself and for what its migration costs.
 
     step_seconds: mean time of an engine step.
+    expert_time: what of it waits for the busiest ranks' experts.
     expert_bytes_L: L sizes, bytes. One expert of each layer.
     trust: 0 to 1. The fraction of earlier plans' promises that was kept.
 
     Each layer waits for its busiest rank, so the time that experts take in a step shrinks in the same
     proportion as the sum of the layers' imbalances. The rest of the step stays as it is.
+
+    The gain by itself is held against `min_gain` with the least fraction that is likely (one standard error
+    below the estimate), so that no experts move for what may be noise. Against the cost, for which the
+    settings ask a multiple, it is the expected gain.
     """
-    gain = config.expert_time_fraction * plan.promised * trust
+    gain = expert_time.fraction * plan.promised * trust
+    least = expert_time.least * plan.promised * trust
     saved = gain * step_seconds * config.horizon_steps
     cost = migration_seconds(plan.placement, current, topology, expert_bytes_L)
-    outcome, reason = _judge(plan, gain, saved, cost, config)
+    outcome, reason = _judge(plan, (gain, least), saved, cost, config)
     return Decision(
         outcome=outcome,
         reason=reason,
@@ -91,20 +99,23 @@ def migration_seconds(
 
 
 def _judge(
-    plan: Plan, gain: float, saved: float, cost: float, config: DecisionConfig
+    plan: Plan, gains: tuple[float, float], saved: float, cost: float, config: DecisionConfig
 ) -> tuple[Outcome, str]:
+    """gains: expected, and the least that is likely; fractions of the step time."""
+    gain, least = gains
     if not plan.moved_slots:
         return "no_gain", "The planner found no move that pays for itself."
-    if gain < config.min_gain:
+    if not least >= config.min_gain:  # also if it is not a number
+        likely = f" ({least:.2%} at least)" if least < gain else ""
         return "no_gain", (
-            f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, "
+            f"Moving {plan.moved_slots} slots would save {gain:.2%}{likely} of the step time, "
             f"less than the {config.min_gain:.2%} that is acted on."
         )
     numbers = (
         f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, {saved:.3g} s over "
         f"{config.horizon_steps} steps, for {cost:.3g} s of transfers"
     )
-    if saved < config.min_gain_over_cost * cost:
+    if not saved >= config.min_gain_over_cost * cost:
         return (
             "over_budget",
             f"{numbers}, less than {config.min_gain_over_cost:g} times their cost.",

@@ -33,6 +33,7 @@ from ep_rebalance.offline.report.markup import MAX_COMMITS
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.topology import Topology
 
@@ -307,7 +308,14 @@ def test_refused_plans_are_counted_by_their_reason(ours: Replayed, tmp_path: Pat
         "The planner found no move that pays for itself.",
     ]
     plans = [
-        PlanMade(step=1, outcome="no_gain", reason=reason, predicted_gain=0.0, bytes={})
+        PlanMade(
+            step=1,
+            outcome="no_gain",
+            reason=reason,
+            predicted_gain=0.0,
+            expert_time=ExpertTime(fraction=0.5),
+            bytes={},
+        )
         for reason in reasons
     ]
     rows = Page(page_of([replace(ours, plans=tuple(plans))], tmp_path)).text["tr"]
