@@ -30,6 +30,7 @@ from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthet
 from ep_rebalance.offline.report import verdicts, write_report
 from ep_rebalance.offline.report.figures import MAX_POINTS
 from ep_rebalance.offline.report.markup import MAX_COMMITS
+from ep_rebalance.offline.report.sentences import reading_hints
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
@@ -398,3 +399,24 @@ def test_a_phone_scrolls_in_one_direction_only(report: Path, tmp_path: Path) -> 
     page, console = browse(frame, tmp_path / "profile")
     assert console == []
     assert "<title>width 390</title>" in page
+
+
+@pytest.mark.parametrize(
+    ("step_time", "told"),
+    [
+        (MeasuredSteps(fraction=0.3), "30% of each (expert_time_fraction) is taken to wait"),
+        (
+            MeasuredSteps(fraction=0.62, standard_error=0.03, source="learned"),
+            "That part is learned from these step times, with a standard error of 3%.",
+        ),
+        (
+            MeasuredSteps(fraction=0.5, standard_error=0.25, source="assumed"),
+            "That part is assumed: these step times do not tell it.",
+        ),
+    ],
+)
+def test_how_the_experts_part_is_known_is_told(
+    ours: Replayed, step_time: MeasuredSteps, told: str
+) -> None:
+    one = replace(ours, scenario=replace(ours.scenario, step_time=step_time))
+    assert any(told in hint for hint in reading_hints(HEAD, one))
