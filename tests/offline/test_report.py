@@ -404,10 +404,13 @@ def test_a_phone_scrolls_in_one_direction_only(report: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("step_time", "told"),
     [
-        (MeasuredSteps(fraction=0.3), "30% of each (expert_time_fraction) is taken to wait"),
+        (
+            MeasuredSteps(fraction=0.3),
+            "30\N{NO-BREAK SPACE}% of each (expert_time_fraction) is taken to wait",
+        ),
         (
             MeasuredSteps(fraction=0.62, standard_error=0.03, source="learned"),
-            "That part is learned from these step times, with a standard error of 3%.",
+            "That part is learned from these step times, with a standard error of 3\N{NO-BREAK SPACE}%.",
         ),
         (
             MeasuredSteps(fraction=0.5, standard_error=0.25, source="assumed"),
