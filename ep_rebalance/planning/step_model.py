@@ -19,7 +19,9 @@ mean: `b` has them then. Nor what comes and goes with the imbalance for other re
 that are longer in one language: it counts as the experts'.
 
 The number of activated experts is no feature of its own where tokens are balanced: planners do not know
-it there, so no promise is made in it.
+it there, so no promise is made in it. Where steps take as long as activated experts are read, `c` comes
+out as about nothing, as it should. The model is a straight line: a busiest rank that stops waiting for
+arithmetic once it has fewer tokens saves less than `c` says, until steps with fewer have been seen.
 
 **How.** Bayesian linear regression: a normal prior and normal deviations make a normal posterior (Gelman
 et al., Bayesian Data Analysis, 3rd ed., ch. 14). The prior says that 0.5 of a step waits for the busiest
