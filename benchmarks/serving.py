@@ -90,7 +90,7 @@ def parse_options() -> argparse.Namespace:
     add(
         "--predict",
         action="store_true",
-        help="record the contiguous server's load, and tell what its replay predicts",
+        help="record the contiguous server's load, other kinds first, and tell what its replay predicts",
     )
     add("--overhead", action="store_true", help="only measure what counting costs")
     add("--concurrency", type=int, default=64, help="requests in flight per rank (default 64)")
@@ -175,10 +175,11 @@ class Comparison:
     def predict(self) -> None:
         """Tell what a replay of the contiguous server's trace says, beside what was measured."""
         assert self._clock.trace is not None
-        ratios = predicted_ratios(self._clock.trace, self._clock.plugin_config())
+        ratios, waiting = predicted_ratios(self._clock.trace, self._clock.plugin_config())
         self._console.print(
             f"A replay of the contiguous server's load predicts {ratios['ours']:.3f} times its tokens per "
-            f"second for ep_rebalance, and {ratios['hindsight']:.3f} for one that knew the future.",
+            f"second for ep_rebalance, and {ratios['hindsight']:.3f} for one that knew the future: "
+            f"{waiting.text} of a step waits for experts.",
             soft_wrap=True,
         )
 
@@ -212,7 +213,7 @@ class Comparison:
             return
         self._say(f"{server.variant.title}: starting")
         await server.start()
-        if server.variant.name in BALANCERS:
+        if server.variant.name in BALANCERS or self._options.predict:
             await self._measure_moving(server, repetition)
 
     @contextlib.contextmanager

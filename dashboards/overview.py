@@ -126,7 +126,6 @@ _WORTH = Row(
             "Fraction of the busiest rank's tokens that rebalancing took off it.",
             (Query(expr=saved("$__rate_interval"), legend="taken off", colour=GOOD),),
             unit="percentunit",
-            width=8,
         ),
         timeseries(
             "Promised and kept",
@@ -145,7 +144,21 @@ _WORTH = Row(
                 ),
             ),
             unit="percentunit",
-            width=8,
+        ),
+        timeseries(
+            "Waits for experts",
+            "Fraction of the step that waits for the busiest ranks' experts, with the ends of its 95 % "
+            "interval. A plan's promise is this much of what it takes off the busiest ranks. "
+            "The step line is at 1 while it is learned from step times, and at 0 while it is set or assumed.",
+            (
+                Query(
+                    expr=f"avg by (bound) ({ours('expert_time_ratio')})",
+                    legend="{{bound}}",
+                ),
+                Query(expr=f"min({ours('expert_time_learned')})", legend="learned", colour=WITHOUT),
+            ),
+            unit="percentunit",
+            lowest=0,
         ),
         timeseries(
             "Plans by outcome",
@@ -157,7 +170,6 @@ _WORTH = Row(
                 ),
             ),
             named=OUTCOMES,
-            width=8,
             bars=True,
             decimals=0,
         ),

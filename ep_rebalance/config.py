@@ -139,14 +139,16 @@ class DecisionConfig(_Section):
     horizon_steps: int = Field(default=10_000, gt=0)
     """Engine steps over which a new placement is expected to pay off."""
     min_gain: float = Field(default=0.0005, ge=0.0)
-    """Smallest fraction of the step time that a plan must be predicted to save (hysteresis)."""
+    """Smallest fraction of the step time that a plan must be predicted to save (hysteresis), even if less of
+    the step waits for experts than is estimated, by one standard error.
+    """
     min_gain_over_cost: float = Field(default=2.0, ge=0.0)
     """Smallest ratio of the predicted seconds saved over the horizon to the seconds that the migration
     costs.
     """
-    expert_time_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
+    expert_time_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"] = "auto"
     """Fraction of the step that waits for the busiest rank's experts; a placement does not change the
-    rest.
+    rest. `auto` learns it from the server's own step times, and takes 0.5 for as long as these do not tell.
     """
 
 

@@ -106,6 +106,7 @@ class PlannerThread:
             cost=cost_model(config, expert_bytes_L),
             topology=topology,
             expert_bytes_L=expert_bytes_L,
+            by_own_counts=config.dispatch.by_own_counts,
         )
 
     def propose(

@@ -235,7 +235,8 @@ class Rebalancer:
             yield
         self._snapshots.begin(self._flags(), self.step_times.take_sum())
         yield  # the copy runs beside the next step, so that `finish` need not wait for it
-        sums = self._snapshots.finish(self.served.generation)
+        served = self.served
+        sums = self._snapshots.finish(served.generation, served.placement, served.quotas_LP)
         snapshot = Snapshot(sample=sums.sample, agreed=self._agreed(sums.flags))
         if self._recorder is not None:
             self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)

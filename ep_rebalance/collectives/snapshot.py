@@ -11,12 +11,15 @@ import math
 from dataclasses import dataclass, fields
 from operator import attrgetter
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from ep_rebalance.host_memory import Download, UploadRing
 from ep_rebalance.load.step_times import StepSum
 from ep_rebalance.load.window import PHASES, LoadSample
+from ep_rebalance.placement import Placement
 from ep_rebalance.routing.device_tables import RoutingTables
 
 
@@ -95,10 +98,15 @@ class SnapshotExchange:
         dist.all_reduce(self._buffer, group=self._group)
         self._download.start(self._buffer)
 
-    def finish(self, generation: int) -> SnapshotSums:
+    def finish(
+        self,
+        generation: int,
+        placement: Placement | None = None,
+        quotas_LP: NDArray[np.float64] | None = None,
+    ) -> SnapshotSums:
         """The sums that `begin` started.
 
-        generation: number of the placement that the counted tokens were served with.
+        Arguments say what the counted tokens were served with, see `LoadSample`.
         """
         values = self._download.result().numpy()
         flags, times = values[: HEAD - 4].tolist(), values[HEAD - 4 : HEAD].tolist()
@@ -108,6 +116,8 @@ class SnapshotExchange:
                 steps=self._steps,
                 step_seconds=self._step_seconds(*times),
                 generation=generation,
+                placement=placement,
+                quotas_LP=quotas_LP,
             ),
             flags=Flags(*flags),
         )
@@ -118,12 +128,13 @@ class SnapshotExchange:
         """Mean time of the steps that continued the one before, over all ranks.
 
         Other steps are timed on the host alone, which on an accelerator gives too little. They are used
-        only as long as no step has ever continued another, as when only prompts are computed.
+        only as long as no step has ever continued another, as when only prompts are computed. A clock that
+        was set back has timed nothing: 0.
         """
         self._ever_continued = self._ever_continued or continued > 0
         if self._ever_continued:
-            return continued_microseconds / 1e6 / max(continued, 1)
-        return alone_microseconds / 1e6 / max(alone, 1)
+            return max(continued_microseconds, 0) / 1e6 / max(continued, 1)
+        return max(alone_microseconds, 0) / 1e6 / max(alone, 1)
 
 
 def _timed(steps: StepSum) -> tuple[int, int, int, int]:

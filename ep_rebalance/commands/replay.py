@@ -15,11 +15,14 @@ from ep_rebalance.commands.options import Quiet, RanksPerNode, Traces
 from ep_rebalance.commands.replay_result import Format, as_json, check_gain, write
 from ep_rebalance.commands.scenarios import assignment, explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
+from ep_rebalance.load.trace import read_records
+from ep_rebalance.offline.learned import expert_time
 from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report import check_report, write_report
 from ep_rebalance.offline.scenarios import open_traces, scenario
 from ep_rebalance.offline.step_time import hardware_names
+from ep_rebalance.planning.expert_time import ExpertTime
 
 _POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_POLICIES.values())
 _DEFAULT_POLICIES = ("ours", "none", "hindsight")
@@ -75,7 +78,7 @@ _ExpertTimeFraction = Annotated[
         min=0.01,
         max=1.0,
         help="Fraction of a step that waits for experts.",
-        show_default="decision.expert_time_fraction",
+        show_default="decision.expert_time_fraction; auto: learned from the trace",
     ),
 ]
 _Format = Annotated[Format | None, typer.Option("--format", show_default="table, json if piped")]
@@ -128,10 +131,13 @@ def run_replay(
         peer = dict(assignment("--eplb", text, "step_interval=1000") for text in eplb or [])
         if peer and "vllm-eplb" not in (policy or []):
             raise ValueError("--eplb is for vLLM's balancer: add --policy vllm-eplb")
+        if expert_time_fraction is None:
+            waiting = expert_time(head, read_records(readers), settings)
+        else:
+            waiting = ExpertTime(fraction=expert_time_fraction)
         scenarios = [
             scenario(
-                head, settings, name, ranks, copies, ranks_per_node, hardware,
-                expert_time_fraction, peer,
+                head, settings, name, ranks, copies, ranks_per_node, hardware, waiting, peer,
             )
             for ranks, copies, name in product(
                 ep_size or [head.ep_size],
@@ -140,7 +146,7 @@ def run_replay(
             )
         ]  # fmt: skip
         replayed = replay_all(readers, scenarios, jobs=jobs, quiet=quiet)
-    result = as_json(readers, settings, replayed)
+    result = as_json(readers, settings, waiting, replayed)
     write(result, format_ or (Format.TABLE if sys.stdout.isatty() else Format.JSON), output)
     if report is not None:
         with explained():

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import TraceReader
 from ep_rebalance.offline.eplb_settings import steps_before_first
 from ep_rebalance.offline.run import Replayed
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.version import __version__
 
 SCHEMA_VERSION = 1
@@ -36,9 +38,15 @@ class Format(StrEnum):
 
 
 def as_json(
-    readers: Sequence[TraceReader], settings: RebalanceConfig, replayed: Sequence[Replayed]
+    readers: Sequence[TraceReader],
+    settings: RebalanceConfig,
+    expert_time: ExpertTime,
+    replayed: Sequence[Replayed],
 ) -> dict[str, Any]:
-    """Everything that is shown, JSON-ready; the table and the CSV contain parts of it."""
+    """Everything that is shown, JSON-ready; the table and the CSV contain parts of it.
+
+    expert_time: what of a recorded step is taken to wait for experts.
+    """
     head = readers[0].head
     baseline = {
         (r.scenario.topology.num_ranks, r.scenario.config.planner.redundant_experts): r
@@ -60,6 +68,7 @@ def as_json(
             "steps": int(replayed[0].steps_N.sum()),
         },
         "config": settings.as_dict(),
+        "expert_time": asdict(expert_time),
         "rows": [_row(one, baseline) for one in replayed],
     }
 
@@ -99,6 +108,7 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
                 "stall_seconds": plan.stall_seconds,
                 "serial_transfers": plan.serial_transfers,
                 "predicted_gain": plan.predicted_gain,
+                "expert_time": asdict(plan.expert_time),
             }
             for plan in one.commits
         ],
@@ -126,11 +136,12 @@ def _stdout() -> Iterator[Any]:
 
 
 def _caption(result: dict[str, Any]) -> str:
-    trace = result["trace"]
+    trace, waiting = result["trace"], ExpertTime(**result["expert_time"])
     return (
         f"{trace['snapshots']} snapshots of {trace['steps']} steps of {trace['model']} "
         f"({trace['origin']}). max/mean: load of the busiest rank over the mean; balance: its inverse, mean "
-        "over layers. Every plan is scored on load that it had not seen. Plans: committed / made."
+        "over layers. Every plan is scored on load that it had not seen. Plans: committed / made. "
+        f"{waiting.text} of a recorded step is taken to wait for the busiest ranks' experts."
         f"{_stalls(result)}{_too_short(result)}"
     )
 

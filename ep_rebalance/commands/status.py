@@ -54,7 +54,20 @@ def status_table(answer: dict[str, Any]) -> Table:
     table.add_row("imbalance (max/mean)", overall("served"))
     table.add_row("imbalance without us", overall("contiguous"))
     table.add_row("plans", ", ".join(f"{n} {k}" for k, n in answer["plans"].items() if n) or "none")
+    table.add_row("waits for experts", _told_expert_time(answer))
     table.add_row("experts moved", str(sum(answer["migrated_experts"].values())))
     table.add_row("bytes moved", f"{sum(answer['migrated_bytes'].values()):,}")
     table.add_row("last word", answer["message"] or answer["last_decision"])
     return table
+
+
+def _told_expert_time(answer: dict[str, Any]) -> str:
+    """The fraction of a step by which plans are judged."""
+    fraction = answer["expert_time"]
+    if not fraction:
+        return "no plan yet"
+    low, estimate, high = (fraction[bound] for bound in ("low", "estimate", "high"))
+    if low == high:
+        return f"{estimate:.0%} of a step, set"
+    known = "learned" if answer["expert_time_learned"] else answer["expert_time_reason"]
+    return f"{low:.0%} to {high:.0%} of a step: {known}"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import WindowConfig
+from ep_rebalance.placement import Placement
 
 PHASES = ("prefill", "decode")
 
@@ -25,8 +26,10 @@ class LoadSample:
     counts_ALE: int64 [A, L, E], tokens. Per logical expert, summed over all ranks; a token counts once
         for each expert that it was routed to. Phases are in the order of PHASES.
     steps: engine steps that the snapshot covers.
-    step_seconds: mean time of one of them; 0 if none could be timed.
+    step_seconds: mean time of one of them, finite; 0 if none could be timed.
     generation: number of the placement that served them.
+    placement: that placement; None if unknown.
+    quotas_LP: float64 [L, P]. The share of its expert's tokens that each slot received; None if unknown.
     load_LE: int64 [L, E], tokens. All phases together.
     routed: tokens that the busiest layer routed, each counted once for each of its experts.
     """
@@ -35,6 +38,8 @@ class LoadSample:
     steps: int
     step_seconds: float
     generation: int = 0
+    placement: Placement | None = None
+    quotas_LP: NDArray[np.float64] | None = None
     load_LE: NDArray[np.int64] = field(init=False)
     routed: int = field(init=False)
 
@@ -43,6 +48,8 @@ class LoadSample:
             raise ValueError(
                 f"counts must be [{len(PHASES)} phases, layers, experts], got {self.counts_ALE.shape}"
             )
+        if not 0.0 <= self.step_seconds < math.inf:
+            raise ValueError(f"a step cannot take {self.step_seconds} seconds")
         object.__setattr__(self, "load_LE", self.counts_ALE.sum(axis=0))
         object.__setattr__(self, "routed", int(self.load_LE.sum(axis=1).max()))
 

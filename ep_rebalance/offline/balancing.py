@@ -35,6 +35,7 @@ from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.migration.configured import schedule_as_configured
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.telemetry.events import PlanEnded
@@ -50,6 +51,7 @@ class PlanMade:
     step: the engine's step in which it was asked for.
     outcome: see `ep_rebalance_plans_total`.
     predicted_gain: fraction of the step time.
+    expert_time: what of a step was taken to wait for experts.
     generation: the number under which it was served; None if it was not.
     served_at: the engine's step from which it was served.
     moved: experts that changed their slot.
@@ -65,6 +67,7 @@ class PlanMade:
     outcome: str
     reason: str
     predicted_gain: float
+    expert_time: ExpertTime
     generation: int | None = None
     served_at: int | None = None
     moved: int = 0
@@ -161,7 +164,8 @@ class ReplayedServer:
         self._step = recorded.step
         self.placement, self.quotas_LP = self._served.placement, self._served.quotas_LP
         # Generations are those of the replay, which may have come to other placements.
-        sample = replace(recorded, generation=self._served.generation).sample()
+        numbered = replace(recorded, generation=self._served.generation)
+        sample = numbered.sample(self.placement, self.quotas_LP)
         agreed = self._agreed(recorded.agreed)
         if agreed.planned and self._planning:
             self._planning = False
@@ -248,6 +252,7 @@ class ReplayedServer:
                 outcome=outcome,
                 reason=reason,
                 predicted_gain=self._proposal.decision.predicted_gain,
+                expert_time=self._proposal.expert_time,
                 bytes={},
             )
         )
@@ -270,6 +275,7 @@ class ReplayedServer:
                 outcome="abandoned" if end.abandoned else "committed",
                 reason=reason,
                 predicted_gain=decision.predicted_gain,
+                expert_time=self._proposal.expert_time,
                 generation=self._served.generation,
                 served_at=self._incoming.step,
                 moved=sum(len(batch.moves) for batch in committed),

@@ -11,6 +11,7 @@ from ep_rebalance.offline.eplb_settings import Eplb
 from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
 from ep_rebalance.offline.vllm_eplb import VllmEplb
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import unlearned
 from ep_rebalance.policies import POLICIES, Line, Policy
 from ep_rebalance.topology import Topology
 
@@ -83,7 +84,7 @@ def _eplb(begin: Beginning) -> VllmEplb:
         loaded=begin.contiguous,
         topology=begin.topology,
         expert_bytes_L=begin.expert_bytes_L,
-        expert_time_fraction=begin.config.decision.expert_time_fraction,
+        expert_time=unlearned(begin.config.decision.expert_time_fraction),
     )
 
 

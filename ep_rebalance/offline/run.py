@@ -348,6 +348,7 @@ def _server(
             cost=cost_model(config, head.expert_bytes) if known else TokenCost(),
             topology=scenario.topology,
             expert_bytes_L=expert_bytes_L,
+            by_own_counts=config.dispatch.by_own_counts,
         ),
         topology=scenario.topology,
         expert_bytes_L=expert_bytes_L,

@@ -15,6 +15,7 @@ from ep_rebalance.offline.model_shape import shape_of
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, ReplayPolicy
 from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
+from ep_rebalance.planning.expert_time import ExpertTime, unlearned
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.policies import POLICIES
@@ -41,7 +42,7 @@ def scenario(
     redundant: int,
     ranks_per_node: int | None = None,
     hardware: str | None = None,
-    fraction: float | None = None,
+    expert_time: ExpertTime | None = None,
     eplb: Mapping[str, object] | None = None,
 ) -> Scenario:
     """One way to serve the recorded load. Raises ValueError if it is impossible.
@@ -52,7 +53,8 @@ def scenario(
     redundant: slots of a layer beyond one for each expert, on all ranks together.
     ranks_per_node: as recorded by default, or 8.
     hardware: a row of the table that ships, or a file; None scales the recorded step times.
-    fraction: of a step that waits for experts; by default, `decision.expert_time_fraction`.
+    expert_time: what of a step waits for experts; by default, `decision.expert_time_fraction`, and what is
+        assumed if that is to be learned.
     eplb: settings of vLLM's balancer, see `EplbSettings`, for policy vllm-eplb.
     """
     if policy not in REPLAY_POLICIES:
@@ -68,7 +70,7 @@ def scenario(
         planner=planner,
         config=settings,
         topology=topology,
-        step_time=_step_time(head, settings, topology, hardware, fraction),
+        step_time=_step_time(head, settings, topology, hardware, expert_time),
         eplb=_eplb(head, REPLAY_POLICIES[policy], eplb or {}),
     )
     if policy != "recorded":
@@ -136,11 +138,11 @@ def _step_time(
     settings: RebalanceConfig,
     topology: Topology,
     hardware: str | None,
-    fraction: float | None,
+    expert_time: ExpertTime | None,
 ) -> StepTime:
-    part = fraction or settings.decision.expert_time_fraction
+    waiting = expert_time or unlearned(settings.decision.expert_time_fraction)
     if hardware is None:
-        return MeasuredSteps(fraction=part)
+        return MeasuredSteps.of(waiting)
     if not all(head.expert_bytes) or not head.hidden_size:
         raise ValueError(
             "the trace does not say how large an expert is (it was converted), and no known model has its "
@@ -153,5 +155,5 @@ def _step_time(
         bytes_per_parameter=(shape_of(head) or settings.hardware).bytes_per_parameter,
         hidden_size=head.hidden_size,
         top_k=head.top_k,
-        fraction=part,
+        fraction=waiting.fraction,
     )

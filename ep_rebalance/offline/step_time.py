@@ -23,6 +23,7 @@ from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import RooflineCost
+from ep_rebalance.planning.expert_time import ExpertTime, Source
 from ep_rebalance.planning.quotas import split_by_own_counts
 from ep_rebalance.topology import Topology
 
@@ -160,9 +161,21 @@ class MeasuredSteps:
     """Scales the recorded step times, or nominal ones if there are none.
 
     fraction: the fraction of a recorded step that waits for the busiest ranks' experts.
+    standard_error, source: see `ExpertTime`.
     """
 
     fraction: float
+    standard_error: float = 0.0
+    source: Source = "set"
+
+    @classmethod
+    def of(cls, expert_time: ExpertTime) -> MeasuredSteps:
+        """Steps of which that much waits."""
+        return cls(
+            fraction=expert_time.fraction,
+            standard_error=expert_time.standard_error,
+            source=expert_time.source,
+        )
 
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
         """See `StepTime`."""

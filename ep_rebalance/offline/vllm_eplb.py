@@ -27,6 +27,7 @@ from ep_rebalance.offline.eplb_settings import Eplb, steps_before_first
 from ep_rebalance.offline.eplb_transfers import LayerTransfers, layer_transfers
 from ep_rebalance.offline.step_time import NOMINAL_STEP_SECONDS
 from ep_rebalance.placement import Placement, RepeatingPlacement, imbalance_L
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.topology import Link, Topology
 
 
@@ -83,7 +84,7 @@ class VllmEplb:
     """A server with vLLM's balancer.
 
     expert_bytes_L: L sizes, bytes. One expert of each layer.
-    expert_time_fraction: of a step that waits for experts, for the gains that plans predict.
+    expert_time: what of a step waits for experts, for the gains that plans predict.
 
     placement, quotas_LP: what the last snapshot was served with, from its first step to its last: a map that
         changes in between is served from the next snapshot on, so that it is scored on load it had not seen.
@@ -97,7 +98,7 @@ class VllmEplb:
         loaded: Placement,
         topology: Topology,
         expert_bytes_L: Sequence[int],
-        expert_time_fraction: float = 1.0,
+        expert_time: ExpertTime,
     ) -> None:
         self.plans: list[PlanMade] = []
         self._policy, self._settings = eplb.policy, eplb.settings
@@ -105,7 +106,7 @@ class VllmEplb:
         self._groups = eplb.settings.expert_groups
         # Where ranks do not divide by nodes, vLLM takes them for one node.
         self._nodes = 1 if topology.num_ranks % topology.num_nodes else topology.num_nodes
-        self._fraction = expert_time_fraction
+        self._expert_time = expert_time
         interval = eplb.settings.step_interval
         self._timer = interval - steps_before_first(interval)
         self._ring = CountRing(eplb.settings.window_size)
@@ -223,7 +224,8 @@ class VllmEplb:
             step=self._step,
             outcome="committed",
             reason=f"{self._settings.step_interval} steps have passed.",
-            predicted_gain=self._fraction * (1.0 - after / before),
+            predicted_gain=self._expert_time.fraction * (1.0 - after / before),
+            expert_time=self._expert_time,
             generation=len(self.plans) + 1,
             served_at=self._step,
             bytes={},

@@ -9,6 +9,7 @@ import numpy as np
 
 from ep_rebalance.config import DecisionConfig
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.pace import Pace, Roads, moved_bytes_L
 from ep_rebalance.planning.problem import Plan
 
@@ -43,6 +44,7 @@ def decide(
     plan: Plan,
     *,
     step_seconds: float,
+    expert_time: ExpertTime,
     current: Placement,
     roads: Roads,
     config: DecisionConfig,
@@ -51,19 +53,25 @@ def decide(
     """Accept `plan` if its gain is large enough, both by itself and for what its migration costs.
 
     step_seconds: mean time of an engine step.
+    expert_time: what of it waits for the busiest ranks' experts.
     roads: what the experts go over.
     trust: 0 to 1. The fraction of earlier plans' promises that was kept.
 
     Each layer waits for its busiest rank, so the time that experts take in a step shrinks in the same
     proportion as the sum of the layers' imbalances. The rest of the step stays as it is. A layer saves
     nothing until it is committed.
+
+    The gain by itself is held against `min_gain` with the least fraction that is likely (one standard error
+    below the estimate), so that no experts move for what may be noise. Against the cost, for which the
+    settings ask a multiple, it is the expected gain.
     """
-    gain = config.expert_time_fraction * plan.promised * trust
+    gain = expert_time.fraction * plan.promised * trust
+    least = expert_time.least * plan.promised * trust
     pace = roads.pace(plan, current, gain)
     steps, cost = roads.cost(plan.placement, current, pace)
     paying = _paying_steps(plan, current, roads, pace, steps, config.horizon_steps)
     saved = gain * step_seconds * paying
-    outcome, reason = _judge(plan, gain, saved, (steps, cost), config)
+    outcome, reason = _judge(plan, (gain, least), saved, (steps, cost), config)
     return Decision(
         outcome=outcome,
         reason=reason,
@@ -91,22 +99,28 @@ def _paying_steps(
 
 
 def _judge(
-    plan: Plan, gain: float, saved: float, cost: tuple[int, float], config: DecisionConfig
+    plan: Plan,
+    gains: tuple[float, float],
+    saved: float,
+    cost: tuple[int, float],
+    config: DecisionConfig,
 ) -> tuple[Outcome, str]:
-    """cost: steps and seconds."""
+    """gains: expected, and the least that is likely; fractions of the step time. cost: steps and seconds."""
+    gain, least = gains
     steps, seconds = cost
     if not plan.moved_slots:
         return "no_gain", "The planner found no move that pays for itself."
-    if gain < config.min_gain:
+    if not least >= config.min_gain:  # also if it is not a number
+        likely = f" ({least:.2%} at least)" if least < gain else ""
         return "no_gain", (
-            f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, "
+            f"Moving {plan.moved_slots} slots would save {gain:.2%}{likely} of the step time, "
             f"less than the {config.min_gain:.2%} that is acted on."
         )
     numbers = (
         f"Moving {plan.moved_slots} slots would save {gain:.2%} of the step time, {saved:.3g} s over "
         f"{config.horizon_steps} steps, for {seconds:.3g} s of transfers in {steps} steps"
     )
-    if saved < config.min_gain_over_cost * seconds:
+    if not saved >= config.min_gain_over_cost * seconds:
         return (
             "over_budget",
             f"{numbers}, less than {config.min_gain_over_cost:g} times their cost.",

@@ -16,10 +16,12 @@ from ep_rebalance.load.window import LoadSample, WindowLoad, window_load
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.decision import Decision, decide
+from ep_rebalance.planning.expert_time import ExpertTime, ExpertTimeEstimate
 from ep_rebalance.planning.measured_gain import MeasuredGain, StepHistory
 from ep_rebalance.planning.pace import Roads
 from ep_rebalance.planning.policies import make_plan
 from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
+from ep_rebalance.planning.step_work import StepWork
 from ep_rebalance.planning.track_record import Promise, TrackRecord
 from ep_rebalance.topology import Topology
 
@@ -32,10 +34,12 @@ class Proposal:
         placement before it, by the cost of load that it had not seen; None if nothing new is known.
     measured_gain: the same by the server's own step times; None while these do not tell.
     trust: 0 to 1. The fraction of the plan's promise that the decision believed.
+    expert_time: what of the step waits for the busiest ranks' experts, as the decision took it.
     """
 
     plan: Plan
     decision: Decision
+    expert_time: ExpertTime
     achieved_gain: float | None
     measured_gain: MeasuredGain | None
     trust: float
@@ -50,7 +54,10 @@ class TimedProposal:
 
 
 class Proposer:
-    """Makes one proposal after another, and learns from each what the next one is worth."""
+    """Makes one proposal after another, and learns from each what the next one is worth.
+
+    by_own_counts: whether each step's own tokens are spread evenly over the replicas.
+    """
 
     def __init__(
         self,
@@ -62,6 +69,7 @@ class Proposer:
         cost: CostModel,
         topology: Topology,
         expert_bytes_L: Sequence[int],
+        by_own_counts: bool = False,
     ) -> None:
         self._planner = planner
         self._settings = settings
@@ -73,6 +81,12 @@ class Proposer:
         self._memory = LoadHistory()
         self._record = TrackRecord()
         self._steps = StepHistory()
+        self._expert_times = ExpertTimeEstimate(
+            decision.expert_time_fraction,
+            cost=cost,
+            phases=settings.phases,
+            by_own_counts=by_own_counts,
+        )
         self._promise: Promise | None = None
         self._judged: Promise | None = None
 
@@ -92,6 +106,7 @@ class Proposer:
         """
         newest = samples[len(samples) - unseen :]
         later = window_load(newest, phases=self._settings.phases) if newest else None
+        self._expert_times.add(newest)
         achieved = self._learn(later, current)
         self._steps.add(newest)
         measured = self._measure(current)
@@ -99,19 +114,23 @@ class Proposer:
         plan = make_plan(self._planner, problem)
         if later is not None:
             self._memory.add(later)
+        work = self._expert_times.latest
+        expert_time = self._expert_times.at(work)
         decision = decide(
             plan,
             step_seconds=step_seconds,
+            expert_time=expert_time,
             current=current,
             roads=self._roads(samples),
             config=self._decision,
             trust=self._record.trust,
         )
         if decision.accepted:
-            self._promise = _promise(problem, plan)
+            self._promise = _promise(problem, plan, work)
         return Proposal(
             plan=plan,
             decision=decision,
+            expert_time=expert_time,
             achieved_gain=achieved,
             measured_gain=measured,
             trust=self._record.trust,
@@ -126,7 +145,7 @@ class Proposer:
         self._judged = promise
         achieved = promise.achieved(load, self._cost)
         self._record = self._record.with_outcome(promise.predicted, achieved)
-        return self._decision.expert_time_fraction * achieved
+        return self._expert_times.at(promise.work).fraction * achieved
 
     def _measure(self, current: Placement) -> MeasuredGain | None:
         """Judge the plan that is served by the step times before and after its commit."""
@@ -135,7 +154,9 @@ class Proposer:
             return None
         measured = self._steps.gain()
         if measured is not None:
-            promised = self._decision.expert_time_fraction * promise.predicted
+            # As is known by now: what is learned of the experts' time is no fault of the planner.
+            fraction = self._expert_times.at(promise.work).fraction
+            promised = fraction * promise.predicted
             self._record = self._record.with_measured(measured.part_kept(promised))
         return measured
 
@@ -177,11 +198,12 @@ def plan_budget(settings: PlannerConfig, current: Placement) -> Budget:
     )
 
 
-def _promise(problem: Problem, plan: Plan) -> Promise:
+def _promise(problem: Problem, plan: Plan, work: StepWork | None) -> Promise:
     return Promise(
         before=problem.current,
         before_quotas_LP=plan.unmoved_quotas_LP,
         after=plan.placement,
         after_quotas_LP=plan.quotas_LP,
         predicted=plan.promised,
+        work=work,
     )

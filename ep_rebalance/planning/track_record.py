@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import CostModel, mean_imbalance_L
+from ep_rebalance.planning.step_work import StepWork
 
 _FULL_TRUST = 0.02
 """A gain that is believed in advance, as if an earlier plan had promised and kept it."""
@@ -32,6 +33,7 @@ class Promise:
 
     before_quotas_LP, after_quotas_LP: float64 [L, P]. As in `Plan`.
     predicted: the fraction of the busiest ranks' cost, summed over layers, that it was to save.
+    work: of the mean step that this is a saving of; None if unknown.
     """
 
     before: Placement
@@ -39,6 +41,7 @@ class Promise:
     after: Placement
     after_quotas_LP: NDArray[np.float64]
     predicted: float
+    work: StepWork | None = None
 
     def achieved(self, load: WindowLoad, cost: CostModel) -> float:
         """The fraction that it saved on `load`, which came after the commit; below 0 if the cost rose."""

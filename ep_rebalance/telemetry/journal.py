@@ -12,6 +12,7 @@ from ep_rebalance.load.window import PHASES, LoadSample
 from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.measured_gain import MeasuredGain
 from ep_rebalance.planning.proposal import Proposal, TimedProposal
 from ep_rebalance.telemetry.events import (
@@ -177,6 +178,7 @@ class Journal:
         proposal, status = timed.proposal, self.status
         status.plan_seconds.add(timed.seconds)
         status.last_decision = proposal.decision.reason
+        self._note_expert_time(proposal.expert_time)
         # The gains are those of the last commit: this plan's load shows what it achieved.
         if proposal.achieved_gain is not None:
             status.achieved_gain = proposal.achieved_gain
@@ -187,6 +189,13 @@ class Journal:
         outcome = proposal.decision.outcome
         if outcome != "accepted":
             self._count(outcome, proposal.decision.reason)
+
+    def _note_expert_time(self, expert_time: ExpertTime) -> None:
+        low, high = expert_time.bounds
+        status = self.status
+        status.expert_time = {"low": low, "estimate": expert_time.fraction, "high": high}
+        status.expert_time_learned = int(expert_time.source == "learned")
+        status.expert_time_reason = expert_time.reason
 
     def _note_measured(self, measured: MeasuredGain) -> None:
         low, high = measured.bounds

@@ -133,6 +133,20 @@ METRICS: tuple[Metric, ...] = (
         " Not shown before the first.",
     ),
     Metric(
+        name="expert_time_ratio",
+        kind="gauge",
+        labels=("bound",),
+        field="expert_time",
+        help="Fraction of the step that waits for the busiest ranks' experts, by which the last plan was"
+        " judged: estimate, and the low and high end of its 95 % interval. Not shown before the first.",
+    ),
+    Metric(
+        name="expert_time_learned",
+        kind="gauge",
+        field="expert_time_learned",
+        help="1 if that fraction was learned from step times, 0 while it is assumed or set.",
+    ),
+    Metric(
         name="placement_generation",
         kind="gauge",
         field="generation",
@@ -353,7 +367,8 @@ class Status(msgspec.Struct, kw_only=True):
         recent snapshots as `imbalance.py` weighs them.
     overall_imbalance, busiest_rank_tokens: by placement.
     phase_imbalance, phase_tokens: by phase.
-    measured_gain: `low`, `estimate` and `high`.
+    measured_gain, expert_time: `low`, `estimate` and `high`.
+    expert_time_reason: why that fraction is assumed; "" if it is learned or set.
     rank_tokens: for each EP rank.
     plans: by outcome.
     last_decision: the reason of the last plan's decision.
@@ -390,6 +405,9 @@ class Status(msgspec.Struct, kw_only=True):
     predicted_gain: float = 0.0
     achieved_gain: float = 0.0
     measured_gain: dict[str, float] = {}
+    expert_time: dict[str, float] = {}
+    expert_time_learned: int = 0
+    expert_time_reason: str = ""
     rank_tokens: list[int] = []
     busiest_rank_tokens: dict[str, int] = {}
     phase_tokens: dict[str, int] = {}

@@ -38,6 +38,8 @@ def made_up_status() -> Status:
     status.last_commit_timestamp = status.reported_timestamp - 30
     status.message = f"said {HOSTILE}"
     status.measured_gain = {"low": 0.03, "estimate": 0.04, "high": 0.05}
+    status.expert_time = {"low": 0.5, "estimate": 0.6, "high": 0.7}
+    status.expert_time_learned = 1
     status.commits = [
         Commit(
             generation=number,
@@ -122,6 +124,7 @@ def test_it_shows_what_the_engine_reports(tab: Tab) -> None:
             "saved": "25.0 %",
             "achieved": "4.0 %",
             "measured": "3.0 % to 5.0 % by step times",
+            "waiting": "60.0 % of a step waits for experts (50.0 % to 70.0 %, learned)",
             "generation": "2",
             "experts": "15",
             "bytes": "3.0 MiB intranode",

@@ -186,7 +186,13 @@ def rebalance_to_no_avail(rank, size, config):
 def test_a_replay_judges_by_the_recorded_step_times_as_the_server_did(
     two_ranks: Ranks, tmp_path: Path
 ):
-    config = eager({"decision": {"min_gain": 0.001}, "trace": {"path": str(tmp_path)}})
+    config = eager(
+        {
+            "window": {"min_snapshots": 8},  # so that step times before the first commit are known
+            "decision": {"min_gain": 0.001},
+            "trace": {"path": str(tmp_path)},
+        }
+    )
     status, _ = two_ranks.run(rebalance_to_no_avail, 2, config)
     told = [commit for commit in status.commits if commit.measured_gain is not None]
     assert told
@@ -196,6 +202,68 @@ def test_a_replay_judges_by_the_recorded_step_times_as_the_server_did(
     assert [(plan.generation, plan.predicted_gain) for plan in replayed.commits] == [
         (commit.generation, commit.predicted_gain) for commit in status.commits
     ]
+
+
+class WaitingClock(Clock):
+    """Steps of which a part waits for the busiest ranks of the load that the engine has."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.engine: Engine | None = None
+        self.skew = 2.0
+
+    def pass_step(self) -> None:
+        super().pass_step()
+        assert self.engine is not None
+        served = self.engine.rebalancer.served
+        popularity_LE = np.tile(np.exp(self.skew * np.linspace(1, 0, EXPERTS)), (LAYERS, 1))
+        load_LR = served.placement.rank_load_LR(popularity_LE, served.quotas_LP)
+        self._now += 0.01 * load_LR.max(axis=1).sum() / load_LR.mean(axis=1).sum()
+
+
+def rebalance_and_learn(rank, size, config):
+    """The status, and what each proposal took the experts' part of a step to be."""
+    clock = WaitingClock(rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rebalancer, "time", clock)
+        patch.setattr(jobs, "time", clock)
+        recorder = Recorder(config.trace, head_for(size, config)) if rank == 0 else None
+        clock.engine = Engine(rank, size, config, recorder=recorder)
+        told, status = [], clock.engine.rebalancer.status
+        for step in range(STEPS_LIMIT):
+            clock.skew = 2.0 if step // 40 % 2 else -1.0
+            clock.pass_step()
+            clock.engine.step(continues=True, skew=clock.skew)
+            if status.expert_time and (not told or told[-1] != status.expert_time):
+                told.append(dict(status.expert_time))
+    if recorder is not None:
+        recorder.flush()
+    return clock.engine.rebalancer.status_now(), told
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_replay_learns_from_the_recorded_step_times_what_the_server_did(
+    two_ranks: Ranks, tmp_path: Path, redundant
+):
+    config = eager(
+        {
+            "planner": {"redundant_experts": redundant},
+            "decision": {"expert_time_fraction": "auto"},
+            "trace": {"path": str(tmp_path)},
+        }
+    )
+    (status, told), _ = two_ranks.run(rebalance_and_learn, 2, config)
+    assert status.expert_time_learned
+    assert len(told) > 20
+    replayed = []
+    for plan in replayed_as_recorded(tmp_path).plans:
+        low, high = plan.expert_time.bounds
+        seen = {"low": low, "estimate": plan.expert_time.fraction, "high": high}
+        if not replayed or replayed[-1] != seen:
+            replayed.append(seen)
+    for ours, theirs in zip(replayed, told, strict=False):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    assert len(told) - len(replayed) in (0, 1), "the last one may not be recorded yet"
 
 
 # --- pauses, requests, migrations that are given up, weights that are replaced

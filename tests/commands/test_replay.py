@@ -79,6 +79,19 @@ def test_the_table_fits_80_columns(folder: Path):
     assert any(line.split()[:2] == ["ours", "4+4"] for line in lines)
 
 
+def test_what_waits_for_experts_is_set_or_told(folder: Path):
+    only = ("--policy", "none")
+    told = replayed(folder, *only)["expert_time"]
+    assert (told["fraction"], told["source"]) == (0.5, "assumed")
+    assert "no server was recorded" in told["reason"]
+    set_ = replayed(folder, *only, "--set", "decision.expert_time_fraction=0.3")["expert_time"]
+    assert (set_["fraction"], set_["source"]) == (0.3, "set")
+    option = replayed(folder, *only, "--expert-time-fraction", "0.4")["expert_time"]
+    assert (option["fraction"], option["source"]) == (0.4, "set")
+    table = run("replay", str(folder), *only, "--format", "table").stdout
+    assert "50% (standard error 25%, assumed)" in " ".join(table.split())
+
+
 def test_csv_has_a_line_for_each_policy(folder: Path, tmp_path: Path):
     output = tmp_path / "replay.csv"
     done = run("replay", str(folder), "--format", "csv", "--output", str(output))

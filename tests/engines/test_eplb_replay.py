@@ -13,6 +13,7 @@ from ep_rebalance.offline.eplb_settings import Eplb, EplbSettings
 from ep_rebalance.offline.eplb_transfers import sends
 from ep_rebalance.offline.vllm_eplb import VllmEplb
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.topology import Topology
 
 
@@ -40,6 +41,7 @@ def peer_of(balanced, policy):
         ),
         topology=Topology.node_by_node(balanced.ranks, balanced.ranks // balanced.nodes),
         expert_bytes_L=[1] * balanced.layers,
+        expert_time=ExpertTime(fraction=1.0),
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import resource
 import signal
@@ -32,7 +33,7 @@ from ep_rebalance.load.trace import (
 )
 from ep_rebalance.load.trace.checksums import checksum_of_head
 from ep_rebalance.load.trace.head import encode_head
-from ep_rebalance.load.trace.layout import Layout
+from ep_rebalance.load.trace.layout import Layout, encode_record
 
 
 @given(
@@ -118,6 +119,20 @@ def test_a_full_file_is_followed_by_another_and_the_oldest_goes(tmp_path: Path) 
     assert all(same(next(iter(reader)), contiguous(head)) for reader in readers)
 
 
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])
+def test_a_step_time_that_cannot_be_is_refused(tmp_path: Path, seconds: float) -> None:
+    head = head_of()
+    [snapshot] = snapshots(head, 1)
+    with pytest.raises(ValueError, match="a step cannot take"):
+        replace(snapshot, step_seconds=seconds)
+    object.__setattr__(snapshot, "step_seconds", seconds)  # as another writer might
+    path = tmp_path / f"made-up{SUFFIX}"
+    layout = Layout.of(head)
+    path.write_bytes(encode_head(head) + encode_record(snapshot, layout))
+    with pytest.raises(TraceError, match=r"byte \d+: a step cannot take"):
+        list(TraceReader(path))
+
+
 def test_a_writer_replaces_no_file_of_another(tmp_path: Path) -> None:
     first = write_trace(tmp_path, head_of(), 2)
     before = first.read_bytes()
@@ -131,7 +146,7 @@ def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
     kept = tmp_path / f"load-before the upgrade{SUFFIX}"
     kept.write_bytes(b"x" * 10_000)
     head = head_of()
-    writer = TraceWriter(tmp_path, "load", head, max_file_bytes=2_000, max_bytes=5_000)
+    writer = TraceWriter(tmp_path, "load", head, max_file_bytes=3_000, max_bytes=9_000)
     for record in (contiguous(head), *snapshots(head, 40)):
         writer.write(record)
     writer.close()

@@ -30,9 +30,11 @@ from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthet
 from ep_rebalance.offline.report import verdicts, write_report
 from ep_rebalance.offline.report.figures import MAX_POINTS
 from ep_rebalance.offline.report.markup import MAX_COMMITS
+from ep_rebalance.offline.report.sentences import reading_hints
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.topology import Topology
 
@@ -307,7 +309,14 @@ def test_refused_plans_are_counted_by_their_reason(ours: Replayed, tmp_path: Pat
         "The planner found no move that pays for itself.",
     ]
     plans = [
-        PlanMade(step=1, outcome="no_gain", reason=reason, predicted_gain=0.0, bytes={})
+        PlanMade(
+            step=1,
+            outcome="no_gain",
+            reason=reason,
+            predicted_gain=0.0,
+            expert_time=ExpertTime(fraction=0.5),
+            bytes={},
+        )
         for reason in reasons
     ]
     rows = Page(page_of([replace(ours, plans=tuple(plans))], tmp_path)).text["tr"]
@@ -390,3 +399,27 @@ def test_a_phone_scrolls_in_one_direction_only(report: Path, tmp_path: Path) -> 
     page, console = browse(frame, tmp_path / "profile")
     assert console == []
     assert "<title>width 390</title>" in page
+
+
+@pytest.mark.parametrize(
+    ("step_time", "told"),
+    [
+        (
+            MeasuredSteps(fraction=0.3),
+            "30\N{NO-BREAK SPACE}% of each (expert_time_fraction) is taken to wait",
+        ),
+        (
+            MeasuredSteps(fraction=0.62, standard_error=0.03, source="learned"),
+            "That part is learned from these step times, with a standard error of 3\N{NO-BREAK SPACE}%.",
+        ),
+        (
+            MeasuredSteps(fraction=0.5, standard_error=0.25, source="assumed"),
+            "That part is assumed: these step times do not tell it.",
+        ),
+    ],
+)
+def test_how_the_experts_part_is_known_is_told(
+    ours: Replayed, step_time: MeasuredSteps, told: str
+) -> None:
+    one = replace(ours, scenario=replace(ours.scenario, step_time=step_time))
+    assert any(told in hint for hint in reading_hints(HEAD, one))

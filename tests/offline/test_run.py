@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("compiled_planner")
 
 HEAD = head_of(layers=3, experts=32, ranks=4, redundant=4, origin="generated")
 SNAPSHOTS = 60
+BY_TOKENS = {"decision": {"expert_time_fraction": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def scenario(policy: str, ranks: int = 4, redundant: int = 4, **settings: object
     return Scenario(
         policy=policy,
         planner=planner_of(planner) if planner else None,
-        config=load_config({"planner": {"redundant_experts": redundant}}, settings),
+        config=load_config({"planner": {"redundant_experts": redundant}}, BY_TOKENS, settings),
         topology=Topology.single_node(ranks),
         step_time=MeasuredSteps(fraction=0.5),
     )
@@ -218,7 +219,8 @@ class LongSteps:
 
 
 def test_with_steps_of_another_length_a_plan_that_the_server_refused_is_carried_out() -> None:
-    head = head_of(redundant=2, expert_bytes=[10**9] * 2)
+    config = load_config({"planner": {"redundant_experts": 2}}, BY_TOKENS).as_dict()
+    head = head_of(redundant=2, expert_bytes=[10**9] * 2, config=config)
     refused = Agreed(planned=True, fitted=True)
     records = [
         contiguous(head),

@@ -20,6 +20,7 @@ from ep_rebalance.offline.notebook import replay
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.vllm_eplb import CountRing, VllmEplb
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.topology import Topology
 
 HEAD = head_of(layers=3, experts=8, ranks=2, redundant=2, origin="generated")
@@ -37,6 +38,7 @@ def peer(bytes_per_second: float = 1e9, **settings: object) -> VllmEplb:
         loaded=Placement.contiguous(num_layers=3, num_experts=8, num_ranks=2, num_redundant=2),
         topology=Topology(node_of_rank=(0, 0), bytes_per_second=(1e9, bytes_per_second, 1e9)),
         expert_bytes_L=[1000] * 3,
+        expert_time=ExpertTime(fraction=1.0),
     )
 
 
@@ -121,6 +123,7 @@ def test_steps_without_tokens_leave_the_ring_as_it_is() -> None:
         loaded=Placement.contiguous(num_layers=3, num_experts=8, num_ranks=2, num_redundant=2),
         topology=Topology.single_node(2),
         expert_bytes_L=[1000] * 3,
+        expert_time=ExpertTime(fraction=1.0),
     )
     (busy,) = snapshots(HEAD, 1)
     balancer.snapshot(busy)

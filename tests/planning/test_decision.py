@@ -6,12 +6,14 @@ import pytest
 from ep_rebalance.config import DecisionConfig, MigrationConfig
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.decision import Decision, decide
+from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.pace import Pace, Roads
 from ep_rebalance.planning.problem import Plan
 from ep_rebalance.topology import Topology
 
 CURRENT = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2)
 SWAPPED = Placement(np.array([[0, 2, 1, 3], [0, 1, 2, 3]], dtype=np.int32), 4, 2)
+HALF = ExpertTime(fraction=0.5)
 TOPOLOGY = Topology(node_of_rank=(0, 0), bytes_per_second=(1000.0, 100.0, 10.0), round_seconds=0.0)
 
 
@@ -30,6 +32,7 @@ def judge(
     target: Placement = SWAPPED,
     step_seconds: float = 0.1,
     trust: float = 1.0,
+    expert_time: ExpertTime = HALF,
     **settings: float,
 ) -> Decision:
     plan = Plan(
@@ -40,12 +43,11 @@ def judge(
         imbalance_after_L=np.array([after, 2.0]),
         moved_slots=target.changed_slots(CURRENT),
     )
-    config = DecisionConfig.model_validate(
-        {"horizon_steps": 100, "min_gain": 0.01, "expert_time_fraction": 0.5} | settings
-    )
+    config = DecisionConfig.model_validate({"horizon_steps": 100, "min_gain": 0.01} | settings)
     return decide(
         plan,
         step_seconds=step_seconds,
+        expert_time=expert_time,
         current=CURRENT,
         roads=roads(TOPOLOGY, 50, 50),
         config=config,
@@ -105,13 +107,38 @@ def test_a_layer_saves_nothing_until_it_is_committed() -> None:
         decide(
             plan,
             step_seconds=0.1,
+            expert_time=ExpertTime(fraction=1.0),
             current=CURRENT,
             roads=roads(TOPOLOGY, 20480, 20480),
-            config=DecisionConfig(horizon_steps=horizon, expert_time_fraction=1.0),
+            config=DecisionConfig(horizon_steps=horizon),
         ).predicted_saved_seconds
         for horizon in (100, 8)
     ]
     assert seconds == pytest.approx([0.5 * 0.1 * (95 + 90) / 2, 0.5 * 0.1 * 3 / 2])
+
+
+def test_a_gain_that_may_be_nothing_is_none() -> None:
+    sure = ExpertTime(fraction=0.1, standard_error=0.01, source="learned")
+    unsure = ExpertTime(fraction=0.1, standard_error=0.09, source="learned")
+    settings = {"min_gain_over_cost": 0.0}
+    accepted = judge(1.0, expert_time=sure, **settings)
+    assert (accepted.outcome, accepted.predicted_gain) == ("accepted", pytest.approx(0.025))
+    refused = judge(1.0, expert_time=unsure, **settings)
+    assert (refused.outcome, refused.predicted_gain) == ("no_gain", pytest.approx(0.025))
+    assert "2.50% (0.25% at least)" in refused.reason
+    assert judge(1.0, expert_time=unsure, min_gain=0.002, **settings).accepted
+
+
+def test_what_is_expected_is_held_against_the_cost() -> None:
+    unsure = ExpertTime(fraction=0.5, standard_error=0.25, source="assumed")
+    assert judge(1.0, expert_time=unsure, min_gain_over_cost=2.4).outcome == "accepted"
+    assert judge(1.0, expert_time=unsure, min_gain_over_cost=2.6).outcome == "over_budget"
+
+
+def test_a_gain_that_is_no_number_is_none() -> None:
+    assert judge(np.nan).outcome == "no_gain"
+    assert judge(1.0, trust=np.nan).outcome == "no_gain"
+    assert judge(1.0, step_seconds=np.nan).outcome == "over_budget"
 
 
 def test_cost_is_the_time_of_the_busiest_rank_over_its_links() -> None:

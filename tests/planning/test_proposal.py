@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -16,7 +14,10 @@ from ep_rebalance.topology import Topology
 
 CURRENT = Placement.contiguous(num_layers=2, num_experts=8, num_ranks=2)
 FIRST_RANK_BUSY = [90_000, 80_000, 70_000, 60_000, 10_000, 10_000, 10_000, 10_000]
-SETTINGS = {"planner": {"max_moved_fraction": 1.0}}
+SETTINGS = {
+    "planner": {"max_moved_fraction": 1.0},
+    "decision": {"expert_time_fraction": 0.5},
+}
 
 
 def proposer(**sections: dict[str, object]) -> Proposer:
@@ -146,8 +147,8 @@ class Server:
     """Serves load whose first rank is busy, and takes as long for a step as `seconds` says of the mean
     and the busiest rank's tokens."""
 
-    def __init__(self, seconds, noise: float) -> None:
-        self.asked = proposer()
+    def __init__(self, seconds, noise: float, **sections: dict[str, object]) -> None:
+        self.asked = proposer(**sections)
         self.placement, self.generation = CURRENT, 0
         self._seconds, self._noise = seconds, noise
         self._rng = np.random.default_rng(0)
@@ -167,8 +168,14 @@ class Server:
         load_LR = self.placement.rank_load_LR(counts_ALE.sum(axis=0))
         seconds = self._seconds(load_LR.mean(axis=1).sum(), load_LR.max(axis=1).sum()) / 1e8
         noise = 1 + self._noise * self._rng.normal()
-        return replace(plain, counts_ALE=counts_ALE, generation=self.generation,
-                       step_seconds=seconds * noise)  # fmt: skip
+        return LoadSample(
+            counts_ALE=counts_ALE,
+            steps=plain.steps,
+            step_seconds=seconds * noise,
+            generation=self.generation,
+            placement=self.placement,
+            quotas_LP=self.placement.even_quotas_LP(),
+        )
 
 
 def waits_for_the_busiest(mean: float, busiest: float) -> float:
@@ -233,3 +240,42 @@ def test_windows_without_the_chosen_phase_propose_nothing_and_spoil_nothing() ->
         proposal = propose(asked, snapshots(FIRST_RANK_BUSY, phase="prefill"), CURRENT)
         assert (proposal.decision.outcome, proposal.plan.moved_slots) == ("no_gain", 0)
     assert propose(asked, snapshots(FIRST_RANK_BUSY), CURRENT).decision.accepted
+
+
+# --- with the experts' part of a step learned
+
+AUTO = {"decision": {"expert_time_fraction": "auto"}}
+
+
+def test_until_steps_tell_the_fraction_is_assumed() -> None:
+    proposal = propose(proposer(**AUTO), snapshots(FIRST_RANK_BUSY), CURRENT)
+    assert (proposal.expert_time.fraction, proposal.expert_time.source) == (0.5, "assumed")
+    assert proposal.decision.accepted
+    assert proposal.decision.predicted_gain == pytest.approx(0.5 * proposal.plan.promised)
+
+
+def test_commits_teach_what_the_next_plan_is_worth() -> None:
+    """A step of which the busiest rank takes 0.64 before the commit, and 0.5 after it."""
+    server = Server(waits_for_the_busiest, noise=0.002, **AUTO)
+    promised = server.serve(12)
+    assert promised.expert_time.source == "assumed"
+    judged = server.serve(12)
+    assert judged.expert_time.source == "learned"
+    assert abs(judged.expert_time.fraction - 0.5) < 3 * judged.expert_time.standard_error < 0.15
+    assert judged.achieved_gain == pytest.approx(0.64 * promised.plan.promised, rel=0.1)
+    assert judged.measured_gain is not None
+    low, high = judged.measured_gain.bounds
+    assert low - 0.02 < judged.achieved_gain < high + 0.02
+    assert judged.trust == pytest.approx(1.0, abs=1e-3)
+
+
+def test_where_nothing_waits_promises_are_worth_nothing_and_the_planner_keeps_its_trust() -> None:
+    server = Server(reads_its_weights, noise=0.002, **AUTO)
+    server.serve(12)
+    judged = server.serve(12)
+    assert judged.expert_time.source == "learned"
+    assert judged.expert_time.fraction < 0.05
+    assert judged.achieved_gain is not None
+    assert abs(judged.achieved_gain) < 0.02
+    assert judged.trust > 0.9, "what it moved did even out the tokens"
+    assert judged.decision.outcome == "no_gain"

@@ -34,10 +34,15 @@ STEPS_LIMIT = 400
 EAGER = {
     "window": {"snapshot_steps": 2, "snapshots": 8, "min_snapshots": 2, "min_tokens": 1},
     "planner": {"interval_snapshots": 2, "max_moved_fraction": 0.3},
-    "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0, "horizon_steps": 1_000_000},
+    "decision": {
+        "min_gain": 0.0,
+        "min_gain_over_cost": 0.0,
+        "horizon_steps": 1_000_000,
+        "expert_time_fraction": 0.5,
+    },
     "migration": {"max_bytes_per_step": 4096},
 }
-"""Plans often, acts on every gain, and needs several rounds for a migration."""
+"""Plans often, acts on every gain by its tokens alone, and needs several rounds for a migration."""
 
 
 def eager(*changes: dict) -> RebalanceConfig:

@@ -7,7 +7,11 @@ from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.load.window import LoadSample
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
-from ep_rebalance.telemetry.events import SnapshotTaken
+from ep_rebalance.planning.decision import Decision
+from ep_rebalance.planning.expert_time import ExpertTime
+from ep_rebalance.planning.problem import Plan
+from ep_rebalance.planning.proposal import Proposal, TimedProposal
+from ep_rebalance.telemetry.events import PlanProposed, SnapshotTaken
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.telemetry.metrics import encode
 
@@ -73,3 +77,42 @@ def test_optional_metrics_are_filled_where_they_are_switched_on(journal: Journal
     )
     assert status.expert_tokens == [[16, 10, 6, 4], [12, 8, 8, 8]]
     assert status.replicas == [2, 2]
+
+
+def proposed(expert_time: ExpertTime) -> PlanProposed:
+    decision = Decision(
+        outcome="no_gain",
+        reason="no",
+        predicted_gain=0.0,
+        predicted_saved_seconds=0.0,
+        migration_seconds=0.0,
+    )
+    plan = Plan(
+        placement=LOADED,
+        quotas_LP=LOADED.even_quotas_LP(),
+        unmoved_quotas_LP=LOADED.even_quotas_LP(),
+        imbalance_before_L=np.ones(2),
+        imbalance_after_L=np.ones(2),
+        moved_slots=0,
+    )
+    proposal = Proposal(
+        plan=plan,
+        decision=decision,
+        expert_time=expert_time,
+        achieved_gain=None,
+        measured_gain=None,
+        trust=1.0,
+    )
+    return PlanProposed(TimedProposal(proposal=proposal, seconds=0.01))
+
+
+def test_the_fraction_that_waits_for_experts_is_shown_with_how_it_is_known(journal: Journal):
+    status = journal.status
+    assert (status.expert_time, status.expert_time_learned) == ({}, 0)
+    journal.apply(proposed(ExpertTime(fraction=0.4, standard_error=0.05, source="learned")))
+    assert status.expert_time == pytest.approx({"low": 0.3, "estimate": 0.4, "high": 0.5})
+    assert (status.expert_time_learned, status.expert_time_reason) == (1, "")
+    assumed = ExpertTime(fraction=0.5, standard_error=0.3, source="assumed", reason="why")
+    journal.apply(proposed(assumed))
+    assert status.expert_time == {"low": 0.0, "estimate": 0.5, "high": 1.0}
+    assert (status.expert_time_learned, status.expert_time_reason) == (0, "why")

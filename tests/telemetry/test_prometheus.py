@@ -45,6 +45,7 @@ def test_every_metric_of_the_table_is_exported_with_its_help_and_labels():
     status.overall_imbalance = {"served": 1.2, "contiguous": 1.4, "predicted": 1.1}
     status.phase_imbalance = {"prefill": 1.2, "decode": 1.3}
     status.measured_gain = {"low": 0.01, "estimate": 0.02, "high": 0.03}
+    status.expert_time = {"low": 0.4, "estimate": 0.5, "high": 0.6}
     status.replicas, status.expert_tokens = [0, 0], [[1, 2, 3, 4], [4, 3, 2, 1]]
     status.layer_rank_tokens = [[3, 7], [7, 3]]
     scrape.exporter.update(status)
@@ -176,6 +177,7 @@ def deepseek_v3_on_64_ranks() -> Status:
     status.overall_imbalance = {"served": 1.2, "contiguous": 1.4, "predicted": 1.1}
     status.phase_imbalance = {"prefill": 1.2, "decode": 1.3}
     status.measured_gain = {"low": 0.01, "estimate": 0.02, "high": 0.03}
+    status.expert_time = {"low": 0.4, "estimate": 0.5, "high": 0.6}
     for seen in ("plan", "migration", "commit_stall", "round_stall"):
         getattr(status, f"{seen}_seconds").add(0.1)
     status.self_test = {"exact": 58}

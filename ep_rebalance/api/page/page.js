@@ -67,6 +67,9 @@ function showNow(status, before) {
   show("predicted", measured ? `of the step time, by tokens; ${percent(measured.predicted_gain)} were promised` : "of the step time, by tokens");
   const { low, high } = status.measured_gain;
   show("measured", low === undefined ? "" : `${percent(low)} to ${percent(high)} by step times`);
+  const { low: least, estimate: waiting, high: most } = status.expert_time;
+  const known = least === most ? "set" : status.expert_time_learned ? `${percent(least)} to ${percent(most)}, learned` : "assumed";
+  show("waiting", waiting === undefined ? "" : `${percent(waiting)} of a step waits for experts (${known})`);
   show("generation", String(status.generation));
   show("age", status.last_commit_timestamp ? `served since ${ago(status.last_commit_timestamp, status)}` : "as the engine loaded it");
   show("experts", sum(status.migrated_experts).toLocaleString("en"));

@@ -111,7 +111,7 @@ def _encode_placement(change: RecordedPlacement, layout: np.dtype[np.void]) -> b
 
 
 def decode_record(record: np.void, head: TraceHead) -> Record:
-    """The record in a whole, checked array element. Raises PlacementError for slots that cannot be."""
+    """The record in a whole, checked array element. Raises ValueError for slots or times that cannot be."""
     numbers: dict[str, Any] = {
         "time": float(record["time"]),
         "step": int(record["step"]),

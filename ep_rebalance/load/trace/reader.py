@@ -12,7 +12,6 @@ from ep_rebalance.load.trace.error import TraceError
 from ep_rebalance.load.trace.head import read_head
 from ep_rebalance.load.trace.layout import Layout, decode_record
 from ep_rebalance.load.trace.records import Record, TraceHead
-from ep_rebalance.placement import PlacementError
 
 _BLOCK_BYTES = 4 << 20
 
@@ -74,7 +73,7 @@ class TraceReader:
     def _decode(self, record: np.void, offset: int) -> Record:
         try:
             return decode_record(record, self.head)
-        except PlacementError as error:
+        except ValueError as error:
             raise TraceError(self.path, offset, str(error)) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +79,8 @@ class RecordedSnapshot:
     generation: of the placement that was served.
     agreed: what the ranks learned with it.
     ended: the migration that ended since the previous snapshot; None if none did.
+
+    Raises ValueError for a step time that is not finite or below 0.
     """
 
     counts_ALE: NDArray[np.uint32] | NDArray[np.int64]
@@ -88,6 +91,10 @@ class RecordedSnapshot:
     generation: int
     agreed: Agreed = NOTHING_AGREED
     ended: MigrationEnd | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.step_seconds < math.inf:
+            raise ValueError(f"a step cannot take {self.step_seconds} seconds")
 
     def joined(self, later: RecordedSnapshot) -> RecordedSnapshot:
         """This snapshot and the next one as one: a server that moves experts would take none in between."""
@@ -106,13 +113,19 @@ class RecordedSnapshot:
             ),
         )
 
-    def sample(self) -> LoadSample:
-        """The sample for the load window."""
+    def sample(
+        self,
+        placement: Placement | None = None,
+        quotas_LP: NDArray[np.float64] | None = None,
+    ) -> LoadSample:
+        """The sample for the load window. Arguments say what it was served with, see `LoadSample`."""
         return LoadSample(
             counts_ALE=self.counts_ALE.astype(np.int64),
             steps=self.steps,
             step_seconds=self.step_seconds,
             generation=self.generation,
+            placement=placement,
+            quotas_LP=quotas_LP,
         )
 
     def snapshot(self) -> Snapshot:

@@ -98,12 +98,19 @@ def _how_steps_are_predicted(step_time: StepTime) -> str:
             f"nodes, with experts and all-to-all taken as {percent(step_time.fraction, 0)} of a step with "
             "even load."
         )
-    fraction = (
-        f"{percent(step_time.fraction, 0)} " if isinstance(step_time, MeasuredSteps) else "part "
-    )
+    known, fraction = "", "part"
+    if isinstance(step_time, MeasuredSteps):
+        fraction = percent(step_time.fraction, 0)
+        error = percent(step_time.standard_error, 0)
+        known = {
+            "set": "",
+            "assumed": " That part is assumed: these step times do not tell it.",
+            "learned": f" That part is learned from these step times, with a standard error of {error}.",
+        }[step_time.source]
     return (
-        f"Predicted step times are those of the trace: {fraction}of each (expert_time_fraction) is taken "
+        f"Predicted step times are those of the trace: {fraction} of each (expert_time_fraction) is taken "
         "to wait for the busiest rank's experts and scaled by its tokens, the rest stays as it is."
+        f"{known}"
     )
 
 
