@@ -31,7 +31,7 @@ from ep_rebalance.balancer.loop import BalancingLoop
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.snapshot import Agreed, Snapshot
 from ep_rebalance.load.trace import MigrationEnd, RecordedSnapshot
-from ep_rebalance.migration import Batch, Migration
+from ep_rebalance.migration import Migration
 from ep_rebalance.migration.configured import schedule_as_configured
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
@@ -282,25 +282,33 @@ class ReplayedServer:
                 bytes={link: size for link, size in bytes_of.items() if size},
                 layers=_layers(migration, end.batches),
                 placement=self._served.placement,
-                stall_seconds=sum(round_seconds(batch, self._topology) for batch in committed),
+                stall_seconds=round_seconds(migration, end.batches, self._topology),
             )
         )
 
 
-def round_seconds(batch: Batch, topology: Topology) -> float:
-    """How long a batch's rounds take: in each, as long as its busiest rank sends, or receives."""
-    rounds, moves = batch.rounds, batch.moves
-    if not len(rounds):
-        return 0.0
-    round_X = np.repeat(np.arange(len(rounds)), np.diff(rounds.first_N1))
-    rates = np.array(topology.bytes_per_second)
-    seconds_X = (rounds.stop - rounds.start) / rates[moves.link[rounds.move]]
-    longest_N = np.zeros(len(rounds))
-    for rank_M in (moves.src_rank, moves.dst_rank):
-        cells_X = round_X * topology.num_ranks + rank_M[rounds.move]
-        sums = np.bincount(cells_X, seconds_X, minlength=len(rounds) * topology.num_ranks)
-        longest_N = np.maximum(longest_N, sums.reshape(len(rounds), -1).max(axis=1))
-    return float(longest_N.sum())
+def round_seconds(migration: Migration, batches: int, topology: Topology) -> float:
+    """How long the rounds of the first batches take: each as long as its busiest rank sends, or receives, and
+    what a round takes beside its bytes.
+    """
+    # Rounds also carry moves of later batches.
+    moves = [batch.moves for batch in migration.batches]
+    link_M, src_M, dst_M = (
+        np.concatenate(columns)
+        for columns in zip(*((m.link, m.src_rank, m.dst_rank) for m in moves), strict=True)
+    )
+    rates, ranks, seconds = np.array(topology.bytes_per_second), topology.num_ranks, 0.0
+    for batch in migration.batches[:batches]:
+        rounds = batch.rounds
+        round_X = np.repeat(np.arange(len(rounds)), np.diff(rounds.first_N1))
+        seconds_X = (rounds.stop - rounds.start) / rates[link_M[rounds.move]]
+        longest_N = np.zeros(len(rounds))
+        for rank_M in (src_M, dst_M):
+            cells_X = round_X * ranks + rank_M[rounds.move]
+            sums = np.bincount(cells_X, seconds_X, minlength=len(rounds) * ranks)
+            longest_N = np.maximum(longest_N, sums.reshape(len(rounds), -1).max(axis=1))
+        seconds += float(longest_N.sum()) + len(rounds) * topology.round_seconds
+    return seconds
 
 
 def _layers(migration: Migration, batches: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from ep_rebalance.offline.generated_load import Timing, generate_steps, syntheti
 from ep_rebalance.offline.scoring import balancedness
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import TokenCost
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.proposal import Proposer
 from ep_rebalance.topology import Topology
@@ -230,18 +231,19 @@ def test_a_round_takes_as_long_as_its_busiest_rank() -> None:
         target.even_quotas_LP(),
         topology=topology,
         expert_bytes_L=[BYTES] * 4,
-        max_bytes_per_round=2 * BYTES,
+        pace=Pace.of_bytes(2 * BYTES),
         staging_slots=9,
     )
-    for batch in migration.batches:
-        expected = 0.0
+    moves = [move for batch in migration.batches for move in batch.moves]
+    expected = 0.0
+    for count, batch in enumerate(migration.batches, start=1):
         for number in range(len(batch.rounds)):
             busy_2R = np.zeros((2, 4))
             for transfer in range(*batch.rounds.first_N1[number : number + 2]):
-                move = batch.moves[int(batch.rounds.move[transfer])]
+                move = moves[int(batch.rounds.move[transfer])]
                 size = int(batch.rounds.stop[transfer] - batch.rounds.start[transfer])
                 busy_2R[0, move.src_rank] += topology.seconds(size, move.link)
                 busy_2R[1, move.dst_rank] += topology.seconds(size, move.link)
-            expected += busy_2R.max()
-        assert round_seconds(batch, topology) == pytest.approx(expected)
-        assert expected > 0
+            expected += busy_2R.max() + topology.round_seconds
+        assert round_seconds(migration, count, topology) == pytest.approx(expected)
+    assert expected > 0
