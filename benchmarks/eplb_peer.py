@@ -2,9 +2,9 @@
 
 A server with vLLM's own balancer, made to run on CPU (vllm_eplb_on_cpu), gets kinds of load with other
 hot experts, one after another. It keeps what each step counted, and its maps. The counts become a trace,
-with snapshots of 1 step and of 16 steps as the plugin takes them; its replays are set beside what the
-server did: after which steps it rearranged, how many experts it moved, over links how many, and into
-which map.
+with snapshots of 1 step, of 16, and of 17 as the plugin takes them: one step more for the all-reduce, so
+that no window of the balancer is made of whole snapshots. Its replays are set beside what the server did:
+after which steps it rearranged, how many experts it moved, how many of them over links, and into which map.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ep_rebalance.offline.run import replay
 from ep_rebalance.offline.scenarios import scenario
 from ep_rebalance.placement import Placement
 
-SNAPSHOT_STEPS = (1, 16)
+SNAPSHOT_STEPS = (1, 16, 17)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
