@@ -103,9 +103,10 @@ def test_a_plan_takes_as_long_as_its_rounds(path: Path) -> None:
 
 
 def test_a_migration_without_end_is_over_budget(path: Path) -> None:
+    quick = replayed(path, "ours")
     slow = replayed(path, "ours", migration={"max_bytes_per_step": 4096, "deadline_steps": 1})
-    assert {plan.outcome for plan in slow.plans} == {"over_budget"}
-    assert slow.moved == 0
+    assert slow.plans[0].outcome == "over_budget"
+    assert slow.moved < quick.moved  # only what a single round can carry
 
 
 def test_other_sizes_can_be_replayed(path: Path) -> None:
