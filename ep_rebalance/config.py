@@ -107,7 +107,8 @@ class PlannerConfig(_Section):
     """Most slots of one layer that a plan may change on one rank. Sizes the staging memory."""
     internode_token_price: float = Field(default=0.02, ge=0.0)
     """Cost of sending a token across a node boundary, as a multiple of the cost of computing it. Of
-    placements that balance equally well, the one with replicas on more nodes is better.
+    placements that balance equally well, the one with replicas on more nodes is better. Not looked at if
+    16 ranks or more have two slots each.
     """
     threads: int = Field(default=1, gt=0)
     """Layers that are planned at the same time, each on its own core; the plan does not depend on it."""
