@@ -17,7 +17,7 @@ CHUNK_BYTES = 256
 """Experts are cut at multiples of this, so that their parts stay aligned and few are tiny."""
 
 
-class Ways(NamedTuple):
+class MoveColumns(NamedTuple):
     """The moves of a migration, in the order in which their layers are committed.
 
     src_rank_M, dst_rank_M: int64 [M]. The ranks of each move.
@@ -49,7 +49,7 @@ class Limits(NamedTuple):
 
 
 @compiled
-def fill_rounds(ways: Ways, limits: Limits) -> tuple[IntArray, IntArray, IntArray]:
+def fill_rounds(columns: MoveColumns, limits: Limits) -> tuple[IntArray, IntArray, IntArray]:
     """Fill rounds greedily, so that the busiest rank's link is never idle.
 
     A move may begin once its destination has room for it. Experts are given room in the order of their
@@ -60,9 +60,9 @@ def fill_rounds(ways: Ways, limits: Limits) -> tuple[IntArray, IntArray, IntArra
     int64 [K], the round after which the layers up to this one are whole. What they occupied is free in
     the next round.
     """
-    src_rank_M, dst_rank_M, bytes_M, _, turn_M = ways
+    src_rank_M, dst_rank_M, bytes_M, _, turn_M = columns
     left_M, size_M = bytes_M.copy(), np.zeros_like(bytes_M)
-    owed_2R = _owed(ways, limits.ranks)
+    owed_2R = _owed(columns, limits.ranks)
     first_K1 = _first_of_turn(turn_M)
     last_K = np.zeros(first_K1.size - 1, np.int64)
     arrival_M, next_R, stop_R = _arrivals(dst_rank_M, limits.ranks)
@@ -73,8 +73,8 @@ def fill_rounds(ways: Ways, limits: Limits) -> tuple[IntArray, IntArray, IntArra
     moving = np.empty(0, np.int64)
     while turn < last_K.size:
         moving = _with_beginning(moving, arrival_M, next_R, stop_R, room_R)
-        order = _by_urgency(ways, moving, owed_2R)
-        _fill_round(ways, limits, left_M, order, size_M)
+        order = _by_urgency(columns, moving, owed_2R)
+        _fill_round(columns, limits, left_M, order, size_M)
         if transfers + moving.size > transfers_3X.shape[1]:
             transfers_3X = np.concatenate((transfers_3X, np.empty_like(transfers_3X)), axis=1)
         for move in moving:
@@ -100,12 +100,12 @@ def fill_rounds(ways: Ways, limits: Limits) -> tuple[IntArray, IntArray, IntArra
 
 
 @compiled
-def _owed(ways: Ways, num_ranks: int) -> IntArray:
+def _owed(columns: MoveColumns, num_ranks: int) -> IntArray:
     """int64 [2, R], bytes that each rank has yet to send and to receive."""
     owed_2R = np.zeros((2, num_ranks), np.int64)
-    for move in range(ways.bytes_M.size):
-        owed_2R[0, ways.src_rank_M[move]] += ways.bytes_M[move]
-        owed_2R[1, ways.dst_rank_M[move]] += ways.bytes_M[move]
+    for move in range(columns.bytes_M.size):
+        owed_2R[0, columns.src_rank_M[move]] += columns.bytes_M[move]
+        owed_2R[1, columns.dst_rank_M[move]] += columns.bytes_M[move]
     return owed_2R
 
 
@@ -142,19 +142,19 @@ def _with_beginning(
 
 
 @compiled
-def _by_urgency(ways: Ways, moving: IntArray, owed_2R: IntArray) -> IntArray:
+def _by_urgency(columns: MoveColumns, moving: IntArray, owed_2R: IntArray) -> IntArray:
     """Of the moves on their way, first those whose busier rank has most left to send or receive; ties by
     number.
     """
     haste = np.empty(moving.size, np.int64)
     for i, move in enumerate(moving):
-        haste[i] = -max(owed_2R[0, ways.src_rank_M[move]], owed_2R[1, ways.dst_rank_M[move]])
+        haste[i] = -max(owed_2R[0, columns.src_rank_M[move]], owed_2R[1, columns.dst_rank_M[move]])
     return moving[np.argsort(haste, kind="mergesort")]
 
 
 @compiled
 def _fill_round(
-    ways: Ways, limits: Limits, left_M: IntArray, order: IntArray, size_M: IntArray
+    columns: MoveColumns, limits: Limits, left_M: IntArray, order: IntArray, size_M: IntArray
 ) -> None:
     """Write to `size_M` how many bytes of each move of `order`, most urgent first, go in the next round.
 
@@ -169,7 +169,7 @@ def _fill_round(
     for kind in range(2):
         send_2R[kind], receive_2R[kind] = most[kind], most[kind]
     for move in order:
-        src, dst, far = ways.src_rank_M[move], ways.dst_rank_M[move], ways.far_M[move]
+        src, dst, far = columns.src_rank_M[move], columns.dst_rank_M[move], columns.far_M[move]
         room = min(send_2R[0, src], receive_2R[0, dst])
         if far:
             room = min(room, send_2R[1, src], receive_2R[1, dst])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ep_rebalance.compiled import compiled
 from ep_rebalance.migration.batches import Batch, Migration, Moves, Rounds
 from ep_rebalance.migration.itinerary import itinerary
-from ep_rebalance.migration.rounds import Limits, Ways, fill_rounds
+from ep_rebalance.migration.rounds import Limits, MoveColumns, fill_rounds
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.sources import IntArray, choose_sources
@@ -164,9 +164,9 @@ def _batches(
     """A batch for each round after which layers are whole."""
     turn_M = np.repeat(np.arange(len(layers)), _run_lengths(moves.layer))
     far_M = moves.over("internode").astype(np.int64)
-    ways = Ways(moves.src_rank, moves.dst_rank, moves.size, far_M, turn_M)
+    columns = MoveColumns(moves.src_rank, moves.dst_rank, moves.size, far_M, turn_M)
     limits = Limits(source.num_ranks, staging_slots, pace.max_bytes, pace.max_internode_bytes)
-    first_N1, transfers_3X, last_K = fill_rounds(ways, limits)
+    first_N1, transfers_3X, last_K = fill_rounds(columns, limits)
     begin = 0
     for last in np.unique(last_K).tolist():
         turns = np.flatnonzero(last_K == last)

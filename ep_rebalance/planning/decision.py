@@ -10,7 +10,7 @@ import numpy as np
 from ep_rebalance.config import DecisionConfig
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.expert_time import ExpertTime
-from ep_rebalance.planning.pace import Pace, Roads, moved_bytes_L
+from ep_rebalance.planning.pace import Pace, Transport, moved_bytes_L
 from ep_rebalance.planning.problem import Plan
 
 Outcome = Literal["accepted", "no_gain", "over_budget"]
@@ -46,7 +46,7 @@ def decide(
     step_seconds: float,
     expert_time: ExpertTime,
     current: Placement,
-    roads: Roads,
+    transport: Transport,
     config: DecisionConfig,
     trust: float = 1.0,
 ) -> Decision:
@@ -54,7 +54,7 @@ def decide(
 
     step_seconds: mean time of an engine step.
     expert_time: what of it waits for the busiest ranks' experts.
-    roads: what the experts go over.
+    transport: what the experts go over.
     trust: 0 to 1. The fraction of earlier plans' promises that was kept.
 
     Each layer waits for its busiest rank, so the time that experts take in a step shrinks in the same
@@ -67,9 +67,9 @@ def decide(
     """
     gain = expert_time.fraction * plan.promised * trust
     least = expert_time.least * plan.promised * trust
-    pace = roads.pace(plan, current, gain)
-    steps, cost = roads.cost(plan.placement, current, pace)
-    paying = _paying_steps(plan, current, roads, pace, steps, config.horizon_steps)
+    pace = transport.pace(plan, current, gain)
+    steps, cost = transport.cost(plan.placement, current, pace)
+    paying = _paying_steps(plan, current, transport, pace, steps, config.horizon_steps)
     saved = gain * step_seconds * paying
     outcome, reason = _judge(plan, (gain, least), saved, (steps, cost), config)
     return Decision(
@@ -83,7 +83,7 @@ def decide(
 
 
 def _paying_steps(
-    plan: Plan, current: Placement, roads: Roads, pace: Pace, steps: int, horizon: int
+    plan: Plan, current: Placement, transport: Transport, pace: Pace, steps: int, horizon: int
 ) -> float:
     """Steps of the horizon that are left once a layer is committed, on average over the plan's gain.
 
@@ -93,7 +93,7 @@ def _paying_steps(
     gain_K = (plan.imbalance_before_L - plan.imbalance_after_L)[layers]
     if gain_K.sum() <= 0.0:
         return float(horizon)
-    arrived_K = moved_bytes_L(plan.placement, current, roads.expert_bytes_L)[layers].cumsum()
+    arrived_K = moved_bytes_L(plan.placement, current, transport.expert_bytes_L)[layers].cumsum()
     left_K = np.maximum(horizon - steps * arrived_K / arrived_K[-1], 0.0)
     return float(gain_K @ left_K / gain_K.sum())
 

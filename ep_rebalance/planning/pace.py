@@ -55,7 +55,7 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Roads:
+class Transport:
     """What a migration goes over.
 
     expert_bytes_L: L sizes, bytes. One expert of each layer.

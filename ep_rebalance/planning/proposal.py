@@ -18,7 +18,7 @@ from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.decision import Decision, decide
 from ep_rebalance.planning.expert_time import ExpertTime, ExpertTimeEstimate
 from ep_rebalance.planning.measured_gain import MeasuredGain, StepHistory
-from ep_rebalance.planning.pace import Roads
+from ep_rebalance.planning.pace import Transport
 from ep_rebalance.planning.policies import make_plan
 from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
 from ep_rebalance.planning.step_work import StepWork
@@ -121,7 +121,7 @@ class Proposer:
             step_seconds=step_seconds,
             expert_time=expert_time,
             current=current,
-            roads=self._roads(samples),
+            transport=self._transport(samples),
             config=self._decision,
             trust=self._record.trust,
         )
@@ -160,9 +160,9 @@ class Proposer:
             self._record = self._record.with_measured(measured.part_kept(promised))
         return measured
 
-    def _roads(self, samples: Sequence[LoadSample]) -> Roads:
+    def _transport(self, samples: Sequence[LoadSample]) -> Transport:
         timed = [sample.step_seconds for sample in samples if sample.step_seconds]
-        return Roads(
+        return Transport(
             settings=self._migration,
             topology=self._topology,
             expert_bytes_L=self._expert_bytes_L,

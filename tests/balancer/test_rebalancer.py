@@ -484,7 +484,7 @@ def ask_for_a_plan(rank, size, config):
 
 
 def test_a_plan_can_be_asked_for_and_is_made_once(two_ranks: Ranks):
-    config = eager({"planner": {"interval_snapshots": 10**6}})
+    config = eager({"window": {"min_tokens": 10**9}})  # so that none is made unasked
     answers = two_ranks.run(ask_for_a_plan, 2, config)
     assert_in_step([seen for seen, *_ in answers])
     _, idle, refusals, status = answers[0]

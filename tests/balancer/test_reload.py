@@ -167,7 +167,12 @@ def reload_after_the_vote(rank, size, config, told_rank):
 
 def test_what_an_update_leaves_out_is_committed_where_it_comes_after_the_vote(two_ranks: Ranks):
     """The other rank commits: this one promised to, and only the layers that it was told of are new."""
-    config = eager({"planner": {"redundant_experts": 4, "max_moved_fraction": 1.0}})
+    config = eager(
+        {
+            "planner": {"redundant_experts": 4, "max_moved_fraction": 1.0},
+            "migration": {"max_bytes_per_step": 1 << 20},  # so that all layers are one batch
+        }
+    )
     for told_rank in (0, 1):
         ours, theirs = two_ranks.run(reload_after_the_vote, 2, config, told_rank)
         assert set(ours[0]) > {1}

@@ -70,7 +70,7 @@ def test_engine_arguments_are_made_from_the_namespace(parser):
 def test_settings_can_be_given_in_any_form(parser, args):
     given = settings(parser, *args)
     assert (given["mode"], given["window"]["snapshots"]) == ("observe", 9)
-    assert given["window"]["min_snapshots"] == 4
+    assert given["window"]["min_snapshots"] == 2
 
 
 def test_a_later_way_in_wins_key_by_key(parser, tmp_path, monkeypatch):

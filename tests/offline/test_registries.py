@@ -80,7 +80,7 @@ except ValueError as error:
     found["refused"] = str(error)
 config = load_config({"planner": {"policy": "sideways", "max_arrivals_per_rank_and_layer": 3}})
 found["planned"] = sorted(own_planners())
-found["staging"] = staging_slots(config.planner, 800, 100, [100] * 9)
+found["staging"] = staging_slots(config.planner, 1_000, 100, [1000] * 20)
 json.dump(found, sys.stdout)
 """
 
@@ -140,7 +140,7 @@ def test_an_added_policy_is_compiled_and_has_its_staging_memory(
     found: Mapping[str, object],
 ) -> None:
     assert "sideways" in found["planned"]  # type: ignore[operator]
-    assert found["staging"] == 8
+    assert found["staging"] == 3
 
 
 def test_an_added_policy_is_replayed(found: Mapping[str, object], folder: Path) -> None:

@@ -7,7 +7,7 @@ from ep_rebalance.config import DecisionConfig, MigrationConfig
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.decision import Decision, decide
 from ep_rebalance.planning.expert_time import ExpertTime
-from ep_rebalance.planning.pace import Pace, Roads
+from ep_rebalance.planning.pace import Pace, Transport
 from ep_rebalance.planning.problem import Plan
 from ep_rebalance.topology import Topology
 
@@ -17,8 +17,8 @@ HALF = ExpertTime(fraction=0.5)
 TOPOLOGY = Topology(node_of_rank=(0, 0), bytes_per_second=(1000.0, 100.0, 10.0), round_seconds=0.0)
 
 
-def roads(topology: Topology, *expert_bytes_L: int, max_bytes: int = 4096) -> Roads:
-    return Roads(
+def transport(topology: Topology, *expert_bytes_L: int, max_bytes: int = 4096) -> Transport:
+    return Transport(
         settings=MigrationConfig(max_bytes_per_step=max_bytes),
         topology=topology,
         expert_bytes_L=expert_bytes_L,
@@ -49,7 +49,7 @@ def judge(
         step_seconds=step_seconds,
         expert_time=expert_time,
         current=CURRENT,
-        roads=roads(TOPOLOGY, 50, 50),
+        transport=transport(TOPOLOGY, 50, 50),
         config=config,
         trust=trust,
     )
@@ -109,7 +109,7 @@ def test_a_layer_saves_nothing_until_it_is_committed() -> None:
             step_seconds=0.1,
             expert_time=ExpertTime(fraction=1.0),
             current=CURRENT,
-            roads=roads(TOPOLOGY, 20480, 20480),
+            transport=transport(TOPOLOGY, 20480, 20480),
             config=DecisionConfig(horizon_steps=horizon),
         ).predicted_saved_seconds
         for horizon in (100, 8)
@@ -148,6 +148,6 @@ def test_cost_is_the_time_of_the_busiest_rank_over_its_links() -> None:
     )
     pace = Pace(max_bytes=20, max_internode_bytes=10)
     moved = Placement(np.array([[0, 1, 2, 3, 1, 2]], dtype=np.int32), 4, 3)
-    assert roads(nodes, 50).cost(moved, current, pace) == (5, pytest.approx(5.0 + 5 * 0.25))
+    assert transport(nodes, 50).cost(moved, current, pace) == (5, pytest.approx(5.0 + 5 * 0.25))
     nearer = Placement(np.array([[0, 2, 1, 3, 0, 2]], dtype=np.int32), 4, 3)
-    assert roads(nodes, 50).cost(nearer, current, pace) == (3, pytest.approx(0.5 + 3 * 0.25))
+    assert transport(nodes, 50).cost(nearer, current, pace) == (3, pytest.approx(0.5 + 3 * 0.25))

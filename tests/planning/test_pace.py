@@ -5,7 +5,7 @@ import pytest
 
 from ep_rebalance.config import MigrationConfig
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.pace import Pace, Roads, layers_by_gain, most_bytes_per_step
+from ep_rebalance.planning.pace import Pace, Transport, layers_by_gain, most_bytes_per_step
 from ep_rebalance.planning.problem import Plan
 from ep_rebalance.topology import Topology
 
@@ -40,13 +40,13 @@ def pace(
     step_seconds: float = 0.02,
     expert_bytes: int = EXPERT_BYTES,
 ) -> Pace:
-    roads = Roads(
+    transport = Transport(
         settings=MigrationConfig.model_validate({"max_bytes_per_step": setting}),
         topology=Topology(node_of_rank=(0, 1), bytes_per_second=(2e12, 300e9, 45e9)),
         expert_bytes_L=(expert_bytes,) * 4,
         step_seconds=step_seconds,
     )
-    return roads.pace(plan(0.1, 0.4, 0.2, 0.3), CURRENT, gain)
+    return transport.pace(plan(0.1, 0.4, 0.2, 0.3), CURRENT, gain)
 
 
 def test_a_step_is_lengthened_by_a_hundredth_over_each_kind_of_link() -> None:

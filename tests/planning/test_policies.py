@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import problem_of, problems, window_of
 
+from ep_rebalance.config import PlannerConfig
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import mean_imbalance_L
-from ep_rebalance.planning.policies import make_plan, own_planners, planner_of
+from ep_rebalance.planning.policies import make_plan, own_planners, planner_of, staging_slots
 from ep_rebalance.planning.problem import Problem
 from ep_rebalance.policies import POLICIES
 
@@ -64,3 +65,20 @@ def test_older_samples_count_less() -> None:
         problem.cost, problem.load, TWO_RANKS, TWO_RANKS.even_quotas_LP()
     )
     assert imbalance_L == pytest.approx([(0.5 * 1.5 + 1) / 1.5])
+
+
+@pytest.mark.parametrize(
+    ("policy", "max_staging_bytes", "slots"),
+    [
+        ("incremental", 9_999, 9),
+        ("incremental", 100, 2),  # the arrivals of a layer in any case
+        ("incremental", 1 << 40, 40),  # and no more than a migration can use
+        ("greedy", 9_999, 30),
+        ("greedy", 45_000, 45),
+    ],
+)
+def test_staging_memory_holds_what_is_allowed_and_at_least_a_layer(
+    policy: str, max_staging_bytes: int, slots: int
+) -> None:
+    settings = PlannerConfig(policy=policy)
+    assert staging_slots(settings, max_staging_bytes, 30, [500] * 10 + [1000] * 10) == slots

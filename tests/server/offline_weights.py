@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 TOKENS = 12
 SETTINGS = {
-    "window": {"snapshot_steps": 2, "snapshots": 8, "min_snapshots": 2, "min_tokens": 16},
+    "window": {"snapshot_steps": 2, "snapshots": 8, "min_snapshots": 3, "min_tokens": 16},
     "planner": {"interval_snapshots": 3},
     "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
     "migration": {"max_bytes_per_step": 16 << 10},

@@ -17,7 +17,7 @@ QUANTISED = (*DATA_PARALLEL, *PLUGIN, "--dtype", "bfloat16")
 TRIED = ("--ep-rebalance-config.quantisation.unlisted", "self_test")
 """The reference is on no list."""
 SINGLE_REQUESTS = {
-    "window": {"min_tokens": 1},
+    "window": {"min_snapshots": 20, "min_tokens": 1},
     "planner": {"interval_snapshots": 20, "max_moved_fraction": 0.2},
 }
 

@@ -37,7 +37,11 @@ SNAPSHOTS_BEFORE_PLAN = 40
 """Enough that all questions asked at once (about 15 snapshots) are answered before the first plan."""
 
 SETTINGS = {
-    "window": {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 2},
+    "window": {
+        "snapshot_steps": 4,
+        "snapshots": SNAPSHOTS_BEFORE_PLAN,
+        "min_snapshots": SNAPSHOTS_BEFORE_PLAN,
+    },
     "planner": {"interval_snapshots": SNAPSHOTS_BEFORE_PLAN},
     "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
     "metrics": {"poll_seconds": 0.5},

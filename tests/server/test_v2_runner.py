@@ -22,7 +22,7 @@ pytestmark = V033_V2.marks
 TOKENS = 12
 """Of each answer: Triton's interpreter makes steps long."""
 SETTINGS = {
-    "window": {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 2},
+    "window": {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 10},
     # Two times the snapshots that all questions take when they are asked at once.
     "planner": {"interval_snapshots": 10, "redundant_experts": 4},
     "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
