@@ -83,7 +83,9 @@ class PlannerConfig(_Section):
     )
     objective: Literal["tokens", "time"] = "tokens"
     """What is balanced: each rank's `tokens`, or the `time` that it takes to read its activated experts or to
-    compute its tokens, whichever is longer, by the figures in `hardware` (for decode).
+    compute its tokens, whichever is longer, by the figures in `hardware`. While the window's mean step mostly
+    reads (decode), all tokens of an expert then go to one of its replicas, so that redundant experts need not
+    be read.
     """
     phase: PhaseChoice = "all"
     """Whose tokens count: `all`, `prefill` or `decode`."""
@@ -106,6 +108,10 @@ class PlannerConfig(_Section):
     internode_token_price: float = Field(default=0.02, ge=0.0)
     """Cost of sending a token across a node boundary, as a multiple of the cost of computing it. Of
     placements that balance equally well, the one with replicas on more nodes is better.
+    """
+    intranode_token_price: float = Field(default=0.0, ge=0.0)
+    """The same for sending it to another rank. It draws replicas to the experts with most tokens, which may
+    pay on one node with slow links and many redundant experts.
     """
     threads: int = Field(default=1, gt=0)
     """Layers that are planned at the same time, each on its own core; the plan does not depend on it."""
@@ -348,6 +354,12 @@ class RebalanceConfig(_Section):
             raise ValueError(
                 "planner.objective=time needs hardware.memory_bytes_per_second and "
                 "hardware.flops_per_second; give both or use objective=tokens"
+            )
+        if self.planner.objective == "time" and self.dispatch.by_own_counts:
+            raise ValueError(
+                "planner.objective=time sends an expert's tokens to one replica where steps mostly read "
+                "weights, and dispatch.split=own_counts spreads them over all; use dispatch.split=window or "
+                "objective=tokens"
             )
         if self.mode == "observe" and self.planner.redundant_experts:
             raise ValueError(

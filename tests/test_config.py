@@ -136,3 +136,13 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             read_config_file(path)
     with pytest.raises(ConfigurationError, match="not valid JSON"):
         parse_config_argument("{mode")
+
+
+def test_one_active_replica_and_tokens_spread_over_all_exclude_each_other():
+    figures = {"memory_bytes_per_second": 1e12, "flops_per_second": 1e15}
+    by_time = {"planner": {"objective": "time"}, "hardware": figures}
+    assert load_config(by_time).planner.objective == "time"
+    with pytest.raises(
+        ValueError, match=r"objective=time.*split=own_counts.*use dispatch.split=window"
+    ):
+        load_config(by_time | {"dispatch": {"split": "own_counts"}})

@@ -3,7 +3,8 @@
 The objective is the mean over the window's samples of the squared rank loads, so that experts that
 are busy at the same time part ways. Changes are swaps between ranks, and redundant slots given to
 another expert. They are made in the order of their gain for each slot that they move, for as long as
-that gain is worth a move and the budget lasts.
+that gain is worth a move and the budget lasts. Replicas that keep tokens on their node, and on their
+rank, gain something more.
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
     experts = describe_experts(
         _in_tokens(cost_WE, problem.load.tokens_WLE[:, layer]),
         problem.load.weight_W,
-        problem.cost.replica_part_EC(problem.load, layer, current.max_replicas),
+        even_parts_EC(current),
         slots_P,
         np.array(topology.node_of_rank, dtype=np.int64),
         max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
-        problem.internode_token_price,
+        (problem.internode_token_price, problem.intranode_token_price),
     )
     # No layer can spend the budget of all, but each may make one swap.
     even_share = -(-budget.max_moved_slots // current.num_layers)
@@ -91,6 +92,13 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
         MIN_GAIN_PER_RANK * max(current.num_ranks, _LEAST_RANKS),
     )
     return _Descent(changes_N4=changes_N4, gains_N2=gains_N2)
+
+
+def even_parts_EC(placement: Placement) -> NDArray[np.float64]:
+    """float64 [E, max_replicas + 2], the share of an expert's cost that each of its replicas bears."""
+    # part[e, c] = 1 / c
+    part_C = np.append(0.0, 1.0 / np.arange(1, placement.max_replicas + 2))
+    return np.tile(part_C, (placement.num_experts, 1))
 
 
 def _in_tokens(cost_WE: NDArray[np.float64], tokens_WE: NDArray[np.float64]) -> NDArray[np.float64]:
