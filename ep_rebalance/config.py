@@ -85,7 +85,9 @@ class PlannerConfig(_Section):
     )
     objective: Literal["tokens", "time"] = "tokens"
     """What is balanced: each rank's `tokens`, or the `time` that it takes to read its activated experts or to
-    compute its tokens, whichever is longer, by the figures in `hardware` (for decode).
+    compute its tokens, whichever is longer, by the figures in `hardware`. While the window's mean step mostly
+    reads (decode), all tokens of an expert then go to one of its replicas, so that redundant experts need not
+    be read.
     """
     phase: PhaseChoice = "all"
     """Whose tokens count: `all`, `prefill` or `decode`."""
@@ -109,6 +111,10 @@ class PlannerConfig(_Section):
     """Cost of sending a token across a node boundary, as a multiple of the cost of computing it. Of
     placements that balance equally well, the one with replicas on more nodes is better. Not looked at if
     16 ranks or more have two slots each.
+    """
+    intranode_token_price: float = Field(default=0.0, ge=0.0)
+    """The same for sending it to another rank. It draws replicas to the experts with most tokens, which may
+    pay on one node with slow links and many redundant experts.
     """
     threads: int = Field(default=1, gt=0)
     """Layers that are planned at the same time, each on its own core; the plan does not depend on it."""
@@ -235,7 +241,7 @@ class DispatchConfig(_Section):
     snapshots and prefers replicas that are near. `own_counts` counts each step's tokens before they are
     sent and has every rank load all ranks alike with its own: more even, nearly as many tokens stay near, and
     a kernel more in each layer. None is `own_counts` on CPU, and `window` on GPUs, where the other has not
-    been measured.
+    been measured, and with `planner.objective: time`.
     """
 
     @property
@@ -385,6 +391,12 @@ class RebalanceConfig(_Section):
                 "planner.objective=time needs hardware.memory_bytes_per_second and "
                 "hardware.flops_per_second; give both or use objective=tokens"
             )
+        if self.planner.objective == "time" and self.dispatch.by_own_counts:
+            raise ValueError(
+                "planner.objective=time sends an expert's tokens to one replica where steps mostly read "
+                "weights, and dispatch.split=own_counts spreads them over all; use dispatch.split=window or "
+                "objective=tokens"
+            )
         if self.mode == "observe" and self.planner.redundant_experts:
             raise ValueError(
                 f"mode=observe changes nothing, so planner.redundant_experts="
@@ -396,7 +408,8 @@ class RebalanceConfig(_Section):
         """With every setting decided that is left to the device: "cpu", "cuda" and so on."""
         if self.dispatch.split is not None:
             return self
-        split = "own_counts" if device_type == "cpu" else "window"
+        by_own_counts = device_type == "cpu" and self.planner.objective == "tokens"
+        split = "own_counts" if by_own_counts else "window"
         dispatch = self.dispatch.model_copy(update={"split": split})
         return self.model_copy(update={"dispatch": dispatch})
 

@@ -166,3 +166,14 @@ def test_what_is_left_to_the_device_is_decided_by_it():
     assert load_config({}).on_device("cuda").dispatch.split == "window"
     chosen = load_config({"dispatch": {"split": "window"}})
     assert chosen.on_device("cpu") == chosen
+
+
+def test_one_active_replica_and_tokens_spread_over_all_exclude_each_other():
+    figures = {"memory_bytes_per_second": 1e12, "flops_per_second": 1e15}
+    by_time = {"planner": {"objective": "time"}, "hardware": figures}
+    assert load_config(by_time).planner.objective == "time"
+    with pytest.raises(
+        ValueError, match=r"objective=time.*split=own_counts.*use dispatch.split=window"
+    ):
+        load_config(by_time | {"dispatch": {"split": "own_counts"}})
+    assert load_config(by_time).on_device("cpu").dispatch.split == "window"

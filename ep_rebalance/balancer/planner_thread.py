@@ -36,7 +36,6 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposer, TimedProposal, planned_load
-from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 from ep_rebalance.version import __version__
@@ -98,12 +97,13 @@ class PlannerThread:
         self._identity = identity
         self._expert_bytes_L = expert_bytes_L
         self._thread = DaemonThread()
+        self._cost = cost_model(config)
         self._proposer = Proposer(
             planner=planner,
             settings=config.planner,
             decision=config.decision,
             migration=config.migration,
-            cost=cost_model(config, expert_bytes_L),
+            cost=self._cost,
             topology=topology,
             expert_bytes_L=expert_bytes_L,
             by_own_counts=config.dispatch.by_own_counts,
@@ -171,7 +171,7 @@ class PlannerThread:
     ) -> Split:
         load = planned_load(self._config.planner, samples)
         try:
-            quotas_LP = split_quotas(placement, load.load_LE)
+            quotas_LP = self._cost.split(load, placement)
             tables = counts.dispatch_tables(placement, quotas_LP, load.load_LE)
             return Split(quotas_LP=quotas_LP, tables=tables)
         except Exception:

@@ -89,6 +89,8 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
         "eplb": scenario.eplb.settings.model_dump() if scenario.eplb else {},
         "imbalance": one.mean_imbalance,
         "balancedness": one.mean_balancedness,
+        "home_share": one.home_share,
+        "node_share": one.node_share,
         "step_seconds": one.mean_step_seconds,
         "step_time_saved": gain,
         "plans": outcomes,
@@ -139,8 +141,9 @@ def _caption(result: dict[str, Any]) -> str:
     trace, waiting = result["trace"], ExpertTime(**result["expert_time"])
     return (
         f"{trace['snapshots']} snapshots of {trace['steps']} steps of {trace['model']} "
-        f"({trace['origin']}). max/mean: load of the busiest rank over the mean; balance: its inverse, mean "
-        "over layers. Every plan is scored on load that it had not seen. Plans: committed / made. "
+        f"({trace['origin']}). EP: ranks+redundant experts. max: load of the busiest rank over the mean; "
+        "balance: its inverse, mean over layers. home, node: (token, expert) pairs that stay on their rank, "
+        "on their node. Every plan is scored on load that it had not seen. Plans: committed / made. "
         f"{waiting.text} of a recorded step is taken to wait for the busiest ranks' experts."
         f"{_stalls(result)}{_too_short(result)}"
     )
@@ -167,8 +170,8 @@ def _too_short(result: dict[str, Any]) -> str:
 def _table(result: dict[str, Any]) -> Table:
     """What fits into 80 columns; the rest is in the JSON."""
     table = Table(title="Replay", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("policy", "EP+copies", "max/mean", "balance", "step ms", "saved", "plans", "moved",
-                 "bytes"):  # fmt: skip
+    for name in ("policy", "EP", "max", "balance", "home", "node", "step ms", "saved",
+                 "plans", "bytes"):  # fmt: skip
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in result["rows"]:
         saved, plans = row["step_time_saved"], row["plans"]
@@ -177,10 +180,11 @@ def _table(result: dict[str, Any]) -> Table:
             f"{row['ep_size']}+{row['redundant_experts']}",
             f"{row['imbalance']:.3f}",
             f"{row['balancedness']:.3f}",
+            f"{row['home_share']:.0%}",
+            f"{row['node_share']:.0%}",
             f"{1e3 * row['step_seconds']:.1f}",
             "-" if saved is None else f"{saved:.1%}",
             f"{plans.get('committed', 0)}/{sum(plans.values())}" if plans else "-",
-            f"{row['experts_moved']:,}" if plans else "-",
             decimal(row["bytes_moved"]) if plans else "-",
         )
     return table

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
+from ep_rebalance.offline.phases import PhaseStep, phase_steps
 from ep_rebalance.offline.run import Replayed, Scenario
 from ep_rebalance.offline.step_time import ModelledSteps, RankLoad, StepParts
 from ep_rebalance.placement import Placement
@@ -32,6 +33,8 @@ class Advice:
     ranks: GPUs.
     redundant: slots of a layer beyond one for each expert, on all ranks together.
     imbalance: max over mean rank load, with the plugin.
+    home_share: fraction of the (token, expert) pairs that stay on their rank, with the plugin.
+    node_share: fraction of them that stay on their node, or even on their rank.
     step_seconds: mean step, with the plugin if experts are not cut.
     unbalanced_step_seconds: mean step without the plugin.
     tokens_per_second: of all ranks together.
@@ -39,6 +42,7 @@ class Advice:
     extra_bytes: the redundant ones among them.
     fits: whether the experts leave a tenth of the memory for everything else.
     moved_bytes_per_hour: over links.
+    phases: what redundant experts do to decode and to prefill; none if experts are cut.
     reason: what the step waits for, and what rebalancing does about it.
     """
 
@@ -46,6 +50,8 @@ class Advice:
     ranks: int
     redundant: int
     imbalance: float
+    home_share: float
+    node_share: float
     step_seconds: float
     unbalanced_step_seconds: float
     tokens_per_second: float
@@ -53,6 +59,7 @@ class Advice:
     extra_bytes: int
     fits: bool
     moved_bytes_per_hour: float
+    phases: tuple[PhaseStep, ...]
     reason: str
 
     @property
@@ -81,9 +88,10 @@ def advise_expert_parallel(
     weight_bytes = slots * sum(head.expert_bytes)
     extra = redundant * sum(head.expert_bytes) // ranks
     fits = weight_bytes < 0.9 * memory_bytes
+    phases = phase_steps(head, mean, scenario)
     saved = 1.0 - ours.mean_step_seconds / none.mean_step_seconds
     reason = (
-        _explain(head, mean, ours, times, saved)
+        _explain(head, mean, ours, times, saved, phases)
         if fits
         else f"the experts alone take {weight_bytes / memory_bytes:.0%} of a rank's memory"
     )
@@ -92,6 +100,8 @@ def advise_expert_parallel(
         ranks=ranks,
         redundant=redundant,
         imbalance=ours.mean_imbalance,
+        home_share=ours.home_share,
+        node_share=ours.node_share,
         step_seconds=ours.mean_step_seconds,
         unbalanced_step_seconds=none.mean_step_seconds,
         tokens_per_second=_tokens_per_step(head, mean) * times.load_factor / ours.mean_step_seconds,
@@ -99,6 +109,7 @@ def advise_expert_parallel(
         extra_bytes=extra,
         fits=fits,
         moved_bytes_per_hour=ours.moved_bytes / ours.hours,
+        phases=phases,
         reason=reason,
     )
 
@@ -121,6 +132,8 @@ def advise_cut_experts(
         ranks=ranks,
         redundant=0,
         imbalance=1.0,
+        home_share=1.0,
+        node_share=1.0,
         step_seconds=parts.total,
         unbalanced_step_seconds=parts.total,
         tokens_per_second=_tokens_per_step(head, mean) * times.load_factor / parts.total,
@@ -128,6 +141,7 @@ def advise_cut_experts(
         extra_bytes=0,
         fits=weight_bytes < 0.9 * memory_bytes,
         moved_bytes_per_hour=0.0,
+        phases=(),
         reason=f"experts cut over all ranks: always even, all-reduce takes {share:.0%} of the layers",
     )
 
@@ -200,7 +214,12 @@ def _what_rebalancing_does(ours: Replayed, saved: float) -> str:
 
 
 def _explain(
-    head: TraceHead, mean: RecordedSnapshot, ours: Replayed, times: ModelledSteps, saved: float
+    head: TraceHead,
+    mean: RecordedSnapshot,
+    ours: Replayed,
+    times: ModelledSteps,
+    saved: float,
+    phases: Sequence[PhaseStep],
 ) -> str:
     """What rebalancing does, and what the option waits for."""
     ranks = times.topology.num_ranks
@@ -218,8 +237,6 @@ def _explain(
     share = parts.transfers / (parts.experts + parts.transfers)
     if share > _SHARE:
         causes.append(f"all-to-all takes {share:.0%} of the layers")
-    tokens = _tokens_per_step(head, mean) * times.load_factor * head.top_k / head.experts
-    # Below as many tokens an expert as the hardware has operations a byte, weights take longer to read.
-    if tokens < times.hardware.flops_per_second / times.hardware.memory_bytes_per_second:
-        causes.append(f"{tokens:.0f} tokens an expert and step: it mostly reads weights")
+    copies = slots - -(-head.experts // ranks)
+    causes += [phase.sentence(copies) for phase in phases]
     return "; ".join(causes)

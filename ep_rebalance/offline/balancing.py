@@ -35,9 +35,9 @@ from ep_rebalance.migration import Migration
 from ep_rebalance.migration.configured import schedule_as_configured
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.proposal import Proposal, Proposer, planned_load
-from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.telemetry.events import PlanEnded
 from ep_rebalance.topology import LINKS, Link, Topology
 
@@ -106,6 +106,7 @@ class ReplayedServer:
         self.placement, self.quotas_LP = served.placement, served.quotas_LP
         self._config = config
         self._proposer = proposer
+        self._cost = cost_model(config)
         self._topology = topology
         self._expert_bytes_L = expert_bytes_L
         self._as_recorded = as_recorded
@@ -136,7 +137,7 @@ class ReplayedServer:
                 return (yield from self._next())
             case FitQuotas(samples):
                 load = planned_load(self._config.planner, samples)
-                self._fitted_LP = split_quotas(self._served.placement, load.load_LE)
+                self._fitted_LP = self._cost.split(load, self._served.placement)
             case TakeUpQuotas():
                 assert self._fitted_LP is not None, "the loop had them fitted"
                 self._served = self._served.with_quotas(self._fitted_LP)

@@ -12,6 +12,7 @@ from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot
 from ep_rebalance.load.window import LoadWindow, WindowLoad
 from ep_rebalance.offline.balancing import PlanMade
 from ep_rebalance.placement import Placement
+from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.greedy import plan_greedy
 from ep_rebalance.planning.incremental.planner import plan_incremental
 from ep_rebalance.planning.problem import Budget, Problem
@@ -55,7 +56,7 @@ class AsRecorded(Contiguous):
         self._next_LP = self.quotas_LP
         self._since: tuple[int, int, float] | None = None
         self._fitted_LP: NDArray[np.float64] | None = None
-        self._settings = config.planner
+        self._settings, self._cost = config.planner, cost_model(config)
         self._window = LoadWindow(config.window.snapshots)
 
     def change(self, change: RecordedPlacement) -> None:
@@ -82,7 +83,7 @@ class AsRecorded(Contiguous):
             self._next_LP, self._fitted_LP = self._fitted_LP, None
         if self._fitted_LP is None and sample.routed:
             load = planned_load(self._settings, self._window.samples())
-            self._fitted_LP = split_quotas(self.placement, load.load_LE)
+            self._fitted_LP = self._cost.split(load, self.placement)
         if snapshot.agreed.reloaded:
             self._window.clear()
 

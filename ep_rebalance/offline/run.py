@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot, TraceHead
 from ep_rebalance.migration.served import Served
 from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
@@ -27,9 +28,10 @@ from ep_rebalance.offline.step_time import (
     StepTime,
     recorded_by_own_counts,
 )
+from ep_rebalance.offline.traffic import Traffic
 from ep_rebalance.offline.vllm_eplb import VllmEplb
 from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.planning.cost_model import TokenCost, cost_model
+from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposer
 from ep_rebalance.topology import Topology
@@ -77,6 +79,8 @@ class Replayed:
     imbalance_N: float64 [N]. Max over mean rank load, both summed over layers.
     balancedness_N: float64 [N]. Mean over max rank load, averaged over layers.
     seconds_N: float64 [N], seconds. Predicted mean step.
+    home_N: float64 [N]. Fraction of the pairs that stay on their rank.
+    node_N: float64 [N]. Fraction of the pairs that stay on their node, or even on their rank.
     share_LR: float64 [L, R]. Tokens of each rank over the layer's mean, over the whole trace.
     replicas_LE: int32 [L, E]. Replicas in the last placement.
     plans: all plans, in order.
@@ -91,6 +95,8 @@ class Replayed:
     imbalance_N: NDArray[np.float64]
     balancedness_N: NDArray[np.float64]
     seconds_N: NDArray[np.float64]
+    home_N: NDArray[np.float64]
+    node_N: NDArray[np.float64]
     share_LR: NDArray[np.float64]
     replicas_LE: NDArray[np.int32]
     plans: tuple[PlanMade, ...]
@@ -110,6 +116,16 @@ class Replayed:
     def mean_balancedness(self) -> float:
         """The mean over the snapshots of the trace."""
         return float(self.balancedness_N.mean())
+
+    @property
+    def home_share(self) -> float:
+        """Fraction of all pairs of the trace that stay on their rank."""
+        return float(np.average(self.home_N, weights=self.pairs_N))
+
+    @property
+    def node_share(self) -> float:
+        """Fraction of all pairs of the trace that stay on their node, or even on their rank."""
+        return float(np.average(self.node_N, weights=self.pairs_N))
 
     @property
     def commits(self) -> tuple[PlanMade, ...]:
@@ -179,7 +195,9 @@ def replay(
         serving.snapshot(record if timed else _timed(record, scenario, serving, was))
         if counts_LE.any():
             served = _load(counts_LE, serving, own)
-            rows.append(_row(record, served, scenario.step_time.seconds(record, served, was)))
+            seconds = scenario.step_time.seconds(record, served, was)
+            traffic = Traffic.of(counts_LE, served.placement, served.quotas_LP, scenario.topology)
+            rows.append(_row(record, served, seconds, traffic))
             sums_LR += served.tokens_LR
         advance()
     if not rows:
@@ -194,6 +212,8 @@ def replay(
         imbalance_N=columns[1],
         balancedness_N=columns[2],
         seconds_N=columns[3],
+        home_N=columns[4],
+        node_N=columns[5],
         share_LR=sums_LR / np.maximum(sums_LR.mean(axis=1, keepdims=True), 1e-300),
         replicas_LE=serving.placement.replica_counts_LE(),
         plans=tuple(serving.plans),
@@ -216,7 +236,9 @@ def _load(counts_LE: NDArray[np.integer], serving: Serving, by_own_counts: bool)
     return RankLoad.of(counts_LE, serving.placement, serving.quotas_LP, by_own_counts=by_own_counts)
 
 
-def _row(record: RecordedSnapshot, served: RankLoad, seconds: float) -> tuple[float, ...]:
+def _row(
+    record: RecordedSnapshot, served: RankLoad, seconds: float, traffic: Traffic
+) -> tuple[float, ...]:
     tokens_LR = served.tokens_LR
     balancedness = float(np.mean(1.0 / imbalance_L(tokens_LR)))
     mean = float(tokens_LR.mean(axis=1).sum())
@@ -228,6 +250,8 @@ def _row(record: RecordedSnapshot, served: RankLoad, seconds: float) -> tuple[fl
         served.busiest / mean,
         balancedness,
         seconds,
+        traffic.home_share,
+        traffic.node_share,
     )
 
 
@@ -280,12 +304,13 @@ def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
     """Whether the scenario is the recorded server's own, so that it takes the same decisions at the same
     moments; steps of another length lead to others.
     """
-    settings = scenario.config.as_dict()
+    # A trace of an earlier version lacks settings that came later.
+    settings, recorded = scenario.config.as_dict(), load_config(head.config).as_dict()
     return (
         not head.origin
         and isinstance(scenario.step_time, MeasuredSteps)
         and list(scenario.topology.node_of_rank) == head.node_of_rank
-        and all(settings[part] == head.config.get(part) for part in _BALANCING)
+        and all(settings[part] == recorded[part] for part in _BALANCING)
         and recorded_by_own_counts(head) == scenario.config.dispatch.by_own_counts
         and scenario.config.mode == "rebalance"
         and SERVER_POLICIES.get(scenario.policy) == scenario.config.planner.policy
@@ -336,7 +361,6 @@ def _server(
     as_recorded: bool,
 ) -> ReplayedServer:
     config = with_planner(scenario.config, policy=SERVER_POLICIES[scenario.policy])
-    known = all(head.expert_bytes)
     expert_bytes_L = _expert_bytes_L(head)
     return ReplayedServer(
         config,
@@ -345,7 +369,7 @@ def _server(
             settings=config.planner,
             decision=config.decision,
             migration=config.migration,
-            cost=cost_model(config, head.expert_bytes) if known else TokenCost(),
+            cost=cost_model(config),
             topology=scenario.topology,
             expert_bytes_L=expert_bytes_L,
             by_own_counts=config.dispatch.by_own_counts,

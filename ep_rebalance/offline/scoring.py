@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.kernels.shared_arithmetic import Ranks
+from ep_rebalance.offline.traffic import Traffic
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.planning.sources import choose_sources
@@ -178,18 +179,7 @@ def cross_node_tokens(
     Assumes that each rank brings the same share of every expert's tokens, and that near replicas are
     preferred.
     """
-    node_P = np.repeat(topology.node_of_rank, placement.slots_per_rank)
-    staying_LE = np.zeros((placement.num_layers, placement.num_experts))
-    layers_LP = np.broadcast_to(np.arange(placement.num_layers)[:, None], placement.slots_LP.shape)
-    for node in range(topology.num_nodes):
-        share = topology.node_of_rank.count(node) / topology.num_ranks
-        quota_LE = np.zeros_like(staying_LE)
-        here = node_P == node
-        # A node keeps at most what it brings, and at most the quotas of its slots: min(quota, share).
-        np.add.at(quota_LE, (layers_LP[:, here], placement.slots_LP[:, here]), quotas_LP[:, here])
-        staying_LE += np.minimum(quota_LE, share)
-    load_LE = steps_NLE.sum(axis=0)
-    return float(1.0 - np.sum(load_LE * staying_LE) / load_LE.sum())
+    return 1.0 - Traffic.of(steps_NLE.sum(axis=0), placement, quotas_LP, topology).node_share
 
 
 def moves_between(

@@ -3,7 +3,8 @@
 Only the experts' part of a step depends on the placement. `MeasuredSteps` takes it to be a fraction of
 the step times in the trace, and scales it with the busiest ranks' tokens. `ModelledSteps` computes it
 from the hardware's figures: reading the activated experts or computing the tokens, whichever is longer,
-and the all-to-all before and after. Both treat all steps of a snapshot as its mean step.
+and the all-to-all before and after, which tokens that stay on their rank are spared. Both treat all
+steps of a snapshot as its mean step.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
 from ep_rebalance.load.window import WindowLoad
+from ep_rebalance.offline.traffic import Traffic
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.cost_model import RooflineCost
+from ep_rebalance.planning.cost_model import RooflineCost, reading_tokens
 from ep_rebalance.planning.expert_time import ExpertTime, Source
 from ep_rebalance.planning.quotas import split_by_own_counts
 from ep_rebalance.topology import Topology
@@ -238,41 +240,76 @@ class ModelledSteps:
             weight_W=np.ones(1),
             steps_W=np.full(1, steps),
         )
+        token_L1 = self._token_seconds_L[:, None]
         compute_LR = self._cost.rank_cost_WLR(load, served.placement, served.quotas_LP)[0] / steps
-        transfer_LR = self._seconds_per_pair * served.tokens_LR / steps
-        alone_LE = self._cost.expert_cost_WLE(load)[0] / steps
+        transfer_LR = self._transfer_LR(snapshot, served) / steps
+        alone_L = self._token_seconds_L * self._cost.even_cost_WL(load, 1)[0] / steps
         # A step with even load: each rank has 1 / R of the work. rest solves even / (even + rest) = fraction.
-        even = float(alone_LE.sum() / self.topology.num_ranks + transfer_LR.mean(axis=1).sum())
+        pairs = float(snapshot.counts_ALE.sum()) / steps
+        work = float(alone_L.sum()) + self._seconds_per_pair * pairs
+        even = work / self.topology.num_ranks
         return StepParts(
-            experts=float(compute_LR.max(axis=1).sum()),
+            experts=float((token_L1 * compute_LR).max(axis=1).sum()),
             transfers=float(transfer_LR.max(axis=1).sum()),
             rest=even * (1.0 - self.fraction) / self.fraction,
         )
 
+    def even_seconds(self, load: WindowLoad) -> tuple[float, float]:
+        """(to read the activated experts, to compute the tokens), seconds of a mean step with even ranks.
+
+        load: one sample.
+        """
+        tokens_LE = load.tokens_WLE[0] / load.steps_W[0]
+        reads_L = self._cost.reading * (1.0 - np.exp(-tokens_LE)).sum(axis=1)
+        seconds_L = self._token_seconds_L / self.topology.num_ranks
+        return float(seconds_L @ reads_L), float(seconds_L @ tokens_LE.sum(axis=1))
+
     @property
     def _cost(self) -> RooflineCost:
         return RooflineCost(
-            expert_bytes_L=self.expert_bytes_L,
-            memory_bytes_per_second=self.hardware.memory_bytes_per_second,
-            flops_per_second=self.hardware.flops_per_second,
-            flops_per_byte=2.0 / self.bytes_per_parameter,
+            reading=reading_tokens(
+                self.hardware.memory_bytes_per_second,
+                self.hardware.flops_per_second,
+                self.bytes_per_parameter,
+            )
         )
 
     @property
-    def _seconds_per_pair(self) -> float:
-        """Mean seconds that a (token, expert) pair is on its way to a rank and back.
+    def _token_seconds_L(self) -> NDArray[np.float64]:
+        """float64 [L], how long an expert of each layer computes a token: 2 operations for each parameter."""
+        parameters_L = np.array(self.expert_bytes_L) / self.bytes_per_parameter
+        seconds_L: NDArray[np.float64] = 2.0 * parameters_L / self.hardware.flops_per_second
+        return seconds_L
 
-        All ranks send equally many tokens. A token goes once to each other node that holds one of its
-        experts, and once to each such rank there, as in DeepEP. Its experts fall on nodes and ranks as
-        `top_k` balls fall into so many urns.
+    def _transfer_LR(self, snapshot: RecordedSnapshot, served: RankLoad) -> NDArray[np.float64]:
+        """float64 [L, R], seconds in which a rank receives the tokens of all steps, and sends them back.
+
+        Rank and node are found for the snapshot as a whole: the share that stays does not depend on steps.
+        """
+        counts_LE = snapshot.counts_ALE.sum(axis=0)
+        traffic = Traffic.of(counts_LE, served.placement, served.quotas_LP, self.topology)
+        within_LR, across_LR = traffic.copies_LR(self.top_k)
+        seconds_LR: NDArray[np.float64] = self._token_bytes * (
+            within_LR / self.hardware.intranode + across_LR / self.hardware.internode
+        )
+        return seconds_LR
+
+    @property
+    def _token_bytes(self) -> float:
+        """Of a token on its way to an expert and back."""
+        return self.hidden_size * (min(self.bytes_per_parameter, _COMBINE_BYTES) + _COMBINE_BYTES)
+
+    @property
+    def _seconds_per_pair(self) -> float:
+        """Mean seconds that a (token, expert) pair is on its way to a rank and back, with even load and
+        without replicas: the experts of a token fall on nodes and ranks as `top_k` balls into so many urns.
         """
         ranks, nodes = self.topology.num_ranks, self.topology.num_nodes
         # One in `nodes` of the nodes that are hit is the token's own; the same for ranks.
         crossings = _urns_hit(nodes, self.top_k) * (1.0 - 1.0 / nodes)
         arrivals = _urns_hit(ranks, self.top_k) * (1.0 - 1.0 / ranks)
-        numbers = min(self.bytes_per_parameter, _COMBINE_BYTES) + _COMBINE_BYTES
         seconds = crossings / self.hardware.internode + arrivals / self.hardware.intranode
-        return float(numbers * self.hidden_size * seconds / self.top_k)
+        return float(self._token_bytes * seconds / self.top_k)
 
 
 def _urns_hit(urns: int, balls: int) -> float:

@@ -1,16 +1,15 @@
-"""Cost model: what a rank's work costs, in tokens or in seconds.
+"""Cost model: what a rank's work costs, and the split of tokens that makes it cost least.
 
 Token counts are enough where experts are bound by arithmetic, as in prefill. In decode a rank mostly
 reads weights. Its cost is then the number of experts that it must read, however few tokens each of
-them has, so that more replicas of a hot expert cost more (METRO, arXiv 2512.09277). `RooflineCost`
-takes the longer of two times: reading the activated experts, and computing the tokens.
+them has (METRO, arXiv 2512.09277). `RooflineCost` takes the longer of two times: reading the activated
+experts, and computing the tokens. Both are in tokens, so that plans do not depend on how large an expert
+is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -18,22 +17,25 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.window import WindowLoad
-from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.placement import Placement
+from ep_rebalance.planning.active_replicas import concentrate
+from ep_rebalance.planning.quotas import split_quotas
+
+_MOSTLY_READING = 1.5
+"""Experts are planned by what it takes to read them where a rank with even load could compute so many times
+its tokens meanwhile. Nearer than that, the busiest rank is one that computes.
+"""
 
 
 class CostModel(Protocol):
-    """What a rank's work costs, in any unit that can be compared between ranks."""
+    """What a rank's work costs, in tokens."""
 
-    def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
-        """float64 [W, L, E], cost of each expert if it has a single replica."""
+    def split(self, load: WindowLoad, placement: Placement) -> NDArray[np.float64]:
+        """float64 [L, P], the quotas with which the costliest rank costs least."""
         ...
 
-    def replica_part_EC(
-        self, load: WindowLoad, layer: int, max_replicas: int
-    ) -> NDArray[np.float64]:
-        """float64 [E, max_replicas + 2], the share of that cost that each replica bears; column `c`
-        is for `c` replicas, and column 0 is 0.
-        """
+    def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
+        """float64 [W, L, E], what planners even out. Replicas share it."""
         ...
 
     def rank_cost_WLR(
@@ -42,107 +44,93 @@ class CostModel(Protocol):
         """float64 [W, L, R], cost of each rank."""
         ...
 
+    def even_cost_WL(self, load: WindowLoad, num_ranks: int) -> NDArray[np.float64]:
+        """float64 [W, L], what each rank would cost if ranks were even and no expert were read twice."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
     """The cost of a rank is the number of tokens that it computes."""
 
+    def split(self, load: WindowLoad, placement: Placement) -> NDArray[np.float64]:
+        return split_quotas(placement, load.load_LE)
+
     def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
         return load.tokens_WLE
-
-    def replica_part_EC(
-        self, load: WindowLoad, layer: int, max_replicas: int
-    ) -> NDArray[np.float64]:
-        return _even_parts(load.tokens_WLE.shape[2], max_replicas)
 
     def rank_cost_WLR(
         self, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         return placement.rank_load_LR(load.tokens_WLE, quotas_LP)
 
+    def even_cost_WL(self, load: WindowLoad, num_ranks: int) -> NDArray[np.float64]:
+        even_WL: NDArray[np.float64] = load.tokens_WLE.sum(axis=2) / num_ranks
+        return even_WL
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RooflineCost:
     """The cost of a rank is the longer of two times: reading weights, and computing tokens.
 
-    expert_bytes_L: L sizes, bytes. One expert of each layer.
-    memory_bytes_per_second: how fast weights are read.
-    flops_per_second: how fast tokens are computed.
-    flops_per_byte: operations that one token takes for each byte of an expert's weights: 2 for each
-        parameter, so 1 for two-byte weights.
+    reading: tokens. How many are computed in the time in which the weights of an expert are read.
     """
 
-    expert_bytes_L: Sequence[int]
-    memory_bytes_per_second: float
-    flops_per_second: float
-    flops_per_byte: float = 1.0
+    reading: float
+
+    def split(self, load: WindowLoad, placement: Placement) -> NDArray[np.float64]:
+        quotas_LP = split_quotas(placement, load.load_LE)
+        steps = max(float(load.weight_W @ load.steps_W), 1e-300)
+        return concentrate(placement, load.load_LE / steps, self.reading, quotas_LP)
 
     def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
-        seconds_WLE = self._slower(_per_step(load), self._bytes_L[:, None])
-        return seconds_WLE * load.steps_W[:, None, None]
-
-    def replica_part_EC(
-        self, load: WindowLoad, layer: int, max_replicas: int
-    ) -> NDArray[np.float64]:
-        # part[e, c] = sum_w weight steps seconds(tokens / c) / sum_w weight steps seconds(tokens)
-        tokens_WE = _per_step(load)[:, layer]
-        counts_C = np.arange(1, max_replicas + 2)
-        seconds_WEC = self._slower(tokens_WE[:, :, None] / counts_C, self._bytes_L[layer])
-        cost_EC = np.einsum("w,wec->ec", load.weight_W * load.steps_W, seconds_WEC)
-        whole_E1 = cost_EC[:, :1]
-        part_EC = np.where(
-            whole_E1 > 0, cost_EC / np.where(whole_E1 > 0, whole_E1, 1), 1 / counts_C
-        )
-        return np.hstack([np.zeros_like(whole_E1), part_EC])
+        tokens_WLE = _per_step(load)
+        read_WLE = self._read(tokens_WLE)
+        reads_WL = read_WLE.sum(axis=2) > _MOSTLY_READING * tokens_WLE.sum(axis=2)
+        slower_WLE = np.where(reads_WL[..., None], np.maximum(read_WLE, tokens_WLE), tokens_WLE)
+        cost_WLE: NDArray[np.float64] = slower_WLE * load.steps_W[:, None, None]
+        return cost_WLE
 
     def rank_cost_WLR(
         self, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         tokens_WLP = placement.slot_load_LP(_per_step(load), quotas_LP)
-        read_WLP, computed_WLP = self._seconds(tokens_WLP, self._bytes_L[:, None])
         by_rank = (*tokens_WLP.shape[:2], placement.num_ranks, placement.slots_per_rank)
         # Reading and computing overlap over all experts of a rank, not expert by expert.
-        seconds_WLR = np.maximum(
-            read_WLP.reshape(by_rank).sum(3), computed_WLP.reshape(by_rank).sum(3)
+        slower_WLR = np.maximum(
+            self._read(tokens_WLP).reshape(by_rank).sum(3), tokens_WLP.reshape(by_rank).sum(3)
         )
-        total_WLR: NDArray[np.float64] = seconds_WLR * load.steps_W[:, None, None]
-        return total_WLR
+        cost_WLR: NDArray[np.float64] = slower_WLR * load.steps_W[:, None, None]
+        return cost_WLR
 
-    @property
-    def _bytes_L(self) -> NDArray[np.float64]:
-        return np.array(self.expert_bytes_L, dtype=np.float64)
+    def even_cost_WL(self, load: WindowLoad, num_ranks: int) -> NDArray[np.float64]:
+        tokens_WLE = _per_step(load)
+        slower_WL = np.maximum(self._read(tokens_WLE).sum(axis=2), tokens_WLE.sum(axis=2))
+        even_WL: NDArray[np.float64] = slower_WL * load.steps_W[:, None] / num_ranks
+        return even_WL
 
-    def _slower(
-        self, tokens: NDArray[np.float64], expert_bytes: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        slower: NDArray[np.float64] = np.maximum(*self._seconds(tokens, expert_bytes))
-        return slower
-
-    def _seconds(
-        self, tokens: NDArray[np.float64], expert_bytes: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Seconds of reading and of computing in a step.
-
-        tokens: of an expert in a step, on average.
-        expert_bytes: of its weights.
+    def _read(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What reading an expert costs that gets so many tokens in a mean step.
 
         With `n` tokens a step on average, an expert is read in 1 - exp(-n) of the steps (Poisson).
         """
-        read = (1.0 - np.exp(-tokens)) * expert_bytes / self.memory_bytes_per_second
-        computed = tokens * expert_bytes * self.flops_per_byte / self.flops_per_second
-        return read, computed
+        return (1.0 - np.exp(-tokens)) * self.reading
 
 
 def mean_imbalance_L(
     cost: CostModel, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """float64 [L], max/mean rank cost of each sample, averaged over the samples by weight."""
-    cost_WLR = cost.rank_cost_WLR(load, placement, quotas_LP)
-    mean_L: NDArray[np.float64] = np.average(imbalance_L(cost_WLR), axis=0, weights=load.weight_W)
+    """float64 [L], cost of the costliest rank over that of even ranks, averaged over the samples by weight;
+    1 where a sample of a layer has no tokens.
+    """
+    busiest_WL = cost.rank_cost_WLR(load, placement, quotas_LP).max(axis=2)
+    even_WL = cost.even_cost_WL(load, placement.num_ranks)
+    imbalance_WL = np.where(even_WL > 0, busiest_WL / np.where(even_WL > 0, even_WL, 1.0), 1.0)
+    mean_L: NDArray[np.float64] = np.average(imbalance_WL, axis=0, weights=load.weight_W)
     return mean_L
 
 
-def cost_model(config: RebalanceConfig, expert_bytes_L: Sequence[int]) -> CostModel:
+def cost_model(config: RebalanceConfig) -> CostModel:
     """The cost model that the settings `planner.objective` and `hardware` ask for."""
     hardware = config.hardware
     if config.planner.objective == "tokens":
@@ -150,18 +138,20 @@ def cost_model(config: RebalanceConfig, expert_bytes_L: Sequence[int]) -> CostMo
     assert hardware.memory_bytes_per_second is not None
     assert hardware.flops_per_second is not None
     return RooflineCost(
-        expert_bytes_L=expert_bytes_L,
-        memory_bytes_per_second=hardware.memory_bytes_per_second,
-        flops_per_second=hardware.flops_per_second,
-        flops_per_byte=2.0 / hardware.bytes_per_parameter,
+        reading=reading_tokens(
+            hardware.memory_bytes_per_second,
+            hardware.flops_per_second,
+            hardware.bytes_per_parameter,
+        )
     )
 
 
-@cache
-def _even_parts(experts: int, max_replicas: int) -> NDArray[np.float64]:
-    # part[e, c] = 1 / c
-    part_C = np.append(0.0, 1.0 / np.arange(1, max_replicas + 2))
-    return np.tile(part_C, (experts, 1))
+def reading_tokens(
+    memory_bytes_per_second: float, flops_per_second: float, bytes_per_parameter: float
+) -> float:
+    """How many tokens an expert computes in the time in which its weights are read."""
+    # A token takes 2 operations for each parameter, so 2 / bytes_per_parameter for each byte.
+    return flops_per_second * bytes_per_parameter / (2.0 * memory_bytes_per_second)
 
 
 def _per_step(load: WindowLoad) -> NDArray[np.float64]:

@@ -10,10 +10,9 @@ import numpy as np
 from ep_rebalance.config import PlannerConfig
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.cost_model import mean_imbalance_L
+from ep_rebalance.planning.cost_model import RooflineCost, mean_imbalance_L
 from ep_rebalance.planning.incremental.planner import MANY_PAIRS
 from ep_rebalance.planning.problem import Budget, Plan, Planner, Problem
-from ep_rebalance.planning.quotas import split_quotas
 from ep_rebalance.policies import POLICIES
 from ep_rebalance.topology import Topology
 
@@ -64,11 +63,11 @@ def make_plan(planner: Planner, problem: Problem) -> Plan:
     both are optimistic about load to come.
     """
     target = planner(problem)
-    quotas_LP = split_quotas(target, problem.load.load_LE)
+    quotas_LP = problem.cost.split(problem.load, target)
     after_L = mean_imbalance_L(problem.cost, problem.load, target, quotas_LP)
     before_L, unmoved_LP = after_L, quotas_LP
     if target != problem.current:
-        unmoved_LP = split_quotas(problem.current, problem.load.load_LE)
+        unmoved_LP = problem.cost.split(problem.load, problem.current)
         before_L = mean_imbalance_L(problem.cost, problem.load, problem.current, unmoved_LP)
     return Plan(
         placement=target,
@@ -98,3 +97,4 @@ def compile_planner() -> None:
         )
         for planner in own_planners().values():
             make_plan(planner, problem)
+    RooflineCost(reading=100.0).split(problem.load, problem.current)

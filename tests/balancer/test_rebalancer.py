@@ -31,6 +31,7 @@ from ep_rebalance.balancer import planner_thread
 from ep_rebalance.kernels.shared_arithmetic import DECODE, PREFILL
 from ep_rebalance.load.state import load_state
 from ep_rebalance.planning import proposal
+from ep_rebalance.planning.cost_model import TokenCost
 from ep_rebalance.telemetry.metrics import Status, decode, encode
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
@@ -149,7 +150,7 @@ def fail_to_split_on_one_rank(rank, size, config):
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(planner_thread, "split_quotas", raising)
+            patch.setattr(TokenCost, "split", raising)
         engine = Engine(rank, size, config)
         for _ in range(12):
             engine.step()

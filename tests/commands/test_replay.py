@@ -54,6 +54,7 @@ def test_json_holds_trace_settings_and_a_row_for_each_policy(folder: Path):
     assert load_config(result["config"]).planner.redundant_experts == 4
     ours, none, best = result["rows"]
     assert 0 < ours["step_time_saved"] < best["step_time_saved"]
+    assert 0 < none["home_share"] < ours["home_share"] < ours["node_share"] == 1
     assert none["step_time_saved"] == 0
     assert ours["experts_moved"] == sum(c["experts_moved"] for c in ours["commits"]) > 0
 
@@ -196,6 +197,10 @@ def test_options_are_ranked_with_reasons_and_a_command(folder: Path):
         slots = (32 + row["redundant"]) // row["ranks"]
         if row["expert_parallel"]:
             assert row["weight_bytes"] == slots * 3 * 1000
+        for phase in row["phases"]:
+            told = f"{phase['phase']}, {phase['tokens_per_rank']:.0f} tokens a GPU: mostly"
+            assert told in row["reason"]
+        assert (row["phases"] != []) == row["expert_parallel"]
     balanced = {(row["ranks"], row["redundant"]): row["imbalance"] for row in rows[:6]}
     assert min(balanced.values()) < 1.2
 

@@ -99,8 +99,9 @@ def problems(draw: st.DrawFn, max_layers: int = 2) -> Problem:
             max_moved_slots=draw(st.integers(0, 12) | st.just(1000)),
             max_arrivals=draw(st.integers(1, 6)),
         ),
-        cost=draw(st.sampled_from([TokenCost(), small_roofline(current.num_layers)])),
+        cost=draw(st.sampled_from([TokenCost(), small_roofline()])),
         internode_token_price=draw(st.sampled_from([0.0, 0.02, 0.5])),
+        intranode_token_price=draw(st.sampled_from([0.0, 0.05, 0.5])),
     )
 
 
@@ -163,10 +164,6 @@ def budget_of(placement: Placement, fraction: float = 1.0, arrivals: int | None 
     )
 
 
-def small_roofline(num_layers: int, unit: float = 1.0) -> RooflineCost:
-    """Reading an expert takes as long as computing 10 tokens. unit: seconds of reading one."""
-    return RooflineCost(
-        expert_bytes_L=(1000,) * num_layers,
-        memory_bytes_per_second=1000 / unit,
-        flops_per_second=10_000 / unit,
-    )
+def small_roofline() -> RooflineCost:
+    """Reading an expert takes as long as computing 10 tokens."""
+    return RooflineCost(reading=10.0)

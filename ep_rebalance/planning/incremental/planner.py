@@ -3,8 +3,9 @@
 The objective is the mean over the window's samples of the squared rank loads, so that experts that
 are busy at the same time part ways. Changes are swaps between ranks, and redundant slots given to
 another expert. They are made in the order of their gain for each slot that they move, for as long as
-that gain is worth a move and the budget lasts. Many ranks of two slots each have an objective and a search
-of their own, see `pairs`.
+that gain is worth a move and the budget lasts. Replicas that keep tokens on their node, and on their
+rank, gain something more. Many ranks of two slots each have an objective and a search of their own, see
+`pairs`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _descend(problem: Problem, cost_WE: NDArray[np.float64], layer: int) -> _Des
     current, budget = problem.current, problem.budget
     slots_P = np.array(current.slots_LP[layer])
     cost = _in_tokens(cost_WE, problem.load.tokens_WLE[:, layer])
-    part_EC = problem.cost.replica_part_EC(problem.load, layer, current.max_replicas)
+    part_EC = even_parts_EC(current)
     # No layer can spend the budget of all, but each may make one swap.
     even_share = max(2, -(-budget.max_moved_slots // current.num_layers))
     if current.slots_per_rank == 2 and current.num_ranks >= MANY_PAIRS:
@@ -123,7 +124,7 @@ def _inputs(
         slots_P,
         np.array(topology.node_of_rank, dtype=np.int64),
         max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
-        problem.internode_token_price,
+        (problem.internode_token_price, problem.intranode_token_price),
     )
 
 
@@ -137,6 +138,13 @@ def _likely_load_E(
         np.sum(vectors_EV[:, 1:] ** 2, axis=1) + own_E
     )
     return likely_E
+
+
+def even_parts_EC(placement: Placement) -> NDArray[np.float64]:
+    """float64 [E, max_replicas + 2], the share of an expert's cost that each of its replicas bears."""
+    # part[e, c] = 1 / c
+    part_C = np.append(0.0, 1.0 / np.arange(1, placement.max_replicas + 2))
+    return np.tile(part_C, (placement.num_experts, 1))
 
 
 def _in_tokens(cost_WE: NDArray[np.float64], tokens_WE: NDArray[np.float64]) -> NDArray[np.float64]:
