@@ -304,10 +304,12 @@ def _as_recorded(head: TraceHead, scenario: Scenario) -> bool:
     """Whether the scenario is the recorded server's own, so that it takes the same decisions at the same
     moments; steps of another length lead to others.
     """
-    # A trace of an earlier version lacks settings that came later.
+    # A trace of an earlier version lacks settings that came later. Before there were links, experts moved in
+    # other batches.
     settings, recorded = scenario.config.as_dict(), load_config(head.config).as_dict()
     return (
         not head.origin
+        and "links" in head.config
         and isinstance(scenario.step_time, MeasuredSteps)
         and list(scenario.topology.node_of_rank) == head.node_of_rank
         and all(settings[part] == recorded[part] for part in _BALANCING)

@@ -46,17 +46,14 @@ def test_tokens_that_were_counted_before_they_were_split_are_spread_evenly() -> 
 
 
 def test_any_cost_is_divided_as_a_ranks_tokens_are() -> None:
-    cost = RooflineCost(
-        expert_bytes_L=[1000, 1000], memory_bytes_per_second=1e6, flops_per_second=1e9
-    )
-    work = step_work(SAMPLE, cost, by_own_counts=False)
+    work = step_work(SAMPLE, RooflineCost(reading=1000.0), by_own_counts=False)
     assert work is not None
-    seconds_LR = [[0.001 * (2 - np.exp(-1.0) - np.exp(-8.0)), 0.001 * (1 - np.exp(-3.0))],
-                  [0.001 * (2 - np.exp(-2.0) - np.exp(-1.0)),
-                   0.001 * (2 - np.exp(-8.0) - np.exp(-1.0))]]  # fmt: skip
-    assert work.busiest_A.sum() == pytest.approx(seconds_LR[0][0] + seconds_LR[1][1])
-    assert work.busiest_A[0] == pytest.approx(seconds_LR[0][0] / 9 + seconds_LR[1][1] * 8 / 9)
-    assert work.mean_A.sum() == pytest.approx(np.mean(seconds_LR, axis=1).sum())
+    cost_LR = [[1000.0 * (2 - np.exp(-1.0) - np.exp(-8.0)), 1000.0 * (1 - np.exp(-3.0))],
+                  [1000.0 * (2 - np.exp(-2.0) - np.exp(-1.0)),
+                   1000.0 * (2 - np.exp(-8.0) - np.exp(-1.0))]]  # fmt: skip
+    assert work.busiest_A.sum() == pytest.approx(cost_LR[0][0] + cost_LR[1][1])
+    assert work.busiest_A[0] == pytest.approx(cost_LR[0][0] / 9 + cost_LR[1][1] * 8 / 9)
+    assert work.mean_A.sum() == pytest.approx(np.mean(cost_LR, axis=1).sum())
 
 
 @pytest.mark.parametrize(
