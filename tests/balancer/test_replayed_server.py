@@ -198,10 +198,12 @@ def test_a_replay_judges_by_the_recorded_step_times_as_the_server_did(
     assert told
     assert all(abs(c.measured_gain) < 4 * c.measured_gain_error < 0.01 for c in told)
     assert any(c.achieved_gain > 4 * c.measured_gain_error for c in told)
-    replayed = replayed_as_recorded(tmp_path)
-    assert [(plan.generation, plan.predicted_gain) for plan in replayed.commits] == [
-        (commit.generation, commit.predicted_gain) for commit in status.commits
+    replayed = [
+        (plan.generation, plan.predicted_gain) for plan in replayed_as_recorded(tmp_path).commits
     ]
+    served = [(commit.generation, commit.predicted_gain) for commit in status.commits]
+    assert replayed == served[: len(replayed)]
+    assert len(served) - len(replayed) <= 1  # the last may have ended after the last snapshot
 
 
 class WaitingClock(Clock):

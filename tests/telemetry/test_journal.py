@@ -9,6 +9,7 @@ from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.decision import Decision
 from ep_rebalance.planning.expert_time import ExpertTime
+from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.problem import Plan
 from ep_rebalance.planning.proposal import Proposal, TimedProposal
 from ep_rebalance.telemetry.events import PlanProposed, SnapshotTaken
@@ -86,6 +87,7 @@ def proposed(expert_time: ExpertTime) -> PlanProposed:
         predicted_gain=0.0,
         predicted_saved_seconds=0.0,
         migration_seconds=0.0,
+        pace=Pace.of_bytes(4096),
     )
     plan = Plan(
         placement=LOADED,
