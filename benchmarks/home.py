@@ -1,8 +1,8 @@
 """Does it pay to let replicas go where tokens stay on their rank or node? On the modelled step.
 
-Rows: experts in order; replicas placed for balance alone (both prices of tokens 0), by the plugin's loop;
+Rows: experts in order; replicas placed for balance alone (the price of tokens 0), by the plugin's loop;
 full copies of the hottest experts on every rank, with the plugin's quotas, kept; and the plugin's loop with
-prices for tokens that leave their node or their rank.
+prices for tokens that leave their node.
 
 Columns: balancedness with the plugin's quotas; the parts of (token, expert) pairs that stay on their rank and
 on their node; milliseconds of all layers' experts and of their all-to-all, from the hardware's figures; their
@@ -37,8 +37,8 @@ from ep_rebalance.topology import Topology
 
 WINDOW, SNAPSHOT = 48, 6
 STEP_SECONDS = 0.05
-PRICES = ((0.0, 0.0), (0.02, 0.0), (0.2, 0.0), (0.0, 0.05), (0.2, 0.05), (0.5, 0.2))
-"""Of tokens that leave their node, and their rank."""
+PRICES = (0.0, 0.02, 0.2, 0.5)
+"""Of tokens that leave their node."""
 
 
 def parse_options() -> argparse.Namespace:
@@ -159,10 +159,10 @@ def policies(
     start = place_anew(load, contiguous, topology)
     yield "in order", Kept("in order", contiguous)
     yield "full copies", Kept("full copies", full_copies(load.load_LE, ranks, redundant))
-    for node, rank in PRICES:
-        prices = {"internode_token_price": node, "intranode_token_price": rank}
-        name = f"node {node:g}, rank {rank:g}" if node or rank else "balance alone"
-        yield name, Ours(load_config({"planner": prices}), start, topology, bytes_L)
+    for price in PRICES:
+        config = load_config({"planner": {"internode_token_price": price}})
+        name = f"price {price:g}" if price else "balance alone"
+        yield name, Ours(config, start, topology, bytes_L)
 
 
 def run_size(options: argparse.Namespace, ranks: int, redundant: int) -> dict[str, list[Score]]:

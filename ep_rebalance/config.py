@@ -112,10 +112,6 @@ class PlannerConfig(_Section):
     placements that balance equally well, the one with replicas on more nodes is better. Not looked at if
     16 ranks or more have two slots each.
     """
-    intranode_token_price: float = Field(default=0.0, ge=0.0)
-    """The same for sending it to another rank. It draws replicas to the experts with most tokens, which may
-    pay on one node with slow links and many redundant experts.
-    """
     threads: int = Field(default=1, gt=0)
     """Layers that are planned at the same time, each on its own core; the plan does not depend on it."""
     deadline_seconds: float = Field(default=300.0, gt=0.0)

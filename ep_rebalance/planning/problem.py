@@ -33,7 +33,6 @@ class Problem:
     cost: what is to be balanced.
     internode_token_price: what a token costs that crosses a node boundary, as a multiple of what it
         costs to compute it.
-    intranode_token_price: the same for a token that leaves its rank.
     seed: for planners that break ties at random.
     threads: how many layers to plan at the same time; the plan does not depend on it.
     """
@@ -44,7 +43,6 @@ class Problem:
     budget: Budget
     cost: CostModel = field(default_factory=TokenCost)
     internode_token_price: float = 0.0
-    intranode_token_price: float = 0.0
     seed: int = 0
     threads: int = 1
 

@@ -179,7 +179,6 @@ class Proposer:
             budget=plan_budget(settings, current),
             cost=self._cost,
             internode_token_price=settings.internode_token_price,
-            intranode_token_price=settings.intranode_token_price,
             seed=settings.seed,
             threads=settings.threads,
         )

@@ -101,7 +101,6 @@ def problems(draw: st.DrawFn, max_layers: int = 2) -> Problem:
         ),
         cost=draw(st.sampled_from([TokenCost(), small_roofline()])),
         internode_token_price=draw(st.sampled_from([0.0, 0.02, 0.5])),
-        intranode_token_price=draw(st.sampled_from([0.0, 0.05, 0.5])),
     )
 
 

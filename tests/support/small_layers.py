@@ -42,8 +42,7 @@ class SmallLayer:
 
     alone_E: variance of its load that has nothing to do with others.
     origin_P: the slots before any change. internode_price: of a fetch from another node, in those
-    within one. token_price: of a token that crosses a node boundary. home_price: of one that leaves
-    its rank.
+    within one. token_price: of a token that crosses a node boundary.
     """
 
     sample_WE: NDArray[np.float64]
@@ -53,7 +52,6 @@ class SmallLayer:
     node_R: Slots
     internode_price: float
     token_price: float
-    home_price: float = 0.0
 
     @property
     def num_ranks(self) -> int:
@@ -78,7 +76,7 @@ class SmallLayer:
             self.origin_P.astype(np.int32),
             self.node_R,
             self.internode_price,
-            (self.token_price, self.home_price),
+            self.token_price,
         )
         mean_E = self.sample_WE.mean(axis=0)
         rest_WE = (self.sample_WE - mean_E) / np.sqrt(samples)
@@ -90,7 +88,6 @@ class SmallLayer:
             square_E=(vectors_VE**2).sum(axis=0),
             rest_E=np.sqrt((rest_WE**2).sum(axis=0)),
             traffic_E=2.0 * self.token_price / (self.node_R.max() + 1) * mean_E,
-            home_E=2.0 * self.home_price / self.num_ranks * mean_E,
         )
 
     def held(self, slots_P: Slots) -> list[list[int]]:
@@ -100,7 +97,7 @@ class SmallLayer:
         self, held: Sequence[Sequence[int]], node_R: Sequence[int] | None = None
     ) -> float:
         """Mean over the samples of the squared rank loads, summed over ranks, less what is saved
-        where experts are at hand on a node or a rank. held: the experts of each rank."""
+        where experts are at hand on a node. held: the experts of each rank."""
         nodes = self.node_R.tolist() if node_R is None else node_R
         held_RE = np.zeros((len(held), self.num_experts))
         for rank, experts in enumerate(held):
@@ -114,8 +111,7 @@ class SmallLayer:
         }
         mean_E = self.sample_WE.mean(axis=0)
         saved = 2.0 * self.token_price / (self.node_R.max() + 1)
-        total -= saved * sum(float(mean_E[expert]) for _, expert in at_hand)
-        return total - 2.0 * self.home_price / self.num_ranks * float(replicas_E @ mean_E)
+        return total - saved * sum(float(mean_E[expert]) for _, expert in at_hand)
 
     def square_R(self, slots_P: Slots) -> NDArray[np.float64]:
         """Mean over the samples of each rank's squared load."""
@@ -274,7 +270,6 @@ def small_layers(draw: st.DrawFn) -> SmallLayer:
         node_R=generator.permutation(np.arange(ranks) % nodes),
         internode_price=draw(st.sampled_from([1.0, 4.0])),
         token_price=draw(st.sampled_from([0.0, 0.3])),
-        home_price=draw(st.sampled_from([0.0, 0.2])),
     )
 
 

@@ -5,7 +5,7 @@ it. The vector of a rank is the sum of what it gets, and the planner minimises
 
     sum over ranks of |l_r|^2                  l_r = sum over its experts of part_EC[e, c] v_e
     + sum over experts of c part_EC[e, c]^2 own_E[e]
-    - sum over experts of traffic_E[e] (nodes that hold e) + home_E[e] (ranks that hold e)
+    - sum over experts of traffic_E[e] (nodes that hold e)
 
 From products of rank vectors with load vectors any change is scored in a handful of look-ups.
 
@@ -40,7 +40,6 @@ class LayerInputs(NamedTuple):
     fetch_RE: float64 [R, E], moves within a node. Price of bringing the expert to the rank; 0 where
         the rank held it before any change.
     traffic_E: float64 [E]. What the objective gains with each further node that holds the expert.
-    home_E: float64 [E]. What it gains with each further rank that holds the expert.
     node_R: int64 [R]. The node of each rank.
     """
 
@@ -52,7 +51,6 @@ class LayerInputs(NamedTuple):
     part_EC: NDArray[np.float64]
     fetch_RE: NDArray[np.float64]
     traffic_E: NDArray[np.float64]
-    home_E: NDArray[np.float64]
     node_R: NDArray[np.int64]
 
 
@@ -112,7 +110,7 @@ def describe_experts(
     slots_P: NDArray[np.int32],
     node_R: NDArray[np.int64],
     internode_price: float,
-    token_prices: tuple[float, float],
+    token_price: float,
 ) -> LayerInputs:
     """The inputs of a layer.
 
@@ -121,8 +119,7 @@ def describe_experts(
     slots_P: int32 [P]. The expert in each slot before any change.
     node_R: int64 [R]. The node of each rank.
     internode_price: moves within a node. What a move from another node costs.
-    token_prices: tokens. What a token costs that crosses a node boundary, and one that leaves its rank, in
-        tokens computed.
+    token_price: tokens. What a token that crosses a node boundary costs, in tokens computed.
     """
     num_ranks, num_nodes = node_R.size, node_R.max() + 1
     vectors_EV, own_E = load_vectors(cost_WE, weight_W, num_ranks)
@@ -138,9 +135,7 @@ def describe_experts(
     for slot in range(slots_P.size):
         fetch_RE[slot * num_ranks // slots_P.size, slots_P[slot]] = 0.0
     # Tokens come evenly from all nodes, so each further node that holds an expert keeps 1 / nodes of
-    # its tokens from crossing; the same for ranks. The slope of l^2 at the mean load of 1 turns load
-    # into squares: 2.
-    node_price, rank_price = token_prices
+    # its tokens from crossing. The slope of l^2 at the mean load of 1 turns load into squares: 2.
     return LayerInputs(
         vectors_EV,
         vectors_EV.T.copy(),
@@ -149,8 +144,7 @@ def describe_experts(
         np.sqrt(square_E - vectors_EV[:, 0] ** 2),
         part_EC,
         fetch_RE,
-        2.0 * node_price / num_nodes * vectors_EV[:, 0],
-        2.0 * rank_price / num_ranks * vectors_EV[:, 0],
+        2.0 * token_price / num_nodes * vectors_EV[:, 0],
         node_R,
     )
 

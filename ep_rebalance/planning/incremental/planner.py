@@ -3,8 +3,8 @@
 The objective is the mean over the window's samples of the squared rank loads, so that experts that
 are busy at the same time part ways. Changes are swaps between ranks, and redundant slots given to
 another expert. They are made in the order of their gain for each slot that they move, for as long as
-that gain is worth a move and the budget lasts. Replicas that keep tokens on their node, and on their
-rank, gain something more. Many ranks of two slots each have an objective and a search of their own, see
+that gain is worth a move and the budget lasts. Replicas that keep tokens on their node gain something
+more. Many ranks of two slots each have an objective and a search of their own, see
 `pairs`.
 """
 
@@ -124,7 +124,7 @@ def _inputs(
         slots_P,
         np.array(topology.node_of_rank, dtype=np.int64),
         max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
-        (problem.internode_token_price, problem.intranode_token_price),
+        problem.internode_token_price,
     )
 
 

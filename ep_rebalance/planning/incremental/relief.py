@@ -121,7 +121,6 @@ def _set_copies(
             2.0 * less_E[a] * held_E[a]
             - (count * less_E[a] ** 2 + part**2) * experts.square_E[a]
             + experts.own_E[a] * (count * before**2 - (count + 1) * part**2)
-            + experts.home_E[a]
         )
 
 
@@ -138,7 +137,6 @@ def _set_spares(
         part, after = experts.part_EC[b, count], experts.part_EC[b, count - 1]
         more = after - part
         fixed = experts.own_E[b] * (count * part**2 - (count - 1) * after**2)
-        fixed -= experts.home_E[b]
         fixed -= (part**2 + (count - 1) * more**2) * experts.square_E[b]
         for index in range(count):
             slot = layer.holders_EC[b, index]

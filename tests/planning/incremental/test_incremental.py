@@ -44,7 +44,7 @@ def describe_first_layer(problem: Problem) -> LayerInputs:
         np.array(current.slots_LP[0]),
         np.array(problem.topology.node_of_rank),
         4.0,
-        (problem.internode_token_price, problem.intranode_token_price),
+        problem.internode_token_price,
     )
 
 
@@ -60,9 +60,7 @@ def objective(problem: Problem, experts: LayerInputs, slots_P: NDArray[np.int32]
         for expert in experts_S:
             nodes_of_expert[expert].add(topology.node_of_rank[rank])
     at_hand_E = np.array([len(nodes) for nodes in nodes_of_expert]) / topology.num_nodes
-    total -= 2.0 * problem.internode_token_price * float(at_hand_E @ mean_E)
-    home_E = replicas_E / topology.num_ranks
-    return total - 2.0 * problem.intranode_token_price * float(home_E @ mean_E)
+    return total - 2.0 * problem.internode_token_price * float(at_hand_E @ mean_E)
 
 
 @given(problems())
@@ -97,7 +95,6 @@ def test_threads_and_repetition_do_not_change_the_plan(problem: Problem) -> None
         "budget": problem.budget,
         "cost": problem.cost,
         "internode_token_price": problem.internode_token_price,
-        "intranode_token_price": problem.intranode_token_price,
     }
     plans = [
         plan_incremental(problem_of(problem.load, problem.current, threads=threads, **others))
@@ -192,25 +189,6 @@ def test_replicas_spread_over_nodes_where_tokens_pay_for_the_way(
         )
     )
     assert (np.flatnonzero(target.slots_LP[0] == 0) // 2).tolist() == ranks
-
-
-@pytest.mark.parametrize(("price", "copied"), [(0.0, 1), (0.5, 0)])
-def test_of_equally_good_replicas_the_one_with_most_tokens_is_made(
-    price: float, copied: int
-) -> None:
-    """One more replica of expert 1 makes ranks most even: 28, 28, 24 and 20. One of expert 0, the hottest
-    (26, 30, 24, 20), keeps more tokens on their rank."""
-    current = on_four_ranks((0, 1), (2, 3), (4, 5), (2, 6))
-    load_E = TOKENS * np.array([20.0, 16, 4, 20, 10, 10, 20])
-    target = plan_incremental(
-        problem_of(
-            np.tile(load_E, (4, 1, 1)),
-            current,
-            budget=Budget(max_moved_slots=1, max_arrivals=1),
-            intranode_token_price=price,
-        )
-    )
-    assert np.bincount(target.slots_LP[0])[copied] == 2
 
 
 def signatures() -> dict[str, int]:

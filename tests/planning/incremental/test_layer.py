@@ -84,7 +84,7 @@ def test_the_inputs_are_what_their_names_say(small: SmallLayer) -> None:
         small.origin_P.astype(np.int32),
         small.node_R,
         small.internode_price,
-        (small.token_price, small.home_price),
+        small.token_price,
     )
     vectors_EV, nodes = described.vectors_EV, small.node_R.max() + 1
     np.testing.assert_array_equal(described.vectors_VE, vectors_EV.T)
@@ -94,9 +94,6 @@ def test_the_inputs_are_what_their_names_say(small: SmallLayer) -> None:
     )
     np.testing.assert_allclose(
         described.traffic_E, 2.0 * small.token_price / nodes * vectors_EV[:, 0]
-    )
-    np.testing.assert_allclose(
-        described.home_E, 2.0 * small.home_price / small.num_ranks * vectors_EV[:, 0]
     )
     held = small.held(small.origin_P)
     for rank, fetch_E in enumerate(described.fetch_RE):
