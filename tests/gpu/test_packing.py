@@ -1,7 +1,9 @@
 """Loads are packed and unpacked: CUDA code cut, wheels found or fetched, sizes held to the limit."""
 
+import lzma
 import shutil
 import struct
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +97,25 @@ def test_an_archive_gives_back_what_went_in(tmp_path: Path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
     unpack(tmp_path / "first", tmp_path / "out")
     assert {path: (tmp_path / "out" / path).read_bytes() for path, _ in files} == dict(files)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [tarfile.TarInfo("../beside"), tarfile.TarInfo("/tmp/beside"), tarfile.TarInfo("link")],
+    ids=["above", "elsewhere", "link"],
+)
+def test_nothing_is_unpacked_outside_of_its_folder(tmp_path: Path, entry: tarfile.TarInfo):
+    if entry.name == "link":
+        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc"
+    with (
+        lzma.open(tmp_path / "bad.tar.xz", "wb") as stream,
+        tarfile.open(fileobj=stream, mode="w|") as tar,
+    ):
+        tar.addfile(entry)
+    with pytest.raises(ValueError, match="bad.tar.xz holds"):
+        unpack(tmp_path / "bad.tar.xz", tmp_path / "out")
+    assert not (tmp_path / "beside").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 # --- wheels

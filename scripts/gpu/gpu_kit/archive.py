@@ -22,7 +22,17 @@ def pack(archive: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Links and paths that lead out of `folder` are refused."""
+    """Raises ValueError for what is no file, such as a link, and for paths that lead out of `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    # `extractall` refuses these from Python 3.11.4 on only.
     with lzma.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-        tar.extractall(folder, filter="data")
+        for entry in tar:
+            target = (folder / entry.name).resolve()
+            content = tar.extractfile(entry) if entry.isfile() else None
+            if content is None or not target.is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"{archive.name} holds {entry.name}, which is no file of its folder"
+                )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.read())
+            target.chmod(entry.mode & 0o755)
