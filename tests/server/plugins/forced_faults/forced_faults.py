@@ -1,8 +1,8 @@
 """A vLLM plugin that makes the balancer fail on purpose; put on PYTHONPATH by the fault tests only.
 
 FORCED_FAULTS names what fails when, e.g. `planner:1,checksum:2,transport:3`: the first plan raises,
-in the second batch that rank 1 votes on a byte of an arrived expert is flipped, in the third batch
-rank 0 cannot pack its experts.
+in the second batch that brings rank 1 an expert a byte of it is flipped, in the third batch rank 0
+cannot pack its experts.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def _flip_byte(exchange: Any, at: int) -> None:
     original, calls = exchange.vote, []
 
     def vote(self: Any, batch: Any, **told: Any) -> Any:
-        calls.append(1)
         arrived = batch.arrivals(self.rank)
-        if len(calls) == at and self.rank == 1 and arrived:
+        if arrived:
+            calls.append(1)
+        if arrived and len(calls) == at and self.rank == 1:
             self.staging[arrived[0].staging, 17] ^= 1
         return original(self, batch, **told)
 
