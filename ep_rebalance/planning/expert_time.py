@@ -74,7 +74,7 @@ class ExpertTime:
         )
 
 
-_NOTHING_SEEN = "too few snapshots yet"
+_NOTHING_SEEN = "too few snapshots yet, or no model fits them"
 _TELL_LITTLE = (
     "step times do not tell yet: the busiest rank's load varies too little, or they too much"
 )
@@ -127,11 +127,17 @@ class StepRecord:
             self.latest = mean_work(added)
 
     def model(self) -> StepModel | None:
-        """What they tell; None while there are fewer than LEAST_SNAPSHOTS."""
+        """What they tell; None while there are fewer than LEAST_SNAPSHOTS, and if they differ by so many
+        orders of magnitude that they fit no model.
+        """
         if len(self._works) < LEAST_SNAPSHOTS:
             return None
         moments, works = zip(*self._works, strict=True)
-        return fitted(works, np.array(moments, np.float64), self._phases_A, self._half_life)
+        try:
+            return fitted(works, np.array(moments, np.float64), self._phases_A, self._half_life)
+        except np.linalg.LinAlgError:
+            # Raised, it would end every plan for as long as these snapshots are kept.
+            return None
 
     def mean(self) -> StepWork | None:
         """The mean step of all that are kept; None if there are none."""

@@ -72,7 +72,7 @@ class Transport:
 
         gain: fraction of the step time that it is predicted to save.
         """
-        share = min(max(gain, USUAL_SHARE), MOST_SHARE)
+        share = min(max(USUAL_SHARE, gain), MOST_SHARE)  # the usual one if `gain` is not a number
         return Pace(
             max_bytes=self._bytes_per_step("intranode", share),
             max_internode_bytes=self._bytes_per_step("internode", share),
@@ -106,7 +106,7 @@ class Transport:
             return setting
         fitting = share * self.step_seconds * self.topology.bytes_per_second[LINKS.index(link)]
         most = most_bytes_per_step(setting, self.expert_bytes_L)
-        return min(max(round(fitting), LEAST_BYTES), most)
+        return max(round(min(fitting, most)), LEAST_BYTES)
 
 
 def most_bytes_per_step(setting: int | str, expert_bytes_L: Sequence[int]) -> int:

@@ -62,6 +62,8 @@ _UNKNOWN = 10.0
 """Standard error of what the prior knows nothing of, in units in which it is about 1."""
 _HUBER = 1.345
 """Standard deviations beyond which a snapshot pulls no harder: 95 % efficiency on normal errors."""
+_OUTLYING = 5.0
+"""Beyond so many times what it should take at most, a step says nothing of what others take."""
 _ROUNDS = 50
 """The most iterations of the fit; ten are usual."""
 _LEAST_DEVIATION = 1e-4
@@ -124,7 +126,7 @@ def fitted(
     busiest_NA = np.array([work.busiest_A for work in works])
     mean_NA = np.array([work.mean_A for work in works])
     usual = float(np.median(seconds_N))
-    seconds_A = _seconds_per_cost(seconds_N, busiest_NA)
+    seconds_A = _seconds_per_cost(_plausible(seconds_N, busiest_NA), busiest_NA)
     # In these units a slope is the fraction of a step of that phase, and all other numbers are about 1.
     per_second_A = seconds_A / usual
     age_N = moment_N[-1] - moment_N
@@ -149,6 +151,18 @@ def fitted(
         prior_covariance_AA=np.linalg.inv(prior.precision_FF[slopes, slopes]) * units_AA,
         phases_A=phases_A,
     )
+
+
+def _plausible(
+    seconds_N: NDArray[np.float64], busiest_NA: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """float64 [N], the times, with those that only a pause explains cut to what is the longest otherwise."""
+    # A step takes about as long as the median one, or in proportion to its cost, whichever is longer. One
+    # pause of a minute would otherwise scale the prior, and so what is assumed.
+    cost_N = busiest_NA.sum(axis=1)
+    expected_N = np.maximum(np.median(seconds_N), np.median(seconds_N / cost_N) * cost_N)
+    plausible_N: NDArray[np.float64] = np.minimum(seconds_N, _OUTLYING * expected_N)
+    return plausible_N
 
 
 def _seconds_per_cost(

@@ -180,6 +180,17 @@ def test_what_steps_do_not_tell_stays_as_assumed(law: Law) -> None:
         assert told.standard_error > 0.15
 
 
+@pytest.mark.parametrize("times", [30.0, 100.0, 1e4, 1e7])
+@pytest.mark.parametrize("count", [16, 200])
+def test_one_pause_does_not_change_what_is_assumed(count: int, times: float) -> None:
+    """Such as that of an engine that compiles while requests wait."""
+    works = Law(imbalance=steady).serve(np.random.default_rng(0), count)
+    works[5] = replace(works[5], seconds=times * works[5].seconds)
+    told = known(model_of(works), mean_work(works[-4:]))
+    assert told.fraction == pytest.approx(ASSUMED_FRACTION, abs=0.2)
+    assert told.least > 0.15
+
+
 def test_what_cannot_be_is_not_believed() -> None:
     for fraction in (-0.5, 2.5):
         works = Law(noise=0.005).serve(np.random.default_rng(0), 200)
@@ -342,6 +353,28 @@ def test_snapshots_without_a_number_spoil_nothing() -> None:
     clean.add([*samples[:5], replace_seconds(samples[5], 0.0), *samples[6:]])
     spoilt.add([*samples[:5], broken, *samples[6:]])
     assert spoilt.at(spoilt.latest) == clean.at(clean.latest)
+
+
+def test_snapshots_that_fit_no_model_cost_no_plan() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        asked = estimate()
+        asked.add([wild_snapshot(rng) for _ in range(41)])
+        told = asked.at(asked.latest)
+        assert 0.0 <= told.least <= told.fraction <= 1.0
+
+
+def wild_snapshot(rng: np.random.Generator) -> LoadSample:
+    """Prefill and decode in one proportion, and tokens and times of any size."""
+    decode_LE = np.full((2, 8), int(10 ** rng.uniform(0, 9)))
+    decode_LE[:, 0] *= rng.integers(1, 5)
+    return LoadSample(
+        counts_ALE=np.stack([2 * decode_LE, decode_LE]),
+        steps=1,
+        step_seconds=float(10 ** rng.uniform(-6, 5)),
+        placement=CURRENT,
+        quotas_LP=CURRENT.even_quotas_LP(),
+    )
 
 
 def test_times_that_are_no_numbers_are_refused() -> None:

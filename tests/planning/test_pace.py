@@ -39,10 +39,11 @@ def pace(
     setting: int | str = "auto",
     step_seconds: float = 0.02,
     expert_bytes: int = EXPERT_BYTES,
+    near: float = 300e9,
 ) -> Pace:
     transport = Transport(
         settings=MigrationConfig.model_validate({"max_bytes_per_step": setting}),
-        topology=Topology(node_of_rank=(0, 1), bytes_per_second=(2e12, 300e9, 45e9)),
+        topology=Topology(node_of_rank=(0, 1), bytes_per_second=(2e12, near, 45e9)),
         expert_bytes_L=(expert_bytes,) * 4,
         step_seconds=step_seconds,
     )
@@ -70,6 +71,11 @@ def test_no_step_carries_more_than_two_experts() -> None:
 def test_short_or_unknown_steps_carry_a_mebibyte(step_seconds: float) -> None:
     usual = pace(0.001, step_seconds=step_seconds)
     assert (usual.max_bytes, usual.max_internode_bytes) == (MIB, MIB)
+
+
+def test_what_is_no_number_is_paced_as_usual_and_endless_links_carry_two_experts() -> None:
+    assert pace(float("nan")) == pace(0.0)
+    assert pace(0.4, step_seconds=1e3, near=1e308).max_bytes == 2 * EXPERT_BYTES
 
 
 def test_of_tiny_experts_a_step_carries_a_mebibyte() -> None:
