@@ -51,7 +51,7 @@ def faulty(logs: Path, arguments: tuple[str, ...], one_rank_answers: object) -> 
         logs / "faulty.log",
         *arguments,
         plugins=[FORCED_FAULTS, PREPACKED_RELOADS],
-        FORCED_FAULTS="planner:1,checksum:2,transport:3",
+        FORCED_FAULTS="planner:1,checksum:2,transport:6",
         VLLM_SERVER_DEV_MODE="1",
     ) as server:
         yield server

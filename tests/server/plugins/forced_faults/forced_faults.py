@@ -1,7 +1,7 @@
 """A vLLM plugin that makes the balancer fail on purpose; put on PYTHONPATH by the fault tests only.
 
-FORCED_FAULTS names what fails when, e.g. `planner:1,checksum:2,transport:3`: the first plan raises,
-in the second batch that brings rank 1 an expert a byte of it is flipped, in the third batch rank 0
+FORCED_FAULTS names what fails when, e.g. `planner:1,checksum:2,transport:6`: the first plan raises,
+in the second batch that brings rank 1 an expert a byte of it is flipped, in the sixth batch rank 0
 cannot pack its experts.
 """
 
