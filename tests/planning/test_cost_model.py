@@ -85,8 +85,9 @@ def test_no_rank_is_costlier_than_its_experts_and_the_costliest_no_cheaper_than_
     assert cost_WLR.shape == (len(load.weight_W), current.num_layers, current.num_ranks)
     even_WL = problem.cost.even_cost_WL(load, current.num_ranks)
     assert (cost_WLR.max(axis=2) >= even_WL * (1 - 1e-9)).all()
+    # Some ranks may read while others compute: each replica reads once at most, each token counts once.
     alone_WL = current.num_ranks * even_WL
-    assert (cost_WLR.sum(axis=2) <= current.max_replicas * alone_WL + 1e-9).all()
+    assert (cost_WLR.sum(axis=2) <= (current.max_replicas + 1) * alone_WL + 1e-9).all()
 
 
 def test_the_configuration_chooses_what_is_balanced() -> None:
