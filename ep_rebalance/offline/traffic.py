@@ -111,23 +111,41 @@ def _flows(
     home_LR, near_LR = np.zeros((layers, num_ranks)), np.zeros((layers, num_ranks))
     far_LR = np.zeros((layers, num_ranks))
     for layer in range(layers):
-        quota_RE, quota_NE = np.zeros((num_ranks, num_experts)), np.zeros((num_nodes, num_experts))
-        kept_NE = np.zeros((num_nodes, num_experts))
-        for slot in range(slots_LP.shape[1]):
-            quota_RE[slot // slots_per_rank, slots_LP[layer, slot]] += quotas_LP[layer, slot]
-        for rank in range(num_ranks):
-            quota_NE[node_R[rank]] += quota_RE[rank]
-            kept_NE[node_R[rank]] += np.minimum(quota_RE[rank], share)
-        for rank in range(num_ranks):
-            node = node_R[rank]
-            for expert in range(num_experts):
-                quota = quota_RE[rank, expert]
-                kept = min(quota, share)
-                # What its sources have left fills what capacity is left on the node.
-                room = quota_NE[node, expert] - kept_NE[node, expert]
-                flow = min(room, share_N[node] - kept_NE[node, expert])
-                near = (quota - kept) * flow / room if room > 1e-12 else 0.0
-                home_LR[layer, rank] += load_LE[layer, expert] * kept
-                near_LR[layer, rank] += load_LE[layer, expert] * near
-                far_LR[layer, rank] += load_LE[layer, expert] * max(quota - kept - near, 0.0)
+        slots_P = slots_LP[layer]
+        quota_P = _rank_quotas(slots_P, quotas_LP[layer], slots_per_rank, num_experts)
+        quota_NE, kept_NE = np.zeros((num_nodes, num_experts)), np.zeros((num_nodes, num_experts))
+        for slot in range(slots_P.size):
+            node = node_R[slot // slots_per_rank]
+            quota_NE[node, slots_P[slot]] += quota_P[slot]
+            kept_NE[node, slots_P[slot]] += min(quota_P[slot], share)
+        for slot in range(slots_P.size):
+            rank, expert, quota = slot // slots_per_rank, slots_P[slot], quota_P[slot]
+            node, load = node_R[rank], load_LE[layer, expert]
+            kept = min(quota, share)
+            # What its sources have left fills what capacity is left on the node.
+            room = quota_NE[node, expert] - kept_NE[node, expert]
+            flow = min(room, share_N[node] - kept_NE[node, expert])
+            near = (quota - kept) * flow / room if room > 1e-12 else 0.0
+            home_LR[layer, rank] += load * kept
+            near_LR[layer, rank] += load * near
+            far_LR[layer, rank] += load * max(quota - kept - near, 0.0)
     return home_LR, near_LR, far_LR
+
+
+@compiled
+def _rank_quotas(
+    slots_P: NDArray[np.int32],
+    quotas_P: NDArray[np.float64],
+    slots_per_rank: int,
+    num_experts: int,
+) -> NDArray[np.float64]:
+    """float64 [P], what the rank of a slot has of its expert; 0 for the second slot of the same expert there,
+    which vLLM's own placements have.
+    """
+    quota_P, first_E = np.zeros(slots_P.size), np.full(num_experts, -1)
+    for slot in range(slots_P.size):
+        expert = slots_P[slot]
+        if first_E[expert] < slot // slots_per_rank * slots_per_rank:
+            first_E[expert] = slot
+        quota_P[first_E[expert]] += quotas_P[slot]
+    return quota_P
