@@ -147,7 +147,7 @@ def serve(case: Case, config: RebalanceConfig, counts_NLE: NDArray[np.int64]) ->
             settings=config.planner,
             decision=config.decision,
             migration=config.migration,
-            cost=cost_model(config, EXPERT_BYTES_L),
+            cost=cost_model(config),
             topology=case.topology,
             expert_bytes_L=EXPERT_BYTES_L,
         ),
