@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
-from ep_rebalance.load.window import PHASES, WindowLoad
+from ep_rebalance.load.window import PHASES
 from ep_rebalance.offline.peers import place_anew
 from ep_rebalance.offline.run import Scenario
 from ep_rebalance.offline.step_time import ModelledSteps, RankLoad
@@ -89,20 +89,12 @@ def _alone(mean: RecordedSnapshot, phase: int) -> RecordedSnapshot:
     return replace(mean, counts_ALE=counts_ALE)
 
 
-def _load(mean: RecordedSnapshot, times: ModelledSteps) -> WindowLoad:
-    return WindowLoad(
-        tokens_WLE=mean.counts_ALE.sum(axis=0, dtype=np.float64)[None],
-        weight_W=np.ones(1),
-        steps_W=np.full(1, max(mean.steps, 1) / times.load_factor),
-    )
-
-
 def _served(
     head: TraceHead, mean: RecordedSnapshot, scenario: Scenario, redundant: int
 ) -> tuple[Placement, NDArray[np.float64]]:
     """The best placement for the recording as a whole, with its quotas."""
     assert isinstance(scenario.step_time, ModelledSteps)
-    load = _load(mean, scenario.step_time)
+    load = scenario.step_time.load_of(mean)
     contiguous = Placement.contiguous(
         num_layers=head.layers,
         num_experts=head.experts,
@@ -128,7 +120,7 @@ def _phase_step(
         times.parts(alone, RankLoad.of(counts_LE, placement, quotas_LP, by_own_counts=own)).experts
         for placement, quotas_LP in served
     )
-    reading_seconds, computing_seconds = times.even_seconds(_load(alone, times))
+    reading_seconds, computing_seconds = times.even_seconds(times.load_of(alone))
     tokens = float(counts_LE.sum()) / (head.layers * head.top_k * max(alone.steps, 1))
     return PhaseStep(
         phase=phase,

@@ -136,20 +136,20 @@ def _tables_of_sources(
 ) -> list[list[HostTables]]:
     """The tables of each source and layer."""
     layers, ranks = range(placement.num_layers), placement.num_ranks
+    tables = [
+        dispatch_thresholds(placement, layers, quotas_LP, topology=topology, rank=rank)
+        for rank in range(0, ranks, topology.ranks_per_source)
+    ]
+    slots_LEC, _ = tables[0]
+    poured_LX, _, row_LE = pour_order(
+        slots_LEC,
+        rows=placement.num_redundant,
+        slots_per_rank=placement.slots_per_rank,
+        num_ranks=ranks,
+    )
     found = []
-    for rank in range(0, ranks, topology.ranks_per_source):
-        slots_LEC, thresholds_LEC = dispatch_thresholds(
-            placement, layers, quotas_LP, topology=topology, rank=rank
-        )
-        poured_LX, _, row_LE = pour_order(
-            slots_LEC,
-            rows=placement.num_redundant,
-            slots_per_rank=placement.slots_per_rank,
-            num_ranks=ranks,
-        )
-        ground_LR = np.zeros((placement.num_layers, ranks), dtype=np.int32)
-        if load_LE is not None:
-            ground_LR = ground_of_ranks(slots_LEC, thresholds_LEC, quotas_LP, load_LE, ranks)
+    for _, thresholds_LEC in tables:
+        ground_LR = ground_of_ranks(slots_LEC, thresholds_LEC, quotas_LP, load_LE, ranks)
         columns = (slots_LEC, thresholds_LEC, poured_LX, row_LE, ground_LR)
         found.append([HostTables(*(column[layer] for column in columns)) for layer in layers])
     return found

@@ -233,13 +233,8 @@ class ModelledSteps:
 
     def parts(self, snapshot: RecordedSnapshot, served: RankLoad) -> StepParts:
         """The parts of the mean step."""
-        # Fewer steps for the same tokens: each then has `load_factor` times as many.
-        steps = max(snapshot.steps, 1) / self.load_factor
-        load = WindowLoad(
-            tokens_WLE=snapshot.counts_ALE.sum(axis=0, dtype=np.float64)[None],
-            weight_W=np.ones(1),
-            steps_W=np.full(1, steps),
-        )
+        load = self.load_of(snapshot)
+        steps = float(load.steps_W[0])
         token_L1 = self._token_seconds_L[:, None]
         compute_LR = self._cost.rank_cost_WLR(load, served.placement, served.quotas_LP)[0] / steps
         transfer_LR = self._transfer_LR(snapshot, served) / steps
@@ -254,13 +249,22 @@ class ModelledSteps:
             rest=even * (1.0 - self.fraction) / self.fraction,
         )
 
+    def load_of(self, snapshot: RecordedSnapshot) -> WindowLoad:
+        """A snapshot as the only sample of a window, in steps of the size that is modelled."""
+        # Fewer steps for the same tokens: each then has `load_factor` times as many.
+        return WindowLoad(
+            tokens_WLE=snapshot.counts_ALE.sum(axis=0, dtype=np.float64)[None],
+            weight_W=np.ones(1),
+            steps_W=np.full(1, max(snapshot.steps, 1) / self.load_factor),
+        )
+
     def even_seconds(self, load: WindowLoad) -> tuple[float, float]:
         """(to read the activated experts, to compute the tokens), seconds of a mean step with even ranks.
 
         load: one sample.
         """
         tokens_LE = load.tokens_WLE[0] / load.steps_W[0]
-        reads_L = self._cost.reading * (1.0 - np.exp(-tokens_LE)).sum(axis=1)
+        reads_L = self._cost.read_cost(tokens_LE).sum(axis=1)
         seconds_L = self._token_seconds_L / self.topology.num_ranks
         return float(seconds_L @ reads_L), float(seconds_L @ tokens_LE.sum(axis=1))
 

@@ -11,13 +11,15 @@ Times are in tokens: those that could be computed meanwhile.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
 from ep_rebalance.placement import Placement
+
+Tokens = TypeVar("Tokens", float, NDArray[np.float64])
 
 _DEVIATIONS = 2.0
 """A step's tokens on the busiest rank are taken to be so many standard deviations (Poisson) above those of a
@@ -103,11 +105,14 @@ def _replicas(slots_P: NDArray[np.int32], num_experts: int, num_ranks: int) -> _
     return _Replicas(slots_EC, count_E, slots_P.size // num_ranks)
 
 
-@compiled
-def _read(tokens: float) -> float:
+def read_part(tokens: Tokens) -> Tokens:
     """The fraction of steps in which an expert is read that gets so many tokens in a mean step (Poisson)."""
-    read: float = 1.0 - np.exp(-tokens)
-    return read
+    # 1 - exp(-tokens)
+    part: Tokens = 1.0 - np.exp(-tokens)
+    return part
+
+
+_read = compiled(read_part)
 
 
 @compiled

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.placement import Placement
-from ep_rebalance.planning.active_replicas import concentrate
+from ep_rebalance.planning.active_replicas import concentrate, read_part
 from ep_rebalance.planning.quotas import split_quotas
 
 _MOSTLY_READING = 1.5
@@ -85,7 +85,7 @@ class RooflineCost:
 
     def expert_cost_WLE(self, load: WindowLoad) -> NDArray[np.float64]:
         tokens_WLE = _per_step(load)
-        read_WLE = self._read(tokens_WLE)
+        read_WLE = self.read_cost(tokens_WLE)
         reads_WL = read_WLE.sum(axis=2) > _MOSTLY_READING * tokens_WLE.sum(axis=2)
         slower_WLE = np.where(reads_WL[..., None], np.maximum(read_WLE, tokens_WLE), tokens_WLE)
         cost_WLE: NDArray[np.float64] = slower_WLE * load.steps_W[:, None, None]
@@ -98,23 +98,20 @@ class RooflineCost:
         by_rank = (*tokens_WLP.shape[:2], placement.num_ranks, placement.slots_per_rank)
         # Reading and computing overlap over all experts of a rank, not expert by expert.
         slower_WLR = np.maximum(
-            self._read(tokens_WLP).reshape(by_rank).sum(3), tokens_WLP.reshape(by_rank).sum(3)
+            self.read_cost(tokens_WLP).reshape(by_rank).sum(3), tokens_WLP.reshape(by_rank).sum(3)
         )
         cost_WLR: NDArray[np.float64] = slower_WLR * load.steps_W[:, None, None]
         return cost_WLR
 
     def even_cost_WL(self, load: WindowLoad, num_ranks: int) -> NDArray[np.float64]:
         tokens_WLE = _per_step(load)
-        slower_WL = np.maximum(self._read(tokens_WLE).sum(axis=2), tokens_WLE.sum(axis=2))
+        slower_WL = np.maximum(self.read_cost(tokens_WLE).sum(axis=2), tokens_WLE.sum(axis=2))
         even_WL: NDArray[np.float64] = slower_WL * load.steps_W[:, None] / num_ranks
         return even_WL
 
-    def _read(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What reading an expert costs that gets so many tokens in a mean step.
-
-        With `n` tokens a step on average, an expert is read in 1 - exp(-n) of the steps (Poisson).
-        """
-        return (1.0 - np.exp(-tokens)) * self.reading
+    def read_cost(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What reading an expert costs that gets so many tokens in a mean step."""
+        return read_part(tokens) * self.reading
 
 
 def mean_imbalance_L(

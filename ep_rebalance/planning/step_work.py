@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_rebalance.load.window import LoadSample, WindowLoad
+from ep_rebalance.load.window import LoadSample, window_load
 from ep_rebalance.planning.cost_model import CostModel
 from ep_rebalance.planning.quotas import split_by_own_counts
 
@@ -41,12 +41,7 @@ def step_work(sample: LoadSample, cost: CostModel, *, by_own_counts: bool) -> St
         return None
     if by_own_counts:
         quotas_LP = split_by_own_counts(placement, sample.load_LE, quotas_LP)
-    load = WindowLoad(
-        tokens_WLE=sample.load_LE[None].astype(np.float64),
-        weight_W=np.ones(1),
-        steps_W=np.full(1, float(sample.steps)),
-    )
-    cost_LR = cost.rank_cost_WLR(load, placement, quotas_LP)[0] / sample.steps
+    cost_LR = cost.rank_cost_WLR(window_load([sample]), placement, quotas_LP)[0] / sample.steps
     tokens_ALR = placement.rank_load_LR(sample.counts_ALE, quotas_LP)
     cost_ALR = cost_LR * tokens_ALR / np.maximum(tokens_ALR.sum(axis=0), 1e-300)
     busiest_L = cost_LR.argmax(axis=1)

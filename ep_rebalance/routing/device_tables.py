@@ -165,13 +165,14 @@ class RoutingTables:
                 padding = torch.full((pairs, 1), -1, dtype=dtype, device=self.phase_T.device)
                 self.route(0, padding, 0)
                 self.count(0, padding, 0)
-        values = np.zeros(self._slots_LEC.shape, dtype=np.int32)
-        _ = [pinned(values, self._slots_LEC.device) for _ in range(2 * _TABLES_AT_A_TIME)]
+        uploaded = [self._slots_LEC, self._thresholds_LEC]
         if self._rows:
-            values = np.zeros(self._pours_LO.shape, dtype=np.int32)
-            _ = [pinned(values, self._slots_LEC.device) for _ in range(_TABLES_AT_A_TIME)]
-            values = np.zeros(self._ground_LR.shape, dtype=np.int32)
-            _ = [pinned(values, self._slots_LEC.device) for _ in range(_TABLES_AT_A_TIME)]
+            uploaded += [self._pours_LO, self._ground_LR]
+        _ = [
+            pinned(np.zeros(table.shape, dtype=np.int32), table.device)
+            for table in uploaded
+            for _ in range(_TABLES_AT_A_TIME)
+        ]
 
     def dispatch_tables(
         self,
@@ -205,9 +206,7 @@ class RoutingTables:
                 num_ranks=placement.num_ranks,
             )
             pours_LO = pinned(np.concatenate(order, axis=1), device)
-            ground = np.zeros(self._ground_LR.shape, dtype=np.int32)
-            if load_LE is not None:
-                ground = ground_of_ranks(*tables, quotas_LP, load_LE, placement.num_ranks)
+            ground = ground_of_ranks(*tables, quotas_LP, load_LE, placement.num_ranks)
             ground_LR = pinned(ground, device)
         return DispatchTables(
             slots_LEC=slots_LEC,

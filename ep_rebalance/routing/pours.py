@@ -109,7 +109,7 @@ def ground_of_ranks(
     slots_LEC: NDArray[np.int32],
     thresholds_LEC: NDArray[np.int32],
     quotas_LP: NDArray[np.float64],
-    load_LE: NDArray[np.float64],
+    load_LE: NDArray[np.float64] | None,
     num_ranks: int,
 ) -> NDArray[np.int32]:
     """int32 [L, R]: `PourTables.ground_R` of each layer, so that a source's tokens stay near.
@@ -119,9 +119,11 @@ def ground_of_ranks(
 
     slots_LEC, thresholds_LEC: int32 [L, E, C]. As from `dispatch_thresholds`.
     quotas_LP: float64 [L, P]. What they were made from.
-    load_LE: float64 [L, E]. The tokens that the quotas were fitted to.
+    load_LE: float64 [L, E]. The tokens that the quotas were fitted to; if None, the ground is level.
     """
     ground_LR = np.zeros((len(slots_LEC), num_ranks), dtype=np.int32)
+    if load_LE is None:
+        return ground_LR
     slots_per_rank = quotas_LP.shape[1] // num_ranks
     for layer, tokens_E in enumerate(load_LE):
         if tokens_E.any():
