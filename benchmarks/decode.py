@@ -18,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from planning_load import sglang_domains
+from planning_load import load_domains
+from planning_score import snapshot_of
 from rich.console import Console
 from rich.table import Table
 
-from ep_rebalance.load.window import LoadSample, WindowLoad, window_load
-from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.load.window import WindowLoad, window_load
+from ep_rebalance.offline.generated_load import TIMINGS, generate_steps
 from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.offline.peers import everything_may_move, place_anew
 from ep_rebalance.offline.step_time import load_hardware
@@ -81,11 +82,7 @@ def busiest_tokens(
 
 
 def observed(steps_NLE: np.ndarray) -> WindowLoad:
-    samples = []
-    for part_NLE in np.split(steps_NLE, SEEN // SNAPSHOT):
-        counts_LE = part_NLE.sum(axis=0)
-        counts_ALE = np.stack([np.zeros_like(counts_LE), counts_LE])
-        samples.append(LoadSample(counts_ALE=counts_ALE, steps=len(part_NLE), step_seconds=0.05))
+    samples = [snapshot_of(part_NLE) for part_NLE in np.split(steps_NLE, SEEN // SNAPSHOT)]
     return window_load(samples, half_life=3.0)
 
 
@@ -97,13 +94,7 @@ def run(
     reading = reading_tokens(
         hardware.memory_bytes_per_second, hardware.flops_per_second, shape.bytes_per_parameter
     )
-    if options.load == "real":
-        domains_DLE = sglang_domains(options.data / "deepseek-logical-counts")
-    else:
-        domains_DLE = synthetic_domains(
-            domains=8, layers=shape.layers, experts=shape.experts, seed=seed
-        )
-    domains_DLE = domains_DLE[:, :: max(shape.layers // options.layers, 1)]
+    domains_DLE = load_domains(options.load, shape, seed, options.data, layers=options.layers)
     pairs = tokens * ranks * shape.top_k
     steps = generate_steps(domains_DLE, TIMINGS[options.load], pairs_per_step=pairs, seed=seed)
     load = observed(np.stack(list(itertools.islice(steps, SEEN))))

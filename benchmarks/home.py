@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from planning_load import sglang_domains
+from planning_load import load_domains
 from planning_policies import Kept, Ours, Policy, Steps
+from planning_score import SNAPSHOT_STEPS, WINDOW_STEPS, snapshot_of
 from rich.console import Console
 from rich.table import Table
 
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.trace import RecordedSnapshot
 from ep_rebalance.load.window import LoadSample, window_load
-from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.offline.generated_load import TIMINGS, generate_steps
 from ep_rebalance.offline.model_shape import SHAPES, ModelShape
 from ep_rebalance.offline.peers import place_anew
 from ep_rebalance.offline.step_time import ModelledSteps, RankLoad, load_hardware
@@ -35,8 +36,6 @@ from ep_rebalance.offline.traffic import Traffic
 from ep_rebalance.placement import Placement, imbalance_L
 from ep_rebalance.topology import Topology
 
-WINDOW, SNAPSHOT = 48, 6
-STEP_SECONDS = 0.05
 PRICES = (0.0, 0.02, 0.2, 0.5)
 """Of tokens that leave their node."""
 
@@ -73,20 +72,14 @@ class Score:
 def windows_of(
     options: argparse.Namespace, shape: ModelShape, ranks: int, seed: int
 ) -> list[Steps]:
-    if options.load == "real":
-        domains_DLE = sglang_domains(options.data / "deepseek-logical-counts")
-    else:
-        domains_DLE = synthetic_domains(
-            domains=8, layers=shape.layers, experts=shape.experts, seed=seed
-        )
-    domains_DLE = domains_DLE[:, :: max(shape.layers // options.layers, 1)]
+    domains_DLE = load_domains(options.load, shape, seed, options.data, layers=options.layers)
     steps = generate_steps(
         domains_DLE,
         TIMINGS[options.load],
         pairs_per_step=options.tokens * ranks * shape.top_k,
         seed=seed,
     )
-    return [np.stack(list(itertools.islice(steps, WINDOW))) for _ in range(options.windows)]
+    return [np.stack(list(itertools.islice(steps, WINDOW_STEPS))) for _ in range(options.windows)]
 
 
 def full_copies(load_LE: np.ndarray, ranks: int, redundant: int) -> Placement:
@@ -111,16 +104,12 @@ def full_copies(load_LE: np.ndarray, ranks: int, redundant: int) -> Placement:
     return Placement(slots_LRS.reshape(layers, -1), experts, ranks)
 
 
-def sample_of(part_NLE: Steps) -> LoadSample:
-    counts_LE = part_NLE.sum(axis=0)
-    counts_ALE = np.stack([np.zeros_like(counts_LE), counts_LE])
-    return LoadSample(counts_ALE=counts_ALE, steps=len(part_NLE), step_seconds=STEP_SECONDS)
-
-
 def score(policy: Policy, windows: list[Steps], times: ModelledSteps) -> Score:
     rows, moved = [], []
     for number, window_NLE in enumerate(windows):
-        samples = [sample_of(part) for part in np.split(window_NLE, WINDOW // SNAPSHOT)]
+        samples = [
+            snapshot_of(part) for part in np.split(window_NLE, WINDOW_STEPS // SNAPSHOT_STEPS)
+        ]
         for sample in samples:
             if number:
                 rows.append(_snapshot(policy, sample, times))
@@ -150,7 +139,7 @@ def _snapshot(policy: Policy, sample: LoadSample, times: ModelledSteps) -> tuple
 def policies(
     ranks: int, redundant: int, first: Steps, topology: Topology, bytes_L: list[int]
 ) -> Iterator[tuple[str, Policy]]:
-    samples = [sample_of(part) for part in np.split(first, WINDOW // SNAPSHOT)]
+    samples = [snapshot_of(part) for part in np.split(first, WINDOW_STEPS // SNAPSHOT_STEPS)]
     load = window_load(samples)
     layers, experts = load.load_LE.shape
     contiguous = Placement.contiguous(

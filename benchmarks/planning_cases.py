@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from planning_load import gpt_oss_sequences, sglang_domains
+from planning_load import gpt_oss_sequences, load_domains
 from planning_router import ARRIVALS, router_steps
 
-from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
+from ep_rebalance.offline.generated_load import TIMINGS, generate_steps
 from ep_rebalance.offline.model_shape import SHAPES, ModelShape
 
 
@@ -92,13 +92,7 @@ def load_of(case: Case, seed: int, data: Path | None) -> Iterator[NDArray[np.int
     if case.load == "recorded":
         assert data is not None
         return gpt_oss_sequences(data / case.shape, shape, tokens, seed)
-    if case.load == "real":
-        assert data is not None
-        domains_DLE = sglang_domains(data / "deepseek-logical-counts")
-    else:
-        domains_DLE = synthetic_domains(
-            domains=8, layers=shape.layers, experts=shape.experts, seed=seed
-        )
+    domains_DLE = load_domains(case.load, shape, seed, data)
     return generate_steps(
         domains_DLE, TIMINGS[case.load], pairs_per_step=tokens * shape.top_k, seed=seed
     )

@@ -9,10 +9,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.offline.generated_load import synthetic_domains
 from ep_rebalance.offline.model_shape import ModelShape
 
 _FINISHED = "True_False"
 """End of the keys of sequences that ended and do not repeat themselves."""
+
+
+def load_domains(
+    load: str, shape: ModelShape, seed: int, data: Path | None, *, layers: int | None = None
+) -> NDArray[np.float64]:
+    """float64 [D, L, E], the share of each expert in each kind of traffic: recorded ones for the load `real`,
+    made up for others.
+
+    data: folder with recorded loads.
+    layers: about how many of the model's are wanted; all if None.
+    """
+    if load == "real":
+        assert data is not None, "recorded load needs --data"
+        domains_DLE = sglang_domains(data / "deepseek-logical-counts")
+    else:
+        domains_DLE = synthetic_domains(
+            domains=8, layers=shape.layers, experts=shape.experts, seed=seed
+        )
+    return domains_DLE if layers is None else domains_DLE[:, :: max(shape.layers // layers, 1)]
 
 
 def sglang_domains(folder: Path) -> NDArray[np.float64]:
