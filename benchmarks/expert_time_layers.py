@@ -137,6 +137,7 @@ def serve(layers: Layers, snapshots: int, seed: int) -> Seen:
         planner=planner_of("incremental"),
         settings=config.planner,
         decision=config.decision,
+        migration=config.migration,
         cost=TokenCost(),
         topology=Topology.single_node(RANKS),
         expert_bytes_L=(SHAPE.expert_bytes,) * SHAPE.layers,
