@@ -25,7 +25,7 @@ from ep_rebalance.kernels.shared_arithmetic import (
     HASH_STEP,
     IGNORED,
     MOST_REPLICAS,
-    SWEEPS,
+    MOST_SWEEPS,
     UNIT_BITS,
     Ranks,
 )
@@ -126,7 +126,8 @@ def bounds_torch(
     row_X = poured_X.clamp(min=0)
     tokens_X = torch.where(poured_X >= 0, tokens_E[row_X], 0)
     units_XC, rank_XC = units_EC[row_X], rank_EC[row_X]
-    for _ in range(SWEEPS):
+    for _ in range(MOST_SWEEPS):
+        before_XC = units_XC
         for colour in range(int(pours.colour_X.max()) + 1):
             wets_XC = held_EC[row_X] & ((pours.colour_X == colour) & (tokens_X > 0)).unsqueeze(1)
             floors_XC = load_R[rank_XC] - units_XC
@@ -134,6 +135,8 @@ def bounds_torch(
             poured_XC = torch.where(wets_XC, (level_X1 - floors_XC).clamp(min=0), units_XC)
             load_R.index_add_(0, rank_XC.flatten(), (poured_XC - units_XC).flatten())
             units_XC = poured_XC
+        if (units_XC - before_XC).abs().max() < 1 << UNIT_BITS:
+            break
     rounding_X = ((poured_X * HASH_STEP + offset + ranks.source * HASH_STEP) & 0xFFFF) >> (
         16 - UNIT_BITS
     )
@@ -251,7 +254,7 @@ def _pour(
     source,
     HASH_STEP: tl.constexpr,
     UNIT_BITS: tl.constexpr,
-    SWEEPS: tl.constexpr,
+    MOST_SWEEPS: tl.constexpr,
     ROWS: tl.constexpr,
     REPLICAS: tl.constexpr,
 ):
@@ -270,7 +273,10 @@ def _pour(
     lower = tl.load(thresholds_ptr + place - 1, mask=held & (column[None, :] > 0), other=0)
     units = ((tokens[:, None].to(tl.int64) * (upper - lower)) >> (16 - UNIT_BITS)).to(tl.int32)
     colours = tl.max(colour) + 1
-    for _ in tl.static_range(SWEEPS):
+    sweep = 0
+    shifted = tl.max(tokens) << UNIT_BITS
+    while (sweep < MOST_SWEEPS) & (shifted >= 1 << UNIT_BITS):
+        before = units
         for each in range(colours):
             own = held & ((colour == each) & (tokens > 0))[:, None]
             floor = tl.load(load_ptr + rank, mask=own, other=0) - units
@@ -285,6 +291,8 @@ def _pour(
             tl.atomic_add(load_ptr + rank, poured - units, mask=own, sem="relaxed")
             units = poured
             tl.debug_barrier()
+        shifted = tl.max(tl.abs(units - before))
+        sweep += 1
     rounding = (((expert + source) * HASH_STEP + offset) & 0xFFFF) >> (16 - UNIT_BITS)
     bounds = (tl.cumsum(units, 1) + rounding[:, None]) >> UNIT_BITS
     last = column[None, :] >= (tl.sum(held.to(tl.int32), 1) - 1)[:, None]
@@ -321,7 +329,7 @@ def _pour_and_assign(
     num_blocks,
     HASH_STEP: tl.constexpr,
     UNIT_BITS: tl.constexpr,
-    SWEEPS: tl.constexpr,
+    MOST_SWEEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -384,7 +392,7 @@ def _pour_and_assign(
         source,
         HASH_STEP,
         UNIT_BITS,
-        SWEEPS,
+        MOST_SWEEPS,
         ROWS,
         REPLICAS,
     )
@@ -492,7 +500,7 @@ def _launch(
         num_blocks,
         HASH_STEP=HASH_STEP,
         UNIT_BITS=UNIT_BITS,
-        SWEEPS=SWEEPS,
+        MOST_SWEEPS=MOST_SWEEPS,
         **POUR_OPTIONS,
         **sizes,
     )

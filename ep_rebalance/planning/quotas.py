@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
-from ep_rebalance.kernels.shared_arithmetic import SWEEPS
+from ep_rebalance.kernels.shared_arithmetic import MOST_SWEEPS
 from ep_rebalance.placement import Placement
 
 _MAX_SWEEPS = 200
 _TOLERANCE = 1e-4
 """Pouring ends when no rank load changes by more than this part of the mean in one sweep."""
+_OWN_TOLERANCE = 1e-2
+"""The same where a step's own load is poured: about a token, of which a rank gets a hundred at most sizes."""
 _BEYOND = 1.5
 """Successive over-relaxation: long chains of ranks, each of which shares an expert with the next,
 level out several times as fast."""
@@ -53,7 +55,7 @@ def split_by_own_counts(
     own_LP = np.array(quotas_LP, dtype=np.float64)
     if placement.num_redundant:
         for load_E, slots_P, own_P in zip(load, np.array(placement.slots_LP), own_LP, strict=True):
-            pour_step(load_E, slots_P, placement.num_ranks, SWEEPS, own_P)
+            pour_step(load_E, slots_P, placement.num_ranks, own_P)
     return own_LP
 
 
@@ -96,7 +98,6 @@ def pour_step(
     load_E: NDArray[np.float64],
     slots_P: NDArray[np.int32],
     num_ranks: int,
-    sweeps: int,
     quotas_P: NDArray[np.float64],
 ) -> None:
     """Improve one layer's quotas in place, for a load of which nothing else is known; in microseconds.
@@ -107,8 +108,13 @@ def pour_step(
     rank_load_R = np.empty(num_ranks)
     sum_ranks(load_E, slots_P, quotas_P, rank_load_R)
     replicated, slots, first = _replicated(load_E, slots_P)
-    for _ in range(sweeps):
-        _sweep(load_E, replicated, slots, first, slots_per_rank, 1.0, rank_load_R, quotas_P)
+    smallest_change = _OWN_TOLERANCE * rank_load_R.sum() / num_ranks
+    for _ in range(MOST_SWEEPS):
+        change = _sweep(
+            load_E, replicated, slots, first, slots_per_rank, 1.0, rank_load_R, quotas_P
+        )
+        if change <= smallest_change:
+            break
 
 
 @compiled

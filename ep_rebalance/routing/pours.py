@@ -14,7 +14,7 @@ from ep_rebalance.kernels.shared_arithmetic import (
     HASH_STEP,
     IGNORED,
     MOST_REPLICAS,
-    SWEEPS,
+    MOST_SWEEPS,
     UNIT_BITS,
     Ranks,
 )
@@ -252,13 +252,17 @@ def pour_bounds(
             load_R[slots_EC[expert, j] // slots_per_rank] += units
             replicas_E[expert] += 1
             lower = upper
-    for _ in range(SWEEPS):
+    for _ in range(MOST_SWEEPS):
+        shifted = 0
         for expert in poured_X:
             if expert >= 0 and tokens_E[expert]:
                 count = replicas_E[expert]
                 held_by = slots_EC[expert, :count] // slots_per_rank
                 volume = tokens_E[expert] << UNIT_BITS
-                _pour_expert(volume, held_by, load_R, units_EC[expert, :count])
+                shift = _pour_expert(volume, held_by, load_R, units_EC[expert, :count])
+                shifted = max(shifted, shift)
+        if shifted < 1 << UNIT_BITS:
+            break
     for row in range(poured_X.size):
         expert = poured_X[row]
         if expert < 0:
@@ -299,16 +303,21 @@ def pour_tokens(
 @compiled
 def _pour_expert(
     volume: int, ranks: NDArray[np.int32], load_R: NDArray[np.int64], units: NDArray[np.int64]
-) -> None:
-    """Pour one expert's tokens anew, and change the ranks' loads by it. units: int64 [C]."""
+) -> int:
+    """The most that a replica gets more or less when one expert's tokens are poured anew; changes the
+    ranks' loads by it. units: int64 [C].
+    """
     floors = np.empty(units.size, np.int64)
     for j in range(units.size):
         floors[j] = load_R[ranks[j]] - units[j]
     level = _level(floors, volume)
+    most = 0
     for j in range(units.size):
         poured = max(level - floors[j], 0)
+        most = max(most, abs(poured - units[j]))
         load_R[ranks[j]] += poured - units[j]
         units[j] = poured
+    return most
 
 
 @compiled

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
-from ep_rebalance.kernels.shared_arithmetic import SWEEPS
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
@@ -97,7 +96,7 @@ class RankBalance:
             busiest_KL,
             mean_KL,
         )
-        self._sweeps = SWEEPS if by_own_counts else 0
+        self._by_own_counts = by_own_counts
         loaded = Served.initial(contiguous)
         self._served, self._served_slots = loaded, _Slots.of(loaded)
         self._loaded_slots = self._served_slots
@@ -111,7 +110,7 @@ class RankBalance:
         if self._served is not served:
             self._served, self._served_slots = served, _Slots.of(served)
         busiest_served, busiest_contiguous = _add_snapshot(
-            counts_ALE, self._served_slots, self._loaded_slots, self._sweeps, self._sums
+            counts_ALE, self._served_slots, self._loaded_slots, self._by_own_counts, self._sums
         )
         self.busiest_tokens["served"] += round(busiest_served)
         self.busiest_tokens["contiguous"] += round(busiest_contiguous)
@@ -147,11 +146,11 @@ class _Sums(NamedTuple):
 
 @compiled
 def _add_snapshot(
-    counts_ALE: NDArray[np.int64], served: _Slots, loaded: _Slots, sweeps: int, sums: _Sums
+    counts_ALE: NDArray[np.int64], served: _Slots, loaded: _Slots, by_own_counts: bool, sums: _Sums
 ) -> tuple[float, float]:
     """Add a snapshot layer by layer, while each is in the cache.
 
-    sweeps: how often the served split is poured for the snapshot's own load; 0 to leave it as it is.
+    by_own_counts: the served split is poured for the snapshot's own load.
     Returns the tokens of the busiest ranks in this snapshot, summed over layers, as served and as
     loaded.
     """
@@ -171,8 +170,8 @@ def _add_snapshot(
                 tokens_ALE[phase, layer, expert] += counts_ALE[phase, layer, expert]
                 load_E[expert] += counts_ALE[phase, layer, expert]
         quotas_P[:] = quotas_LP[layer]
-        if sweeps:
-            pour_step(load_E, slots_LP[layer], ranks, sweeps, quotas_P)
+        if by_own_counts:
+            pour_step(load_E, slots_LP[layer], ranks, quotas_P)
         for phase in range(phases):
             counts_E = counts_ALE[phase, layer]
             sum_ranks(counts_E, slots_LP[layer], quotas_P, load_KR[_PHASES + phase])
