@@ -55,7 +55,7 @@ _TILES = Row(
         stat(
             "EP ranks",
             "Ranks that compute tokens.",
-            f"count({ours('rank_tokens_total')})",
+            f"count(sum by ({BY}, ep_rank) ({ours('rank_tokens_total')}))",
             decimals=0,
             width=4,
         ),

@@ -80,9 +80,14 @@ def increase(selector: str) -> str:
     return f"sum(increase({selector}[$__range]))"
 
 
+def rank_tokens() -> str:
+    """Tokens per second of each rank, in all pipeline stages."""
+    return f"sum by ({BY}, ep_rank) ({rate(ours('rank_tokens_total'))})"
+
+
 def rank_share() -> str:
     """Tokens of each rank over the mean of its server's ranks."""
-    tokens = rate(ours("rank_tokens_total"))
+    tokens = rank_tokens()
     # `> 0` drops idle servers, whose ratio would be NaN.
     return f"{tokens} / on ({BY}) group_left () (avg by ({BY}) ({tokens}) > 0)"
 
@@ -90,7 +95,7 @@ def rank_share() -> str:
 def imbalance(placement: str) -> str:
     """Tokens of the busiest rank over the mean of its server's ranks, which holds over any time."""
     busiest = f"sum by ({BY}) ({rate(ours('busiest_rank_tokens_total', placement=placement))})"
-    mean = f"avg by ({BY}) ({rate(ours('rank_tokens_total'))})"
+    mean = f"avg by ({BY}) ({rank_tokens()})"
     return f"{busiest} / ({mean} > 0)"
 
 

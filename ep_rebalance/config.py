@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from ep_rebalance.exchanges import EXCHANGES
+from ep_rebalance.pipeline import PipelineStage
 from ep_rebalance.policies import POLICIES
 
 LEAST_BYTES_PER_STEP = 4096
@@ -408,6 +409,15 @@ class RebalanceConfig(_Section):
         split = "own_counts" if by_own_counts else "window"
         dispatch = self.dispatch.model_copy(update={"split": split})
         return self.model_copy(update={"dispatch": dispatch})
+
+    def of_stage(self, stage: PipelineStage) -> RebalanceConfig:
+        """With files of its own for one of several pipeline stages."""
+        update: dict[str, Any] = {}
+        if self.trace.path is not None:
+            update["trace"] = self.trace.model_copy(update={"path": stage.folder(self.trace.path)})
+        if self.state.path is not None:
+            update["state"] = self.state.model_copy(update={"path": stage.file(self.state.path)})
+        return self.model_copy(update=update)
 
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-ready values."""

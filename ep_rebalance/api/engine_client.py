@@ -10,8 +10,11 @@ from typing import Any
 
 from ep_rebalance.balancer.control import Action
 from ep_rebalance.config import MetricsConfig
-from ep_rebalance.telemetry.metrics import decode
+from ep_rebalance.telemetry.load_report import ExpertLoad
+from ep_rebalance.telemetry.metrics import Status, decode
+from ep_rebalance.telemetry.overview_report import Overview
 from ep_rebalance.telemetry.prometheus import Exporter
+from ep_rebalance.telemetry.whole_pipeline import Report, whole_report
 
 logger = logging.getLogger(__name__)
 
@@ -27,24 +30,24 @@ class EngineReports:
     def __init__(self, engine_client: Any, config: MetricsConfig) -> None:
         self._engine = engine_client
         self._config = config
-        self._answers: dict[str, tuple[float, bytes | None]] = {}
-        self._asking: dict[str, asyncio.Task[bytes | None]] = {}
+        self._answers: dict[str, tuple[float, list[bytes]]] = {}
+        self._asking: dict[str, asyncio.Task[list[bytes]]] = {}
         self._status: bytes | None = None
 
     async def status(self) -> bytes | None:
         """The encoded status, or the previous one if the engine does not answer in time; None if there is
         none yet.
         """
-        self._status = await self._report(_STATUS) or self._status
+        self._status = await self._whole(_STATUS, Status) or self._status
         return self._status
 
     async def load(self) -> bytes | None:
         """The encoded load of every expert; None if the engine does not answer in time."""
-        return await self._report("ep_rebalance_load")
+        return await self._whole("ep_rebalance_load", ExpertLoad)
 
     async def overview(self) -> bytes | None:
         """The encoded overview; None if the engine does not answer in time."""
-        return await self._report("ep_rebalance_overview")
+        return await self._whole("ep_rebalance_overview", Overview)
 
     async def record(self, on: bool) -> None:
         """Switch the recording of the trace. Raises TimeoutError, and whatever the engine raises."""
@@ -52,29 +55,34 @@ class EngineReports:
 
     async def ask(self, action: Action) -> str:
         """Pass on an operator's request. Returns "" or why it cannot be followed; raises as `record` does."""
-        # Only EP rank 0 answers anything but None, and it may belong to another API server's engines.
+        # Only EP rank 0 of each pipeline stage answers anything but None, and these may belong to another
+        # API server's engines.
         answers = [a for a in await self._change("ep_rebalance_ask", action) if a is not None]
         if not answers:
             return "EP rank 0 is not here; ask the server of data-parallel rank 0"
-        return str(answers[0])
+        # A request that some stages follow is followed.
+        return "" if "" in answers else str(answers[0])
 
     async def export(self, exporter: Exporter) -> None:
         """Keep the metrics up to date, for ever. Never raises: a fault in them must not harm the server."""
         while True:
-            payload = await self._report(_STATUS)
-            if payload is not None:
+            for payload in await self._report(_STATUS):
                 try:
                     exporter.update(decode(payload))
                 except Exception:
                     logger.exception("ep_rebalance: metrics were not updated")
             await asyncio.sleep(self._config.poll_seconds)
 
-    async def _report(self, method: str) -> bytes | None:
-        """The answer to a question that may be shared; None if there was none.
+    async def _whole(self, method: str, kind: type[Report]) -> bytes | None:
+        payloads = await self._report(method)
+        return whole_report(payloads, kind) if payloads else None
+
+    async def _report(self, method: str) -> list[bytes]:
+        """What each pipeline stage answers to a question that may be shared; [] if none does.
 
         Only one such question is under way. All who ask meanwhile, or shortly afterwards, share its answer.
         """
-        answered, answer = self._answers.get(method, (-math.inf, None))
+        answered, answer = self._answers.get(method, (-math.inf, []))
         if time.monotonic() - answered < FRESH_SECONDS:
             return answer
         if method not in self._asking:
@@ -82,13 +90,12 @@ class EngineReports:
         # Shielded: a client that goes away cancels its own request, not the question that others share.
         return await asyncio.shield(self._asking[method])
 
-    async def _fetch(self, method: str) -> bytes | None:
+    async def _fetch(self, method: str) -> list[bytes]:
         try:
-            answers = await self._ask(method)
-            answer = next((answer for answer in answers if answer), None)
+            answer = [payload for payload in await self._ask(method) if payload]
         except Exception as error:
             logger.debug("ep_rebalance: %s was not answered: %r", method, error)
-            answer = None
+            answer = []
         self._answers[method] = time.monotonic(), answer
         del self._asking[method]
         return answer

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ep_rebalance.load.state import ModelIdentity
 from ep_rebalance.migration.slabs import ExpertsOfLayer
+from ep_rebalance.pipeline import ONLY_STAGE, PipelineStage
 from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
 from ep_rebalance.topology import Topology
@@ -38,6 +39,7 @@ class EngineModel:
     max_tokens: tokens. The most that a rank routes in one step, padding included; more are not counted.
     hidden_size: columns of the model's hidden states, for traces; 0 if unknown.
     expert_bytes_L: L sizes, bytes. One expert of each layer, for traces; () if unknown.
+    pipeline_stage: which part of the model's layers this is.
 
     Raises ValueError if the parts do not belong together.
     """
@@ -56,6 +58,7 @@ class EngineModel:
     hidden_size: int = 0
     expert_bytes_L: Sequence[int] = ()
     self_test: SelfTest = NOT_TRIED
+    pipeline_stage: PipelineStage = ONLY_STAGE
 
     def __post_init__(self) -> None:
         ranks = dist.get_world_size(self.group)
@@ -69,3 +72,12 @@ class EngineModel:
                 f"bytes of an expert in {len(self.expert_bytes_L)} layers, and a placement of "
                 f"{self.placement.num_layers}"
             )
+        if len(self.moe_layers) != self.placement.num_layers:
+            raise ValueError(
+                f"numbers of {len(self.moe_layers)} layers, and a placement of {self.placement.num_layers}"
+            )
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """L numbers, those that the layers have in the engine's model; from 0 on if it does not say."""
+        return list(self.identity.moe_layers or range(self.placement.num_layers))

@@ -327,6 +327,8 @@ def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
         top_k=top_k,
         self_test=model.self_test,
         topology=None if config.mode == "observe" else model.topology,
+        moe_layers=model.moe_layers,
+        pipeline_stage=model.pipeline_stage,
     )
     return Journal(
         status,

@@ -46,7 +46,8 @@ class Session:
     """
 
     def __init__(self, config: RebalanceConfig, model: EngineModel) -> None:
-        self.config = config = config.on_device(model.device.type)
+        config = config.on_device(model.device.type).of_stage(model.pipeline_stage)
+        self.config = config
         self._moves_experts = config.mode != "observe"
         self._rank = dist.get_rank(model.group)
         _check_slots(config, model)
@@ -282,6 +283,8 @@ def _recorder(config: RebalanceConfig, model: EngineModel, rank: int) -> Recorde
     """Rank 0's, if a trace is configured."""
     if config.trace.path is None or rank:
         return None
+    if model.pipeline_stage.label:
+        Path(config.trace.path).mkdir(exist_ok=True)
     placement = model.placement
     head = TraceHead(
         model=model.identity.model,
@@ -294,6 +297,7 @@ def _recorder(config: RebalanceConfig, model: EngineModel, rank: int) -> Recorde
         bytes_per_second=list(model.topology.bytes_per_second),
         round_seconds=model.topology.round_seconds,
         expert_bytes=list(model.expert_bytes_L) or [0] * placement.num_layers,
+        moe_layers=model.moe_layers,
         hidden_size=model.hidden_size,
         engine=model.engine,
         plugin_version=__version__,

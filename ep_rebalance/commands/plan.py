@@ -11,7 +11,7 @@ import typer
 from ep_rebalance.commands.convert import TARGETS, write_placement
 from ep_rebalance.commands.options import FirstMoeLayer, ModelLayers, RanksPerNode, Traces
 from ep_rebalance.commands.scenarios import explained, settings_for
-from ep_rebalance.formats.format import Writing
+from ep_rebalance.formats.format import Reading, Writing
 from ep_rebalance.load.history import LoadHistory
 from ep_rebalance.load.trace import Record, RecordedSnapshot, read_records
 from ep_rebalance.load.window import WindowLoad, window_load
@@ -58,7 +58,9 @@ def plan(
         contiguous = contiguous_placement(head, one)
         load = _remembered(read_records(readers))
         placement = place_anew(load, contiguous, one.topology)
-        moe_layers = tuple(range(first_moe_layer, first_moe_layer + head.layers))
+        _, moe_layers = Reading(first_moe_layer=first_moe_layer).numbered(
+            placement, head.moe_layers
+        )
         write_placement(output, placement, moe_layers, to, Writing(layers=layers, like=like))
         typer.echo(
             f"imbalance on this load: {_imbalance(contiguous, load):.3f} contiguous, "

@@ -69,11 +69,13 @@ def as_json(
         },
         "config": settings.as_dict(),
         "expert_time": asdict(expert_time),
-        "rows": [_row(one, baseline) for one in replayed],
+        "rows": [_row(one, baseline, head.layer_numbers) for one in replayed],
     }
 
 
-def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, Any]:
+def _row(
+    one: Replayed, baseline: dict[tuple[int, int], Replayed], moe_layers: list[int]
+) -> dict[str, Any]:
     scenario = one.scenario
     size = (scenario.topology.num_ranks, scenario.config.planner.redundant_experts)
     gain = None
@@ -106,7 +108,7 @@ def _row(one: Replayed, baseline: dict[tuple[int, int], Replayed]) -> dict[str, 
                 "served_at": plan.served_at,
                 "experts_moved": plan.moved,
                 "bytes": plan.bytes,
-                "layers": list(plan.layers),
+                "layers": [moe_layers[layer] for layer in plan.layers],
                 "stall_seconds": plan.stall_seconds,
                 "serial_transfers": plan.serial_transfers,
                 "predicted_gain": plan.predicted_gain,

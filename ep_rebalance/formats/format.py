@@ -36,10 +36,10 @@ class Reading:
             raise FormatError(path, "", "does not say how many ranks there are; give --ep-size")
         return self.num_ranks
 
-    def numbered(self, placement: Placement) -> NumberedPlacement:
-        """A placement whose layers are numbered from `first_moe_layer` on, without a gap."""
+    def numbered(self, placement: Placement, moe_layers: Sequence[int] = ()) -> NumberedPlacement:
+        """A placement whose layers have these numbers; from `first_moe_layer` on, without a gap, if ()."""
         first = self.first_moe_layer
-        return placement, tuple(range(first, first + placement.num_layers))
+        return placement, tuple(moe_layers or range(first, first + placement.num_layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,9 @@ def recognises(path: Path) -> bool:
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """The saved placement, its layers numbered from `reading.first_moe_layer` on."""
-    return reading.numbered(read_state(path).placement)
+    """The saved placement."""
+    state = read_state(path)
+    return reading.numbered(state.placement, state.header.identity.moe_layers)
 
 
 def write_placement(

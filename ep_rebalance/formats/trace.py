@@ -15,14 +15,15 @@ def recognises(path: Path) -> bool:
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """The last placement, its layers numbered from `reading.first_moe_layer` on.
+    """The last placement.
 
     Raises FormatError for a file without one.
     """
-    changes = [record for record in TraceReader(path) if isinstance(record, RecordedPlacement)]
+    reader = TraceReader(path)
+    changes = [record for record in reader if isinstance(record, RecordedPlacement)]
     if not changes:
         raise FormatError(path, "", "holds no placement: its writer died before the first record")
-    return reading.numbered(changes[-1].placement)
+    return reading.numbered(changes[-1].placement, reader.head.moe_layers)
 
 
 FORMAT = Format(

@@ -37,6 +37,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     config_hash: hash of the model's configuration, by which a checkpoint that was moved or renamed is
         still the same model.
+    moe_layers: L rising numbers, those that the layers have in the engine's model; () if unknown.
     """
 
     model: str
@@ -44,6 +45,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
     experts: int
     ep_size: int
     redundant_experts: int
+    moe_layers: tuple[int, ...] = ()
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +195,10 @@ def _check_identity(path: Path, saved: ModelIdentity, wanted: ModelIdentity) -> 
                 path,
                 f"was saved with {field}={getattr(saved, field)}, not {getattr(wanted, field)}",
             )
+    if saved.moe_layers and wanted.moe_layers and saved.moe_layers != wanted.moe_layers:
+        raise _refused(
+            path, f"was saved for layers {list(saved.moe_layers)}, not {list(wanted.moe_layers)}"
+        )
 
 
 def _refused(path: Path, reason: str) -> ConfigurationError:

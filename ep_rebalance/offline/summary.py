@@ -72,6 +72,7 @@ def summarise(head: TraceHead, records: Iterable[Record]) -> Summary:
     mean_L = np.where(pairs_L > 0, weighted_L / np.maximum(pairs_L, 1.0), 1.0)
     load_LE = tokens_ALE.sum(axis=0)
     share_LE = load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-300)
+    numbers = head.layer_numbers
     hottest = np.argsort(share_LE, axis=None)[::-1][:_HOTTEST]
     return Summary(
         snapshots=snapshots,
@@ -86,9 +87,9 @@ def summarise(head: TraceHead, records: Iterable[Record]) -> Summary:
         step_seconds=seconds / max(steps, 1),
         generations=generations,
         imbalance=float(mean_L.mean()),
-        worst_layers=[(int(i), float(mean_L[i])) for i in np.argsort(mean_L)[::-1][:_WORST]],
+        worst_layers=[(numbers[i], float(mean_L[i])) for i in np.argsort(mean_L)[::-1][:_WORST]],
         hottest=[
-            (int(i // head.experts), int(i % head.experts), float(share_LE.ravel()[i]))
+            (numbers[i // head.experts], int(i % head.experts), float(share_LE.ravel()[i]))
             for i in hottest
         ],
     )

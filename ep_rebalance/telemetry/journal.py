@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.load.window import PHASES, LoadSample
 from ep_rebalance.migration import Batch, Migration
 from ep_rebalance.migration.served import Served
+from ep_rebalance.pipeline import ONLY_STAGE, PipelineStage
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.planning.measured_gain import MeasuredGain
@@ -98,8 +99,8 @@ class Journal:
         status.reported_timestamp = time.time()
         status.paused = int(paused)
         status.lost_trace_records = lost_trace_records
-        status.imbalance = balance.served.of_layers()
-        status.contiguous_imbalance = balance.contiguous.of_layers()
+        status.imbalance = list(balance.served.of_layers())
+        status.contiguous_imbalance = list(balance.contiguous.of_layers())
         # Merged, so that `predicted` stays as the last migration set it.
         status.overall_imbalance |= _known(
             {"served": balance.served.overall(), "contiguous": balance.contiguous.overall()}
@@ -229,9 +230,9 @@ class Journal:
             status.predicted_gain = gain
             status.last_commit_timestamp = time.time()
             if proposal is not None:
-                promised_L = proposal.plan.imbalance_after_L.tolist()
-                status.predicted_imbalance = promised_L
-                status.overall_imbalance["predicted"] = fmean(promised_L)
+                promised_L = proposal.plan.imbalance_after_L
+                status.predicted_imbalance = promised_L.tolist()
+                status.overall_imbalance["predicted"] = float(promised_L.mean())
         # A migration with a fault may have committed batches before it.
         if status.generation != self._before.generation:
             self._note_commit(seconds, fault, gain)
@@ -247,6 +248,7 @@ class Journal:
             bytes=sum(status.migrated_bytes.values()) - before.bytes,
             predicted_gain=predicted_gain,
             imbalance_before=before.imbalance,
+            pp_rank=status.pp_rank,
             fault=fault,
         )
         status.commits = [*status.commits[1 - COMMITS_KEPT :], commit]
@@ -298,10 +300,13 @@ def initial_status(
     top_k: int,
     self_test: SelfTest = NOT_TRIED,
     topology: Topology | None = None,
+    moe_layers: Sequence[int] = (),
+    pipeline_stage: PipelineStage = ONLY_STAGE,
 ) -> Status:
     """A status in which every label that will be counted exists already, at zero.
 
     topology: of ranks that move experts.
+    moe_layers: the numbers that the layers have in the engine's model; from 0 on if ().
     """
     return Status(
         started=time.time(),
@@ -318,6 +323,9 @@ def initial_status(
         experts=placement.num_experts,
         ep_size=placement.num_ranks,
         slots=placement.num_slots,
+        pp_rank=pipeline_stage.pp_rank,
+        pp_size=pipeline_stage.pp_size,
+        moe_layers=list(moe_layers or range(placement.num_layers)),
         config=config.as_dict(),
         links={} if topology is None else _links(topology),
         self_test=dict(self_test.verdicts),

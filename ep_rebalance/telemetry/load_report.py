@@ -17,11 +17,13 @@ from ep_rebalance.telemetry.metrics import Status
 class LayerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One MoE layer.
 
+    layer: its number in the engine's model.
     tokens: E numbers for each phase, tokens. A token counts once for each of its experts.
     slots: P numbers. The logical expert in each slot, rank by rank.
     quotas: P numbers. The share of its expert's tokens that each slot receives.
     """
 
+    layer: int
     tokens: dict[str, list[int]]
     slots: list[int]
     quotas: list[float]
@@ -48,6 +50,7 @@ def expert_load(status: Status, tokens_ALE: NDArray[np.int64], served: Served) -
     """
     layers = [
         LayerLoad(
+            layer=number,
             tokens={
                 phase: tokens_LE[layer].tolist()
                 for phase, tokens_LE in zip(PHASES, tokens_ALE, strict=True)
@@ -55,7 +58,7 @@ def expert_load(status: Status, tokens_ALE: NDArray[np.int64], served: Served) -
             slots=served.placement.slots_LP[layer].tolist(),
             quotas=served.quotas_LP[layer].tolist(),
         )
-        for layer in range(served.placement.num_layers)
+        for layer, number in enumerate(status.moe_layers)
     ]
     return ExpertLoad(
         model=status.model,

@@ -29,6 +29,7 @@ class Metric:
     labels: names for the indices and keys of that attribute, outermost first.
     buckets: upper bounds of a histogram's.
     optional: whether it is shown only if `metrics.<name>` is set in the configuration.
+    once: whether all pipeline stages count the same, so that only the first one's is shown.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Metric:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     optional: bool = False
+    once: bool = False
 
     @property
     def full_name(self) -> str:
@@ -100,6 +102,7 @@ METRICS: tuple[Metric, ...] = (
         kind="counter",
         labels=("phase",),
         field="phase_tokens",
+        once=True,
         help="Tokens that passed the MoE layers, each counted once, by phase.",
     ),
     # What does it do, and what does it gain?
@@ -168,6 +171,7 @@ METRICS: tuple[Metric, ...] = (
         name="weight_reloads",
         kind="counter",
         field="weight_reloads",
+        once=True,
         help="Times that the engine replaced its weights, whereupon experts were served as it loaded them.",
     ),
     # What does it cost?
@@ -243,6 +247,7 @@ METRICS: tuple[Metric, ...] = (
         name="steps",
         kind="counter",
         field="steps",
+        once=True,
         help="Engine steps.",
     ),
     Metric(
@@ -335,6 +340,7 @@ class Commit(msgspec.Struct, kw_only=True):
     measured_gain: fraction that it saved by step times before and after; None as long as these do not show.
     measured_gain_error: the standard error of that.
     imbalance_before: max over mean rank load, overall, when experts began to move.
+    pp_rank: of the pipeline stage whose experts moved.
     fault: why not all of the plan was committed; "" if it was.
     """
 
@@ -348,11 +354,13 @@ class Commit(msgspec.Struct, kw_only=True):
     measured_gain: float | None = None
     measured_gain_error: float | None = None
     imbalance_before: float
+    pp_rank: int = 0
     fault: str = ""
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """State of one engine's whole EP group, as rank 0 knows it.
+    """State of one engine's whole EP group, as rank 0 knows it; or of the whole model, where it is split
+    into pipeline stages (`whole_pipeline.py`).
 
     What counts does so from the start of the engine. METRICS says what fields with a metric mean; here
     are their axes, and the other fields.
@@ -360,11 +368,13 @@ class Status(msgspec.Struct, kw_only=True):
     started: Unix time at which counting began.
     info: version, mode, policy and sizes, as texts.
     config: all settings.
+    pp_rank, pp_size: the pipeline stage, and how many there are.
+    moe_layers: the numbers that the MoE layers have in the engine's model.
     links: bytes per second that a rank exchanges `intranode` and `internode`, as configured or measured at
         start, and the `round_seconds` that an exchange takes beside its bytes.
     step_seconds: mean time of a step in the last snapshot that timed one.
     imbalance, contiguous_imbalance, predicted_imbalance: max over mean rank load for each MoE layer, in
-        recent snapshots as `imbalance.py` weighs them.
+        recent snapshots as `imbalance.py` weighs them; None for layers of a stage that has none yet.
     overall_imbalance, busiest_rank_tokens: by placement.
     phase_imbalance, phase_tokens: by phase.
     measured_gain, expert_time: `low`, `estimate` and `high`.
@@ -391,15 +401,18 @@ class Status(msgspec.Struct, kw_only=True):
     ep_size: int
     slots: int
     config: dict[str, object]
+    pp_rank: int = 0
+    pp_size: int = 1
+    moe_layers: list[int] = []
     links: dict[str, float] = {}
     self_test: dict[str, int] = {}
     self_test_seconds: float = 0.0
     steps: int = 0
     snapshots: int = 0
     step_seconds: float = 0.0
-    imbalance: list[float] = []
-    contiguous_imbalance: list[float] = []
-    predicted_imbalance: list[float] = []
+    imbalance: list[float | None] = []
+    contiguous_imbalance: list[float | None] = []
+    predicted_imbalance: list[float | None] = []
     overall_imbalance: dict[str, float] = {}
     phase_imbalance: dict[str, float] = {}
     predicted_gain: float = 0.0

@@ -19,6 +19,7 @@ HOTTEST = 24
 class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
     """One logical expert.
 
+    layer: its number in the engine's model.
     load: its recent tokens over the mean of its layer's experts.
     ranks: the EP ranks that hold a replica.
     """
@@ -56,7 +57,7 @@ def overview(
     return Overview(
         status=status,
         rank_load=_over_mean(recent_LR).round(3).tolist() if seen else [],
-        hottest=_hottest(_over_mean(recent_LE), placement) if seen else [],
+        hottest=_hottest(_over_mean(recent_LE), placement, status.moe_layers) if seen else [],
     )
 
 
@@ -66,14 +67,16 @@ def _over_mean(load_LX: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratio
 
 
-def _hottest(load_LE: NDArray[np.float64], placement: Placement) -> list[HotExpert]:
+def _hottest(
+    load_LE: NDArray[np.float64], placement: Placement, moe_layers: list[int]
+) -> list[HotExpert]:
     count = min(HOTTEST, load_LE.size)
     # The others need not be sorted.
     cells = np.argpartition(-load_LE.ravel(), count - 1)[:count]
     layers, experts = np.unravel_index(cells, load_LE.shape)
     found = [
         HotExpert(
-            layer=int(layer),
+            layer=moe_layers[layer],
             expert=int(expert),
             load=round(float(load_LE[layer, expert]), 2),
             ranks=_ranks_of(placement, layer, expert),

@@ -24,6 +24,9 @@ class Exporter:
 
     A status counts from the start of the engine, so counters are advanced by the difference from the
     previous status. After a restart of the engine they are advanced by its whole count.
+
+    pp_size: how many pipeline stages there are. Where there are several, each has a status, and series of
+        its own with the label `pp_rank`.
     """
 
     def __init__(
@@ -32,26 +35,48 @@ class Exporter:
         model_name: str,
         engine: str = "0",
         config: MetricsConfig = _DEFAULTS,
+        pp_size: int = 1,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        self._common = {"model_name": model_name, "engine": engine}
-        self._metrics = {metric: _create(metric, registry) for metric in shown(config)}
+        common = {"model_name": model_name, "engine": engine}
+        names = (*common, "pp_rank") if pp_size > 1 else tuple(common)
+        instruments = {metric: _create(metric, names, registry) for metric in shown(config)}
+        self._stages = [
+            _StageSeries(
+                {m: i for m, i in instruments.items() if not (m.once and pp_rank)},
+                common | ({"pp_rank": str(pp_rank)} if pp_size > 1 else {}),
+            )
+            for pp_rank in range(pp_size)
+        ]
+
+    def update(self, status: Status) -> None:
+        """Show the status of a stage."""
+        self._stages[status.pp_rank].update(status)
+
+
+class _StageSeries:
+    """The series of one pipeline stage.
+
+    common: the labels that all of them have.
+    """
+
+    def __init__(self, instruments: dict[Metric, Any], common: dict[str, str]) -> None:
+        self._instruments, self._common = instruments, common
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._observed: dict[str, int] = {}
         self._started = 0.0
 
     def update(self, status: Status) -> None:
-        """Show `status`."""
         if status.started != self._started:
             self._started = status.started
             self._counted.clear()
             self._observed.clear()
-        for metric, instrument in self._metrics.items():
+        for metric, instrument in self._instruments.items():
             value = getattr(status, metric.field)
             if metric.kind == "histogram":
                 self._observe(metric, instrument, value)
                 continue
-            for labels, number in _series(metric, value):
+            for labels, number in _series(metric, value, status.moe_layers):
                 child = instrument.labels(**self._common, **labels)
                 if metric.kind == "gauge":
                     child.set(number)
@@ -97,8 +122,8 @@ class _Histogram(_NoBirthday, Histogram):
     pass
 
 
-def _create(metric: Metric, registry: CollectorRegistry) -> Any:
-    labels = (*COMMON_LABELS, *metric.labels)
+def _create(metric: Metric, common: tuple[str, ...], registry: CollectorRegistry) -> Any:
+    labels = (*common, *metric.labels)
     if metric.kind == "gauge":
         # With several API servers, the client's default mode adds a label with the process's id.
         return Gauge(
@@ -111,11 +136,15 @@ def _create(metric: Metric, registry: CollectorRegistry) -> Any:
     )
 
 
-def _series(metric: Metric, value: Any) -> Iterator[tuple[dict[str, str], float]]:
+def _series(
+    metric: Metric, value: Any, moe_layers: list[int]
+) -> Iterator[tuple[dict[str, str], float]]:
     """(labels of the metric itself, number) of each series."""
     if metric.field == "info":
         yield {label: value[label] for label in metric.labels}, 1.0
         return
+    if metric.labels[:1] == ("layer",):  # listed in the order of the layers, which have numbers
+        value = dict(zip(moe_layers, value, strict=False))
     for keys, number in _numbers(value):
         yield dict(zip(metric.labels, keys, strict=True)), number
 

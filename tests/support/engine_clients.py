@@ -39,7 +39,9 @@ class EngineClient:
             config["control"]["api_key_file"] = key_file(config["control"]["api_key_file"])
         self.vllm_config = SimpleNamespace(
             additional_config={"ep_rebalance": config} if active else {},
-            parallel_config=SimpleNamespace(_api_process_rank=1, data_parallel_rank=0),
+            parallel_config=SimpleNamespace(
+                _api_process_rank=1, data_parallel_rank=0, pipeline_parallel_size=1
+            ),
             model_config=SimpleNamespace(model="m"),
         )
         self.silent = silent

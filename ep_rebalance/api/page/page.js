@@ -173,6 +173,11 @@ function shade(colours, value) {
   return colours[place];
 }
 
+// Rows are in the order of the layers; each has a number in the model.
+function numberOf(row) {
+  return state.view.status.moe_layers[row];
+}
+
 function geometry() {
   const load = state.view.rank_load;
   const layers = load.length;
@@ -218,7 +223,7 @@ function drawMap() {
   for (let rank = 0; rank < ranks; rank += everyRank) pen.fillText(rank, left + (rank + 0.5) * width, top / 2);
   pen.textAlign = "right";
   const everyLayer = Math.ceil(13 / height);
-  for (let layer = 0; layer < layers; layer += everyLayer) pen.fillText(layer, left - 5, top + (layer + 0.5) * height);
+  for (let layer = 0; layer < layers; layer += everyLayer) pen.fillText(numberOf(layer), left - 5, top + (layer + 0.5) * height);
   if (state.cell) {
     pen.strokeStyle = ink;
     pen.lineWidth = 2;
@@ -238,7 +243,7 @@ function words(load) {
     if (value > worst.value) worst = { value, layer, rank };
   }));
   return `Rows are layers, columns are ranks; recent tokens over the layer's mean. ` +
-    `Highest: layer ${worst.layer}, rank ${worst.rank}, ${worst.value.toFixed(2)} times the mean.`;
+    `Highest: layer ${numberOf(worst.layer)}, rank ${worst.rank}, ${worst.value.toFixed(2)} times the mean.`;
 }
 
 function choose(layer, rank) {
@@ -246,7 +251,7 @@ function choose(layer, rank) {
   if (!layers) return;
   state.cell = { layer: Math.min(layers - 1, Math.max(0, layer)), rank: Math.min(ranks - 1, Math.max(0, rank)) };
   const value = load[state.cell.layer][state.cell.rank];
-  show("cell", `Layer ${state.cell.layer}, rank ${state.cell.rank}: ${value.toFixed(2)} times the mean of the layer.`);
+  show("cell", `Layer ${numberOf(state.cell.layer)}, rank ${state.cell.rank}: ${value.toFixed(2)} times the mean of the layer.`);
   drawMap();
 }
 

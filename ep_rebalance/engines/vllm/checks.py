@@ -18,6 +18,7 @@ from ep_rebalance.engines.vllm.data_plane import check_data_plane
 from ep_rebalance.engines.vllm.engine_config import ep_size, model_identity, no_experts
 from ep_rebalance.engines.vllm.quantised_schemes import refuse_schemes, schemes_of
 from ep_rebalance.load.state import check_writable, load_state
+from ep_rebalance.pipeline import PipelineStage
 
 
 def check(vllm_config: Any, config: RebalanceConfig) -> None:
@@ -56,11 +57,6 @@ def _check_parallel(parallel: Any) -> None:
         raise ConfigurationError(
             "there is one expert-parallel rank, so there is nothing to balance.",
             "set --tensor-parallel-size or --data-parallel-size to 2 or more.",
-        )
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigurationError(
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: each stage has its own layers.",
-            "use tensor and data parallelism only.",
         )
     if parallel.prefill_context_parallel_size > 1:
         raise ConfigurationError(
@@ -232,12 +228,13 @@ def _check_trace(config: RebalanceConfig) -> None:
 def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:
     if config.state.path is None or config.mode == "observe":
         return
-    path = Path(config.state.path)
-    if config.mode == "rebalance":
-        check_writable(path)
-    state = load_state(path, model_identity(vllm_config, config))
-    if state is None and config.mode == "static":
-        raise ConfigurationError(
-            f"mode=static serves the placement in {str(path)!r}, and there is no such file.",
-            "serve once in mode rebalance with this state.path, or correct the path.",
-        )
+    for stage in PipelineStage.every(vllm_config.parallel_config.pipeline_parallel_size):
+        path = Path(stage.file(config.state.path))
+        if config.mode == "rebalance":
+            check_writable(path)
+        state = load_state(path, model_identity(vllm_config, config))
+        if state is None and config.mode == "static":
+            raise ConfigurationError(
+                f"mode=static serves the placement in {str(path)!r}, and there is no such file.",
+                "serve once in mode rebalance with this state.path, or correct the path.",
+            )

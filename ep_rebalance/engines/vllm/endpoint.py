@@ -52,7 +52,11 @@ class EndpointPlugin:
         state.ep_rebalance = routes.Served(config=config, reports=reports, access=access)
         if _exports(vllm_config.parallel_config):
             names = getattr(args, "served_model_name", None) or [vllm_config.model_config.model]
-            exporter = Exporter(model_name=names[0], config=config.metrics)
+            exporter = Exporter(
+                model_name=names[0],
+                config=config.metrics,
+                pp_size=vllm_config.parallel_config.pipeline_parallel_size,
+            )
             # Kept: asyncio holds tasks weakly.
             state.ep_rebalance_poll = asyncio.create_task(reports.export(exporter))
 

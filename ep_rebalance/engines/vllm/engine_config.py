@@ -20,9 +20,13 @@ def active_config(vllm_config: Any) -> RebalanceConfig:
     return load_config(vllm_config.additional_config[CONFIG_KEY])
 
 
-def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:
+def model_identity(
+    vllm_config: Any, config: RebalanceConfig, moe_layers: tuple[int, ...] = ()
+) -> ModelIdentity:
     """What a saved placement must match. The hash leaves out where the checkpoint lies and what wrote it,
     so that a copy of it counts as the same model.
+
+    moe_layers: the numbers of the layers that it is about; () before the model is loaded.
     """
     settings = vllm_config.model_config.hf_text_config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
@@ -34,6 +38,7 @@ def model_identity(vllm_config: Any, config: RebalanceConfig) -> ModelIdentity:
         experts=vllm_config.model_config.get_num_experts(),
         ep_size=ep_size(vllm_config.parallel_config),
         redundant_experts=config.planner.redundant_experts,
+        moe_layers=moe_layers,
     )
 
 

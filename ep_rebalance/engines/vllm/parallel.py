@@ -1,10 +1,11 @@
-"""vLLM's EP group, and the nodes that its ranks are on."""
+"""vLLM's groups of ranks, and the nodes that those of the EP group are on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.pipeline import PipelineStage
 from ep_rebalance.topology import Topology
 
 
@@ -13,6 +14,21 @@ def ep_group() -> Any:
     from vllm.distributed.parallel_state import get_ep_group
 
     return get_ep_group()
+
+
+def tensor_group() -> Any:
+    """vLLM's group coordinator."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return get_tp_group()
+
+
+def pipeline_stage() -> PipelineStage:
+    """The stage that this process is in. Each has EP groups of its own."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    return PipelineStage(pp_rank=group.rank_in_group, pp_size=group.world_size)
 
 
 def ranks_on_nodes(ranks_per_source: int = 1) -> Topology:

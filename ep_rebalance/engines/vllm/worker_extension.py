@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from ep_rebalance.balancer.control import Action
+from ep_rebalance.engines.port import Session
 from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
+from ep_rebalance.engines.vllm.parallel import tensor_group
 from ep_rebalance.engines.vllm.seams.activation import allow_balancing
 from ep_rebalance.engines.vllm.seams.worker import attachment_of
 
@@ -20,30 +22,27 @@ from ep_rebalance.engines.vllm.seams.worker import attachment_of
 class WorkerExtension:
     """Methods for `collective_rpc`. Their names carry our prefix, since vLLM mixes this class into the
     worker's.
+
+    Reports come from one rank of each pipeline stage that has experts: the engine's first. b"" from others.
+    Where an engine has EP rank 0, it is that one, which alone knows of plans that were not carried out.
     """
 
     model_runner: Any
 
     def ep_rebalance_status(self) -> bytes:
-        """The encoded status; b"" if no model is attached.
-
-        Rank 0's is the one to show: only it knows of plans that were not carried out.
-        """
-        attachment = attachment_of(self.model_runner)
-        return b"" if attachment is None else attachment.session.status()
+        """The encoded status."""
+        return b"" if (session := self._reporting()) is None else session.status()
 
     def ep_rebalance_load(self) -> bytes:
-        """The encoded load of every expert since the start, equal on all ranks."""
-        attachment = attachment_of(self.model_runner)
-        return b"" if attachment is None else attachment.session.load()
+        """The encoded load of every expert since the start."""
+        return b"" if (session := self._reporting()) is None else session.load()
 
     def ep_rebalance_overview(self) -> bytes:
         """The encoded overview, as our page shows it."""
-        attachment = attachment_of(self.model_runner)
-        return b"" if attachment is None else attachment.session.overview()
+        return b"" if (session := self._reporting()) is None else session.overview()
 
     def ep_rebalance_ask(self, action: Action) -> str | None:
-        """Pause, resume or plan now. Returns "" or why not; None from every rank but 0."""
+        """Pause, resume or plan now. Returns "" or why not; None from all but EP rank 0 of each stage."""
         attachment = attachment_of(self.model_runner)
         return None if attachment is None else attachment.session.ask(action)
 
@@ -61,6 +60,10 @@ class WorkerExtension:
             return []
         times = attachment.session.rebalancer.step_times.take_recent()
         return [(time.began, time.ended, time.migrated) for time in times]
+
+    def _reporting(self) -> Session | None:
+        attachment = attachment_of(self.model_runner)
+        return None if attachment is None or tensor_group().rank_in_group else attachment.session
 
 
 def _install() -> None:

@@ -88,6 +88,8 @@ def _fault(head: TraceHead) -> str:
         return f"records of {largest} bytes, more than {_MAX_RECORD_BYTES}"
     if len(head.node_of_rank) != head.ep_size or len(head.expert_bytes) != head.layers:
         return "its lists of ranks and layers are not as long as it says"
+    if head.moe_layers and len(head.moe_layers) != head.layers:
+        return f"numbers of {len(head.moe_layers)} layers, where there are {head.layers}"
     links = head.bytes_per_second
     if links and (len(links) != len(LINKS) or min(links) <= 0.0 or head.round_seconds < 0.0):
         return (

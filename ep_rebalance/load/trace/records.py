@@ -28,6 +28,7 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
     ep_size: number of EP ranks.
     slots: slots of a layer, on all ranks.
     node_of_rank: ep_size numbers.
+    moe_layers: a rising number for each layer, which it has in the engine's model; [] if unknown.
     bytes_per_second, round_seconds: of the links, see `Topology`; [] if unknown.
     expert_bytes: a size for each layer, bytes. One expert; 0 if unknown.
     hidden_size: columns of the hidden states; 0 if unknown.
@@ -52,8 +53,14 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True):
     origin: str = ""
     bytes_per_second: list[float] = []
     round_seconds: float = 0.0
+    moe_layers: list[int] = []
     format: str = FORMAT
     version: int = FORMAT_VERSION
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """A number for each layer: its own in the engine's model, or else from 0 on."""
+        return self.moe_layers or list(range(self.layers))
 
 
 @dataclass(frozen=True, slots=True)

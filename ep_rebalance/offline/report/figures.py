@@ -30,7 +30,7 @@ def figures_of(size: Size) -> Iterator[tuple[str, dict[str, Any]]]:
     if size.planned:
         yield "moved", _moved_figure(size)
     for index, one in enumerate(size.extremes):
-        yield f"share{index}", _heat_map(one, share_limit(size))
+        yield f"share{index}", _heat_map(size, one)
 
 
 def _moved_figure(size: Size) -> dict[str, Any]:
@@ -126,11 +126,12 @@ def share_limit(size: Size) -> float:
     return float(np.clip(np.ceil(10 * farthest) / 10, 0.1, 1.0))
 
 
-def _heat_map(one: Replayed, limit: float) -> dict[str, Any]:
-    layers, ranks = one.share_LR.shape
+def _heat_map(size: Size, one: Replayed) -> dict[str, Any]:
+    (layers, ranks), limit = one.share_LR.shape, share_limit(size)
     trace = {
         "type": "heatmap",
         "meta": {"policy": one.scenario.policy},
+        "y": size.moe_layers,
         "z": one.share_LR.round(3).tolist(),
         "zmin": 1 - limit,
         "zmax": 1 + limit,

@@ -222,13 +222,13 @@ def _commits(size: Size, one: Replayed) -> str:
         "predicted gain": "",
         "layers": "text wide",
     }
-    rows = [_commit_row(plan, links) for plan in one.commits[:MAX_COMMITS]]
+    rows = [_commit_row(size, plan, links) for plan in one.commits[:MAX_COMMITS]]
     more = len(one.commits) - len(rows)
     rest = f"<p>And {counted(more, 'more commit')}, not shown.</p>" if more else ""
     return _table(f"Committed plans of {policy}", columns, [rows]) + rest
 
 
-def _commit_row(plan: PlanMade, links: Sequence[Link]) -> list[str]:
+def _commit_row(size: Size, plan: PlanMade, links: Sequence[Link]) -> list[str]:
     return [
         f"{plan.generation}",
         f"{plan.step:,}",
@@ -236,7 +236,7 @@ def _commit_row(plan: PlanMade, links: Sequence[Link]) -> list[str]:
         f"{plan.moved:,}",
         *(decimal(plan.bytes[link]) if link in plan.bytes else "-" for link in links),
         percent(plan.predicted_gain, 2),
-        ranges_of(plan.layers) or "-",
+        ranges_of(size.moe_layers[layer] for layer in plan.layers) or "-",
     ]
 
 

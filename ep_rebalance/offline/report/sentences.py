@@ -144,7 +144,7 @@ def share_sentence(size: Size) -> str:
     for one in size.extremes:
         layer, rank = np.unravel_index(int(one.share_LR.argmax()), one.share_LR.shape)
         parts.append(
-            f"with {one.scenario.policy} the busiest is rank {rank} in layer {layer}, at "
+            f"with {one.scenario.policy} the busiest is rank {rank} in layer {size.moe_layers[layer]}, at "
             f"{one.share_LR[layer, rank]:.2f} times the mean"
         )
     return f"Tokens over the layer's mean, summed over the whole trace: {'; '.join(parts)}."

@@ -15,12 +15,14 @@ from ep_rebalance.offline.run import Replayed
 class Size:
     """Replays with the same ranks and redundant experts.
 
+    moe_layers: the numbers of the layers in the engine's model.
     bytes_known: whether the size of an expert is known.
     results: the replays, in the order in which they were asked for.
     """
 
     ranks: int
     redundant: int
+    moe_layers: list[int]
     bytes_known: bool
     results: tuple[Replayed, ...]
 
@@ -60,4 +62,5 @@ def by_size(head: TraceHead, replayed: Sequence[Replayed]) -> list[Size]:
         scenario = one.scenario
         key = (scenario.topology.num_ranks, scenario.config.planner.redundant_experts)
         results.setdefault(key, []).append(one)
-    return [Size(*key, all(head.expert_bytes), tuple(same)) for key, same in results.items()]
+    numbers, known = head.layer_numbers, all(head.expert_bytes)
+    return [Size(*key, numbers, known, tuple(same)) for key, same in results.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from ep_rebalance.offline.run import Replayed
@@ -29,7 +29,7 @@ def migrations_of(one: Replayed) -> str:
     return counted(len(one.commits), "migration")
 
 
-def ranges_of(numbers: Sequence[int]) -> str:
+def ranges_of(numbers: Iterable[int]) -> str:
     """Numbers as ranges: `0-3, 7` for 0, 1, 2, 3, 7."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,19 @@ from ep_rebalance.engines.vllm.movable_experts import (
     listed_bytes,
     movable_experts,
 )
-from ep_rebalance.engines.vllm.parallel import ep_group, ranks_on_nodes
+from ep_rebalance.engines.vllm.parallel import (
+    ep_group,
+    pipeline_stage,
+    ranks_on_nodes,
+    tensor_group,
+)
 from ep_rebalance.engines.vllm.seams import router
 from ep_rebalance.engines.vllm.seams.drafts import draft_model, leave_in_place, satisfy_validation
 from ep_rebalance.engines.vllm.seams.expert_loads import ExpertLoads
 from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.self_test import NOT_TRIED
+
+logger = logging.getLogger(__name__)
 
 
 class Attachment:
@@ -33,14 +43,18 @@ class Attachment:
         self._loads = ExpertLoads(tuple(moe_layers))
 
     @classmethod
-    def create(cls, runner: Any, vllm_config: Any, device: torch.device) -> Attachment:
+    def create(cls, runner: Any, vllm_config: Any, device: torch.device) -> Attachment | None:
         """Attach to the model that a runner has loaded, and to its drafter. Collective.
+
+        Returns None in a pipeline stage that has no experts.
 
         Raises ConfigurationError if the model turns out not to fit.
         """
         config = active_config(vllm_config)
         model = runner.get_model()  # the runner's attribute may be a wrapper for CUDA graphs
         moe_model = _moe_model(model)
+        if moe_model is None:
+            return None
         shares = _tokens_are_shared(moe_model)
         for layer in moe_model.moe_layers:
             _refuse_unseen_routing(layer)
@@ -83,11 +97,15 @@ class Attachment:
             self.session.weights_replaced(written)
 
 
-def _moe_model(model: Any) -> Any:
+def _moe_model(model: Any) -> Any | None:
+    """The part of a model that lists its MoE layers; None if this pipeline stage has none of them."""
     from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 
     found = get_mixture_of_experts_model(model)
     if found is None or not len(found.moe_layers):
+        if (stage := pipeline_stage()).label:
+            logger.info("ep_rebalance: %s has no MoE layers", stage.label)
+            return None
         raise ConfigurationError(
             f"{type(model).__name__} has no Mixture-of-Experts layers that vLLM can move.",
             "serve it without --plugin ep_rebalance.",
@@ -112,11 +130,11 @@ def _engine_model(
     config = active_config(vllm_config)
 
     layers, group = tuple(model.moe_layers), ep_group()
-    tensor_ranks = _tensor_group().world_size
+    tensor_ranks = tensor_group().world_size
     batched = vllm_config.scheduler_config.max_num_batched_tokens
     return EngineModel(
         engine=f"vllm {vllm.__version__}",
-        identity=model_identity(vllm_config, config),
+        identity=model_identity(vllm_config, config, _layer_numbers(layers)),
         placement=_loaded_placement(model, vllm_config),
         top_k=layers[0].router.top_k,
         expert_tensors=list if experts is None else experts.slabs,
@@ -132,7 +150,18 @@ def _engine_model(
         expert_bytes_L=[listed_bytes(layer.routed_experts) for layer in layers]
         if experts is None
         else experts.expert_bytes_L,
+        pipeline_stage=pipeline_stage(),
     )
+
+
+def _layer_numbers(layers: Sequence[Any]) -> tuple[int, ...]:
+    """The numbers that the layers' names begin with, as 7 of `model.layers.7.mlp.experts`; () if these do
+    not tell them apart.
+    """
+    found = [re.search(r"\.(\d+)\.", layer.routed_experts.layer_name) for layer in layers]
+    numbers = tuple(int(match[1]) for match in found if match)
+    rising = len(numbers) == len(layers) and all(a < b for a, b in pairwise(numbers))
+    return numbers if rising else ()
 
 
 def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
@@ -152,12 +181,6 @@ def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
     )
 
 
-def _tensor_group() -> Any:
-    from vllm.distributed.parallel_state import get_tp_group
-
-    return get_tp_group()
-
-
 def _tokens_are_shared(model: Any) -> bool:
     """Whether tensor-parallel ranks route the same tokens.
 
@@ -170,11 +193,11 @@ def _tokens_are_shared(model: Any) -> bool:
             f"some MoE layers of {type(model).__name__} are sequence-parallel and others are not.",
             "serve it with --tensor-parallel-size 1.",
         )
-    return _tensor_group().world_size > 1 and not splits.pop()
+    return tensor_group().world_size > 1 and not splits.pop()
 
 
 def _attach_routers(model: Any, session: Session, *, splits_tokens: bool) -> None:
-    tensor_rank = _tensor_group().rank_in_group if splits_tokens else 0
+    tensor_rank = tensor_group().rank_in_group if splits_tokens else 0
     for index, layer in enumerate(model.moe_layers):
         router.attach(layer.router, session, index, tensor_rank=tensor_rank)
 

@@ -99,6 +99,8 @@ def _attach_after_loading(
     # not count them.
     if hasattr(runner, "model_memory_usage"):
         runner.model_memory_usage += used.consumed_memory
+    if attachment is None:
+        return
     setattr(runner, _ATTRIBUTE, attachment)
     if controller := getattr(runner, "eplb", None):
         setattr(controller, _ATTRIBUTE, attachment)
