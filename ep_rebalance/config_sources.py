@@ -73,11 +73,19 @@ def parse_config_argument(text: str) -> dict[str, Any]:
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """`EP_REBALANCE_MIGRATION__MAX_BYTES_PER_STEP=1048576` as `{"migration": {"max_bytes_per_step":
     1048576}}`.
+
+    Raises ConfigurationError that names the variable if it is none of our settings.
     """
     settings: dict[str, Any] = {}
     for name, value in environment.items():
         if name.startswith(ENVIRONMENT_PREFIX):
             keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            if keys[0] not in RebalanceConfig.model_fields:
+                raise ConfigurationError(
+                    f"the environment variable {name} sets {keys[0]!r}, an unknown configuration key.",
+                    "correct or unset it. Kubernetes sets such variables for a Service named ep-rebalance: "
+                    "rename that, or give the pod enableServiceLinks: false.",
+                )
             settings = _merge(settings, nest(keys, _environment_value(name, value)))
     return settings
 

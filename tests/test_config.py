@@ -177,3 +177,9 @@ def test_one_active_replica_and_tokens_spread_over_all_exclude_each_other():
     ):
         load_config(by_time | {"dispatch": {"split": "own_counts"}})
     assert load_config(by_time).on_device("cpu").dispatch.split == "window"
+
+
+def test_a_variable_that_is_no_setting_is_named_with_the_likeliest_cause():
+    with pytest.raises(ConfigurationError, match="EP_REBALANCE_SERVICE_HOST") as raised:
+        settings_from_environment({"EP_REBALANCE_SERVICE_HOST": "10.0.0.1"})
+    assert "enableServiceLinks: false" in raised.value.remedy
