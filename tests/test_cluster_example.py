@@ -18,7 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, read_config_file, settings_from_environment
 from ep_rebalance.dashboards.build import undefined_metrics
 from ep_rebalance.engines.vllm.contract import SUPPORTED_VERSIONS
@@ -159,7 +159,9 @@ def test_a_gpu_for_each_rank(manifests):
 def test_no_variable_that_kubernetes_makes_is_taken_for_a_setting(manifests):
     """Those of a Service named ep-rebalance are, and the server does not start with them."""
     theirs = {"EP_REBALANCE_SERVICE_HOST": "10.0.0.1", "EP_REBALANCE_PORT": "tcp://10.0.0.1:80"}
-    assert settings_from_environment(theirs) != {}
+    for name, value in theirs.items():
+        with pytest.raises(ConfigurationError, match=name):
+            settings_from_environment({name: value})
     assert pod(manifests)["spec"]["enableServiceLinks"] is False
 
 
