@@ -205,13 +205,14 @@ def test_no_expert_parallelism_is_refused(create):
     )
 
 
-def test_pipeline_parallelism_is_refused(create):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_saved_placement_of_each_pipeline_stage_is_looked_at(create, tmp_path, stage):
+    (tmp_path / f"state.stage-{stage}.npz").write_bytes(b"of another program")
     assert_refused(
-        create,
-        ["pipeline_parallel_size=2"],
-        ["tensor and data parallelism only"],
+        create, [f"state.stage-{stage}.npz", "no readable state file"], ["state.path"],
+        {"state": {"path": str(tmp_path / "state.npz")}},
         pipeline_parallel_size=2,
-    )
+    )  # fmt: skip
 
 
 def test_prefill_context_parallelism_is_refused(create, vllm):
