@@ -16,6 +16,7 @@ from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConf
 from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.data_plane import check_data_plane
 from ep_rebalance.engines.vllm.engine_config import ep_size, model_identity, no_experts
+from ep_rebalance.engines.vllm.parallel import tells_ubatches
 from ep_rebalance.engines.vllm.quantised_schemes import refuse_schemes, schemes_of
 from ep_rebalance.load.state import check_writable, load_state
 from ep_rebalance.pipeline import PipelineStage
@@ -70,10 +71,17 @@ def _check_parallel(parallel: Any) -> None:
             "and move experts together with it, would wait for it.",
             "drop --enable-fault-tolerance and --fault-tolerance-config.",
         )
-    if parallel.enable_elastic_ep or parallel.use_ubatching:
-        name = "elastic expert parallelism" if parallel.enable_elastic_ep else "dual-batch overlap"
+    if parallel.enable_elastic_ep:
         raise ConfigurationError(
-            f"{name} is on and was never tried with moving experts.", f"switch {name} off."
+            "elastic expert parallelism changes the ranks while the server runs, and placements are for a "
+            "fixed number of them.",
+            "drop --enable-elastic-ep.",
+        )
+    if parallel.use_ubatching and not tells_ubatches():
+        raise ConfigurationError(
+            "dual-batch overlap: this vLLM does not tell which tokens a part of the batch has, so prefill "
+            "could not be told from decode, nor padding from tokens.",
+            "use vLLM 0.33, or drop --enable-dbo.",
         )
 
 

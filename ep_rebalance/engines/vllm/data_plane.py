@@ -71,6 +71,12 @@ def _cpu_gathers() -> bool:
 
 def _check_all_to_all(vllm_config: Any, plane: DataPlaneConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if parallel.use_ubatching:
+        raise ConfigurationError(
+            "data_plane.all_to_all=ours has one set of buffers, and dual-batch overlap exchanges two parts "
+            "of a batch at a time.",
+            "set data_plane.all_to_all=engine, or drop --enable-dbo.",
+        )
     # Ranks that hold the same tokens carry a share each (`seams/prepare_finalize.py`): the last one
     # has fewer if they do not divide.
     shared = parallel.tensor_parallel_size > 1 and not parallel.use_sequence_parallel_moe

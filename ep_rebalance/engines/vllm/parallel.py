@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.pipeline import PipelineStage
 from ep_rebalance.topology import Topology
+
+_UBATCH_OFFSET = "dbo_current_ubatch_token_offset"
 
 
 def ep_group() -> Any:
@@ -21,6 +24,21 @@ def tensor_group() -> Any:
     from vllm.distributed.parallel_state import get_tp_group
 
     return get_tp_group()
+
+
+def tells_ubatches() -> bool:
+    """Whether this vLLM tells where a part of the batch begins (dual-batch overlap); 0.32 does not."""
+    from vllm.v1.worker import ubatching
+
+    return hasattr(ubatching, _UBATCH_OFFSET)
+
+
+def tokens_of_ubatch_begin() -> Callable[[], int]:
+    """Where the calling thread's part of the batch begins: a token, 0 outside of such a part."""
+    from vllm.v1.worker import ubatching
+
+    found: Callable[[], int] = getattr(ubatching, _UBATCH_OFFSET, int)
+    return found
 
 
 def pipeline_stage() -> PipelineStage:

@@ -1,0 +1,68 @@
+"""Dual-batch overlap: a batch is served in two parts at a time, by two threads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.config_sources import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERLAY = ROOT / ".venv" / "engines" / "vllm-0.33"
+
+
+@pytest.mark.skipif(not OVERLAY.exists(), reason="of vLLM 0.33: scripts/setup --engines")
+def test_both_parts_count_what_the_whole_batch_does():
+    paths = [str(OVERLAY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("ubatch_counts.py"))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["vllm"].startswith("0.33")
+    assert counts["parts"] == counts["whole"]
+    decode, prefill, _ = sorted(map(sum, counts["whole"]), reverse=True)
+    assert decode + prefill == 2 * 11
+
+
+def test_a_release_that_does_not_tell_the_parts_apart_is_refused(vllm):
+    from types import SimpleNamespace
+
+    from ep_rebalance.engines.vllm import checks, parallel
+
+    if parallel.tells_ubatches():
+        pytest.skip("of vLLM 0.32")
+    overlapping = SimpleNamespace(
+        enable_expert_parallel=True,
+        tensor_parallel_size=2,
+        data_parallel_size=1,
+        prefill_context_parallel_size=1,
+        pipeline_parallel_size=1,
+        enable_fault_tolerance=False,
+        enable_elastic_ep=False,
+        use_ubatching=True,
+    )
+    with pytest.raises(ConfigurationError, match="dual-batch overlap") as raised:
+        checks._check_parallel(overlapping)
+    assert "0.33" in raised.value.remedy
+
+
+def test_our_all_to_all_is_refused_with_it(vllm):
+    from types import SimpleNamespace
+
+    from ep_rebalance.engines.vllm import data_plane
+
+    overlapping = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=True, quantization=None),
+        parallel_config=SimpleNamespace(use_ubatching=True, tensor_parallel_size=1),
+    )
+    config = load_config({"data_plane": {"all_to_all": "ours"}})
+    with pytest.raises(ConfigurationError, match="one set of buffers"):
+        data_plane.check_data_plane(overlapping, config)
