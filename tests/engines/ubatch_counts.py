@@ -4,6 +4,7 @@ The batch has prefill and decode tokens and ends with padding. Started by test_u
 """
 
 import json
+import sys
 import threading
 
 import numpy as np
@@ -73,4 +74,4 @@ def counts_of(parts: list[slice]) -> list[list[int]]:
 
 whole = counts_of([slice(0, ROWS)])
 parts = counts_of([slice(0, BEGINS), slice(BEGINS, ROWS)])
-print(json.dumps({"vllm": vllm.__version__, "whole": whole, "parts": parts}))
+sys.stdout.write(json.dumps({"vllm": vllm.__version__, "whole": whole, "parts": parts}) + "\n")
