@@ -298,9 +298,7 @@ def test_redundant_experts_of_the_engines_own_balancer_are_refused(create):
         ["planner.redundant_experts=2"],
         eplb_config={"num_redundant_experts": 2},
     )
-    config = create(
-        {"planner": {"redundant_experts": 2}}, eplb_config={"num_redundant_experts": 2}
-    )
+    config = create({"planner": {"redundant_experts": 2}}, eplb_config={"num_redundant_experts": 2})
     assert config.parallel_config.eplb_config.num_redundant_experts == 2
 
 

@@ -118,8 +118,8 @@ def _check_loader(load: Any, config: RebalanceConfig) -> None:
     """
     if load.load_format in ("ipc_cache", "modelexpress") and config.mode != "observe":
         raise ConfigurationError(
-            f"--load-format {load.load_format} takes the weights from another process's memory, where experts "
-            "may lie otherwise than where they are looked for.",
+            f"--load-format {load.load_format} takes the weights from another process's memory, where "
+            "experts may lie otherwise than where they are looked for.",
             "load them from files, or use mode=observe.",
         )
 
