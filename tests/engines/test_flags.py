@@ -51,7 +51,8 @@ def test_the_servers_of_those_tests_are_given_the_flag():
     sources = "".join(path.read_text(encoding="utf-8") for path in SERVERS.glob("*.py"))
     for case in flag_table.cases():
         if case.served:
-            assert f'"{case.name}"' in sources, case
+            argument = case.name.removeprefix("--").replace("-", "_")
+            assert f'"{case.name}"' in sources or f"{argument}=" in sources, case
 
 
 def test_there_are_enough_flags_and_none_twice():

@@ -205,7 +205,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
         Case("--disable-hybrid-kv-cache-manager"),
     ),
     "Compilation and kernels": (
-        Case("--enforce-eager", served="test_each_token_is_counted_once"),
+        Case("--enforce-eager"),
         *(Case(_json("--compilation-config", cudagraph_mode=mode)) for mode in
           ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")),
         *(Case(_json("--compilation-config", mode=mode)) for mode in (0, 1, 2)),

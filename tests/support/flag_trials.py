@@ -73,11 +73,12 @@ def _both(words: Sequence[str], variables: Mapping[str, str]) -> list[dict[str, 
 
 
 def _import_on_cpu() -> None:
-    """With one configuration made, for which vLLM looks into the model, and with what asks a GPU's
-    operators as soon as it is imported.
+    """With one configuration made, for which vLLM looks into the model, and with all quantisation
+    methods, some of which ask a GPU's operators as they are imported.
     """
-    import vllm.model_executor.layers.quantization.utils.w8a8_utils  # noqa: F401
+    from vllm.model_executor.layers.quantization import get_quantization_config
 
+    get_quantization_config("fp8")
     _configuration([*BASE, *PLUGIN])
 
 
