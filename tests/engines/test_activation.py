@@ -291,6 +291,18 @@ def test_the_engines_own_balancer_is_refused(create):
     )
 
 
+def test_redundant_experts_of_the_engines_own_balancer_are_refused(create):
+    """They would be as if they had not been asked for."""
+    assert_refused(
+        create,
+        ["--eplb-config.num_redundant_experts 2", "planner.redundant_experts=0"],
+        ["planner.redundant_experts=2"],
+        eplb_config={"num_redundant_experts": 2},
+    )
+    config = create({"planner": {"redundant_experts": 2}}, eplb_config={"num_redundant_experts": 2})
+    assert config.parallel_config.eplb_config.num_redundant_experts == 2
+
+
 @pytest.mark.parametrize(
     ("plane", "arguments", "reason", "remedy"),
     [
@@ -506,6 +518,13 @@ def test_weights_on_the_host_are_refused_where_experts_move(create):
     ):
         assert_refused(create, [told, "on the host"], ["drop it", "mode=observe"], **offloaded)
         create({"mode": "observe"}, **offloaded)
+
+
+def test_weights_out_of_another_process_are_refused_where_experts_move(create):
+    for name in ("ipc_cache", "modelexpress"):
+        words = [f"--load-format {name}"], ["from files", "mode=observe"]
+        assert_refused(create, *words, load_format=name)
+        create({"mode": "observe"}, load_format=name)
 
 
 # --- refused: engine and settings

@@ -28,6 +28,7 @@ def check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_parallel(vllm_config.parallel_config)
     _check_adapters(vllm_config.lora_config, config)
     _check_weight_transfer(vllm_config.weight_transfer_config, config)
+    _check_loader(vllm_config.load_config, config)
     _check_offload(vllm_config.offload_config, config)
     _check_sleep(vllm_config.model_config, config)
     _check_drafter(vllm_config, config)
@@ -112,6 +113,18 @@ def _check_weight_transfer(transfer: Any | None, config: RebalanceConfig) -> Non
             f"weight transfer {transfer.backend!r} bypasses the model's loader and writes experts where they "
             "were loaded, not where they have moved to.",
             "use the backend nccl or ipc, or mode=observe.",
+        )
+
+
+def _check_loader(load: Any, config: RebalanceConfig) -> None:
+    """vLLM refuses ipc_cache with EPLB itself, but in the worker (weight_cache/ipc_loader.py). What
+    ModelExpress does is not in vLLM's package, and was not read.
+    """
+    if load.load_format in ("ipc_cache", "modelexpress") and config.mode != "observe":
+        raise ConfigurationError(
+            f"--load-format {load.load_format} takes the weights from another process's memory, where "
+            "experts may lie otherwise than where they are looked for.",
+            "load them from files, or use mode=observe.",
         )
 
 

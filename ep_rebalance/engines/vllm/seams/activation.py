@@ -97,6 +97,13 @@ def _prepare_arguments(engine_args: Any, config: RebalanceConfig) -> None:
             "--enable-eplb switches on vLLM's own balancer, and two balancers would move the same experts.",
             "drop --enable-eplb and --eplb-config; set planner.redundant_experts instead.",
         )
+    redundant = engine_args.eplb_config.num_redundant_experts
+    if redundant not in (0, config.planner.redundant_experts):
+        raise ConfigurationError(
+            f"--eplb-config.num_redundant_experts {redundant} is a setting of vLLM's own balancer, and "
+            f"planner.redundant_experts={config.planner.redundant_experts} is what counts.",
+            f"drop it, and set planner.redundant_experts={redundant} if you mean it.",
+        )
     extension = engine_args.worker_extension_cls
     if extension and extension != WORKER_EXTENSION:
         raise ConfigurationError(
