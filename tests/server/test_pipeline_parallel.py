@@ -48,7 +48,7 @@ def pipeline(logs: Path, traces: Path, one_rank: OneRank) -> Iterator[Server]:
         yield server
 
 
-def test_answers_are_those_of_one_rank(
+def test_two_pipeline_stages_answer_as_one_rank(
     pipeline: Server, questions: list[str], one_rank_answers: list[list[int]]
 ) -> None:
     expected = [answer[:TOKENS] for answer in one_rank_answers]

@@ -83,7 +83,7 @@ CASES: Mapping[str, tuple[Case, ...]] = {
         Case("--data-parallel-size 2", "--tensor-parallel-size 1", served=DP_TEST),
         Case("--data-parallel-size 2", served="test_four_ranks_of_tensor_and_data_parallelism_serve"),
         Case("--data-parallel-size 3", "--tensor-parallel-size 1"),
-        Case("--pipeline-parallel-size 2"),
+        Case("--pipeline-parallel-size 2", served="test_two_pipeline_stages_answer_as_one_rank"),
         Case("--decode-context-parallel-size 2", '--hf-overrides {"num_key_value_heads":1}'),
         Case("--dcp-comm-backend a2a", DCP),
         Case("--cp-kv-cache-interleave-size 16", DCP),

@@ -128,6 +128,8 @@ def _cell(case: Case, without: Both, with_flag: Both, ever_new: set[str]) -> Cel
 def _instead(case: Case, outcome: Outcome) -> str:
     """What vLLM made of a value that it did not take, if that value is a word."""
     name, *values = case.words()
+    if len(values) != 1:
+        return ""
     found = {
         value
         for path, value in outcome.settings.items()
