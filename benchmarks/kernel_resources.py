@@ -214,6 +214,7 @@ def own_counts_cases() -> Iterator[Case]:
             "HASH_STEP": route_by_own_counts.HASH_STEP,
             "UNIT_BITS": route_by_own_counts.UNIT_BITS,
             "MOST_SWEEPS": route_by_own_counts.MOST_SWEEPS,
+            "RANKS_PER_PAIR": route_by_own_counts.RANKS_PER_PAIR,
             **route_by_own_counts.POUR_OPTIONS,
             **route_by_own_counts.bins(256, 32, 32, 32),
         },

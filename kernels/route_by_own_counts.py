@@ -26,6 +26,7 @@ from ep_rebalance.kernels.shared_arithmetic import (
     IGNORED,
     MOST_REPLICAS,
     MOST_SWEEPS,
+    RANKS_PER_PAIR,
     UNIT_BITS,
     Ranks,
 )
@@ -69,7 +70,7 @@ def route_by_own_counts(
     `j` gets the next floor(x_0 + ... + x_j + u) - floor(x_0 + ... + x_(j-1) + u), where x sums to n and u,
     from 0 to 1, comes from `offset`, the expert and the source: rounding favours no replica for long. x is
     poured, from what the thresholds give, until ranks are level, their ground included. Experts without a
-    row go by the thresholds.
+    row go by the thresholds, and so do all of them in a step of very few tokens.
     """
     if runs_triton(topk_ids_TK):
         slots_TK = torch.empty_like(topk_ids_TK, memory_format=torch.contiguous_format)
@@ -95,7 +96,8 @@ def route_by_own_counts_torch(
     bounds_XC = bounds_torch(
         torch.bincount(ids[known], minlength=num_experts), tables, pours, offset, ranks
     )
-    rows = torch.where(known, pours.row_E[ids.clamp(0, num_experts - 1)].long(), -1)
+    poured = known & (known.sum() * RANKS_PER_PAIR >= ranks.total)
+    rows = torch.where(poured, pours.row_E[ids.clamp(0, num_experts - 1)].long(), -1)
     passed = bounds_XC[rows.clamp(min=0)] <= _positions(ids).unsqueeze(1)
     choice = passed.sum(1, keepdim=True).clamp(max=num_replicas - 1)
     slots = tables.replica_slots_EC[ids.clamp(0, num_experts - 1)].gather(1, choice).squeeze(1)
@@ -330,6 +332,7 @@ def _pour_and_assign(
     HASH_STEP: tl.constexpr,
     UNIT_BITS: tl.constexpr,
     MOST_SWEEPS: tl.constexpr,
+    RANKS_PER_PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -404,6 +407,7 @@ def _pour_and_assign(
     known = (given >= 0) & (given < num_experts)
     own = tl.where(known, given, 0).to(tl.int32)
     row = tl.load(row_ptr + own, mask=known, other=-1)
+    row = tl.where(tl.sum(total) * RANKS_PER_PAIR >= num_ranks, row, -1)
     poured = row >= 0
     # position = equal ids in blocks before, and before it in its own
     position = tl.load(before_ptr + own, mask=poured, other=0)
@@ -501,6 +505,7 @@ def _launch(
         HASH_STEP=HASH_STEP,
         UNIT_BITS=UNIT_BITS,
         MOST_SWEEPS=MOST_SWEEPS,
+        RANKS_PER_PAIR=RANKS_PER_PAIR,
         **POUR_OPTIONS,
         **sizes,
     )

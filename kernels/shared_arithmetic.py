@@ -18,6 +18,10 @@ MOST_SWEEPS = 8
 sweeps do for most steps; where ranks are linked in long chains, they may leave 4 % more on the busiest
 rank than the best split does, and eight half a percent.
 """
+RANKS_PER_PAIR = 2
+"""A step of a source that has fewer (token, expert) pairs than one for so many ranks goes by the quotas: it
+says less of what its ranks get than the window does (benchmarks/own_counts.py).
+"""
 MOST_REPLICAS = 16
 """An expert with more of them keeps the split of its quotas."""
 

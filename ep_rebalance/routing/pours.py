@@ -15,6 +15,7 @@ from ep_rebalance.kernels.shared_arithmetic import (
     IGNORED,
     MOST_REPLICAS,
     MOST_SWEEPS,
+    RANKS_PER_PAIR,
     UNIT_BITS,
     Ranks,
 )
@@ -187,6 +188,7 @@ def route_on_host(
     # One by one, since tuples take microseconds to hand over from Python.
     tables = HostTables(slots_EC, thresholds_EC, poured_X, row_E, ground_R)
     bounds_XC = pour_bounds(tokens_E, tables, offset, Ranks(num_ranks, slots_per_rank, source))
+    pours = tokens_E.sum() * RANKS_PER_PAIR >= num_ranks
     seen_E = np.zeros(tokens_E.size, np.int64)
     for token in range(ids_TK.shape[0]):
         token_hash = (token * HASH_STEP + offset) & 0xFFFF
@@ -196,7 +198,7 @@ def route_on_host(
                 slots_TK[token, k] = min(expert, -1)
                 continue
             choice, row = 0, row_E[expert]
-            if row >= 0:
+            if pours and row >= 0:
                 while bounds_XC[row, choice] <= seen_E[expert]:
                     choice += 1
                 seen_E[expert] += 1
@@ -286,12 +288,13 @@ def pour_tokens(
     bounds_XC = pour_bounds(tokens_E, tables, offset, ranks)
     slots_EC, thresholds_EC, _, row_E, _ = tables
     load_R = np.zeros(ranks.total)
+    pours = tokens_E.sum() * RANKS_PER_PAIR >= ranks.total
     for expert in range(tokens_E.size):
         row, lower = row_E[expert], 0.0
         for j in range(slots_EC.shape[1]):
             if slots_EC[expert, j] < 0:
                 break
-            if row >= 0:
+            if pours and row >= 0:
                 upper = float(bounds_XC[row, j])
             else:
                 upper = tokens_E[expert] * thresholds_EC[expert, j] / 65536

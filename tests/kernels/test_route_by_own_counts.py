@@ -211,6 +211,19 @@ def test_rounding_favours_no_replica(tokens):
     assert (halves / halves.sum()).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
 
 
+def test_a_step_of_very_few_tokens_goes_by_quotas(device):
+    """Of eight ranks, one with three pairs; with four it pours."""
+    for pairs, goes_by_quotas in ((3, True), (4, False)):
+        differs = False
+        for seed in range(30):
+            _, _, phase_T, tables, *rest = random_step(1, 1, 16, 16, 8, seed, device=device)
+            ids_TK = torch.full((pairs, 1), seed % 16, dtype=torch.int32, device=device)
+            by_quotas_TK = route_torch(ids_TK, tables, rest[1])
+            sent_TK = route(ids_TK, phase_T, tables, *rest)
+            differs |= not torch.equal(sent_TK, by_quotas_TK)
+        assert differs != goes_by_quotas, pairs
+
+
 def test_layers_without_rows_go_by_quotas():
     _, ids_TK, phase_T, tables, pours, offset, ranks = random_step(40, 2, 8, 8, 4, 3)
     nothing = torch.empty(0, dtype=torch.int32)

@@ -123,7 +123,9 @@ def said_of(flag: str) -> tuple[str, str]:
     """What docs/flags.md says of a flag on 0.32 and on 0.33."""
     for line in FLAGS.read_text(encoding="utf-8").splitlines():
         if line.startswith((f"| `{flag}` |", f"| `{flag}` <br>")):
-            _, _, old, new, *_ = (re.sub(r" \[\d+\]\(#why\)", "", c).strip() for c in line.split("|"))
+            _, _, old, new, *_ = (
+                re.sub(r" \[\d+\]\(#why\)", "", c).strip() for c in line.split("|")
+            )
             return old, new
     raise LookupError(f"docs/flags.md has no line for {flag}")
 
