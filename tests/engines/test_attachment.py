@@ -35,7 +35,7 @@ def attachment(vllm, monkeypatch):
     from ep_rebalance.engines.vllm.seams import attachment
 
     group = SimpleNamespace(world_size=2, rank_in_group=1)
-    monkeypatch.setattr(attachment, "_tensor_group", lambda: group)
+    monkeypatch.setattr(attachment, "tensor_group", lambda: group)
     monkeypatch.setattr(attachment, "ep_group", lambda: group)
     return attachment
 
@@ -43,7 +43,7 @@ def attachment(vllm, monkeypatch):
 def test_tensor_parallel_ranks_share_tokens_unless_the_layers_split_them(attachment):
     assert attachment._tokens_are_shared(model(layer(), layer()))
     assert not attachment._tokens_are_shared(model(layer(split=True)))
-    attachment._tensor_group().world_size = 1
+    attachment.tensor_group().world_size = 1
     assert not attachment._tokens_are_shared(model(layer()))
 
 
@@ -117,7 +117,7 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
     identity = ModelIdentity(model="m", config_hash="h", experts=2, ep_size=1, redundant_experts=0)
     parts = {
         "_moe_model": lambda model: model,
-        "_tensor_group": lambda: group,
+        "tensor_group": lambda: group,
         "movable_experts": slabs_as_they_are,
         "ep_group": lambda: group,
         "model_identity": lambda *_: identity,
