@@ -27,7 +27,7 @@ def layer(*, split=False, monolithic=False, strategy="linear"):
 
 
 def model(*layers):
-    return SimpleNamespace(moe_layers=layers, num_logical_experts=4)
+    return SimpleNamespace(name="Model", moe_layers=layers, num_logical_experts=4)
 
 
 @pytest.fixture
@@ -45,15 +45,6 @@ def test_tensor_parallel_ranks_share_tokens_unless_the_layers_split_them(attachm
     assert not attachment._tokens_are_shared(model(layer(split=True)))
     attachment._tensor_group().world_size = 1
     assert not attachment._tokens_are_shared(model(layer()))
-
-
-def test_a_model_without_layers_that_have_experts_is_refused(attachment, monkeypatch):
-    found = "vllm.model_executor.models.interfaces.get_mixture_of_experts_model"
-    monkeypatch.setattr(found, lambda model: model)
-    assert attachment._moe_model(model(layer())).num_logical_experts == 4
-    with pytest.raises(ConfigurationError, match="no Mixture-of-Experts layers") as raised:
-        attachment._moe_model(model())
-    assert "without --plugin ep_rebalance" in raised.value.remedy
 
 
 def test_layers_that_disagree_are_refused(attachment):
@@ -83,7 +74,7 @@ class Layer(torch.nn.Module):
 
     expert_placement_strategy = "linear"
     is_monolithic = False
-    moe_config = SimpleNamespace(is_sequence_parallel=False)
+    moe_config = SimpleNamespace(is_sequence_parallel=False, num_experts=2, experts_per_token=2)
 
     def __init__(self):
         super().__init__()
@@ -116,7 +107,7 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
     group = SimpleNamespace(world_size=1, rank_in_group=0, device_group=world, cpu_group=world)
     identity = ModelIdentity(model="m", config_hash="h", experts=2, ep_size=1, redundant_experts=0)
     parts = {
-        "_moe_model": lambda model: model,
+        "moe_model": lambda model: model,
         "_tensor_group": lambda: group,
         "movable_experts": slabs_as_they_are,
         "ep_group": lambda: group,
@@ -132,7 +123,7 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
         monkeypatch.setattr(attachment, "active_config", lambda _: config)
         target = torch.nn.Module()
         target.moe_layers = torch.nn.ModuleList([Layer(), Layer()])
-        target.num_logical_experts = 2
+        target.name, target.num_logical_experts = "Model", 2
         vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=0)),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=16),
