@@ -1,21 +1,25 @@
-"""A process of its own for test_models.py: two tensor-parallel ranks serve a small model, once as the engine
-does and once with its experts moved.
+"""A process of its own for test_models.py, in which a small model is served: first by one rank without the
+plugin, then by two tensor-parallel ranks whose experts move.
 
-    python offline_model.py MODEL DTYPE TRACES     with the plugin
-    python offline_model.py MODEL DTYPE            without
+    python offline_model.py MODEL DTYPE TRACES
 
-Prints one JSON line.
+Prints one JSON line of each, and SECOND between them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from moe_checkpoints import DOMAINS
 
+CORES = "VLLM_CPU_OMP_THREADS_BIND"
+SECOND = "---- two ranks"
 TOKENS = 8
 MIGRATIONS = 3
 ROUNDS = 60
@@ -41,7 +45,7 @@ def questions(domain: int) -> list[list[int]]:
 class Engine:
     """The engine, and what it is asked."""
 
-    def __init__(self, model: str, dtype: str, additional: dict[str, Any]) -> None:
+    def __init__(self, model: str, dtype: str, **more: Any) -> None:
         from vllm import LLM, SamplingParams
 
         self._greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
@@ -50,11 +54,9 @@ class Engine:
             dtype=dtype,
             max_model_len=128,
             max_num_batched_tokens=256,
-            tensor_parallel_size=2,
-            enable_expert_parallel=True,
             enable_prefix_caching=False,
             enforce_eager=True,
-            additional_config=additional,
+            **more,
         )
 
     def answers(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -114,13 +116,46 @@ def run(engine: Engine) -> dict[str, Any]:
     }
 
 
-def main(model: str, dtype: str, traces: str = "") -> None:
-    if traces:
-        settings = {"ep_rebalance": {**SETTINGS, "trace": {"path": traces}}}
-        told = run(Engine(model, dtype, settings))
-    else:
-        told = {"before": Engine(model, dtype, {}).all_answers()}
-    sys.stdout.write(f"{json.dumps(told)}\n")
+def alone(model: str, dtype: str) -> dict[str, Any]:
+    """What one rank without the plugin answers."""
+    os.environ[CORES] = os.environ[CORES].partition("|")[0]
+    return {"before": Engine(model, dtype).all_answers()}
+
+
+def together(model: str, dtype: str, traces: str) -> dict[str, Any]:
+    settings = {"ep_rebalance": {**SETTINGS, "trace": {"path": traces}}}
+    engine = Engine(
+        model,
+        dtype,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        additional_config=settings,
+    )
+    return run(engine)
+
+
+def forked(work: Callable[[], dict[str, Any]]) -> None:
+    """Do it in a process that has imported everything already, and print what comes of it."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            sys.stdout.write(f"{json.dumps(work())}\n")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    os.waitpid(child, 0)
+
+
+def main(model: str, dtype: str, traces: str) -> None:
+    import vllm.v1.worker.cpu_worker  # noqa: F401  (nothing that makes threads before the fork)
+
+    forked(lambda: alone(model, dtype))
+    sys.stdout.write(f"{SECOND}\n")
+    sys.stdout.flush()
+    forked(lambda: together(model, dtype, traces))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER, HEADS, VOCABULARY = 4, 8, 2, 128, 64, 4, 320
@@ -24,6 +25,9 @@ class Family:
     moe_layers: numbers of the layers with experts, as the model counts its layers.
     top_k: experts per token, zero-compute ones included.
     zero_experts: those that compute nothing and have no weights.
+    layers: all that have numbers, those without experts too.
+    limits: by release of vLLM, a pattern of the error with which it ends on CPU, with this package or
+        without.
     dtype: to serve it in. With float32, answers hang less on the order of sums.
     """
 
@@ -35,6 +39,8 @@ class Family:
     top_k: int = TOP_K
     zero_experts: int = 0
     dtype: str = "float32"
+    layers: int = LAYERS
+    limits: Mapping[str, str] = MappingProxyType({})
 
 
 _LATENT = {
@@ -210,7 +216,13 @@ FAMILIES = (
         name="minimax_m2",
         model_type="minimax_m2",
         examples="MiniMax-M2, M2.1",
-        settings={**_LOCAL_EXPERTS, "intermediate_size": INNER, "rotary_dim": 16},
+        settings={
+            **_LOCAL_EXPERTS,
+            "intermediate_size": INNER,
+            "rotary_dim": 16,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+        },
     ),
     Family(
         name="phimoe",
@@ -311,7 +323,10 @@ FAMILIES = (
             "expert_ffn_hidden_size": INNER,
             "ffn_hidden_size": 2 * INNER,
             "routed_scaling_factor": 1.5,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
         },
+        layers=2,
         moe_layers=(0, 1),
         top_k=3,
         zero_experts=4,
@@ -332,6 +347,11 @@ FAMILIES = (
             "num_dense_layers": 1,
             "num_shared_experts": 1,
             "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+            "n_group": 1,
+            "topk_group": 1,
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "route_scale": 1.5,
             "head_dim": 32,
         },
         moe_layers=_AFTER_FIRST,
@@ -387,6 +407,8 @@ FAMILIES = (
             "num_shared_experts": 1,
             "mlp_layer_types": _SPARSE_AFTER_FIRST,
             "first_k_dense_replace": 1,
+            "expert_hidden_dim": INNER,
+            "route_norm": True,
             "head_dim": 32,
         },
         moe_layers=_AFTER_FIRST,
