@@ -18,7 +18,7 @@ from typing import Any
 import models_table
 import pytest
 from cpu_server import START_SECONDS, cpu_environment
-from engines import ROOT, V032, V033_V1, Engine
+from engines import ROOT, UNGROUPED_SIGMOID, V032, V033_V1, Engine
 from moe_checkpoints import write_checkpoint
 from moe_families import FAMILIES, Family
 from offline_model import FLUSH, LENGTHS, MIGRATIONS, SECOND, TOKENS
@@ -67,10 +67,13 @@ class Run:
 
 def served(engine: Engine, family: Family, folder: Path, traces: Path) -> tuple[Run, Run]:
     """By one rank without the plugin, and by two with it."""
+    paths = [ROOT / "tests" / "support", ROOT / "examples"]
+    if family.ungrouped_sigmoid:
+        paths.append(UNGROUPED_SIGMOID)
     environment = {
         **os.environ,
         **cpu_environment(2),
-        **engine.environment([ROOT / "tests" / "support", ROOT / "examples"]),
+        **engine.environment(paths),
         # Workers are forked: they need not import everything again.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "fork",

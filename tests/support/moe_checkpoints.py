@@ -29,7 +29,9 @@ from moe_families import (
     VOCABULARY,
     Family,
 )
+from safetensors.torch import load_file, save_file
 
+WEIGHTS = "model.safetensors"
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe"
 DOMAINS = (range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY))
 """Ids of the tokens of each domain."""
@@ -68,9 +70,21 @@ def write_checkpoint(family: Family, folder: Path, seed: int = 0) -> Path:
         for number, router in enumerate(_routers(model, family)):
             _prefer(router, number)
     model.to(torch.bfloat16).save_pretrained(folder)
+    if family.zero_experts:
+        _drop_zero_experts(folder / WEIGHTS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, folder)
     return folder
+
+
+def _drop_zero_experts(weights: Path) -> None:
+    """Released checkpoints have no weights of experts that compute nothing."""
+    real = {
+        name: tensor
+        for name, tensor in load_file(weights).items()
+        if not ((expert := re.search(r"experts\.(\d+)\.", name)) and int(expert[1]) >= EXPERTS)
+    }
+    save_file(real, weights, metadata={"format": "pt"})
 
 
 def _randomise(model: Any) -> None:

@@ -7,12 +7,13 @@ latent attention, layers without attention. Sizes are the least that vLLM's kern
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER, HEADS, VOCABULARY = 4, 8, 2, 128, 64, 4, 320
 POSITIONS = 512
+RELEASES = ("0.32", "0.33, V1 runner")
+"""Names of the engines in the tests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Family:
     top_k: experts per token, zero-compute ones included.
     zero_experts: those that compute nothing and have no weights.
     layers: all that have numbers, those without experts too.
+    ungrouped_sigmoid: whether it routes as vLLM's router for CPU does only with the plugin of that name.
     limits: by release of vLLM, a pattern of the error with which it ends on CPU, with this package or
         without.
     dtype: to serve it in. With float32, answers hang less on the order of sums.
@@ -38,9 +40,10 @@ class Family:
     moe_layers: tuple[int, ...] = tuple(range(LAYERS))
     top_k: int = TOP_K
     zero_experts: int = 0
+    ungrouped_sigmoid: bool = False
     dtype: str = "float32"
     layers: int = LAYERS
-    limits: Mapping[str, str] = MappingProxyType({})
+    limits: Mapping[str, str] = field(default_factory=dict)
 
 
 _LATENT = {
@@ -110,6 +113,7 @@ FAMILIES = (
         examples="Qwen3.5-35B-A3B, Qwen3.5-397B-A17B",
         settings={**_EXPERTS, **_LINEAR},
         dtype="bfloat16",
+        limits=dict.fromkeys(RELEASES, "failed to be inspected|torchvision"),
     ),
     Family(
         name="deepseek_v2",
@@ -223,6 +227,7 @@ FAMILIES = (
             "scoring_func": "sigmoid",
             "use_routing_bias": True,
         },
+        ungrouped_sigmoid=True,
     ),
     Family(
         name="phimoe",
@@ -252,7 +257,15 @@ FAMILIES = (
         settings={
             **_LOCAL_EXPERTS,
             "intermediate_size": INNER,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": POSITIONS // 2,
+            },
         },
     ),
     Family(
@@ -271,6 +284,7 @@ FAMILIES = (
             "use_mamba_kernels": False,
         },
         moe_layers=(1, 3),
+        limits=dict.fromkeys(RELEASES, "no attribute .selective_scan_fwd"),
     ),
     Family(
         name="nemotron_h",
@@ -289,6 +303,7 @@ FAMILIES = (
             "head_dim": 32,
         },
         moe_layers=(1, 3),
+        limits=dict.fromkeys(RELEASES, "is_act_and_mul=False is supported only for"),
     ),
     Family(
         name="hunyuan_v1_moe",
