@@ -36,7 +36,7 @@ TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe"
 DOMAINS = (range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY))
 """Ids of the tokens of each domain."""
 SIGNAL = 3.0
-"""Of both coordinates in embeddings; all others have the variance 1."""
+"""Of both coordinates in embeddings; all others have a variance of at most 1."""
 BIAS = 0.4
 """Per SIGNAL, what the router adds to a favoured expert and takes from the others."""
 
@@ -93,8 +93,10 @@ def _randomise(model: Any) -> None:
         if "correction_bias" in name or name.endswith("expert_bias"):
             weight.uniform_(0.0, 0.05)
         elif weight.ndim >= 2 and weight.is_floating_point():
-            fan_in = 1 if weight is model.get_input_embeddings().weight else weight.shape[-1]
-            weight.normal_(0.0, fan_in**-0.5)
+            weight.normal_(0.0, weight.shape[-1] ** -0.5)
+    # Small where the head is the same matrix: it would say each token again.
+    tied = model.config.tie_word_embeddings
+    model.get_input_embeddings().weight.normal_(0.0, 0.1 if tied else 1.0)
 
 
 def _mark_domains(embedding_VH: torch.Tensor) -> None:

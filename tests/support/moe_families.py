@@ -393,6 +393,7 @@ FAMILIES = (
         settings={
             **_EXPERTS,
             "num_dense_layers": 1,
+            "tie_embedding": False,
             "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
         },
         moe_layers=_AFTER_FIRST,
