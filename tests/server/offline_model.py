@@ -68,6 +68,11 @@ class Engine:
         """By domain."""
         return [self.answers(questions(domain)) for domain in range(len(DOMAINS))]
 
+    def single_answers(self) -> list[list[list[int]]]:
+        """The same, with no prompt in a batch with another."""
+        domains = range(len(DOMAINS))
+        return [[self.answers([one])[0] for one in questions(domain)] for domain in domains]
+
     def told(self, what: str) -> dict[str, Any]:
         """The plugin's status, load or overview."""
         told: dict[str, Any] = json.loads(self._llm.collective_rpc(f"ep_rebalance_{what}")[0])
@@ -117,9 +122,10 @@ def run(engine: Engine) -> dict[str, Any]:
 
 
 def alone(model: str, dtype: str) -> dict[str, Any]:
-    """What one rank without the plugin answers."""
+    """What one rank without the plugin answers, to prompts together and one by one."""
     os.environ[CORES] = os.environ[CORES].partition("|")[0]
-    return {"before": Engine(model, dtype).all_answers()}
+    engine = Engine(model, dtype)
+    return {"before": engine.all_answers(), "singly": engine.single_answers()}
 
 
 def together(model: str, dtype: str, traces: str) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def test_a_model_of_the_family_is_counted_and_moved_and_answers_as_before(
         assert ours.told, ours.output[-6000:]
         assert_served(family, ours.told, traces)
         seen |= what_was_seen(family, ours.told, alone.told)
-        if family.dtype == "float32":
+        # Else vLLM's own answers depend on the batch, as with latent attention on CPU.
+        if alone.told and alone.told["singly"] == alone.told["before"]:
             assert ours.told["before"] == alone.told["before"]
     models_table.record(seen)
 
@@ -181,6 +182,7 @@ def what_was_seen(family: Family, told: dict[str, Any], alone: dict[str, Any]) -
         "moved": sum(told["status"]["migrated_experts"].values()),
         "answers": sum(len(flat(answers)) for answers in asked),
         "alone": sum(ours == theirs for ours, theirs in equal),
+        "alone_by_batch": bool(alone) and alone["singly"] != alone["before"],
     }
 
 

@@ -72,7 +72,9 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     counted = f"{row['tokens']} tokens x {row['top_k']} in each"
     moved = f"{row['migrations']}, {row['moved']} experts"
     answers = f"{row['answers']} equal across them"
-    if row["alone"]:
+    if row.get("alone_by_batch"):
+        answers += "; vLLM's own, without the plugin, depend on the batch"
+    elif row["alone"]:
         answers += f", {row['alone']} to those of one rank without the plugin"
     return [row["vllm"], f"{numbers} of {row['of']}", counted, moved, answers]
 
