@@ -74,9 +74,7 @@ def served(engine: Engine, family: Family, folder: Path, traces: Path) -> tuple[
         **os.environ,
         **cpu_environment(2),
         **engine.environment(paths),
-        # Workers are forked: they need not import everything again.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start
     }
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(folder), family.dtype, str(traces)],
