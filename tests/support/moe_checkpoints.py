@@ -9,6 +9,7 @@ router's weights on them act as a bias of each expert, for all tokens and for th
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -70,11 +71,19 @@ def write_checkpoint(family: Family, folder: Path, seed: int = 0) -> Path:
         for number, router in enumerate(_routers(model, family)):
             _prefer(router, number)
     model.to(torch.bfloat16).save_pretrained(folder)
+    if family.architecture:
+        _name_architecture(folder / "config.json", family.architecture)
     if family.zero_experts:
         _drop_zero_experts(folder / WEIGHTS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, folder)
     return folder
+
+
+def _name_architecture(config: Path, name: str) -> None:
+    settings = json.loads(config.read_text())
+    settings["architectures"] = [name]
+    config.write_text(json.dumps(settings, indent=2))
 
 
 def _drop_zero_experts(weights: Path) -> None:

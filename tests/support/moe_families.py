@@ -25,6 +25,7 @@ class Family:
     settings: of the configuration, in its own words, beside those that all have.
     moe_layers: numbers of the layers with experts, as the model counts its layers.
     top_k: experts per token, zero-compute ones included.
+    architecture: of released checkpoints, where transformers has another name for its class.
     zero_experts: those that compute nothing and have no weights.
     layers: all that have numbers, those without experts too.
     ungrouped_sigmoid: whether it routes as vLLM's router for CPU does only with the plugin of that name.
@@ -39,6 +40,7 @@ class Family:
     settings: Mapping[str, Any]
     moe_layers: tuple[int, ...] = tuple(range(LAYERS))
     top_k: int = TOP_K
+    architecture: str = ""
     zero_experts: int = 0
     ungrouped_sigmoid: bool = False
     dtype: str = "float32"
@@ -234,6 +236,7 @@ FAMILIES = (
         model_type="phimoe",
         examples="Phi-3.5-MoE, Phi-tiny-MoE",
         settings={**_LOCAL_EXPERTS, "intermediate_size": INNER},
+        architecture="PhiMoEForCausalLM",
     ),
     Family(
         name="llama4",
