@@ -182,7 +182,7 @@ FAMILIES = (
     Family(
         name="granitemoeshared",
         model_type="granitemoeshared",
-        examples="Granite 4.0 preview",
+        examples="Granite MoE with shared experts",
         settings={
             **_LOCAL_EXPERTS,
             "intermediate_size": INNER,
@@ -360,7 +360,7 @@ FAMILIES = (
     Family(
         name="afmoe",
         model_type="afmoe",
-        examples="Trinity Nano, Mini",
+        examples="Trinity Mini",
         settings={
             **_EXPERTS,
             "num_dense_layers": 1,
@@ -421,7 +421,7 @@ FAMILIES = (
     Family(
         name="hy_v3",
         model_type="hy_v3",
-        examples="Hy3",
+        examples="Hy3-preview",
         settings={
             **_EXPERTS,
             "num_shared_experts": 1,
@@ -436,7 +436,7 @@ FAMILIES = (
     Family(
         name="laguna",
         model_type="laguna",
-        examples="Laguna XS, M",
+        examples="Laguna XS.2",
         settings={
             **_EXPERTS,
             "shared_expert_intermediate_size": INNER,
@@ -449,7 +449,7 @@ FAMILIES = (
     Family(
         name="cohere2_moe",
         model_type="cohere2_moe",
-        examples="Command A+ (MoE)",
+        examples="Command A+ (05-2026)",
         settings={
             **_EXPERTS,
             "intermediate_size": INNER,
