@@ -28,7 +28,7 @@ def marked() -> dict[tuple[str, str], bool]:
         if line.startswith("test: "):
             name, *marks = line.removeprefix("test: ").split()
             (engine,) = set(marks) & set(COLUMNS)
-            repeats = "repeats" in marks
+            repeats = bool({"repeats", "models"} & set(marks))
             found[name, engine] = found.get((name, engine), True) and repeats
     return found
 

@@ -11,6 +11,7 @@ from balanced_engine import eager
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.load.state import ModelIdentity
+from ep_rebalance.pipeline import ONLY_STAGE
 from ep_rebalance.telemetry.self_test import NOT_TRIED
 from ep_rebalance.topology import Topology
 
@@ -27,7 +28,7 @@ def layer(*, split=False, monolithic=False, strategy="linear"):
 
 
 def model(*layers):
-    return SimpleNamespace(moe_layers=layers, num_logical_experts=4)
+    return SimpleNamespace(name="Model", moe_layers=layers, num_logical_experts=4)
 
 
 @pytest.fixture
@@ -45,15 +46,6 @@ def test_tensor_parallel_ranks_share_tokens_unless_the_layers_split_them(attachm
     assert not attachment._tokens_are_shared(model(layer(split=True)))
     attachment.tensor_group().world_size = 1
     assert not attachment._tokens_are_shared(model(layer()))
-
-
-def test_a_model_without_layers_that_have_experts_is_refused(attachment, monkeypatch):
-    found = "vllm.model_executor.models.interfaces.get_mixture_of_experts_model"
-    monkeypatch.setattr(found, lambda model: model)
-    assert attachment._moe_model(model(layer())).num_logical_experts == 4
-    with pytest.raises(ConfigurationError, match="no Mixture-of-Experts layers") as raised:
-        attachment._moe_model(model())
-    assert "without --plugin ep_rebalance" in raised.value.remedy
 
 
 def test_layers_that_disagree_are_refused(attachment):
@@ -83,7 +75,7 @@ class Layer(torch.nn.Module):
 
     expert_placement_strategy = "linear"
     is_monolithic = False
-    moe_config = SimpleNamespace(is_sequence_parallel=False)
+    moe_config = SimpleNamespace(is_sequence_parallel=False, num_experts=2, experts_per_token=2)
 
     def __init__(self):
         super().__init__()
@@ -116,8 +108,9 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
     group = SimpleNamespace(world_size=1, rank_in_group=0, device_group=world, cpu_group=world)
     identity = ModelIdentity(model="m", config_hash="h", experts=2, ep_size=1, redundant_experts=0)
     parts = {
-        "_moe_model": lambda model: model,
+        "moe_model": lambda model: model,
         "tensor_group": lambda: group,
+        "pipeline_stage": lambda: ONLY_STAGE,
         "movable_experts": slabs_as_they_are,
         "ep_group": lambda: group,
         "model_identity": lambda *_: identity,
@@ -132,7 +125,7 @@ def joined(attachment, monkeypatch, tmp_path, compiled_planner):
         monkeypatch.setattr(attachment, "active_config", lambda _: config)
         target = torch.nn.Module()
         target.moe_layers = torch.nn.ModuleList([Layer(), Layer()])
-        target.num_logical_experts = 2
+        target.name, target.num_logical_experts, target.layer_numbers = "Model", 2, ()
         vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=0)),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=16),

@@ -30,7 +30,7 @@ def test_left_in_place_ids_pass_and_the_check_is_satisfied(moe_router, monkeypat
     from ep_rebalance.engines.vllm.seams import drafts, router
 
     listed = Layer(None)
-    monkeypatch.setattr(drafts, "_moe_layers", lambda model: [listed, Layer(moe_router)])
+    monkeypatch.setattr(drafts, "moe_layers_of", lambda model: [listed, Layer(moe_router)])
     assert drafts.leave_in_place(None, torch.device("cpu"), listed=(listed,)) == 1
     moe_router._validate_eplb_state()
     ids_TK = torch.tensor([[0, 5], [-1, 3]])

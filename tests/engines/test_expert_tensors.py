@@ -188,6 +188,16 @@ def test_two_neighbours_that_change_places_compute_the_same_bits(checkpoint, nam
             slab.bytes_EB[[one, other]] = slab.bytes_EB[[other, one]]
 
 
+def test_experts_whose_class_a_model_derives_are_found_all_the_same(checkpoint):
+    """gpt-oss, DBRX and the Transformers backend do; all else of a model's modules is left alone."""
+    model = checkpoint("bfloat16")
+    experts = experts_of(model)
+    before = sizes(find(model)[0])
+    derived = {"__module__": "vllm.model_executor.models.gpt_oss"}
+    experts.__class__ = type("Derived", (type(experts),), derived)
+    assert sizes(find(model)[0]) == before
+
+
 def test_a_scale_that_only_the_quantisation_config_holds_is_found(fp8_block):
     described = experts_of(fp8_block).quant_method.moe_quant_config._w1
     described.scale = described.scale.detach().clone()

@@ -13,8 +13,11 @@ from vllm_groups import IMPORT_SECONDS, join
 from ep_rebalance.config import RebalanceConfig
 
 
-def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
-    """(output, reference) of a step whose tokens all ranks hold."""
+def forward(rank: int, tokens: int, padded: str | None, plane: dict, summed: bool = False) -> tuple:
+    """(output, reference) of a step whose tokens all ranks hold.
+
+    summed: whether the model sums outputs over ranks itself.
+    """
     from ep_rebalance.engines.vllm.seams.prepare_finalize import AllToAllPrepareAndFinalize
 
     join(rank)
@@ -25,7 +28,9 @@ def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
     if padded is not None:
         step = with_padding(step, is_padding(padded, 0, tokens))
     moe = SimpleNamespace(
-        num_experts=EXPERTS, moe_parallel_config=SimpleNamespace(is_sequence_parallel=False)
+        num_experts=EXPERTS,
+        moe_parallel_config=SimpleNamespace(is_sequence_parallel=False),
+        skip_final_all_reduce=summed,
     )
     layer = AllToAllPrepareAndFinalize(moe, RebalanceConfig.model_validate({"data_plane": plane}))
     rows, _, _, ids, _ = layer.prepare(
@@ -36,6 +41,7 @@ def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
         outputs[n] = compute_expert(placement[rank][slot], rows[n])
     out_TH = torch.full_like(step.hidden_TH, torch.nan)
     layer.finalize(out_TH, outputs, step.weights_TK, step.slots_TK, False, None)
+    assert layer.output_is_reduced() is not summed
     return out_TH, reference(step)
 
 
@@ -47,6 +53,16 @@ def forward(rank: int, tokens: int, padded: str | None, plane: dict) -> tuple:
 def test_every_rank_gets_every_result(two_ranks: Ranks, tokens, padded, plane):
     for out_TH, expected in two_ranks.run(forward, tokens, padded, plane, timeout=IMPORT_SECONDS):
         assert torch.equal(out_TH, expected)
+
+
+@pytest.mark.parametrize("padded", [None, "all ranks idle"])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_a_model_that_sums_over_ranks_gets_every_result_once(two_ranks: Ranks, tokens, padded):
+    plane = {"buffers": "exact"}
+    told = two_ranks.run(forward, tokens, padded, plane, True, timeout=IMPORT_SECONDS)
+    (first_TH, expected), (second_TH, _) = told
+    assert torch.equal(first_TH + second_TH, expected)
+    assert not (first_TH * second_TH).any()
 
 
 def prepare_for_8_bit_kernels(rank: int) -> tuple:
@@ -62,7 +78,9 @@ def prepare_for_8_bit_kernels(rank: int) -> tuple:
     placement = [list(range(r * EXPERTS // 2, (r + 1) * EXPERTS // 2)) for r in range(2)]
     step = make_step(0, 6, TOP_K, torch.float32, placement, EXPERTS, seed=6)
     moe = SimpleNamespace(
-        num_experts=EXPERTS, moe_parallel_config=SimpleNamespace(is_sequence_parallel=False)
+        num_experts=EXPERTS,
+        moe_parallel_config=SimpleNamespace(is_sequence_parallel=False),
+        skip_final_all_reduce=False,
     )
     scale = torch.tensor([0.02])
     quantised = fp8_w8a8_moe_quant_config(

@@ -1,5 +1,5 @@
-"""docs/modes.md: in which parallel and serving modes the plugin was seen running, what only contracts hold, and
-what is refused.
+"""docs/modes.md: in which parallel and serving modes the plugin was seen running, what only contracts hold,
+and what is refused.
 
 .venv/bin/python -P tests/support/mode_table.py   writes the table; tests/test_modes.py compares it
 """

@@ -194,6 +194,8 @@ _OF_ENGINE = (
 
 
 def _leaves(name: str, found: object) -> bool:
+    if not name:
+        return False  # the experts themselves, whose class some models derive in their own module
     attribute = name.rpartition(".")[2]
     module = type(found).__module__ or ""
     return attribute in _NOT_OF_EXPERTS or module.startswith(_OF_ENGINE)

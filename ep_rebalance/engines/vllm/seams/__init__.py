@@ -44,7 +44,16 @@ def every() -> tuple[ModuleType, ...]:
         compile_cache,
         drafts,
         eplb_policy,
+        moe_layers,
         rank_agreement,
     )
 
-    return (activation, compile_cache, rank_agreement, *of_workers(), drafts, eplb_policy)
+    return (
+        activation,
+        compile_cache,
+        rank_agreement,
+        *of_workers(),
+        drafts,
+        moe_layers,
+        eplb_policy,
+    )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -29,10 +26,9 @@ from ep_rebalance.engines.vllm.parallel import (
 from ep_rebalance.engines.vllm.seams import router
 from ep_rebalance.engines.vllm.seams.drafts import draft_model, leave_in_place, satisfy_validation
 from ep_rebalance.engines.vllm.seams.expert_loads import ExpertLoads
+from ep_rebalance.engines.vllm.seams.moe_layers import MoeModel, moe_model, refuse_unlike
 from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.self_test import NOT_TRIED
-
-logger = logging.getLogger(__name__)
 
 
 class Attachment:
@@ -52,26 +48,27 @@ class Attachment:
         """
         config = active_config(vllm_config)
         model = runner.get_model()  # the runner's attribute may be a wrapper for CUDA graphs
-        moe_model = _moe_model(model)
-        if moe_model is None:
+        target = moe_model(model)
+        if target is None:
             return None
-        shares = _tokens_are_shared(moe_model)
-        for layer in moe_model.moe_layers:
+        refuse_unlike(target, config.planner.redundant_experts)
+        shares = _tokens_are_shared(target)
+        for layer in target.moe_layers:
             _refuse_unseen_routing(layer)
         experts: MovableExperts | None = None
         if config.mode != "observe":
-            for layer in moe_model.moe_layers:
+            for layer in target.moe_layers:
                 satisfy_validation(layer.router, device)
-            experts = movable_experts(tuple(moe_model.moe_layers), vllm_config, config.quantisation)
+            experts = movable_experts(tuple(target.moe_layers), vllm_config, config.quantisation)
         session = Session(
-            config, _engine_model(moe_model, vllm_config, experts, device, shares_tokens=shares)
+            config, _engine_model(target, vllm_config, experts, device, shares_tokens=shares)
         )
-        _attach_routers(moe_model, session, splits_tokens=not shares)
-        leave_in_place(model, device, listed=tuple(moe_model.moe_layers))
+        _attach_routers(target, session, splits_tokens=not shares)
+        leave_in_place(model, device, listed=tuple(target.moe_layers))
         if (draft := draft_model(runner)) is not None:
             leave_in_place(draft, device)
         session.start()
-        return cls(session, moe_model.moe_layers)
+        return cls(session, target.moe_layers)
 
     def begin_step(self, phases_T: NDArray[np.int8], *, started: float, continues: bool) -> None:
         """See `Session.begin_step`."""
@@ -97,24 +94,8 @@ class Attachment:
             self.session.weights_replaced(written)
 
 
-def _moe_model(model: Any) -> Any | None:
-    """The part of a model that lists its MoE layers; None if this pipeline stage has none of them."""
-    from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
-
-    found = get_mixture_of_experts_model(model)
-    if found is None or not len(found.moe_layers):
-        if (stage := pipeline_stage()).label:
-            logger.info("ep_rebalance: %s has no MoE layers", stage.label)
-            return None
-        raise ConfigurationError(
-            f"{type(model).__name__} has no Mixture-of-Experts layers that vLLM can move.",
-            "serve it without --plugin ep_rebalance.",
-        )
-    return found
-
-
 def _engine_model(
-    model: Any,
+    model: MoeModel,
     vllm_config: Any,
     experts: MovableExperts | None,
     device: torch.device,
@@ -134,7 +115,7 @@ def _engine_model(
     batched = vllm_config.scheduler_config.max_num_batched_tokens
     return EngineModel(
         engine=f"vllm {vllm.__version__}",
-        identity=model_identity(vllm_config, config, _layer_numbers(layers)),
+        identity=model_identity(vllm_config, config, model.layer_numbers),
         placement=_loaded_placement(model, vllm_config),
         top_k=layers[0].router.top_k,
         expert_tensors=list if experts is None else experts.slabs,
@@ -154,17 +135,7 @@ def _engine_model(
     )
 
 
-def _layer_numbers(layers: Sequence[Any]) -> tuple[int, ...]:
-    """The numbers that the layers' names begin with, as 7 of `model.layers.7.mlp.experts`; () if these do
-    not tell them apart.
-    """
-    found = [re.search(r"\.(\d+)\.", layer.routed_experts.layer_name) for layer in layers]
-    numbers = tuple(int(match[1]) for match in found if match)
-    rising = len(numbers) == len(layers) and all(a < b for a, b in pairwise(numbers))
-    return numbers if rising else ()
-
-
-def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
+def _loaded_placement(model: MoeModel, vllm_config: Any) -> Placement:
     """What vLLM's loader puts in each slot."""
     # Not `num_moe_layers`: some models compute it from their configuration, and it is too large where
     # only every second layer has experts (vllm/model_executor/models/deepseek_v2.py).
@@ -181,7 +152,7 @@ def _loaded_placement(model: Any, vllm_config: Any) -> Placement:
     )
 
 
-def _tokens_are_shared(model: Any) -> bool:
+def _tokens_are_shared(model: MoeModel) -> bool:
     """Whether tensor-parallel ranks route the same tokens.
 
     The layers are asked, since a model may do without sequence parallelism though the engine's
@@ -190,13 +161,13 @@ def _tokens_are_shared(model: Any) -> bool:
     splits = {bool(layer.moe_config.is_sequence_parallel) for layer in model.moe_layers}
     if len(splits) > 1:
         raise ConfigurationError(
-            f"some MoE layers of {type(model).__name__} are sequence-parallel and others are not.",
+            f"some MoE layers of {model.name} are sequence-parallel and others are not.",
             "serve it with --tensor-parallel-size 1.",
         )
     return tensor_group().world_size > 1 and not splits.pop()
 
 
-def _attach_routers(model: Any, session: Session, *, splits_tokens: bool) -> None:
+def _attach_routers(model: MoeModel, session: Session, *, splits_tokens: bool) -> None:
     tensor_rank = tensor_group().rank_in_group if splits_tokens else 0
     for index, layer in enumerate(model.moe_layers):
         router.attach(layer.router, session, index, tensor_rank=tensor_rank)

@@ -42,7 +42,7 @@ def draft_model(runner: Any) -> Any | None:
 
 def leave_in_place(model: Any, device: torch.device, listed: tuple[Any, ...] = ()) -> int:
     """Let all MoE layers of `model` except `listed` route as they were loaded. Returns how many."""
-    layers = [layer for layer in _moe_layers(model) if layer not in listed]
+    layers = [layer for layer in moe_layers_of(model) if layer not in listed]
     for layer in layers:
         if layer.router.eplb_state is not None:
             satisfy_validation(layer.router, device)
@@ -51,8 +51,12 @@ def leave_in_place(model: Any, device: torch.device, listed: tuple[Any, ...] = (
 
 
 def satisfy_validation(moe_router: Any, device: torch.device) -> None:
-    """Give a router the state that vLLM checks for. Nothing reads it, since our seam maps the ids."""
-    state = moe_router.eplb_state
+    """Give a router the state that vLLM checks for. Nothing reads it, since our seam maps the ids.
+
+    Models without the protocol `MixtureOfExperts` make routers that have none, and check nothing.
+    """
+    if (state := moe_router.eplb_state) is None:
+        return
     state.expert_load_view = torch.zeros(1, dtype=torch.int32, device=device)
     state.logical_to_physical_map = torch.zeros(1, 1, dtype=torch.int32, device=device)
     state.logical_replica_count = torch.ones(1, dtype=torch.int32, device=device)
@@ -60,7 +64,8 @@ def satisfy_validation(moe_router: Any, device: torch.device) -> None:
     state.num_unpadded_tokens_tensors = [torch.zeros((), dtype=torch.int32, device=device)]
 
 
-def _moe_layers(model: Any) -> Iterator[Any]:
+def moe_layers_of(model: Any) -> Iterator[Any]:
+    """vLLM's `MoERunner`s in a model, in the order in which it made them."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 
     return (module for module in model.modules() if isinstance(module, MoERunnerInterface))

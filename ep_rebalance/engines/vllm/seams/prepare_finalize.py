@@ -40,6 +40,9 @@ CONTRACTS = (
         ("output", "fused_expert_output"),
     ),
     Contract(
+        "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig", ("skip_final_all_reduce",)
+    ),
+    Contract(
         "vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep:_quantize_input",
         ("a1", "quant_config"),
     ),
@@ -76,7 +79,9 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     """Sends rows to the ranks of their slots before the expert kernel, and outputs home after it.
 
     Under tensor parallelism without sequence parallelism all tensor-parallel ranks hold the same
-    tokens: each sends its share of them to the experts, and the results are gathered.
+    tokens: each sends its share of them to the experts, and the results are gathered. A model that sums
+    its layers' outputs over these ranks itself (Cohere2-MoE, whose attention runs beside the experts) gets
+    zeros in place of the other ranks' results instead.
     """
 
     def __init__(self, moe: Any, config: RebalanceConfig) -> None:
@@ -87,6 +92,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         tensor_group = get_tp_group()
         shared = tensor_group.world_size > 1 and not parallel.is_sequence_parallel
         self._tensor_group = tensor_group if shared else None
+        self._summed_by_model: bool = shared and moe.skip_final_all_reduce
         self._ranks: int = get_ep_group().world_size
         slots_per_rank = moe.num_experts // self._ranks
         self._first_slot: int = get_ep_group().rank_in_group * slots_per_rank
@@ -124,7 +130,8 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         return self._ranks
 
     def output_is_reduced(self) -> bool:
-        return True  # or vLLM would sum it up over tensor-parallel ranks once more
+        # Of what is reduced vLLM sums nothing up over tensor-parallel ranks, which would be once too often.
+        return not self._summed_by_model
 
     def prepare(
         self,
@@ -170,6 +177,9 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         outputs = self._one_row_per_pair(dispatched, fused_expert_output)
         if self._tensor_group is None:
             self._all_to_all.combine(dispatched, outputs, output)
+            return
+        if self._summed_by_model:
+            self._all_to_all.combine(dispatched, outputs, self._share(output.zero_()))
             return
         # The gather takes equally many rows from each rank, so the last shares are padded.
         share = output.new_zeros(self._share_size(len(output)), output.shape[1])
