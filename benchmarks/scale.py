@@ -134,6 +134,20 @@ def print_tables(
     return table
 
 
+def print_largest(
+    ranks: int, by_stage: dict[str, list[Stage]], medians: dict[str, list[float]], console: Console
+) -> None:
+    """The largest cost of a step, by the kind of step."""
+    on_path: dict[str, list[str]] = defaultdict(list)
+    for name, stages_R in by_stage.items():
+        if stages_R[0].where in ON_THE_STEP_PATH:
+            on_path[stages_R[0].where].append(name)
+    for where, names in on_path.items():
+        largest = max(names, key=lambda name: medians[name][-1])
+        seconds = seconds_in_words(medians[largest][-1])
+        console.print(f"Most at {ranks:,} ranks, {where}: {largest}, {seconds}.")
+
+
 def main() -> None:
     """Measure and print."""
     options, console = parse_options(), Console(width=190)
@@ -151,8 +165,12 @@ def main() -> None:
         gc.freeze()
         medians = {
             name: [
-                float(np.median(times))
-                for times in time_in_turns(stages_R, options.repetitions, options.seconds)
+                stage.times * float(np.median(times))
+                for stage, times in zip(
+                    stages_R,
+                    time_in_turns(stages_R, options.repetitions, options.seconds),
+                    strict=True,
+                )
             ]
             for name, stages_R in track(by_stage.items(), "stages", total=len(by_stage))
         }
@@ -161,13 +179,7 @@ def main() -> None:
         ", ".join(f"{r:,} ranks, {redundant_experts(shape, r):,} redundant" for r in ranks)
     )
     console.print(print_tables(ranks, by_stage, medians))
-    on_path = [name for name in medians if by_stage[name][0].where in ON_THE_STEP_PATH]
-    if on_path:
-        largest = max(on_path, key=lambda name: medians[name][-1])
-        console.print(
-            f"The largest cost of a step at {ranks[-1]:,} ranks: {largest}, "
-            f"{seconds_in_words(medians[largest][-1])}."
-        )
+    print_largest(ranks[-1], by_stage, medians, console)
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()), style="dim")
     dist.destroy_process_group()
 

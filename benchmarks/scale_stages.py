@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from ep_rebalance.collectives.link_speed import ring
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast, read_plan
 from ep_rebalance.collectives.snapshot import Flags, SnapshotExchange
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
+from ep_rebalance.engines.vllm.seams import rank_agreement
 from ep_rebalance.load.snapshot import NOTHING_AGREED, Snapshot
 from ep_rebalance.load.state import (
     FORMAT,
@@ -52,11 +54,13 @@ from ep_rebalance.planning.problem import Problem
 from ep_rebalance.planning.proposal import plan_budget, planned_load
 from ep_rebalance.routing.device_tables import DispatchTables, RoutingTables
 from ep_rebalance.telemetry.events import BatchCommitted, SnapshotTaken
+from ep_rebalance.telemetry.imbalance import BalanceThread, RankBalance
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.telemetry.metrics import Status, encode
 from ep_rebalance.telemetry.prometheus import Exporter
 from ep_rebalance.telemetry.whole_pipeline import whole_report
 from ep_rebalance.topology import Topology
+from ep_rebalance.version import __version__, source_digest
 
 LEAST_REDUNDANT, LEAST_SLOTS = 32, 2
 """Redundant experts of a layer, and slots of a rank, in a deployment of any size."""
@@ -65,9 +69,10 @@ STEP_SECONDS = 0.03
 EXPERT_BYTES = 1 << 10
 """Of the experts that this process really holds: their bytes cost links and memory, and not the host."""
 
-STEP, POLL, PLANNER, SERVER, START, OFFLINE = (
+STEP, POLL, BESIDE, PLANNER, SERVER, START, OFFLINE = (
     "every step",
     "when asked",
+    "balance thread",
     "planner thread",
     "API server",
     "start",
@@ -85,11 +90,13 @@ class Stage:
     where: in which steps, or in which thread or process.
     run: does it once. size: bytes that it sends, keeps or returns; None where there is nothing to say.
     before: what has to be done before each time, not timed.
+    times: how often a step does it.
     """
 
     name: str
     where: str
     run: Callable[[], object]
+    times: int = 1
     size: int | None = None
     before: Callable[[], object] | None = None
 
@@ -201,6 +208,7 @@ def stages(deployment: Deployment) -> list[Stage]:
         *_snapshot(deployment),
         *_migration(deployment),
         *_reports(deployment),
+        *_balance_thread(deployment),
         *_planner_thread(deployment),
         *_start(deployment),
         Stage(
@@ -232,14 +240,16 @@ def _routing(d: Deployment) -> list[Stage]:
     return [
         Stage(name="mark and forget a step's tokens", where=STEP, run=marked, size=8 + tokens),
         Stage(
-            name="route a layer by quotas",
+            name="route by quotas, all layers",
             where=STEP,
+            times=d.shape.layers,
             run=lambda: d.by_quotas.route(0, ids_TK, 0),
             size=_bytes_of(d.by_quotas),
         ),
         Stage(
-            name="route a layer by own counts",
+            name="route by own counts, all layers",
             where=STEP,
+            times=d.shape.layers,
             run=lambda: d.by_own_counts.route(0, ids_TK, 0),
             size=_bytes_of(d.by_own_counts),
         ),
@@ -256,12 +266,10 @@ def _bytes_of(tables: RoutingTables) -> int:
 
 def _snapshot(d: Deployment) -> list[Stage]:
     exchange = SnapshotExchange(group=d.group, counts=d.by_quotas)
-    journals = [_journal(d, own_counts) for own_counts in (False, True)]
+    balance = BalanceThread(RankBalance(d.placement))
     split = d.by_own_counts.dispatch_tables(d.placement, d.served.quotas_LP, d.load.load_LE)
     recorder, record_bytes = _recorder(d)
     snapshot = Snapshot(sample=d.samples[0], agreed=NOTHING_AGREED)
-    taken = SnapshotTaken(d.samples[0], d.served)
-    moved = replace(d.served, generation=1)
 
     def begin() -> None:
         exchange.begin(Flags(), StepSum())
@@ -274,20 +282,11 @@ def _snapshot(d: Deployment) -> list[Stage]:
             size=8 * exchange._buffer.numel(),
         ),
         Stage(name="finish a snapshot", where=SNAPSHOT, run=lambda: exchange.finish(0)),
-        *(
-            Stage(
-                name=f"add to the balance of ranks, {what}",
-                where=SNAPSHOT,
-                run=lambda journal=journal: journal.apply(taken),
-                size=8 * d.shape.layers * d.ranks,
-            )
-            for what, journal in zip(("quotas", "own counts"), journals, strict=True)
-        ),
         Stage(
-            name="the same after a commit",
+            name="hand over to the balance of ranks",
             where=SNAPSHOT,
-            before=lambda: journals[0].apply(SnapshotTaken(d.samples[0], moved)),
-            run=lambda: journals[0].apply(taken),
+            before=balance.caught_up,
+            run=lambda: balance.add(d.samples[0].counts_ALE, d.served),
         ),
         Stage(
             name="hand over a record of the trace",
@@ -301,6 +300,35 @@ def _snapshot(d: Deployment) -> list[Stage]:
             where=SNAPSHOT,
             run=lambda: d.by_own_counts.split(split),
             size=_bytes_of_split(split),
+        ),
+    ]
+
+
+def _balance_thread(d: Deployment) -> list[Stage]:
+    by_quotas, by_own_counts = (
+        RankBalance(d.placement, by_own_counts=own_counts) for own_counts in (False, True)
+    )
+    counts_ALE, moved = d.samples[0].counts_ALE, replace(d.served, generation=1)
+    size = 8 * d.shape.layers * d.ranks
+    return [
+        Stage(
+            name="add to the balance, by quotas",
+            where=BESIDE,
+            run=lambda: by_quotas.add(counts_ALE, d.served),
+            size=size,
+        ),
+        Stage(
+            name="add to the balance, after a commit",
+            where=BESIDE,
+            before=lambda: by_quotas.add(counts_ALE, moved),
+            run=lambda: by_quotas.add(counts_ALE, d.served),
+            size=size,
+        ),
+        Stage(
+            name="add to the balance, by own counts",
+            where=BESIDE,
+            run=lambda: by_own_counts.add(counts_ALE, d.served),
+            size=size,
         ),
     ]
 
@@ -624,7 +652,15 @@ def _start(d: Deployment) -> list[Stage]:
             ring(d.topology, link).splits(0, 1)
 
     exchange = RoundExchange(group=d.group, memory=d.memory, max_bytes=1 << 20, staging_slots=2)
+    read: list[int] = []
+    rank_agreement.logger.disabled = True  # settings that differ are not what is timed
+
+    def agreed() -> None:
+        read[:] = [_agree_as_rank_0(d)]
+
+    agreed()
     return [
+        Stage(name="agree on settings, rank 0", where=START, run=agreed, size=read[0]),
         Stage(name="who measures links with whom", where=START, run=rings),
         Stage(
             name="connect to all ranks",
@@ -635,3 +671,16 @@ def _start(d: Deployment) -> list[Stage]:
         Stage(name="reserve tables", where=START, run=lambda: d._tables(128, True)),
         Stage(name="check a placement", where=START, run=lambda: replace(d.placement)),
     ]
+
+
+def _agree_as_rank_0(d: Deployment) -> int:
+    """After all others have said what they run. Returns the bytes that rank 0 reads of them."""
+    store = dist.HashStore()
+    ranks = list(range(d.ranks))
+    boards = rank_agreement._Boards.of(store, ranks, 1.0)
+    said = {"version": __version__, "sources": source_digest(), "config": d.config.as_dict()}
+    for rank in ranks[1:]:
+        boards.said.post(rank, said)
+        boards.found.post(rank, None)
+    rank_agreement.agree(d.config, ranks, store)
+    return d.ranks * len(json.dumps(said))
