@@ -33,6 +33,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+REPLICA_BOUND = 64
+"""An expert has no more replicas than this, unless all have half as many on average. On 1,024 ranks it is the
+sixteenth part of all tokens, or half of those that choose eight experts each. Tables whose width is the most
+that there can be would else grow with the redundant slots, a thousand columns on 1,024 ranks.
+"""
+
 
 class PlacementError(ValueError):
     """The slots do not form a placement. The message names the layer and what is wrong with it."""
@@ -44,8 +50,8 @@ class Placement:
 
     slots_LP: int32 [L, P]. Read-only.
 
-    In every layer each expert has at least one slot, and no rank holds an expert twice; all ranks
-    have the same number of slots. Raises PlacementError otherwise.
+    In every layer each expert has at least one slot and at most `max_replicas`, and no rank holds an expert
+    twice; all ranks have the same number of slots. Raises PlacementError otherwise.
     """
 
     slots_LP: NDArray[np.int32]
@@ -70,19 +76,26 @@ class Placement:
                 f"expert ids must be in 0..{self.num_experts - 1}, "
                 f"got {slots_LP.min()}..{slots_LP.max()}"
             )
-        missing_N2 = np.argwhere(_replica_counts_LE(slots_LP, self.num_experts) == 0)
+        counts_LE = _replica_counts_LE(slots_LP, self.num_experts)
+        missing_N2 = np.argwhere(counts_LE == 0)
         if missing_N2.size:
             layer, expert = missing_N2[0]
             raise PlacementError(f"layer {layer}: no slot holds expert {expert}")
-        self._check_repeats(slots_LP)
+        self._check_replicas(slots_LP, counts_LE)
 
-    def _check_repeats(self, slots_LP: NDArray[np.int32]) -> None:
+    def _check_replicas(self, slots_LP: NDArray[np.int32], counts_LE: NDArray[np.int32]) -> None:
         sorted_LRS = np.sort(slots_LP.reshape(len(slots_LP), self.num_ranks, -1), axis=2)
         twice_N3 = np.argwhere(sorted_LRS[:, :, 1:] == sorted_LRS[:, :, :-1])
         if twice_N3.size:
             layer, rank, place = twice_N3[0]
             expert = sorted_LRS[layer, rank, place]
             raise PlacementError(f"layer {layer}: rank {rank} holds expert {expert} twice")
+        most = _max_replicas(slots_LP.shape[1], self.num_experts, self.num_ranks)
+        if counts_LE.max() > most:
+            layer, expert = np.unravel_index(counts_LE.argmax(), counts_LE.shape)
+            raise PlacementError(
+                f"layer {layer}: {counts_LE.max()} slots hold expert {expert}, and {most} may"
+            )
 
     @classmethod
     def contiguous(
@@ -130,8 +143,8 @@ class Placement:
 
     @property
     def max_replicas(self) -> int:
-        """The most replicas that any placement of these sizes can give to one expert."""
-        return min(self.num_redundant + 1, self.num_ranks)
+        """The most replicas that any placement of these sizes gives to one expert; see `REPLICA_BOUND`."""
+        return _max_replicas(self.num_slots, self.num_experts, self.num_ranks)
 
     def replica_counts_LE(self) -> NDArray[np.int32]:
         """int32 [L, E], how many slots hold each expert."""
@@ -198,8 +211,13 @@ class RepeatingPlacement(Placement):
     worked out: what plans or migrates takes a `Placement` without repeats.
     """
 
-    def _check_repeats(self, slots_LP: NDArray[np.int32]) -> None:
-        """Repeats are allowed."""
+    def _check_replicas(self, slots_LP: NDArray[np.int32], counts_LE: NDArray[np.int32]) -> None:
+        """Repeats are allowed, and any number."""
+
+
+def _max_replicas(num_slots: int, num_experts: int, num_ranks: int) -> int:
+    bound = max(REPLICA_BOUND, 2 * -(-num_slots // num_experts))
+    return min(num_slots - num_experts + 1, num_ranks, bound)
 
 
 def _replica_counts_LE(slots_LP: NDArray[np.int32], num_experts: int) -> NDArray[np.int32]:

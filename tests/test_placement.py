@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_rebalance.placement import Placement, PlacementError, imbalance_L
+from ep_rebalance.placement import REPLICA_BOUND, Placement, PlacementError, imbalance_L
 
 
 def test_contiguous_is_what_vllm_loads() -> None:
@@ -37,6 +37,25 @@ def test_what_is_no_placement_is_refused(
 ) -> None:
     with pytest.raises(PlacementError, match=message):
         Placement(np.array(slots, dtype=np.int32), num_experts, num_ranks)
+
+
+def test_an_expert_has_no_more_replicas_than_tables_have_columns() -> None:
+    """On 1,024 ranks of two slots, 256 experts have eight replicas each on average."""
+    sizes = {"num_layers": 1, "num_experts": 256, "num_ranks": 1024, "num_redundant": 1792}
+    placement = Placement.contiguous(**sizes)
+    assert placement.max_replicas == REPLICA_BOUND == 64
+    slots_P = placement.slots_LP[0].copy()
+    lacking = [r for r in range(1024) if 0 not in slots_P[2 * r : 2 * r + 2]]
+    slots_P[2 * np.array(lacking[: 64 - 8])] = 0
+    assert Placement(slots_P[None], 256, 1024).replica_counts_LE()[0, 0] == 64
+    slots_P[2 * lacking[64 - 8]] = 0
+    with pytest.raises(PlacementError, match="layer 0: 65 slots hold expert 0, and 64 may"):
+        Placement(slots_P[None], 256, 1024)
+
+
+def test_few_experts_on_many_ranks_may_have_twice_as_many_replicas_as_they_must() -> None:
+    sizes = {"num_layers": 1, "num_experts": 8, "num_ranks": 512, "num_redundant": 504}
+    assert Placement.contiguous(**sizes).max_replicas == 128
 
 
 def test_slots_are_copied_and_read_only() -> None:

@@ -51,19 +51,19 @@ def ring(topology: Topology, link: Link) -> Ring:
     """Peers for links of a kind: the next rank of the node, or the rank that has the same place in the next
     node. It has no peers where there are no such links.
     """
-    ranks = range(topology.num_ranks)
-    nodes = [
-        [r for r in ranks if topology.node_of_rank[r] == node] for node in range(topology.num_nodes)
-    ]
-    nodes = [node for node in nodes if node]
+    by_node: dict[int, list[int]] = {}
+    for rank, node in enumerate(topology.node_of_rank):
+        by_node.setdefault(node, []).append(rank)
+    nodes = [by_node[node] for node in sorted(by_node)]
     to_R = [-1] * topology.num_ranks
     if link == "intranode":
-        for node in nodes:
-            for rank, peer in zip(node, node[1:] + node[:1], strict=True):
+        for ranks in nodes:
+            for rank, peer in zip(ranks, ranks[1:] + ranks[:1], strict=True):
                 to_R[rank] = peer if peer != rank else -1
     elif link == "internode" and len(nodes) > 1:
-        for node, next_node in zip(nodes, nodes[1:] + nodes[:1], strict=True):
-            for rank, peer in list(zip(node, next_node, strict=False))[: min(map(len, nodes))]:
+        fewest = min(map(len, nodes))
+        for ranks, next_ranks in zip(nodes, nodes[1:] + nodes[:1], strict=True):
+            for rank, peer in zip(ranks[:fewest], next_ranks[:fewest], strict=True):
                 to_R[rank] = peer
     return Ring(tuple(to_R))
 

@@ -97,7 +97,10 @@ def _concentrate(
 @compiled
 def _replicas(slots_P: NDArray[np.int32], num_experts: int, num_ranks: int) -> _Replicas:
     count_E = np.zeros(num_experts, np.int64)
-    slots_EC = np.zeros((num_experts, slots_P.size - num_experts + 1), np.int64)
+    for expert in slots_P:
+        count_E[expert] += 1
+    slots_EC = np.zeros((num_experts, count_E.max()), np.int64)
+    count_E[:] = 0
     for slot in range(slots_P.size):
         expert = slots_P[slot]
         slots_EC[expert, count_E[expert]] = slot

@@ -28,7 +28,7 @@ def plan_greedy(problem: Problem) -> Placement:
     current, load_LE = problem.current, problem.load.load_LE
     slots_LP = current.slots_LP.copy()
     for layer in np.flatnonzero(load_LE.sum(axis=1)):
-        replicas_E = _replica_counts(load_LE[layer], current.num_slots, current.num_ranks)
+        replicas_E = _replica_counts(load_LE[layer], current.num_slots, current.max_replicas)
         weight_E = load_LE[layer] / replicas_E
         heaviest_E = np.argsort(-weight_E, kind="stable")
         experts_RS = _pack(weight_E, replicas_E, heaviest_E, current.num_ranks)
@@ -38,16 +38,14 @@ def plan_greedy(problem: Problem) -> Placement:
 
 
 @compiled
-def _replica_counts(
-    load_E: NDArray[np.float64], num_slots: int, num_ranks: int
-) -> NDArray[np.int64]:
-    """int64 [E], replicas that sum to `num_slots`, from 1 to `num_ranks` each."""
+def _replica_counts(load_E: NDArray[np.float64], num_slots: int, most: int) -> NDArray[np.int64]:
+    """int64 [E], replicas that sum to `num_slots`, from 1 to `most` each."""
     replicas_E = np.ones(load_E.size, np.int64)
     for _ in range(num_slots - load_E.size):
         hottest = -1
         for expert in range(load_E.size):
             # load / replicas > load[hottest] / replicas[hottest], without the divisions
-            if replicas_E[expert] < num_ranks and (
+            if replicas_E[expert] < most and (
                 hottest < 0
                 or load_E[expert] * replicas_E[hottest] > load_E[hottest] * replicas_E[expert]
             ):

@@ -79,7 +79,8 @@ class RoutingTables:
         shape = layers, experts, placement.max_replicas
         self._slots_LEC = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._thresholds_LEC = torch.full_like(self._slots_LEC, HASH_RANGE)
-        self._rows = placement.num_redundant if by_own_counts else 0
+        # An expert is poured once, however many of the redundant slots it has.
+        self._rows = min(placement.num_redundant, experts) if by_own_counts else 0
         width = 2 * self._rows + experts
         self._pours_LO = torch.full((layers, width), -1, dtype=torch.int32, device=device)
         self._ground_LR = torch.zeros(layers, placement.num_ranks, dtype=torch.int32, device=device)

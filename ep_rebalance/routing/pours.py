@@ -52,7 +52,7 @@ def pour_order(
     has yet.
 
     slots_LEC: int32 [L, E, C]. As from `dispatch_thresholds`.
-    rows: X, at least as many as there are redundant slots; 0 for experts that all go by quotas.
+    rows: X, at least as many as there may be experts with replicas; 0 for experts that all go by quotas.
     """
     layers, experts, _ = slots_LEC.shape
     poured_LX = np.full((layers, rows), -1, dtype=np.int32)

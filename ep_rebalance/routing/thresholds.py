@@ -12,6 +12,7 @@ Letters of this module: `N` nodes; others as in `placement.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +94,7 @@ def _set_thresholds(
     source: int,
     thresholds: NDArray[np.int32],
 ) -> None:
+    scratch = _scratch(source_R, vicinity_R)
     for layer in range(slots.shape[0]):
         for expert in range(slots.shape[1]):
             count = 0
@@ -105,10 +107,35 @@ def _set_thresholds(
             for j in range(count):
                 quota[j] = quotas_LP[layer, own_slots[j]]
             ranks = own_slots // slots_per_rank
-            total = np.cumsum(_shares(ranks, quota, source_R, vicinity_R, source))
+            total = np.cumsum(_shares(ranks, quota, source_R, vicinity_R, source, scratch))
             # thresholds[j] = 65536 (shares[0] + ... + shares[j]); the last one stays 65536 exactly.
             for j in range(count - 1):
                 thresholds[layer, expert, j] = np.rint(total[j] * HASH_RANGE)
+
+
+class _Scratch(NamedTuple):
+    """Sums over the replicas of one expert, so that these need not be compared with each other.
+
+    room_R: float64 [R], of which each source has the entry of its number. Always left at 0.
+    part_N: float64 [N]. The part of all tokens that each vicinity's sources bring.
+    demand_N, capacity_N: float64 [N]. For `_set_vicinities`.
+    """
+
+    room_R: NDArray[np.float64]
+    part_N: NDArray[np.float64]
+    demand_N: NDArray[np.float64]
+    capacity_N: NDArray[np.float64]
+
+
+@compiled
+def _scratch(source_R: NDArray[np.int64], vicinity_R: NDArray[np.int64]) -> _Scratch:
+    nodes = vicinity_R.max() + 1
+    ranks_N = np.zeros(nodes, np.int64)
+    for vicinity in vicinity_R:
+        ranks_N[vicinity] += 1
+    return _Scratch(
+        np.zeros(source_R.size), ranks_N / vicinity_R.size, np.zeros(nodes), np.zeros(nodes)
+    )
 
 
 @compiled
@@ -118,6 +145,7 @@ def _shares(
     source_R: NDArray[np.int64],
     vicinity_R: NDArray[np.int64],
     source: int,
+    scratch: _Scratch,
 ) -> NDArray[np.float64]:
     """float64 [C], the share of one expert's tokens at `source` that each replica receives.
 
@@ -131,7 +159,7 @@ def _shares(
     """
     # A source brings 1 / num_sources of all tokens, so `kept` of all is kept * num_sources of its own.
     num_sources = source_R[-1] + 1
-    kept = _kept(quota, source_R[ranks], num_sources)
+    kept = _kept(quota, source_R[ranks], num_sources, scratch.room_R)
     free = quota - kept
     shares = np.zeros(ranks.size)
     for j in range(ranks.size):
@@ -139,10 +167,11 @@ def _shares(
             shares[j] = kept[j] * num_sources
     left = 1.0 - shares.sum()
     vicinity = vicinity_R[np.searchsorted(source_R, source)]
+    _set_vicinities(vicinity_R[ranks], kept, free, scratch)
     still_free = np.empty(ranks.size)
     near = 0.0
     for j in range(ranks.size):
-        part = _near_part(ranks, kept, free, vicinity_R, vicinity_R[ranks[j]])
+        part = _near_part(scratch, vicinity_R[ranks[j]])
         still_free[j] = free[j] * (1.0 - part[0])
         if vicinity_R[ranks[j]] == vicinity:
             shares[j] += left * part[1] * free[j]
@@ -157,7 +186,10 @@ def _shares(
 
 @compiled
 def _kept(
-    quota: NDArray[np.float64], sources: NDArray[np.int64], num_sources: int
+    quota: NDArray[np.float64],
+    sources: NDArray[np.int64],
+    num_sources: int,
+    room_R: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """float64 [C], the share of all tokens that each replica receives from its own source.
 
@@ -167,36 +199,45 @@ def _kept(
     # is the sum of these.
     kept = np.zeros(quota.size)
     for j in range(quota.size):
-        room = 0.0
-        for other in range(quota.size):
-            if sources[other] == sources[j]:
-                room += quota[other]
+        room_R[sources[j]] += quota[j]
+    for j in range(quota.size):
+        room = room_R[sources[j]]
         if room > 0.0:
             kept[j] = min(room, 1.0 / num_sources) * (quota[j] / room)
+    room_R[sources] = 0.0
     return kept
 
 
 @compiled
-def _near_part(
-    ranks: NDArray[np.int32],
+def _set_vicinities(
+    vicinities: NDArray[np.int64],
     kept: NDArray[np.float64],
     free: NDArray[np.float64],
-    vicinity_R: NDArray[np.int64],
-    vicinity: int,
-) -> tuple[float, float]:
-    """(flow / capacity, flow / demand / capacity) of a vicinity: the fraction of its free capacity that its
-    own sources fill, and the share of their remaining tokens that each unit of that capacity gets.
+    scratch: _Scratch,
+) -> None:
+    """Set demand and capacity of each vicinity with replicas.
 
+    demand: what its sources have left, of all tokens; they bring in proportion to its ranks. capacity: what
+        is left of the quotas there.
+
+    vicinities: int64 [C]. Of each replica.
     kept, free: float64 [C]. What each replica receives from its own source, and what is left of its
         quota.
     """
-    # demand: what the vicinity's sources have left, of all tokens; they bring in proportion to its
-    # ranks. flow = min(demand, capacity).
-    demand, capacity = np.sum(vicinity_R == vicinity) / vicinity_R.size, 0.0
-    for j in range(ranks.size):
-        if vicinity_R[ranks[j]] == vicinity:
-            demand -= kept[j]
-            capacity += free[j]
+    _, part_N, demand_N, capacity_N = scratch
+    for vicinity in vicinities:
+        demand_N[vicinity], capacity_N[vicinity] = part_N[vicinity], 0.0
+    for j in range(vicinities.size):
+        demand_N[vicinities[j]] -= kept[j]
+        capacity_N[vicinities[j]] += free[j]
+
+
+@compiled
+def _near_part(scratch: _Scratch, vicinity: int) -> tuple[float, float]:
+    """(flow / capacity, flow / demand / capacity) of a vicinity: the fraction of its free capacity that its
+    own sources fill, and the share of their remaining tokens that each unit of that capacity gets.
+    """
+    demand, capacity = scratch.demand_N[vicinity], scratch.capacity_N[vicinity]
     flow = min(demand, capacity)
     if flow <= 1e-12:
         return 0.0, 0.0

@@ -1,8 +1,8 @@
 """Rank balance: how evenly the EP ranks were loaded lately, and would have been without rebalancing.
 
 A snapshot with few tokens says little. Imbalance is therefore that of recent snapshots taken together:
-each weighs as much as its tokens, and older ones fade. All of it is one compiled pass, because it runs
-between two engine steps.
+each weighs as much as its tokens, and older ones fade. All of it is one compiled pass, which runs in a thread
+beside the engine's steps: it takes milliseconds for a thousand ranks.
 
 Letters of this module: `K` kinds of imbalance (as served, as loaded, then as served in each phase); others
 as in `placement.py`.
@@ -10,6 +10,9 @@ as in `placement.py`.
 
 from __future__ import annotations
 
+import logging
+import queue
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,11 +25,15 @@ from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import pour_step, sum_ranks
 
+logger = logging.getLogger(__name__)
+
 HALF_LIFE_SNAPSHOTS = 4
 """A snapshot counts half once this many more with tokens have followed."""
 
 _FADE = 0.5 ** (1 / HALF_LIFE_SNAPSHOTS)
 _SERVED, _CONTIGUOUS, _PHASES = 0, 1, 2
+_WAITING = 8
+"""Snapshots that may wait to be added; the next one waits for room."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,10 +123,38 @@ class RankBalance:
         self.busiest_tokens["contiguous"] += round(busiest_contiguous)
 
 
+class BalanceThread:
+    """Adds snapshots to `balance`, in their order, in a thread of its own."""
+
+    def __init__(self, balance: RankBalance) -> None:
+        self._balance = balance
+        self._waiting: queue.Queue[tuple[NDArray[np.int64], Served]] = queue.Queue(_WAITING)
+        threading.Thread(target=self._add, name="ep_rebalance balance", daemon=True).start()
+
+    def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
+        """As `RankBalance.add`, later. The counts must stay as they are."""
+        self._waiting.put((counts_ALE, served))
+
+    def caught_up(self) -> RankBalance:
+        """The balance, once all snapshots have been added."""
+        self._waiting.join()
+        return self._balance
+
+    def _add(self) -> None:
+        while True:
+            counts_ALE, served = self._waiting.get()
+            try:
+                self._balance.add(counts_ALE, served)
+            except Exception:  # a thread that ends would be waited for in vain
+                logger.exception("ep_rebalance: a snapshot is missing in the metrics")
+            finally:
+                self._waiting.task_done()
+
+
 class _Slots(NamedTuple):
     """A placement and its quotas in writable arrays of their own.
 
-    Numba compiles another variant for read-only arrays, and would do so between two engine steps.
+    Numba compiles another variant for read-only arrays, and would do so while the engine serves.
     """
 
     slots_LP: NDArray[np.uint32]

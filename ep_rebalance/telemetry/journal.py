@@ -33,7 +33,7 @@ from ep_rebalance.telemetry.events import (
     SnapshotTaken,
     WeightsReplaced,
 )
-from ep_rebalance.telemetry.imbalance import RankBalance
+from ep_rebalance.telemetry.imbalance import BalanceThread, RankBalance
 from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
 from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Commit, PlanOutcome, Status
 from ep_rebalance.telemetry.overview_report import Overview, overview
@@ -48,12 +48,10 @@ logger = logging.getLogger(__name__)
 class Before:
     """The state when a migration began.
 
-    imbalance: max over mean rank load, overall.
     bytes: all bytes that had been moved until then.
     """
 
     generation: int = 0
-    imbalance: float = 1.0
     bytes: int = 0
 
 
@@ -75,7 +73,7 @@ class Journal:
         by_own_counts: bool = False,
     ) -> None:
         self.status = status
-        self._balance = RankBalance(contiguous, by_own_counts=by_own_counts)
+        self._balance = BalanceThread(RankBalance(contiguous, by_own_counts=by_own_counts))
         self._rank = rank
         self._pairs_per_token = top_k * contiguous.num_layers
         self._before = Before()
@@ -94,7 +92,7 @@ class Journal:
         metrics: which optional metrics are on; what only they show is left empty otherwise.
         steps: of the engine. They are told here and not as events: there are too many.
         """
-        status, balance = self.status, self._balance
+        status, balance = self.status, self._balance.caught_up()
         status.steps = steps
         status.reported_timestamp = time.time()
         status.paused = int(paused)
@@ -126,11 +124,11 @@ class Journal:
 
     def load(self, served: Served) -> ExpertLoad:
         """The load of every expert since the start, and where it is served now."""
-        return expert_load(self.status, self._balance.tokens_ALE, served)
+        return expert_load(self.status, self._balance.caught_up().tokens_ALE, served)
 
     def overview(self, status: Status, served: Served) -> Overview:
         """`status`, with the recent load of ranks and of the hottest experts."""
-        balance = self._balance
+        balance = self._balance.caught_up()
         return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
 
     def apply(self, event: Event) -> None:
@@ -211,7 +209,6 @@ class Journal:
         status.migrating, status.moves_planned, status.moves_done = 1, migration.num_moves, 0
         self._before = Before(
             generation=status.generation,
-            imbalance=self._balance.served.overall() or 1.0,
             bytes=sum(status.migrated_bytes.values()),
         )
 
@@ -247,7 +244,8 @@ class Journal:
             experts=status.moves_done,
             bytes=sum(status.migrated_bytes.values()) - before.bytes,
             predicted_gain=predicted_gain,
-            imbalance_before=before.imbalance,
+            # No snapshot was taken since: all of them were served by what was served before.
+            imbalance_before=self._balance.caught_up().served.overall() or 1.0,
             pp_rank=status.pp_rank,
             fault=fault,
         )

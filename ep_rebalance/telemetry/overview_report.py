@@ -14,6 +14,8 @@ from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.metrics import Status
 
 HOTTEST = 24
+MOST_COLUMNS = 256
+"""Of the map of ranks. More would hardly be seen, and would take milliseconds of an engine step to encode."""
 
 
 class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,13 +35,15 @@ class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
     """The status, and where the load is.
 
-    rank_load: [L][R]. Recent tokens of a rank over the mean of its layer; [] before the first tokens.
+    rank_load: [L][columns]. Recent tokens of a rank over the mean of its layer; [] before the first tokens.
+    ranks_per_column: neighbouring ranks of which a column of `rank_load` has the busiest; 1 up to 256 ranks.
     hottest: the hottest expert first; [] before the first tokens.
     """
 
     status: Status
     rank_load: list[list[float]]
     hottest: list[HotExpert]
+    ranks_per_column: int = 1
 
 
 def overview(
@@ -54,9 +58,13 @@ def overview(
     recent_LE: float64 [L, E], tokens. In recent snapshots.
     """
     seen = bool(recent_LE.any())
+    ranks = recent_LR.shape[1]
+    per_column = -(-ranks // MOST_COLUMNS)
+    busiest_LX = np.maximum.reduceat(_over_mean(recent_LR), np.arange(0, ranks, per_column), axis=1)
     return Overview(
         status=status,
-        rank_load=_over_mean(recent_LR).round(3).tolist() if seen else [],
+        rank_load=busiest_LX.round(3).tolist() if seen else [],
+        ranks_per_column=per_column,
         hottest=_hottest(_over_mean(recent_LE), placement, status.moe_layers) if seen else [],
     )
 

@@ -60,6 +60,7 @@ def whole_overview(stages: Sequence[Overview]) -> Overview:
     return Overview(
         status=whole_status([stage.status for stage in stages]),
         rank_load=[row for stage in stages for row in stage.rank_load] if seen else [],
+        ranks_per_column=stages[0].ranks_per_column,
         hottest=sorted(hottest, key=lambda hot: (-hot.load, hot.layer, hot.expert))[:HOTTEST],
     )
 

@@ -1,7 +1,9 @@
 """Ranks agree on rank 0's settings before the model is loaded, and name those that are not there."""
 
 import logging
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -164,3 +166,52 @@ def test_a_rank_of_another_version_is_told_by_its_version_whatever_it_says(two_r
 
 def test_sources_are_read_once():
     assert source_digest() is source_digest()
+
+
+class CountingStore:
+    """Counts the requests of all that share a store; `PrefixStore` hides them."""
+
+    def __init__(self, asked, name, store):
+        self._asked, self._store = asked, PREFIXED(name, store)
+
+    def __getattr__(self, name):
+        self._asked.append(name)
+        return getattr(self._store, name)
+
+
+PREFIXED = dist.PrefixStore
+
+
+def requests_of(num_ranks, monkeypatch):
+    """Of all ranks together, which are threads here."""
+    asked, here, store = [], threading.local(), dist.HashStore()
+    monkeypatch.setattr(dist, "get_rank", lambda: here.rank)
+    monkeypatch.setattr(dist, "PrefixStore", lambda *of: CountingStore(asked, *of))
+
+    def agreed(rank):
+        here.rank = rank
+        config = load_config({"window": {"snapshot_steps": 4 + rank}})
+        return agree(config, list(range(num_ranks)), store).window.snapshot_steps
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        assert list(pool.map(agreed, range(num_ranks))) == [4] * num_ranks
+    return len(asked)
+
+
+def test_requests_grow_with_the_ranks_and_not_with_their_square(monkeypatch):
+    assert requests_of(32, monkeypatch) <= 8 * requests_of(4, monkeypatch)
+
+
+def come_late(rank):
+    """Rank 0 comes when rank 1 has given up."""
+    store = store_of("rank 0 late")
+    if rank == 0:
+        store.wait(["ep_rebalance verdicts of 0/1"])
+    with pytest.raises(ConfigurationError) as raised:
+        agree(load_config({"attach": {"timeout_seconds": 0.5}}), BOTH, store)
+    return raised.value.reason
+
+
+def test_rank_0_does_not_go_on_without_a_rank_that_has_given_up(two_ranks: Ranks):
+    for reason in two_ranks.run(come_late):
+        assert "EP rank 0 of 2 did not attach within 0.5 s" in reason

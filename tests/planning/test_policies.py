@@ -82,3 +82,15 @@ def test_staging_memory_holds_what_is_allowed_and_at_least_a_layer(
 ) -> None:
     settings = PlannerConfig(policy=policy)
     assert staging_slots(settings, max_staging_bytes, 30, [500] * 10 + [1000] * 10) == slots
+
+
+@pytest.mark.parametrize(("policy", "slots"), [("greedy", 2), ("greedy", 3), ("incremental", 3)])
+def test_no_plan_gives_an_expert_more_replicas_than_tables_have_columns(policy, slots):
+    """One expert has nearly all tokens, and would be on all ranks."""
+    current = Placement.contiguous(
+        num_layers=1, num_experts=96, num_ranks=96, num_redundant=96 * (slots - 1)
+    )
+    load_E = np.ones(96)
+    load_E[5] = 1e4
+    target = planner_of(policy)(problem_of(np.tile(load_E, (3, 1, 1)), current))
+    assert target.replica_counts_LE()[0, 5] == current.max_replicas == 64

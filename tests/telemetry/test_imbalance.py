@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement, imbalance_L
-from ep_rebalance.telemetry.imbalance import HALF_LIFE_SNAPSHOTS, RankBalance
+from ep_rebalance.telemetry.imbalance import HALF_LIFE_SNAPSHOTS, BalanceThread, RankBalance
 from ep_rebalance.telemetry.journal import initial_status
 from ep_rebalance.telemetry.metrics import encode
 from ep_rebalance.telemetry.overview_report import HOTTEST, overview
@@ -94,6 +94,22 @@ def test_counters_add_up_all_snapshots(snapshots):
         assert balance.busiest_tokens[name] >= routed / 2
 
 
+def test_the_thread_adds_all_snapshots_in_their_order_and_goes_on_after_one_that_fails(caplog):
+    own, behind = RankBalance(LOADED), BalanceThread(RankBalance(LOADED))
+    random = np.random.default_rng(0)
+    for number in range(30):
+        counts_ALE = random.integers(0, 50, (2, 2, 4))
+        own.add(counts_ALE, SERVED)
+        behind.add(counts_ALE, SERVED)
+        if number == 10:
+            behind.add(None, SERVED)
+    seen = behind.caught_up()
+    assert seen.served.of_layers() == own.served.of_layers()
+    assert (seen.recent_LR == own.recent_LR).all()
+    assert (seen.tokens_ALE == own.tokens_ALE).all()
+    assert "a snapshot is missing" in caplog.text
+
+
 def test_phases_are_told_apart():
     balance = RankBalance(LOADED)
     prefill, decode = np.full((2, 4), 5), np.array([[8, 0, 0, 0], [0, 0, 0, 8]])
@@ -116,6 +132,17 @@ def test_overview_names_the_hottest_experts_and_all_their_ranks():
     )
     assert seen.rank_load == (loads_LR / loads_LR.mean(1, keepdims=True)).round(3).tolist()
     assert b'"rank_load":[]' in encode(overview(status, 0 * loads_LR, 0 * loads_LE, placement))
+
+
+def test_the_map_of_many_ranks_has_a_column_for_the_busiest_of_neighbours():
+    placement = Placement.contiguous(num_layers=1, num_experts=600, num_ranks=600)
+    status = initial_status(config=RebalanceConfig(), model="m", placement=placement, top_k=2)
+    load_LR = np.ones((1, 600))
+    load_LR[0, [4, 599]] = 2.0, 3.0
+    seen = overview(status, load_LR, np.ones((1, 600)), placement)
+    over_mean = np.round([1.0, 2.0, 3.0] / load_LR.mean(), 3).tolist()
+    assert (seen.ranks_per_column, len(seen.rank_load[0])) == (3, 200)
+    assert [seen.rank_load[0][column] for column in (0, 1, 199)] == over_mean
 
 
 def test_tokens_that_were_split_by_their_own_counts_are_booked_so():

@@ -178,6 +178,14 @@ function numberOf(row) {
   return state.view.status.moe_layers[row];
 }
 
+// On many ranks a column is that of the busiest of some neighbours.
+function ranksOf(column) {
+  const per = state.view.ranks_per_column;
+  const first = column * per;
+  const last = Math.min(first + per, state.view.status.ep_size) - 1;
+  return last > first ? `ranks ${first} to ${last}, the busiest` : `rank ${first}`;
+}
+
 function geometry() {
   const load = state.view.rank_load;
   const layers = load.length;
@@ -220,7 +228,7 @@ function drawMap() {
   pen.fillStyle = ink;
   pen.textAlign = "center";
   const everyRank = Math.ceil(22 / width);
-  for (let rank = 0; rank < ranks; rank += everyRank) pen.fillText(rank, left + (rank + 0.5) * width, top / 2);
+  for (let rank = 0; rank < ranks; rank += everyRank) pen.fillText(rank * state.view.ranks_per_column, left + (rank + 0.5) * width, top / 2);
   pen.textAlign = "right";
   const everyLayer = Math.ceil(13 / height);
   for (let layer = 0; layer < layers; layer += everyLayer) pen.fillText(numberOf(layer), left - 5, top + (layer + 0.5) * height);
@@ -242,8 +250,10 @@ function words(load) {
   load.forEach((row, layer) => row.forEach((value, rank) => {
     if (value > worst.value) worst = { value, layer, rank };
   }));
-  return `Rows are layers, columns are ranks; recent tokens over the layer's mean. ` +
-    `Highest: layer ${numberOf(worst.layer)}, rank ${worst.rank}, ${worst.value.toFixed(2)} times the mean.`;
+  const per = state.view.ranks_per_column;
+  const columns = per > 1 ? `the busiest of ${per} ranks each` : "ranks";
+  return `Rows are layers, columns are ${columns}; recent tokens over the layer's mean. ` +
+    `Highest: layer ${numberOf(worst.layer)}, ${ranksOf(worst.rank)}, ${worst.value.toFixed(2)} times the mean.`;
 }
 
 function choose(layer, rank) {
@@ -251,7 +261,7 @@ function choose(layer, rank) {
   if (!layers) return;
   state.cell = { layer: Math.min(layers - 1, Math.max(0, layer)), rank: Math.min(ranks - 1, Math.max(0, rank)) };
   const value = load[state.cell.layer][state.cell.rank];
-  show("cell", `Layer ${numberOf(state.cell.layer)}, rank ${state.cell.rank}: ${value.toFixed(2)} times the mean of the layer.`);
+  show("cell", `Layer ${numberOf(state.cell.layer)}, ${ranksOf(state.cell.rank)}: ${value.toFixed(2)} times the mean of the layer.`);
   drawMap();
 }
 

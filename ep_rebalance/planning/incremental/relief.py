@@ -30,7 +30,7 @@ class Relief(NamedTuple):
     less_E: float64 [E], parts. By how much the part of an expert on each of its ranks shrinks with one
         more replica.
     copied_E: float64 [E], gain. What one more replica brings, except what depends on the rank that
-        gets it; minus infinity if all ranks hold the expert.
+        gets it; minus infinity if it has as many as it may.
     spare_N: int64 [N]. The spare slots.
     freed_N: float64 [N], gain. What it brings to empty the slot and let the other replicas take over.
     more_N: float64 [N], parts. By how much the part on each of their ranks then grows.
@@ -107,9 +107,10 @@ def _set_copies(
     less_E: NDArray[np.float64],
     copied_E: NDArray[np.float64],
 ) -> None:
+    most = min(layer.arrivals_R.size, experts.part_EC.shape[1] - 2)
     for a in range(less_E.size):
         count = layer.replicas_E[a]
-        if count == layer.arrivals_R.size:
+        if count >= most:
             copied_E[a] = -np.inf
             continue
         before, part = experts.part_EC[a, count], experts.part_EC[a, count + 1]

@@ -74,7 +74,9 @@ def rebalance_experts(
 
 
 def _plan(problem: Problem, *, groups: int, nodes: int) -> Placement:
-    """What the policy packed onto a node stays there when replicas are spread."""
+    """What the policy packed onto a node stays there when replicas are spread. A layer stays as it is without
+    load, and if an expert would have more replicas than there may be.
+    """
     current, load_LE = problem.current, problem.load.load_LE
     slots_LP = rebalance_experts(
         load_LE, current.slots_LP, groups=groups, nodes=nodes, ranks=current.num_ranks
@@ -84,7 +86,7 @@ def _plan(problem: Problem, *, groups: int, nodes: int) -> Placement:
         if load_E.any():
             for slots_P in np.split(slots_LP[layer], parts):
                 spread_replicas(slots_P, load_E, current.num_ranks // parts)
-        else:
+        if not load_E.any() or np.bincount(slots_LP[layer]).max() > current.max_replicas:
             slots_LP[layer] = current.slots_LP[layer]
     aligned_LP = align(slots_LP.astype(np.int32), current.slots_LP, current.num_ranks)
     return Placement(aligned_LP, current.num_experts, current.num_ranks)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -39,28 +40,29 @@ def agree(config: RebalanceConfig, ranks: list[int], store: dist.Store) -> Rebal
     ranks: global ranks of the EP group, in its order.
     store: one that all of them share.
 
+    Only rank 0 reads what each of the others posts, and they read what it found. If all read all, a
+    thousand ranks would ask one store for millions of values.
+
     Raises ConfigurationError that names the ranks that did not answer within `attach.timeout_seconds`,
     or that run another plugin: of another version, from other sources, or with settings that others
-    lack. If one rank raises, all do, since each also waits for the others' verdicts.
+    lack. If one rank raises, all do: rank 0 also waits for the others' verdicts, and they for its own.
     """
     own, seconds = ranks.index(dist.get_rank()), config.attach.timeout_seconds
-    # Named by the first rank: the store is the whole world's, which may hold several EP groups.
-    said = _Board(f"settings of {ranks[0]}", store, len(ranks))
-    found = _Board(f"verdicts of {ranks[0]}", store, len(ranks))
-    said.post(own, {"version": __version__, "sources": source_digest(), "config": config.as_dict()})
+    boards = _Boards.of(store, ranks, seconds)
+    boards.said.post(
+        own, {"version": __version__, "sources": source_digest(), "config": config.as_dict()}
+    )
+    fault: ConfigurationError | None = None
+    answer: dict[str, Any] = {}
     try:
-        told = said.read(seconds)
-        _check_alike(told)
+        answer = _hear_all(boards) if own == 0 else _hear_rank_0(boards)
     except ConfigurationError as error:
-        found.post(own, [error.reason, error.remedy])
-        raise
-    found.post(own, None)
-    for fault in found.read(seconds):
-        if fault is not None:
-            raise ConfigurationError(*fault)
-    if own == 0:
-        _log_differences([entry["config"] for entry in told])
-    return load_config(told[0]["config"])
+        fault = error
+    boards.found.post(own, None if fault is None else [fault.reason, fault.remedy])
+    if fault is not None:
+        raise fault
+    _raise_if_any_did(boards, own)
+    return load_config(answer)
 
 
 def default_store() -> dist.Store:
@@ -69,30 +71,102 @@ def default_store() -> dist.Store:
     return store
 
 
-class _Board:
-    """A place where each rank posts one value for all to read."""
+def _hear_all(boards: _Boards) -> dict[str, Any]:
+    """Rank 0's settings, once it has heard all others, and told them."""
+    try:
+        told = boards.said.read()
+        _check_alike(told)
+    except ConfigurationError as error:
+        boards.answer.post(0, [error.reason, error.remedy])
+        raise
+    config: dict[str, Any] = told[0]["config"]
+    boards.answer.post(0, config)
+    _log_differences([entry["config"] for entry in told])
+    return config
 
-    def __init__(self, name: str, store: dist.Store, ranks: int) -> None:
-        self._store = dist.PrefixStore(f"ep_rebalance {name}", store)
-        self._keys = [str(rank) for rank in range(ranks)]
+
+def _hear_rank_0(boards: _Boards) -> dict[str, Any]:
+    """The same on the other ranks."""
+    boards.said.expect([0])
+    answer = boards.answer.read(times=2)[0]  # rank 0 may have come when this rank had waited
+    if isinstance(answer, list):
+        raise ConfigurationError(*answer)
+    return dict(answer)
+
+
+def _raise_if_any_did(boards: _Boards, own: int) -> None:
+    """Raises ConfigurationError on all ranks if one of them has raised one."""
+    if own == 0:
+        found = boards.found.read(times=2)
+        boards.last.post(0, next((fault for fault in found if fault is not None), None))
+    if (fault := boards.last.read(times=4)[0]) is not None:
+        raise ConfigurationError(*fault)
+
+
+@dataclass(frozen=True, slots=True)
+class _Boards:
+    """What ranks tell each other, in this order.
+
+    said: each its settings. answer: rank 0 its own, or why not all go on.
+    found: each why it does not go on, or nothing. last: rank 0 the first of these.
+    """
+
+    said: _Board
+    answer: _Board
+    found: _Board
+    last: _Board
+
+    @classmethod
+    def of(cls, store: dist.Store, ranks: list[int], seconds: float) -> _Boards:
+        # Named by the first rank: the store is the whole world's, which may hold several EP groups.
+        everyone = list(map(str, range(len(ranks))))
+
+        def board(name: str, keys: list[str]) -> _Board:
+            inner = dist.PrefixStore(f"ep_rebalance {name} of {ranks[0]}", store)
+            return _Board(inner, keys, len(ranks), seconds)
+
+        return cls(
+            said=board("settings", everyone),
+            answer=board("answer", everyone[:1]),
+            found=board("verdicts", everyone),
+            last=board("last verdict", everyone[:1]),
+        )
+
+
+class _Board:
+    """A place where each of the ranks `keys` posts one value for all to read.
+
+    num_ranks: of the EP group. seconds: of `attach.timeout_seconds`.
+    """
+
+    def __init__(self, store: dist.Store, keys: list[str], num_ranks: int, seconds: float) -> None:
+        self._store, self._keys = store, keys
+        self._num_ranks, self._seconds = num_ranks, seconds
 
     def post(self, rank: int, what: Any) -> None:
         self._store.set(self._keys[rank], json.dumps(what))
 
-    def read(self, seconds: float) -> list[Any]:
-        """What each rank posted. Raises ConfigurationError that names those that posted nothing in time."""
+    def read(self, times: int = 1) -> list[Any]:
+        """What each rank posted; raises as `expect` does."""
+        self.expect(range(len(self._keys)), times)
+        return [json.loads(self._store.get(key)) for key in self._keys]
+
+    def expect(self, ranks: Sequence[int], times: int = 1) -> None:
+        """Wait for what these post, `times` the time limit. Raises ConfigurationError that names all that
+        posted nothing.
+        """
+        limit = timedelta(seconds=times * self._seconds)
         try:
-            self._store.wait(self._keys, timedelta(seconds=seconds))
+            self._store.wait([self._keys[rank] for rank in ranks], limit)
         except RuntimeError:  # DistStoreError
             missing = [key for key in self._keys if not self._store.check([key])]
             if missing:
                 raise ConfigurationError(
-                    f"EP rank {', '.join(missing)} of {len(self._keys)} did not attach within "
-                    f"{seconds:g} s (attach.timeout_seconds).",
+                    f"EP rank {', '.join(missing)} of {self._num_ranks} did not attach within "
+                    f"{self._seconds:g} s (attach.timeout_seconds).",
                     "start every node and every data-parallel rank with --plugin ep_rebalance, with the "
                     "package installed; raise attach.timeout_seconds if one only needs longer.",
                 ) from None
-        return [json.loads(self._store.get(key)) for key in self._keys]
 
 
 def _check_alike(told: list[Mapping[str, Any]]) -> None:
