@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SIZES = (64 << 10, 512 << 10, 4 << 20, 32 << 20)
 """Bytes that each rank sends. Fast links need the larger ones to show their speed."""
-LONGEST_SECONDS = 0.01
+LONGEST_SECONDS = 0.05
 """The next size is tried if it should take no longer, so that slow links do not hold the start up."""
 EXCHANGES = 3
 """Of each size, after one that is not timed."""
