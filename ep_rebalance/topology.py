@@ -79,6 +79,13 @@ class Topology:
         return max(self.node_of_rank) + 1
 
     @property
+    def links_between_ranks(self) -> tuple[Link, ...]:
+        """The kinds of link that there are."""
+        nodes = len(set(self.node_of_rank))
+        near: tuple[Link, ...] = ("intranode",) if nodes < self.num_ranks else ()
+        return (*near, "internode") if nodes > 1 else near
+
+    @property
     def source_of_rank(self) -> tuple[int, ...]:
         """The source that each rank belongs to: R numbers, from 0."""
         return tuple(rank // self.ranks_per_source for rank in range(self.num_ranks))

@@ -73,12 +73,20 @@ class ServerProcess:
     6.18) vLLM's polling workers then leave next to nothing to a client in another one.
 
     arguments: of `vllm serve`. environment: the whole of it. log: its output is appended there.
+    enter: a command that runs it elsewhere, as in other namespaces.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        enter: Sequence[str] = (),
+    ) -> None:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [str(VLLM), "serve", *arguments],
+                [*enter, str(VLLM), "serve", *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -111,6 +119,10 @@ class ServerProcess:
         """Raises NotServing if it has ended."""
         if (code := self._process.poll()) is not None:
             raise NotServing(f"ended by itself with code {code}")
+
+    def wait(self, seconds: float = START_SECONDS) -> int:
+        """Its code, once it has ended. Raises subprocess.TimeoutExpired."""
+        return self._process.wait(seconds)
 
     def send_signal(self, number: signal.Signals) -> None:
         """To all processes of its group."""

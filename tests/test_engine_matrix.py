@@ -17,23 +17,24 @@ sys.exit(pytest.main(["--collect-only", "-q", "-m", "server", "tests/server"], [
 """
 
 
-def marked() -> dict[tuple[str, str], bool]:
-    """(test, engine) -> whether it runs there only as one that repeats."""
+def marked() -> dict[tuple[str, str], tuple[bool, bool]]:
+    """(test, engine) -> whether it runs there only as one that repeats, and whether it needs hosts."""
     done = subprocess.run(
         [sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[tuple[str, str], bool] = {}
+    found: dict[tuple[str, str], tuple[bool, bool]] = {}
     for line in done.stdout.splitlines():
         if line.startswith("test: "):
             name, *marks = line.removeprefix("test: ").split()
             (engine,) = set(marks) & set(COLUMNS)
-            repeats = bool({"repeats", "models"} & set(marks))
-            found[name, engine] = found.get((name, engine), True) and repeats
+            repeats, _ = found.get((name, engine), (True, False))
+            again = bool({"repeats", "models"} & set(marks))
+            found[name, engine] = (repeats and again, "hosts" in marks)
     return found
 
 
-def documented() -> dict[tuple[str, str], bool]:
+def documented() -> dict[tuple[str, str], tuple[bool, bool]]:
     found = {}
     for line in (ROOT / "docs" / "engines.md").read_text().splitlines():
         if re.match(r"\| `test_\w+` \|", line):
@@ -41,7 +42,7 @@ def documented() -> dict[tuple[str, str], bool]:
             assert why, name
             for engine, cell in zip(COLUMNS, cells, strict=True):
                 if cell:
-                    found[name.strip("`"), engine] = "again" in cell
+                    found[name.strip("`"), engine] = ("again" in cell, "hosts" in cell)
     return found
 
 

@@ -13,6 +13,19 @@ def test_links() -> None:
     assert topology.link(1, 2) == "internode"
 
 
+@pytest.mark.parametrize(
+    ("node_of_rank", "links"),
+    [
+        ((0,), ()),
+        ((0, 0), ("intranode",)),
+        ((0, 1), ("internode",)),
+        ((0, 0, 1), ("intranode", "internode")),
+    ],
+)
+def test_links_that_there_are(node_of_rank, links) -> None:
+    assert Topology(node_of_rank=node_of_rank).links_between_ranks == links
+
+
 def test_seconds_follow_the_bandwidth_of_the_link() -> None:
     topology = Topology(node_of_rank=(0, 1), bytes_per_second=(100.0, 10.0, 1.0))
     assert topology.seconds(50, "local") == 0.5

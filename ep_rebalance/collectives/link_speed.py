@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from ep_rebalance.config import LinksConfig
 from ep_rebalance.host_memory import pins
-from ep_rebalance.topology import Link, Topology
+from ep_rebalance.topology import LINKS, Link, Topology
 
 logger = logging.getLogger(__name__)
 
 SIZES = (64 << 10, 512 << 10, 4 << 20, 32 << 20)
 """Bytes that each rank sends. Fast links need the larger ones to show their speed."""
-LONGEST_SECONDS = 0.01
+LONGEST_SECONDS = 0.05
 """The next size is tried if it should take no longer, so that slow links do not hold the start up."""
 EXCHANGES = 3
 """Of each size, after one that is not timed."""
@@ -145,11 +145,13 @@ class _Timing:
 
 
 def _log(topology: Topology) -> None:
-    _, near, far = (figure / 1e9 for figure in topology.bytes_per_second)
+    speeds = dict(zip(LINKS, topology.bytes_per_second, strict=True))
+    where: dict[Link, str] = {"intranode": "within a node", "internode": "between nodes"}
+    told = [f"{speeds[link] / 1e9:.3g} GB/s {where[link]}" for link in topology.links_between_ranks]
     logger.info(
-        "ep_rebalance: ranks exchange %.3g GB/s within a node and %.3g GB/s between nodes, and an exchange "
-        "takes %.0f us beside its bytes",
-        near,
-        far,
+        "ep_rebalance: %d ranks on %d nodes exchange %s, and an exchange takes %.0f us beside its bytes",
+        topology.num_ranks,
+        len(set(topology.node_of_rank)),
+        " and ".join(told) or "nothing",
         topology.round_seconds * 1e6,
     )

@@ -370,8 +370,8 @@ class Status(msgspec.Struct, kw_only=True):
     config: all settings.
     pp_rank, pp_size: the pipeline stage, and how many there are.
     moe_layers: the numbers that the MoE layers have in the engine's model.
-    links: bytes per second that a rank exchanges `intranode` and `internode`, as configured or measured at
-        start, and the `round_seconds` that an exchange takes beside its bytes.
+    links: bytes per second that a rank exchanges `intranode` and `internode`, where there are such links, as
+        configured or measured at start, and the `round_seconds` that an exchange takes beside its bytes.
     step_seconds: mean time of a step in the last snapshot that timed one.
     imbalance, contiguous_imbalance, predicted_imbalance: max over mean rank load for each MoE layer, in
         recent snapshots as `imbalance.py` weighs them; None for layers of a stage that has none yet.

@@ -86,9 +86,17 @@ class Server:
     tokens: of each answer.
     """
 
-    def __init__(self, process: ServerProcess, port: int, log: Path, tokens: int = TOKENS) -> None:
+    def __init__(
+        self,
+        process: ServerProcess,
+        port: int,
+        log: Path,
+        tokens: int = TOKENS,
+        *,
+        address: str = HOST,
+    ) -> None:
         self.process = process
-        self.url = f"http://{HOST}:{port}"
+        self.url = f"http://{address}:{port}"
         self.log = log
         self.tokens = tokens
         self._client = httpx.Client(base_url=self.url, timeout=300)

@@ -15,6 +15,7 @@ from ep_rebalance.planning.proposal import Proposal, TimedProposal
 from ep_rebalance.telemetry.events import PlanProposed, SnapshotTaken
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.telemetry.metrics import encode
+from ep_rebalance.topology import Topology
 
 TOP_K = 2
 LOADED = Placement.contiguous(num_layers=2, num_experts=4, num_ranks=2, num_redundant=2)
@@ -41,6 +42,20 @@ def journal() -> Journal:
         journal.apply(snapshot(PREFILL_LE, DECODE_LE))
     journal.apply(snapshot(np.zeros((2, 4)), np.zeros((2, 4))))
     return journal
+
+
+def test_links_are_told_where_there_are_any():
+    speeds = {"bytes_per_second": (9.0, 7.0, 5.0), "round_seconds": 0.5}
+    for node_of_rank, links in (
+        ((0, 0), {"intranode": 7.0}),
+        ((0, 1), {"internode": 5.0}),
+        ((0,), {}),
+    ):
+        topology = Topology(node_of_rank=node_of_rank, **speeds)
+        status = initial_status(
+            config=RebalanceConfig(), model="m", placement=LOADED, top_k=TOP_K, topology=topology
+        )
+        assert status.links == links | {"round_seconds": 0.5}
 
 
 def test_load_holds_what_every_expert_got_and_where_it_is_served(journal: Journal):
