@@ -26,6 +26,7 @@ SETTINGS = {
 NORM = "model.norm.weight"
 EXPERT = re.compile(r"(?<=\.experts\.)\d+")
 ROUNDS = 60
+SHORT = "hello"
 
 
 def write_variants(model: Path, folder: Path) -> dict[str, str]:
@@ -80,6 +81,19 @@ class Server:
         status: dict[str, Any] = json.loads(self._llm.collective_rpc("ep_rebalance_status")[0])
         return status
 
+    def prefill(self) -> dict[str, int]:
+        """Prefill tokens of all questions: those that were counted, and those that there are.
+
+        What the last steps counted waits for the next snapshot, so a short request comes before and after.
+        """
+        self._llm.generate([SHORT], self._greedy, use_tqdm=False)
+        before = self.status()["phase_tokens"]["prefill"]
+        self.answers()
+        self._llm.generate([SHORT], self._greedy, use_tqdm=False)
+        counted = self.status()["phase_tokens"]["prefill"] - before
+        texts = (*self._questions, SHORT)
+        return {"counted": counted, "there": sum(len(text.encode()) for text in texts)}
+
     def ask(self, action: str) -> None:
         refusals = self._llm.collective_rpc("ep_rebalance_ask", args=(action,))
         assert refusals == ["", None], refusals
@@ -113,6 +127,7 @@ def run(server: Server) -> dict[str, Any]:
     told: dict[str, Any] = {}
     server.ask("pause")
     told["original"] = server.answers()
+    told["prefill"] = server.prefill()
     for variant in ("experts", "norm"):
         server.update(variant)
         told[f"{variant}, unmoved"] = server.answers()

@@ -54,6 +54,11 @@ def test_with_a_drafter_answers_are_those_without(
     assert told["original"] == told["original, moved"] == expected
 
 
+def test_with_a_drafter_only_the_targets_tokens_are_counted(told: dict[str, Any]) -> None:
+    """The drafter sees every token of a prompt too."""
+    assert told["prefill"]["counted"] == told["prefill"]["there"]
+
+
 def test_the_weights_of_the_test_give_other_answers(told: dict[str, Any]) -> None:
     variants = ("original, unmoved", "experts, unmoved", "norm, unmoved")
     assert len({str(told[variant]) for variant in variants}) == len(variants)

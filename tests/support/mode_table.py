@@ -87,7 +87,10 @@ MODES = (
     ),
     Mode(
         "A drafter with experts",
-        servers=("test_with_a_drafter_answers_are_those_without",),
+        servers=(
+            "test_with_a_drafter_answers_are_those_without",
+            "test_with_a_drafter_only_the_targets_tokens_are_counted",
+        ),
         limits="Its experts, and those of multi-token prediction layers, stay where they were loaded and are "
         "not counted.",
     ),
