@@ -117,8 +117,9 @@ def test_a_model_of_the_family_is_counted_and_moved_and_answers_as_before(
         assert ours.told, ours.output[-6000:]
         assert_served(family, ours.told, traces)
         seen |= what_was_seen(family, ours.told, alone.told)
-        # Else vLLM's own answers depend on the batch, as with latent attention on CPU.
-        if alone.told and alone.told["singly"] == alone.told["before"]:
+        # Else vLLM's own answers depend on how ranks sum (bfloat16) or on the batch (MLA on CPU).
+        by_batch = not alone.told or alone.told["singly"] != alone.told["before"]
+        if family.dtype == "float32" and not by_batch:
             assert ours.told["before"] == alone.told["before"]
     models_table.record(seen)
 

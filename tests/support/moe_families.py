@@ -351,13 +351,6 @@ FAMILIES = (
         limits=dict.fromkeys(RELEASES, "no attribute .topk_softmax"),
     ),
     Family(
-        name="axk1",
-        model_type="axk1",
-        examples="A.X K1",
-        settings={**_DEEPSEEK, **_LATENT, **_GROUPED},
-        moe_layers=_AFTER_FIRST,
-    ),
-    Family(
         name="afmoe",
         model_type="afmoe",
         examples="Trinity Mini",
