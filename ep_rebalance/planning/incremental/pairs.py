@@ -201,7 +201,8 @@ def _next_swap(
     """The two slots whose swap gains most per move for the costliest rank that can be relieved; -1 if there
     is none.
     """
-    weight_R = np.exp(SHARPNESS * (pairs.load_R - pairs.load_R.max()))
+    slots_P, load_R = pairs.slots_P, pairs.load_R
+    weight_R = np.exp(SHARPNESS * (load_R - load_R.max()))
     weight_R /= weight_R.sum()
     for _ in range(_TRIED_IN_VAIN):
         here = _costliest(pairs)
@@ -209,16 +210,52 @@ def _next_swap(
             break
         best_slot, best_other, best = -1, -1, least_gain_per_move
         for slot in range(2 * here, 2 * here + 2):
-            for other in range(pairs.slots_P.size):
-                gain = _swap_gain(pairs, weight_R, slot, other)
+            factor_E = _factors(pairs, slot)
+            least = _least(best)
+            for other in range(slots_P.size):
+                # By how much the sum of exp(SHARPNESS l_r), of which weights are parts, would shrink. It
+                # calls nothing: handing over arrays takes longer than the arithmetic.
+                factor, there = factor_E[slots_P[other]], other // 2
+                if factor >= 1.0 or load_R[there] >= load_R[here]:
+                    continue
+                # Where an expert is so heavy that the exponential is 0, the other rank would come to bear
+                # what this one does, and little would be gained.
+                if factor == 0.0:
+                    continue
+                less = weight_R[here] * (1.0 - factor) - weight_R[there] * (1.0 / factor - 1.0)
+                if not less >= least:
+                    continue
+                gain = -np.log(max(1.0 - less, 1e-12)) / SHARPNESS
                 if gain > best:
                     moved = _swap_moves(pairs, slot, other, left, max_arrivals)
                     if moved >= -2 and gain > best * max(moved, 1):
                         best_slot, best_other, best = slot, other, gain / max(moved, 1)
+                        least = _least(best)
         if best_slot >= 0:
             return best_slot, best_other
         pairs.tried_R[here] = pairs.load_R[here]
     return -1, -1
+
+
+@compiled
+def _factors(pairs: Pairs, slot: int) -> NDArray[np.float64]:
+    """float64 [E], what exp(SHARPNESS l_r) of the rank of `slot` is multiplied by if this expert takes the
+    place of the one there; 1 or more if it is no lighter.
+    """
+    factor_E = np.empty(pairs.replicas_E.size)
+    for expert in range(factor_E.size):
+        load = pairs.replica_load_EC[expert, pairs.replicas_E[expert]]
+        factor_E[expert] = np.exp(-SHARPNESS * (_slot_load(pairs, slot) - load))
+    return factor_E
+
+
+@compiled
+def _least(gain: float) -> float:
+    """The part by which the sum of exponentials must at least shrink for a gain of more than this: logarithms
+    take long, so few are taken.
+    """
+    least: float = -np.expm1(-SHARPNESS * gain) * (1.0 - 1e-9)
+    return least
 
 
 @compiled
@@ -231,24 +268,6 @@ def _costliest(pairs: Pairs) -> int:
         ):
             costliest = rank
     return costliest
-
-
-@compiled
-def _swap_gain(pairs: Pairs, weight_R: NDArray[np.float64], slot: int, other: int) -> float:
-    """By how much the soft maximum falls; 0 if `other` brings no relief.
-
-    weight_R: float64 [R]. exp(SHARPNESS l_r), in units of their sum.
-    """
-    here, there = slot // 2, other // 2
-    load = _slot_load(pairs, slot) - _slot_load(pairs, other)
-    if load <= 0.0 or pairs.load_R[there] >= pairs.load_R[here]:
-        return 0.0
-    factor = np.exp(-SHARPNESS * load)
-    less = weight_R[here] * (1.0 - factor) - weight_R[there] * (1.0 / factor - 1.0)
-    if less <= 0.0:
-        return 0.0
-    gain: float = -np.log(max(1.0 - less, 1e-12)) / SHARPNESS
-    return gain
 
 
 @compiled

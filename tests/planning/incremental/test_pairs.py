@@ -171,3 +171,17 @@ def test_an_idle_layer_of_pairs_stays() -> None:
     changed_LP = plan_incremental(problem_of(samples_WLE, current)).slots_LP != current.slots_LP
     assert not changed_LP[0].any()
     assert changed_LP[1].any()
+
+
+@pytest.mark.parametrize("max_moved", [0, 2, 40])
+def test_an_expert_as_heavy_as_fifty_ranks_is_planned_for(max_moved: int) -> None:
+    """Its exponential is 0, by which nothing can be divided."""
+    slots_P = (np.arange(192) % 96).astype(np.int32)
+    load_E = np.random.default_rng(0).exponential(0.01, 96)
+    load_E[5:7] = 90.0, 80.0
+    changes_N4, gains_N2 = improve_pairs(even_parts(load_E), slots_P, max_moved, 2, LEAST)
+    assert np.isfinite(gains_N2).all()
+    after_P = slots_P.copy()
+    _apply(after_P, changes_N4)
+    assert is_placement(after_P, 96)
+    assert (changes_N4[:, 0].sum() <= max_moved) and (len(changes_N4) > 0) == (max_moved > 0)
