@@ -62,7 +62,6 @@ class _StageSeries:
 
     def __init__(self, instruments: dict[Metric, Any], common: dict[str, str]) -> None:
         self._instruments, self._common = instruments, common
-        self._children: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._observed: dict[str, int] = {}
         self._started = 0.0
@@ -78,18 +77,11 @@ class _StageSeries:
                 self._observe(metric, instrument, value)
                 continue
             for labels, number in _series(metric, value, status.moe_layers):
-                child = self._child(metric, instrument, labels)
+                child = instrument.labels(**self._common, **labels)
                 if metric.kind == "gauge":
                     child.set(number)
                 else:
                     child.inc(self._advance(metric, tuple(labels.values()), number))
-
-    def _child(self, metric: Metric, instrument: Any, labels: dict[str, str]) -> Any:
-        """The series with these labels: the client takes longer to find it than to set it."""
-        key = metric.name, tuple(labels.values())
-        if (child := self._children.get(key)) is None:
-            child = self._children[key] = instrument.labels(**self._common, **labels)
-        return child
 
     def _observe(self, metric: Metric, histogram: Histogram, seen: Observations) -> None:
         # Values are numbered from the engine's start; `seen` holds those from `seen.first` on.
