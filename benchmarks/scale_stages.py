@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry, generate_latest
 
+from ep_rebalance.all_to_all.exact_splits import ExactSplits
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.collectives.link_speed import ring
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast, read_plan
@@ -66,6 +68,8 @@ LEAST_REDUNDANT, LEAST_SLOTS = 32, 2
 """Redundant experts of a layer, and slots of a rank, in a deployment of any size."""
 RANKS_PER_NODE = 8
 STEP_SECONDS = 0.03
+HIDDEN = 64
+"""Columns of hidden states: their bytes are the links' work, too."""
 EXPERT_BYTES = 1 << 10
 """Of the experts that this process really holds: their bytes cost links and memory, and not the host."""
 
@@ -253,6 +257,12 @@ def _routing(d: Deployment) -> list[Stage]:
             run=lambda: d.by_own_counts.route(0, ids_TK, 0),
             size=_bytes_of(d.by_own_counts),
         ),
+        Stage(
+            name="our all-to-all, all layers",
+            where=STEP,
+            times=d.shape.layers,
+            run=_our_all_to_all(d, ids_TK),
+        ),
     ]
 
 
@@ -262,6 +272,31 @@ def _bytes_of(tables: RoutingTables) -> int:
     parts = [layers.replica_slots_EC, layers.thresholds_EC]
     parts += [pours.poured_X, pours.colour_X, pours.row_E, pours.ground_R]
     return len(tables.layers) * sum(part.nbytes for part in parts)
+
+
+def _our_all_to_all(d: Deployment, ids_TK: torch.Tensor) -> Callable[[], None]:
+    """A layer's dispatch and combine. What a rank sends comes back to it, so that it has rows to unpack."""
+    exchange = ExactSplits(
+        group=d.group, slots_per_rank=d.placement.slots_per_rank, combine="exact"
+    )
+    slots_TK = d.by_quotas.route(0, ids_TK, 0)
+    hidden_TH = torch.zeros(len(ids_TK), HIDDEN)
+    weights_TK = torch.ones(ids_TK.shape, dtype=torch.float32)
+    out_TH = torch.zeros_like(hidden_TH)
+
+    def send_back(out: torch.Tensor, sent: torch.Tensor, *_: object, **__: object) -> None:
+        if out.shape == sent.shape:
+            out.copy_(sent)
+        else:
+            out.zero_()
+
+    def exchanged() -> None:
+        with mock.patch.object(dist, "all_to_all_single", send_back):
+            dispatched = exchange.dispatch(hidden_TH, slots_TK, weights_TK)
+            outputs_NH = torch.zeros(len(dispatched.local_slots_N), HIDDEN)
+            exchange.combine(dispatched, outputs_NH, out_TH)
+
+    return exchanged
 
 
 def _snapshot(d: Deployment) -> list[Stage]:

@@ -184,4 +184,5 @@ def test_an_expert_as_heavy_as_fifty_ranks_is_planned_for(max_moved: int) -> Non
     after_P = slots_P.copy()
     _apply(after_P, changes_N4)
     assert is_placement(after_P, 96)
-    assert (changes_N4[:, 0].sum() <= max_moved) and (len(changes_N4) > 0) == (max_moved > 0)
+    assert changes_N4[:, 0].sum() <= max_moved
+    assert (len(changes_N4) > 0) == (max_moved > 0)
