@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import psutil
 
-SUBNET = "10.213.77"
 PORT = "eth0"
 """Of every host; GLOO_SOCKET_IFNAME of its processes."""
 TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
@@ -117,12 +116,13 @@ class Network:
 
     def lose(self, host: Host, share: float) -> None:
         """Drop this share of the packets to and from a host: 1 is a dead link, 0 a good one again."""
-        for where, port in ((host, PORT), (self._switch, host.name)):
-            where.run("tc", "qdisc", "replace", "dev", port, "clsact")
-            where.run("tc", "filter", "del", "dev", port, "egress")
+        # In the switch: a sender whose own port drops takes it for congestion, and gives up in 8 s.
+        self._switch.run("tc", "qdisc", "replace", "dev", host.name, "clsact")
+        for way in ("ingress", "egress"):
+            self._switch.run("tc", "filter", "del", "dev", host.name, way)
             if share:
-                program = ("bytecode", _dropping(share))
-                where.run("tc", "filter", "add", "dev", port, "egress", "bpf", "da", *program)
+                what = ("bpf", "da", "bytecode", _dropping(share))
+                self._switch.run("tc", "filter", "add", "dev", host.name, way, *what)
 
 
 @contextmanager
@@ -132,11 +132,12 @@ def network(size: int, *, bits_per_second: int) -> Iterator[Network]:
         switch = stack.enter_context(_host("switch", ""))
         switch.run("ip", "link", "add", "bridge", "type", "bridge")
         switch.run("ip", "link", "set", "bridge", "up")
-        outside = Host("outside", f"{SUBNET}.254", os.getpid())
-        _connect(switch, outside, f"ep{os.getpid()}"[:15])
+        subnet = f"10.213.{switch.pid % 256}"  # several networks may be there at once
+        outside = Host("outside", f"{subnet}.254", os.getpid())
+        _connect(switch, outside, f"ep{switch.pid}")
         hosts = []
         for number in range(size):
-            name, address = chr(ord("a") + number), f"{SUBNET}.{number + 1}"
+            name, address = chr(ord("a") + number), f"{subnet}.{number + 1}"
             hosts.append(stack.enter_context(_host(name, address)))
             _connect(switch, hosts[-1], PORT)
         joined = Network(hosts, switch)
