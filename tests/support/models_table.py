@@ -27,6 +27,11 @@ HEAD = (
     "answers",
 )
 
+WRITES = "MODELS_TABLE"
+"""An environment variable: tests write what they see into the table only if it is set, as by `scripts/test
+models`, since other runs should leave the checkout as it is.
+"""
+
 
 def record(seen: Mapping[str, Any]) -> None:
     """Take up what one run saw of a family on an engine, in place of what an earlier one saw."""
