@@ -16,10 +16,15 @@ from pathlib import Path
 from cpu_server import NotServing, ServerProcess
 from engines import V032
 from hosts import Host
-from serving import STARTS, TOKENS, Server, Start, complete, environment
+from serving import SETTINGS, STARTS, TOKENS, Server, Start, complete, environment
 
 PORT = 8000
 RPC_PORT = 13_345
+EVERY_GAIN_COUNTS = {
+    "planner": {**SETTINGS["planner"], "internode_token_price": 0.0},
+    "decision": {**SETTINGS["decision"], "horizon_steps": 1_000_000},
+}
+"""Between hosts a move is dear: after two of them the planner found none that pays for itself."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ def serving_on(
     *arguments: str,
     ranks: Sequence[int] = (1, 1),
     elsewhere: Sequence[str] | None = None,
+    plugins: Sequence[Path] = (),
     tokens: int = TOKENS,
 ) -> Iterator[OnHosts]:
     """A server that has answered /health; ended with all its processes.
@@ -46,7 +52,9 @@ def serving_on(
     elsewhere: the arguments of the other hosts, if they are others.
     """
     began = time.monotonic()
-    processes, logs = start_on(hosts, log, *arguments, ranks=ranks, elsewhere=elsewhere)
+    processes, logs = start_on(
+        hosts, log, *arguments, ranks=ranks, elsewhere=elsewhere, plugins=plugins
+    )
     first, *others = processes
     server = Server(first, PORT, log, tokens, address=hosts[0].address)
     try:
@@ -72,6 +80,7 @@ def start_on(
     *arguments: str,
     ranks: Sequence[int] = (1, 1),
     elsewhere: Sequence[str] | None = None,
+    plugins: Sequence[Path] = (),
 ) -> tuple[list[ServerProcess], list[Path]]:
     """The processes of each host, as they start, and their logs. See `serving_on`."""
     cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
@@ -92,7 +101,7 @@ def start_on(
                 "--data-parallel-start-rank",
                 str(before),
             ]
-        variables = environment(count, V032.environment() | host.environment)
+        variables = environment(count, V032.environment(plugins) | host.environment)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(next(cores)) for _ in range(count))
         logs.append(log.with_stem(f"{log.stem}-{host.name}") if before else log)
         processes.append(ServerProcess(complete(PORT, *own), variables, logs[-1], enter=host.enter))
