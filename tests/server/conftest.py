@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from engines import GPU_TOKEN_PATHS
+from hosts import GIGABIT, Network, network, why_not
 from serving import (
     DATA_PARALLEL,
     OPERATOR,
@@ -112,3 +113,11 @@ def tensor_parallel(logs: Path, settings_file: str, one_rank: OneRank) -> Iterat
     arguments += ("--ep-rebalance-config.planner.redundant_experts", "4")
     with serving(logs / "tensor_parallel.log", *arguments, plugins=[GPU_TOKEN_PATHS]) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def two_hosts() -> Iterator[Network]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with network(2, bits_per_second=GIGABIT) as joined:
+        yield joined

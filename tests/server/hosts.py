@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import psutil
 
+GIGABIT = 10**9
 PORT = "eth0"
 """Of every host; GLOO_SOCKET_IFNAME of its processes."""
 TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")

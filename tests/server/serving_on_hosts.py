@@ -16,10 +16,15 @@ from pathlib import Path
 from cpu_server import NotServing, ServerProcess
 from engines import V032
 from hosts import Host
-from serving import STARTS, TOKENS, Server, Start, complete, environment
+from serving import SETTINGS, STARTS, TOKENS, Server, Start, complete, environment
 
 PORT = 8000
 RPC_PORT = 13_345
+EVERY_GAIN_COUNTS = {
+    "planner": {**SETTINGS["planner"], "internode_token_price": 0.0},
+    "decision": {**SETTINGS["decision"], "horizon_steps": 1_000_000},
+}
+"""Between hosts a move is dear: after two of them the planner found none that pays for itself."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,20 @@ def serving_on(
     *arguments: str,
     ranks: Sequence[int] = (1, 1),
     elsewhere: Sequence[str] | None = None,
+    plugins: Sequence[Path] = (),
     tokens: int = TOKENS,
+    **extra: str,
 ) -> Iterator[OnHosts]:
     """A server that has answered /health; ended with all its processes.
 
     ranks: how many of them are on each host.
     elsewhere: the arguments of the other hosts, if they are others.
+    extra: environment variables.
     """
     began = time.monotonic()
-    processes, logs = start_on(hosts, log, *arguments, ranks=ranks, elsewhere=elsewhere)
+    processes, logs = start_on(
+        hosts, log, *arguments, ranks=ranks, elsewhere=elsewhere, plugins=plugins, **extra
+    )
     first, *others = processes
     server = Server(first, PORT, log, tokens, address=hosts[0].address)
     try:
@@ -72,6 +82,8 @@ def start_on(
     *arguments: str,
     ranks: Sequence[int] = (1, 1),
     elsewhere: Sequence[str] | None = None,
+    plugins: Sequence[Path] = (),
+    **extra: str,
 ) -> tuple[list[ServerProcess], list[Path]]:
     """The processes of each host, as they start, and their logs. See `serving_on`."""
     cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
@@ -92,7 +104,7 @@ def start_on(
                 "--data-parallel-start-rank",
                 str(before),
             ]
-        variables = environment(count, V032.environment() | host.environment)
+        variables = environment(count, V032.environment(plugins) | host.environment | extra)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(next(cores)) for _ in range(count))
         logs.append(log.with_stem(f"{log.stem}-{host.name}") if before else log)
         processes.append(ServerProcess(complete(PORT, *own), variables, logs[-1], enter=host.enter))

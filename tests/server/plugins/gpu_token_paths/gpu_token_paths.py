@@ -10,10 +10,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 from vllm_eplb_on_cpu import after_kernel_scan
 
+UNEVEN_PARTS_ONLY = "GPU_TOKEN_PATHS_UNEVEN_PARTS_ONLY"
+"""An environment variable: no padding, whose ids vLLM's own experts for CPUs cannot bear."""
 PADDED_TO = 8
 """Rows of a batch: a multiple of this."""
 
@@ -21,7 +24,8 @@ PADDED_TO = 8
 def register() -> None:
     """Entry point of `vllm.general_plugins`. The front end, too, looks what the communicator has."""
     _exchange_uneven_parts()
-    after_kernel_scan(_install)
+    if os.environ.get(UNEVEN_PARTS_ONLY) is None:
+        after_kernel_scan(_install)
 
 
 def _install() -> None:
