@@ -123,17 +123,25 @@ class Session:
         self._continues = continues
         self._counts.mark_tokens(phases_T)
 
-    def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int = 0) -> torch.Tensor:
+    def route(
+        self,
+        layer: int,
+        topk_ids_TK: torch.Tensor,
+        first_token: int = 0,
+        end_token: int | None = None,
+    ) -> torch.Tensor:
         """[T, K], the slot over all ranks for each of one layer's logical ids, which are also counted.
 
         topk_ids_TK: int32 or int64 [T, K]. Logical experts, below 0 for padding.
         first_token: where these rows start among the tokens of `begin_step`.
+        end_token: the first of these tokens that is not among these rows, however many they are: those
+            beyond it are padding. None if there is none.
 
         In mode observe the ids are returned as they are. Never waits for the device.
         """
         if self._moves_experts:
-            return self._counts.route(layer, topk_ids_TK, first_token)
-        self._counts.count(layer, topk_ids_TK, first_token)
+            return self._counts.route(layer, topk_ids_TK, first_token, end_token)
+        self._counts.count(layer, topk_ids_TK, first_token, end_token)
         return topk_ids_TK
 
     def end_step(self) -> None:
