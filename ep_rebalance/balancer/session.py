@@ -247,6 +247,12 @@ class Session:
         group = model.host_group or model.group
         dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
         if found[0] is None:
+            if self.config.mode == "static":
+                raise ConfigurationError(
+                    f"mode=static serves the placement in {self.config.state.path!r}, and the host of EP rank "
+                    "0 has no such file.",
+                    "name a file in a folder that all hosts share, or copy it there.",
+                )
             return
         slots_LP, quotas_LP, generation = found[0]
         loaded = model.placement
@@ -292,7 +298,8 @@ def _recorder(config: RebalanceConfig, model: EngineModel, rank: int) -> Recorde
     if config.trace.path is None or rank:
         return None
     if model.pipeline_stage.label:
-        Path(config.trace.path).mkdir(exist_ok=True)
+        # This may be another host than the one on which `trace.path` was looked at.
+        Path(config.trace.path).mkdir(parents=True, exist_ok=True)
     placement = model.placement
     head = TraceHead(
         model=model.identity.model,
