@@ -249,8 +249,8 @@ class Session:
         if found[0] is None:
             if self.config.mode == "static":
                 raise ConfigurationError(
-                    f"mode=static serves the placement in {self.config.state.path!r}, and the host of EP rank "
-                    "0 has no such file.",
+                    f"mode=static serves the placement in {self.config.state.path!r}, and the host of EP "
+                    "rank 0 has no such file.",
                     "name a file in a folder that all hosts share, or copy it there.",
                 )
             return
