@@ -22,6 +22,10 @@ CONTRACTS = (
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._apply_eplb_mapping",
         ("topk_ids",),
     ),
+    *(
+        Contract(f"vllm.v1.worker.ubatching:{name}")
+        for name in ("dbo_enabled", "dbo_current_ubatch_id", "_CURRENT_CONTEXTS", "_NUM_UBATCHES")
+    ),
 )
 
 _ATTRIBUTE = "_ep_rebalance_route"
