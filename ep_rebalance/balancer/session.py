@@ -123,17 +123,25 @@ class Session:
         self._continues = continues
         self._counts.mark_tokens(phases_T)
 
-    def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int = 0) -> torch.Tensor:
+    def route(
+        self,
+        layer: int,
+        topk_ids_TK: torch.Tensor,
+        first_token: int = 0,
+        end_token: int | None = None,
+    ) -> torch.Tensor:
         """[T, K], the slot over all ranks for each of one layer's logical ids, which are also counted.
 
         topk_ids_TK: int32 or int64 [T, K]. Logical experts, below 0 for padding.
         first_token: where these rows start among the tokens of `begin_step`.
+        end_token: the first of these tokens that is not among these rows, however many they are: those
+            beyond it are padding. None if there is none.
 
         In mode observe the ids are returned as they are. Never waits for the device.
         """
         if self._moves_experts:
-            return self._counts.route(layer, topk_ids_TK, first_token)
-        self._counts.count(layer, topk_ids_TK, first_token)
+            return self._counts.route(layer, topk_ids_TK, first_token, end_token)
+        self._counts.count(layer, topk_ids_TK, first_token, end_token)
         return topk_ids_TK
 
     def end_step(self) -> None:
@@ -239,6 +247,12 @@ class Session:
         group = model.host_group or model.group
         dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
         if found[0] is None:
+            if self.config.mode == "static":
+                raise ConfigurationError(
+                    f"mode=static serves the placement in {self.config.state.path!r}, and the host of EP "
+                    "rank 0 has no such file.",
+                    "name a file in a folder that all hosts share, or copy it there.",
+                )
             return
         slots_LP, quotas_LP, generation = found[0]
         loaded = model.placement
@@ -284,7 +298,8 @@ def _recorder(config: RebalanceConfig, model: EngineModel, rank: int) -> Recorde
     if config.trace.path is None or rank:
         return None
     if model.pipeline_stage.label:
-        Path(config.trace.path).mkdir(exist_ok=True)
+        # This may be another host than the one on which `trace.path` was looked at.
+        Path(config.trace.path).mkdir(parents=True, exist_ok=True)
     placement = model.placement
     head = TraceHead(
         model=model.identity.model,

@@ -36,7 +36,7 @@ class ForeignLoad:
     counts: uint32 [L, E] for each snapshot, tokens. Read from the file as they are iterated over.
     layers: L.
     experts: E.
-    moe_layers: L numbers, those that the layers have in the engine's model.
+    moe_layers: L numbers, those that the layers have in the engine's model; () if the file does not say.
     origin: where it comes from, a sentence for the trace.
     top_k: experts per token; None if the file does not say.
     """
@@ -152,6 +152,7 @@ def write_trace(
         slots=load.experts,
         node_of_rank=[0],
         expert_bytes=[0] * load.layers,
+        moe_layers=list(load.moe_layers),
         hidden_size=0,
         engine="",
         plugin_version=__version__,

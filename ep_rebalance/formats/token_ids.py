@@ -44,7 +44,7 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
         counts=_Snapshots(path, keys, experts, reading.tokens_per_snapshot),
         layers=layers,
         experts=experts,
-        moe_layers=tuple(range(layers)),
+        moe_layers=(),
         origin=f"converted from the expert ids of {path.name}",
         top_k=top_k,
     )

@@ -140,19 +140,32 @@ class RoutingTables:
         self._marked = 0
         self._steps += 1
 
-    def route(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> torch.Tensor:
+    def route(
+        self,
+        layer: int,
+        topk_ids_TK: torch.Tensor,
+        first_token: int,
+        end_token: int | None = None,
+    ) -> torch.Tensor:
         """[T, K], the slot for each of one layer's top-k ids, which are also counted.
 
         topk_ids_TK: [T, K]. Logical experts; see `route`.
         first_token: where these rows start in the batch that `mark_tokens` described.
+        end_token: where rows end that are tokens of that batch; None if all of its rest may be.
         """
-        phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
+        phase_T = self._phases(len(topk_ids_TK), first_token, end_token)
         tables, pours = self.layers[layer], self.pours[layer]
         return route(topk_ids_TK, phase_T, tables, pours, self.offset, self.ranks)
 
-    def count(self, layer: int, topk_ids_TK: torch.Tensor, first_token: int) -> None:
+    def count(
+        self,
+        layer: int,
+        topk_ids_TK: torch.Tensor,
+        first_token: int,
+        end_token: int | None = None,
+    ) -> None:
         """Count the ids without routing them; arguments as in `route`."""
-        phase_T = self.phase_T[first_token : first_token + topk_ids_TK.shape[0]]
+        phase_T = self._phases(len(topk_ids_TK), first_token, end_token)
         count_experts(topk_ids_TK, phase_T, self.layers[layer].counts_AE)
 
     def warm_up(self) -> None:
@@ -237,6 +250,11 @@ class RoutingTables:
     ) -> None:
         """Work out the tables and serve them; too slow for the step path."""
         self.serve(layers, self.dispatch_tables(placement, quotas_LP))
+
+    def _phases(self, rows: int, first: int, end: int | None) -> torch.Tensor:
+        """Of these rows, as far as they are tokens."""
+        stop = first + rows if end is None else min(first + rows, end)
+        return self.phase_T[first : max(stop, first)]
 
     def _countable(self, phases_T: NDArray[np.integer]) -> NDArray[np.integer]:
         if not self._counts_here:

@@ -38,20 +38,22 @@ class Exporter:
         pp_size: int = 1,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        common = {"model_name": model_name, "engine": engine}
-        names = (*common, "pp_rank") if pp_size > 1 else tuple(common)
-        instruments = {metric: _create(metric, names, registry) for metric in shown(config)}
-        self._stages = [
-            _StageSeries(
-                {m: i for m, i in instruments.items() if not (m.once and pp_rank)},
-                common | ({"pp_rank": str(pp_rank)} if pp_size > 1 else {}),
-            )
-            for pp_rank in range(pp_size)
-        ]
+        self._common = {"model_name": model_name, "engine": engine}
+        self._by_stage = pp_size > 1
+        names = (*self._common, "pp_rank") if self._by_stage else tuple(self._common)
+        self._instruments = {metric: _create(metric, names, registry) for metric in shown(config)}
+        self._stages: dict[int, _StageSeries] = {}
 
     def update(self, status: Status) -> None:
-        """Show the status of a stage."""
+        """Show the status of a stage. The first stage that has experts comes first."""
+        if status.pp_rank not in self._stages:
+            self._stages[status.pp_rank] = self._series_of(status.pp_rank)
         self._stages[status.pp_rank].update(status)
+
+    def _series_of(self, pp_rank: int) -> _StageSeries:
+        shown_here = {m: i for m, i in self._instruments.items() if not (m.once and self._stages)}
+        stage = {"pp_rank": str(pp_rank)} if self._by_stage else {}
+        return _StageSeries(shown_here, self._common | stage)
 
 
 class _StageSeries:

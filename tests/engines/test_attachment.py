@@ -70,6 +70,17 @@ def test_experts_that_were_dealt_out_round_robin_are_shown_where_they_are(attach
     assert loaded.slots_LP.tolist() == [[0, 1, 2, 3]]
 
 
+def test_a_drafter_stays_in_place_also_in_a_stage_without_experts(attachment, monkeypatch):
+    drafter, left = object(), []
+    monkeypatch.setattr(attachment, "active_config", lambda _: eager())
+    monkeypatch.setattr(attachment, "moe_model", lambda _: None)
+    monkeypatch.setattr(attachment, "draft_model", lambda _: drafter)
+    monkeypatch.setattr(attachment, "leave_in_place", lambda model, device: left.append(model))
+    runner = SimpleNamespace(get_model=lambda: None)
+    assert attachment.Attachment.create(runner, None, torch.device("cpu")) is None
+    assert left == [drafter]
+
+
 class Layer(torch.nn.Module):
     """A MoE layer of two experts on one rank, with what the adapter asks of one."""
 

@@ -61,6 +61,20 @@ def v1(vllm):
     return runner
 
 
+def _wrapped(seam, runner, name, original):
+    """What the seam makes of a method of the runner's class, were that `original`."""
+    made = []
+
+    def wrap(owner, attribute, wrapper):
+        if owner is type(runner) and attribute == name:
+            made.append(lambda *args: wrapper(original, *args))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seam, "wrap", wrap)
+        seam.install()
+    return made[0] if made else original
+
+
 def batch(num_tokens):
     """Two requests, three prompt tokens and one decode token, padded to `num_tokens` and more."""
     return SimpleNamespace(
@@ -102,9 +116,21 @@ def test_v1_ends_a_busy_step_after_the_copy_of_its_tokens_was_ordered(seam, v1):
     assert calls.steps == ["copy ordered", "end"]
 
 
-def test_v1_ends_a_step_of_a_pooling_model_too(seam, v1):
+@pytest.mark.parametrize("output", ["pooled", "tensors for the next pipeline stage"])
+def test_v1_ends_a_step_of_a_pooling_model_in_every_stage(seam, v1, output):
+    v1.is_pooling_model = True
     v1.ep_rebalance.busy = True
-    assert seam._end_busy_step_v1(lambda runner: "pooled", v1) == "pooled"
+    wrapped = _wrapped(seam, v1, "execute_model", lambda runner: output)
+    assert wrapped(v1) == output
+    assert v1.ep_rebalance.steps == ["end"]
+
+
+def test_v1_does_not_end_a_step_before_its_tokens_are_sampled(seam, v1):
+    v1.is_pooling_model = False
+    v1.ep_rebalance.busy = True
+    _wrapped(seam, v1, "execute_model", lambda runner: None)(v1)
+    assert v1.ep_rebalance.steps == []
+    _wrapped(seam, v1, "sample_tokens", lambda runner: None)(v1)
     assert v1.ep_rebalance.steps == ["end"]
 
 

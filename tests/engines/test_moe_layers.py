@@ -87,6 +87,20 @@ def test_a_model_without_layers_that_have_experts_is_refused(seam, monkeypatch):
     assert "without --plugin ep_rebalance" in raised.value.remedy
 
 
+def test_experts_without_vllms_router_are_refused_by_their_class(seam, monkeypatch):
+    """Those of the backend deep_gemm_mega_moe, which DeepSeek-V4 lists in the place of its MoE layers."""
+
+    class MegaMoEExperts(torch.nn.Module):
+        pass
+
+    listed = SimpleNamespace(moe_layers=[MegaMoEExperts()], num_logical_experts=4)
+    found = "vllm.model_executor.models.interfaces.get_mixture_of_experts_model"
+    monkeypatch.setattr(found, lambda model: listed)
+    with pytest.raises(ConfigurationError, match=r"MegaMoEExperts.*be counted") as raised:
+        seam.moe_model(bare())
+    assert "--moe-backend" in raised.value.remedy
+
+
 def test_redundant_experts_are_refused_where_the_model_has_no_room_for_them(seam, layer):
     with pytest.raises(ConfigurationError, match="Module makes no room for redundant") as raised:
         seam.refuse_unlike(seam.moe_model(bare(layer(0))), redundant_experts=2)

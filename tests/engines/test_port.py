@@ -3,7 +3,7 @@ as one process does, bit for bit.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from tiny_engine import EXPERTS, HIDDEN, LAYERS, TOP_K, Checkpoint, TinyEngine, 
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.engines.port import DECODE, PREFILL, EngineModel, Session
+from ep_rebalance.pipeline import PipelineStage
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
@@ -243,6 +244,30 @@ def test_it_takes_up_the_saved_placement_and_stays_there(two_ranks, tmp_path):
     state = {"state": {"path": str(tmp_path / "state.npz")}}
     static = eager(state, {"mode": "static"})
     assert two_ranks.run(serve_saved, eager(state), static) == [(True, 1, True)] * 2
+
+
+def serve_what_was_not_saved(rank, static):
+    with pytest.raises(ConfigurationError) as raised:
+        Service.start(rank, static)
+    return raised.value.reason
+
+
+def test_a_saved_placement_that_is_not_on_rank_0s_host_is_missed_by_all_ranks(two_ranks, tmp_path):
+    static = eager({"state": {"path": str(tmp_path / "state.npz")}}, {"mode": "static"})
+    for reason in two_ranks.run(serve_what_was_not_saved, static):
+        assert "state.npz" in reason
+        assert "the host of EP rank 0 has no such file" in reason
+
+
+def record_second_stage(rank, config):
+    model = TinyEngine(rank, eager(), Checkpoint.of(1)).session._model
+    Session(config, replace(model, pipeline_stage=PipelineStage(1, 2)))
+
+
+def test_a_stage_makes_the_folder_of_its_trace_on_whatever_host_it_is(two_ranks, tmp_path):
+    path = tmp_path / "on this host" / "traces"
+    two_ranks.run(record_second_stage, eager({"trace": {"path": str(path)}}))
+    assert (path / "stage-1").is_dir()
 
 
 def refusal_of_sizes(rank):

@@ -215,3 +215,21 @@ def come_late(rank):
 def test_rank_0_does_not_go_on_without_a_rank_that_has_given_up(two_ranks: Ranks):
     for reason in two_ranks.run(come_late):
         assert "EP rank 0 of 2 did not attach within 0.5 s" in reason
+
+
+def test_a_rank_that_dies_amid_it_is_named_by_all_others(monkeypatch):
+    here, store = threading.local(), dist.HashStore()
+    monkeypatch.setattr(dist, "get_rank", lambda: here.rank)
+    config = load_config({"attach": {"timeout_seconds": 0.4}})
+    said = {"version": __version__, "sources": source_digest(), "config": config.as_dict()}
+    rank_agreement._Boards.of(store, [0, 1, 2], 0.4).said.post(2, said)
+
+    def fault_of(rank):
+        here.rank = rank
+        with pytest.raises(ConfigurationError) as raised:
+            agree(config, [0, 1, 2], store)
+        return raised.value.reason
+
+    with ThreadPoolExecutor(2) as pool:
+        for reason in pool.map(fault_of, BOTH):
+            assert "EP rank 2 of 3 did not attach within 0.4 s" in reason

@@ -66,7 +66,7 @@ MODES = (
     Mode(
         "Dual-batch overlap",
         "--enable-dbo",
-        contracts=("test_both_parts_count_what_the_whole_batch_does",),
+        contracts=("test_parts_count_what_the_whole_batch_does",),
         limits="vLLM's all-to-alls for it need GPUs.",
     ),
     Mode("Elastic expert parallelism", "--enable-elastic-ep"),

@@ -204,6 +204,25 @@ def test_info_says_what_runs(scrape: Scrape):
     assert scrape.value("info", version=version, **labels) == 1
 
 
+@pytest.mark.parametrize("with_experts", [[0, 1, 2], [1, 2]])
+def test_what_all_stages_count_is_shown_by_the_first_with_experts(with_experts: list[int]):
+    registry = CollectorRegistry()
+    exporter = Exporter(model_name="m", pp_size=3, registry=registry)
+    statuses = [make_status() for _ in with_experts]
+    for pp_rank, status in zip(with_experts, statuses, strict=True):
+        status.pp_rank, status.pp_size, status.steps = pp_rank, 3, 7
+    for status in 2 * statuses:
+        exporter.update(status)
+
+    def shown(name: str) -> list[tuple[str, float]]:
+        samples = [s for family in registry.collect() for s in family.samples if s.name == name]
+        return [(sample.labels["pp_rank"], sample.value) for sample in samples]
+
+    assert shown("ep_rebalance_steps_total") == [(str(with_experts[0]), 7.0)]
+    each = [(str(pp_rank), 2.0) for pp_rank in with_experts]
+    assert shown("ep_rebalance_placement_generation") == each
+
+
 SEVERAL_SERVERS = """
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from statuses import make_status

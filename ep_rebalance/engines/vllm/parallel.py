@@ -33,12 +33,20 @@ def tells_ubatches() -> bool:
     return hasattr(ubatching, _UBATCH_OFFSET)
 
 
-def tokens_of_ubatch_begin() -> Callable[[], int]:
-    """Where the calling thread's part of the batch begins: a token, 0 outside of such a part."""
+def part_of_batch() -> Callable[[], tuple[int, int | None]]:
+    """Tells the tokens of the calling thread's part of the batch: where they begin, and where the next part
+    does; None in the last part, and outside of a part.
+    """
     from vllm.v1.worker import ubatching
 
-    found: Callable[[], int] = getattr(ubatching, _UBATCH_OFFSET, int)
-    return found
+    def part() -> tuple[int, int | None]:
+        if not ubatching.dbo_enabled():
+            return 0, None
+        number = ubatching.dbo_current_ubatch_id()
+        here, *later = ubatching._CURRENT_CONTEXTS[number : ubatching._NUM_UBATCHES]
+        return here.token_offset, later[0].token_offset if later and later[0] else None
+
+    return part
 
 
 def pipeline_stage() -> PipelineStage:

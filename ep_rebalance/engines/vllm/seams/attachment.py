@@ -49,6 +49,8 @@ class Attachment:
         config = active_config(vllm_config)
         model = runner.get_model()  # the runner's attribute may be a wrapper for CUDA graphs
         target = moe_model(model)
+        if (draft := draft_model(runner)) is not None:
+            leave_in_place(draft, device)
         if target is None:
             return None
         refuse_unlike(target, config.planner.redundant_experts)
@@ -65,8 +67,6 @@ class Attachment:
         )
         _attach_routers(target, session, splits_tokens=not shares)
         leave_in_place(model, device, listed=tuple(target.moe_layers))
-        if (draft := draft_model(runner)) is not None:
-            leave_in_place(draft, device)
         session.start()
         return cls(session, target.moe_layers)
 

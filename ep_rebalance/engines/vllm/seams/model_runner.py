@@ -7,7 +7,8 @@ balancer.
 
 V1 calls `eplb_step` before it issues the copy of the sampled tokens to the host, which would then wait
 for a round of ours. So a busy step of V1 ends when `sample_tokens` returns; one of a pooling model, which
-never calls `eplb_step`, when `_pool` does. Only dummy steps end in `eplb_step`.
+never samples and calls `eplb_step`, when `execute_model` does: `_pool` runs in the last pipeline stage only.
+Only dummy steps end in `eplb_step`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CONTRACTS = (
     Contract(f"{_V1}._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
     Contract(f"{_V1}.eplb_step", ("is_dummy", "is_profile")),
     Contract(f"{_V1}.sample_tokens"),
-    Contract(f"{_V1}._pool"),
+    Contract(f"{_V1}.execute_model"),
     Contract(f"{_V2}.prepare_inputs", ("scheduler_output",)),
     Contract(f"{_V2_CONTROLLER}.step", ("is_dummy", "is_profile")),
 )
@@ -43,8 +44,8 @@ def install() -> None:
     wrap(resolve(_V1), "_prepare_inputs", _mark_tokens_v1)
     wrap(resolve(_V2), "prepare_inputs", _mark_tokens_v2)
     wrap(resolve(_V1), "eplb_step", _step_v1)
-    for name in ("sample_tokens", "_pool"):
-        wrap(resolve(_V1), name, _end_busy_step_v1)
+    wrap(resolve(_V1), "sample_tokens", _end_busy_step_v1)
+    wrap(resolve(_V1), "execute_model", _end_pooling_step_v1)
     wrap(resolve(_V2_CONTROLLER), "step", _step_v2)
 
 
@@ -108,6 +109,14 @@ def _end_busy_step_v1(original: Callable[..., Any], runner: Any, *args: Any, **k
     if attachment is not None and attachment.session.busy:
         attachment.session.end_step()
     return output
+
+
+def _end_pooling_step_v1(
+    original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if runner.is_pooling_model:
+        return _end_busy_step_v1(original, runner, *args, **kwargs)
+    return original(runner, *args, **kwargs)
 
 
 def _step_v2(

@@ -74,9 +74,22 @@ def moe_model(model: Any) -> MoeModel | None:
             f"{name} has no Mixture-of-Experts layers that vLLM can move.",
             "serve it without --plugin ep_rebalance.",
         )
+    _refuse_without_router(name, layers)
     if listing is not None:
         return MoeModel(name, layers, listing.num_logical_experts)
     return MoeModel(name, layers, _alike(name, "num_logical_experts", layers))
+
+
+def _refuse_without_router(name: str, layers: Sequence[Any]) -> None:
+    """Raises ConfigurationError for experts that are a module of their own, which chooses slots itself
+    (`--moe-backend deep_gemm_mega_moe`)."""
+    for layer in layers:
+        if not hasattr(layer, "moe_config"):
+            raise ConfigurationError(
+                f"the experts of {name} are {type(layer).__name__}, without vLLM's router, so nothing can be "
+                "counted.",
+                "choose another kernel with --moe-backend, or serve without --plugin ep_rebalance.",
+            )
 
 
 def refuse_unlike(model: MoeModel, redundant_experts: int) -> None:

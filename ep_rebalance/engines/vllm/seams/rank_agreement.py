@@ -97,10 +97,18 @@ def _hear_rank_0(boards: _Boards) -> dict[str, Any]:
 def _raise_if_any_did(boards: _Boards, own: int) -> None:
     """Raises ConfigurationError on all ranks if one of them has raised one."""
     if own == 0:
-        found = boards.found.read(times=2)
-        boards.last.post(0, next((fault for fault in found if fault is not None), None))
+        boards.last.post(0, _first_verdict(boards))
     if (fault := boards.last.read(times=4)[0]) is not None:
         raise ConfigurationError(*fault)
+
+
+def _first_verdict(boards: _Boards) -> list[str] | None:
+    """Why some rank does not go on, or posted nothing; None if all go on."""
+    try:
+        found = boards.found.read(times=2)
+    except ConfigurationError as error:
+        return [error.reason, error.remedy]
+    return next((fault for fault in found if fault is not None), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,16 @@ import torch
 
 from ep_rebalance.engines.port import Session
 from ep_rebalance.engines.vllm.contract import Contract
-from ep_rebalance.engines.vllm.parallel import tokens_of_ubatch_begin
+from ep_rebalance.engines.vllm.parallel import part_of_batch
 
 CONTRACTS = (
     Contract(
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._apply_eplb_mapping",
         ("topk_ids",),
+    ),
+    *(
+        Contract(f"vllm.v1.worker.ubatching:{name}")
+        for name in ("dbo_enabled", "dbo_current_ubatch_id", "_CURRENT_CONTEXTS", "_NUM_UBATCHES")
     ),
 )
 
@@ -53,10 +57,12 @@ def attach(router: Any, session: Session, layer: int, *, tensor_rank: int) -> No
     """
 
     # Chunks are equally long: vLLM pads the batch (vllm/model_executor/models/utils.py,
-    # `sequence_parallel_chunk_impl`). Under dual-batch overlap what is chunked is a part of the batch.
-    begins = tokens_of_ubatch_begin()
+    # `sequence_parallel_chunk_impl`). Under dual-batch overlap what is chunked, and padded, is a part of it.
+    part = part_of_batch()
 
     def route(topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        return session.route(layer, topk_ids_TK, begins() + tensor_rank * topk_ids_TK.shape[0])
+        begin, end = part()
+        first = begin + tensor_rank * topk_ids_TK.shape[0]
+        return session.route(layer, topk_ids_TK, first, end)
 
     setattr(router, _ATTRIBUTE, route)
