@@ -102,9 +102,11 @@ def _count_in_turns() -> None:
     turns = itertools.cycle((True, False, False, True))
     counts_now = [next(turns)]
 
-    def count_in_turn(self: Any, layer: int, topk_ids_TK: Any, first_token: int) -> None:
+    def count_in_turn(
+        self: Any, layer: int, topk_ids_TK: Any, first_token: int, end_token: int | None = None
+    ) -> None:
         if counts_now[0]:
-            count(self, layer, topk_ids_TK, first_token)
+            count(self, layer, topk_ids_TK, first_token, end_token)
 
     def mark_in_turn(self: Any, phases_T: Any) -> None:
         if counts_now[0]:
