@@ -6,6 +6,8 @@ only the hottest experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +93,12 @@ def _hottest(
         )
         for layer, expert in zip(layers, experts, strict=True)
     ]
-    return sorted(found, key=lambda hot: (-hot.load, hot.layer, hot.expert))
+    return hottest_first(found)
+
+
+def hottest_first(experts: Iterable[HotExpert]) -> list[HotExpert]:
+    """In their order; equally hot ones by layer and number."""
+    return sorted(experts, key=lambda hot: (-hot.load, hot.layer, hot.expert))
 
 
 def _ranks_of(placement: Placement, layer: np.intp, expert: np.intp) -> list[int]:

@@ -13,7 +13,7 @@ import msgspec
 
 from ep_rebalance.telemetry.load_report import ExpertLoad
 from ep_rebalance.telemetry.metrics import COMMITS_KEPT, Activity, Commit, Observations, Status
-from ep_rebalance.telemetry.overview_report import HOTTEST, Overview
+from ep_rebalance.telemetry.overview_report import HOTTEST, Overview, hottest_first
 
 Report = TypeVar("Report", Status, Overview, ExpertLoad)
 
@@ -41,8 +41,6 @@ def whole_status(stages: Sequence[Status]) -> Status:
 
     stages: one or more, in their order.
     """
-    if len(stages) == 1:
-        return stages[0]
     whole = {}
     for field in msgspec.structs.fields(Status):
         values = [getattr(stage, field.name) for stage in stages]
@@ -61,7 +59,7 @@ def whole_overview(stages: Sequence[Overview]) -> Overview:
         status=whole_status([stage.status for stage in stages]),
         rank_load=[row for stage in stages for row in stage.rank_load] if seen else [],
         ranks_per_column=stages[0].ranks_per_column,
-        hottest=sorted(hottest, key=lambda hot: (-hot.load, hot.layer, hot.expert))[:HOTTEST],
+        hottest=hottest_first(hottest)[:HOTTEST],
     )
 
 
