@@ -86,6 +86,15 @@ class Topology:
         return (*near, "internode") if nodes > 1 else near
 
     @property
+    def internode_price(self) -> float:
+        """How many times as long a move between nodes takes as one over the fastest links that there are:
+        1 where every rank is a node of its own, and at least 1.
+        """
+        if "intranode" not in self.links_between_ranks:
+            return 1.0
+        return max(self.seconds(1.0, "internode") / self.seconds(1.0, "intranode"), 1.0)
+
+    @property
     def source_of_rank(self) -> tuple[int, ...]:
         """The source that each rank belongs to: R numbers, from 0."""
         return tuple(rank // self.ranks_per_source for rank in range(self.num_ranks))

@@ -33,6 +33,14 @@ def test_seconds_follow_the_bandwidth_of_the_link() -> None:
     assert topology.seconds(50, "internode") == 50.0
 
 
+@pytest.mark.parametrize(
+    ("node_of_rank", "price"), [((0, 0), 10.0), ((0, 0, 1), 10.0), ((0, 1, 2), 1.0)]
+)
+def test_the_fastest_link_that_there_is_has_a_price_of_one(node_of_rank, price) -> None:
+    topology = Topology(node_of_rank=node_of_rank, bytes_per_second=(100.0, 10.0, 1.0))
+    assert topology.internode_price == price
+
+
 def test_what_is_no_topology_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one rank"):
         Topology(node_of_rank=())

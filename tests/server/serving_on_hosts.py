@@ -16,15 +16,10 @@ from pathlib import Path
 from cpu_server import NotServing, ServerProcess
 from engines import V032
 from hosts import Host
-from serving import SETTINGS, STARTS, TOKENS, Server, Start, complete, environment
+from serving import STARTS, TOKENS, Server, Start, complete, environment
 
 PORT = 8000
 RPC_PORT = 13_345
-EVERY_GAIN_COUNTS = {
-    "planner": {**SETTINGS["planner"], "internode_token_price": 0.0},
-    "decision": {**SETTINGS["decision"], "horizon_steps": 1_000_000},
-}
-"""Between hosts a move is dear: after two of them the planner found none that pays for itself."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import yaml
 from engines import GPU_TOKEN_PATHS, V032
 from hosts import GIGABIT, Network, network, why_not
 from serving import PLUGIN, SETTINGS, Server, prompts_by_domain
-from serving_on_hosts import EVERY_GAIN_COUNTS, OnHosts, serving_on
+from serving_on_hosts import OnHosts, serving_on
 
 pytestmark = [*V032.marks, pytest.mark.hosts]
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def served(folder: Path, name: str, *, plugin: bool) -> Iterator[tuple[Network, 
     if reason := why_not():
         pytest.skip(reason)
     file = folder / f"{name}.yaml"
-    settings = SETTINGS | EVERY_GAIN_COUNTS | {"migration": {"max_bytes_per_step": 4096}}
+    settings = SETTINGS | {"migration": {"max_bytes_per_step": 4096}}
     file.write_text(yaml.safe_dump(settings))
     # vLLM's own experts for CPUs crash on expert parallelism: without the plugin each rank has a part of
     # every expert, and the same collectives.

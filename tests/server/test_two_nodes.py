@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from engines import V032
 from hosts import GIGABIT, Network
 from metrics_page import assert_metrics_agree, samples
 from serving import PLUGIN, SETTINGS, prompts
-from serving_on_hosts import EVERY_GAIN_COUNTS, OnHosts, serving_on
+from serving_on_hosts import OnHosts, serving_on
 
 pytestmark = [*V032.marks, pytest.mark.hosts]
 
@@ -28,7 +27,6 @@ def two_nodes(
     settings, others = (
         (*PLUGIN, "--ep-rebalance-config", str(file)) for file in (settings_file, other)
     )
-    settings += ("--ep-rebalance-config", json.dumps(EVERY_GAIN_COUNTS))
     with serving_on(two_hosts.hosts, logs / "two_nodes.log", *settings, elsewhere=others) as served:
         yield served
 

@@ -123,7 +123,7 @@ def _inputs(
         part_EC,
         slots_P,
         np.array(topology.node_of_rank, dtype=np.int64),
-        max(topology.seconds(1.0, "internode") / topology.seconds(1.0, "intranode"), 1.0),
+        topology.internode_price,
         problem.internode_token_price,
     )
 

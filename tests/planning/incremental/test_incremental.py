@@ -171,6 +171,17 @@ def test_an_equally_good_move_within_the_node_is_preferred(
     assert np.flatnonzero(changed_LR[0]).tolist() == [0, partner]
 
 
+def test_ranks_on_nodes_of_their_own_are_evened_out_however_slow_their_links_are() -> None:
+    current = on_four_ranks((0, 1), (2, 3), (4, 5), (6, 7))
+    load_E = TOKENS * np.array([12.0, 12, 8, 8, 8, 8, 8, 8])
+    slow = Topology(node_of_rank=(0, 1, 2, 3), bytes_per_second=(200e9, 20e9, 5e7))
+    target, near = (
+        plan_incremental(problem_of(np.tile(load_E, (4, 1, 1)), current, topology=topology))
+        for topology in (slow, Topology.single_node(4))
+    )
+    assert target == near != current
+
+
 @pytest.mark.parametrize(("price", "ranks"), [(0.0, [0, 1]), (0.5, [0, 2])])
 def test_replicas_spread_over_nodes_where_tokens_pay_for_the_way(
     price: float, ranks: list[int]
