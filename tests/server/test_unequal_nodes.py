@@ -25,14 +25,19 @@ NODE_OF_RANK = (0, 0, 1)
 
 
 @pytest.fixture(scope="module")
+def recorded(logs: Path) -> Path:
+    """Where the server records its load."""
+    folder = logs / "three_ranks"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
 def three_ranks(
-    two_hosts: Network, logs: Path, settings_file: str, one_rank_answers: object
+    two_hosts: Network, logs: Path, recorded: Path, settings_file: str, one_rank_answers: object
 ) -> Iterator[OnHosts]:
     """Two on the first host, one on the second, and two slots more than experts: some have replicas."""
-    more = {
-        "planner": {"redundant_experts": 2},
-        "trace": {"path": str(logs / "three_ranks.eptrace")},
-    }
+    more = {"planner": {"redundant_experts": 2}, "trace": {"path": str(recorded)}}
     settings = (*PLUGIN, "--ep-rebalance-config", settings_file)
     settings += ("--ep-rebalance-config", json.dumps(more))
     with serving_on(two_hosts.hosts, logs / "three_ranks.log", *settings, ranks=RANKS) as served:
@@ -48,7 +53,7 @@ def test_three_ranks_on_two_hosts_answer_as_one_rank_without_the_plugin(
 
 
 def test_experts_are_fetched_from_the_own_host_where_it_has_them(
-    three_ranks: OnHosts, logs: Path
+    three_ranks: OnHosts, recorded: Path
 ) -> None:
     server = three_ranks.server
     status = server.drive_until(
@@ -57,7 +62,8 @@ def test_experts_are_fetched_from_the_own_host_where_it_has_them(
             and not s["migrating"]
         )
     )
-    trace = TraceReader(logs / "three_ranks.eptrace")
+    (file,) = recorded.glob("*.eptrace")
+    trace = TraceReader(file)
     assert tuple(trace.head.node_of_rank) == NODE_OF_RANK
     placements = [
         record.placement

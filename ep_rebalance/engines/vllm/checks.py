@@ -26,6 +26,7 @@ def check(vllm_config: Any, config: RebalanceConfig) -> None:
     """Raises ConfigurationError for the first thing that could not be served."""
     _check_contracts()
     _check_parallel(vllm_config.parallel_config)
+    _check_kernel(vllm_config.kernel_config)
     _check_adapters(vllm_config.lora_config, config)
     _check_weight_transfer(vllm_config.weight_transfer_config, config)
     _check_loader(vllm_config.load_config, config)
@@ -83,6 +84,16 @@ def _check_parallel(parallel: Any) -> None:
             "dual-batch overlap: this vLLM does not tell which tokens a part of the batch has, so prefill "
             "could not be told from decode, nor padding from tokens.",
             "use vLLM 0.33, or drop --enable-dbo.",
+        )
+
+
+def _check_kernel(kernel: Any) -> None:
+    """Their experts are a module of their own (vllm/config/kernel.py, NATIVE_MEGA_MOE_BACKENDS)."""
+    if kernel.moe_backend.endswith("mega_moe"):
+        raise ConfigurationError(
+            f"--moe-backend {kernel.moe_backend} takes tokens to experts without vLLM's router, so nothing can "
+            "be counted.",
+            "choose another backend with --moe-backend, or serve without --plugin ep_rebalance.",
         )
 
 
