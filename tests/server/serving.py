@@ -84,6 +84,7 @@ class Server:
     """A running `vllm serve` of tiny_moe.
 
     tokens: of each answer.
+    model: that is asked; the name of an adapter may take its place.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Server:
         *,
         address: str = HOST,
     ) -> None:
+        self.model = "tiny_moe"
         self.process = process
         self.url = f"http://{address}:{port}"
         self.log = log
@@ -119,7 +121,7 @@ class Server:
 
     def _complete(self, text: str, **more: Any) -> dict[str, Any]:
         body = {
-            "model": "tiny_moe",
+            "model": self.model,
             "prompt": text,
             "max_tokens": self.tokens,
             "temperature": 0,

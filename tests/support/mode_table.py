@@ -103,14 +103,23 @@ MODES = (
     Mode(
         "Sleep",
         "--enable-sleep-mode",
-        limits="Does nothing on CPU: not run.",
+        limits="vLLM refuses it on CPU: not run.",
     ),
     Mode(
         "LoRA adapters of attention",
         "--lora-target-modules q_proj o_proj",
-        limits="Accepted; no server was asked.",
+        servers=("test_answers_of_an_adapter_are_those_of_one_rank_while_experts_move",),
     ),
     Mode("LoRA adapters of experts", "--lora-target-modules q_proj experts"),
+    Mode(
+        "Several nodes",
+        servers=(
+            "test_over_a_slow_link_answers_equal_one_rank_without_the_plugin",
+            "test_three_ranks_on_two_hosts_answer_as_one_rank_without_the_plugin",
+            "test_on_three_hosts_answers_equal_one_rank_without_the_plugin",
+        ),
+        limits="By data parallelism; the hosts were network namespaces.",
+    ),
     Mode(
         "Several API servers",
         servers=("test_metrics_of_two_api_servers_agree_with_the_status",),
