@@ -84,7 +84,6 @@ class Server:
     """A running `vllm serve` of tiny_moe.
 
     tokens: of each answer.
-    model: that is asked; the name of an adapter may take its place.
     """
 
     def __init__(
@@ -96,7 +95,6 @@ class Server:
         *,
         address: str = HOST,
     ) -> None:
-        self.model = "tiny_moe"
         self.process = process
         self.url = f"http://{address}:{port}"
         self.log = log
@@ -121,7 +119,7 @@ class Server:
 
     def _complete(self, text: str, **more: Any) -> dict[str, Any]:
         body = {
-            "model": self.model,
+            "model": "tiny_moe",
             "prompt": text,
             "max_tokens": self.tokens,
             "temperature": 0,
