@@ -56,6 +56,7 @@ from ep_rebalance.planning.problem import Problem
 from ep_rebalance.planning.proposal import plan_budget, planned_load
 from ep_rebalance.routing.device_tables import DispatchTables, RoutingTables
 from ep_rebalance.telemetry.events import BatchCommitted, SnapshotTaken
+from ep_rebalance.telemetry.file_health import FileHealth
 from ep_rebalance.telemetry.imbalance import BalanceThread, RankBalance
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.telemetry.metrics import Status, encode
@@ -410,7 +411,7 @@ def _recorder(d: Deployment) -> tuple[Recorder, int]:
     recorder = Recorder(d.config.trace.model_copy(update={"path": str(folder)}), head)
     recorder.snapshot(Snapshot(sample=d.samples[0], agreed=NOTHING_AGREED), d.served, 0, None)
     recorder.flush()
-    (file,) = folder.glob("*")
+    (file,) = folder.glob("*.eptrace")
     before = file.stat().st_size
     recorder.snapshot(Snapshot(sample=d.samples[0], agreed=NOTHING_AGREED), d.served, 1, None)
     recorder.flush()
@@ -501,9 +502,7 @@ def _reports(d: Deployment) -> list[Stage]:
         journal.apply(SnapshotTaken(sample, d.served))
 
     def status() -> Status:
-        return journal.report(
-            d.served, d.config.metrics, steps=1, paused=False, lost_trace_records=0
-        )
+        return journal.report(d.served, d.config.metrics, steps=1, paused=False, files=FileHealth())
 
     def encoded() -> dict[str, bytes]:
         return {
@@ -541,7 +540,7 @@ def _reports(d: Deployment) -> list[Stage]:
                     MetricsConfig(layer_rank_tokens=True),
                     steps=1,
                     paused=False,
-                    lost_trace_records=0,
+                    files=FileHealth(),
                 )
             ),
             MetricsConfig(layer_rank_tokens=True),

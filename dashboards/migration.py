@@ -189,11 +189,15 @@ _HEALTH = Row(
         ),
         timeseries(
             "Stuck, paused, moving",
-            "1 while the state lasts; serving goes on in all three.",
+            "1 while the state lasts; serving goes on in all of them.",
             (
                 Query(expr=f"max({ours('stuck')})", legend="stuck", colour=FAULT),
                 Query(expr=f"max({ours('paused')})", legend="paused", colour=WITHOUT),
                 Query(expr=f"max({ours('migrating')})", legend="moving experts", colour=GOOD),
+                Query(
+                    expr=f"max by (file) ({ours('file_failing')})",
+                    legend="{{file}} cannot be written",
+                ),
             ),
             lowest=0,
             highest=1,

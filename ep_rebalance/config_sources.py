@@ -12,8 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
+from ep_rebalance.regular_files import read_regular
 
 ENVIRONMENT_PREFIX = "EP_REBALANCE_"
+
+_MAX_BYTES = 1 << 20
 
 
 def load_config(*layers: Any) -> RebalanceConfig:
@@ -40,7 +43,8 @@ def load_config(*layers: Any) -> RebalanceConfig:
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML or JSON file. Raises ConfigurationError for anything else."""
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = read_regular(Path(path), _MAX_BYTES).decode()
+        settings = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(
             f"the configuration file {str(path)!r} cannot be read ({error}).",

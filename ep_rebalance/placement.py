@@ -59,7 +59,9 @@ class Placement:
     num_ranks: int
 
     def __post_init__(self) -> None:
-        slots_LP = np.array(self.slots_LP, dtype=np.int32)
+        slots_LP = np.asarray(self.slots_LP)
+        if slots_LP.dtype.kind not in "iu":
+            raise PlacementError(f"slots must be whole numbers, got {slots_LP.dtype}")
         if slots_LP.ndim != 2 or 0 in slots_LP.shape:
             raise PlacementError(f"slots must be [layers, slots], got shape {slots_LP.shape}")
         if self.num_ranks < 1 or slots_LP.shape[1] % self.num_ranks:
@@ -67,10 +69,13 @@ class Placement:
                 f"{slots_LP.shape[1]} slots cannot be shared evenly by {self.num_ranks} ranks"
             )
         self._check_experts(slots_LP)
+        slots_LP = slots_LP.astype(
+            np.int32
+        )  # a copy, and only now: a larger number would wrap around
         slots_LP.flags.writeable = False
         object.__setattr__(self, "slots_LP", slots_LP)
 
-    def _check_experts(self, slots_LP: NDArray[np.int32]) -> None:
+    def _check_experts(self, slots_LP: NDArray[np.integer]) -> None:
         if slots_LP.min() < 0 or slots_LP.max() >= self.num_experts:
             raise PlacementError(
                 f"expert ids must be in 0..{self.num_experts - 1}, "
@@ -83,7 +88,7 @@ class Placement:
             raise PlacementError(f"layer {layer}: no slot holds expert {expert}")
         self._check_replicas(slots_LP, counts_LE)
 
-    def _check_replicas(self, slots_LP: NDArray[np.int32], counts_LE: NDArray[np.int32]) -> None:
+    def _check_replicas(self, slots_LP: NDArray[np.integer], counts_LE: NDArray[np.int32]) -> None:
         sorted_LRS = np.sort(slots_LP.reshape(len(slots_LP), self.num_ranks, -1), axis=2)
         twice_N3 = np.argwhere(sorted_LRS[:, :, 1:] == sorted_LRS[:, :, :-1])
         if twice_N3.size:
@@ -211,7 +216,7 @@ class RepeatingPlacement(Placement):
     worked out: what plans or migrates takes a `Placement` without repeats.
     """
 
-    def _check_replicas(self, slots_LP: NDArray[np.int32], counts_LE: NDArray[np.int32]) -> None:
+    def _check_replicas(self, slots_LP: NDArray[np.integer], counts_LE: NDArray[np.int32]) -> None:
         """Repeats are allowed, and any number."""
 
 
@@ -220,10 +225,10 @@ def _max_replicas(num_slots: int, num_experts: int, num_ranks: int) -> int:
     return min(num_slots - num_experts + 1, num_ranks, bound)
 
 
-def _replica_counts_LE(slots_LP: NDArray[np.int32], num_experts: int) -> NDArray[np.int32]:
+def _replica_counts_LE(slots_LP: NDArray[np.integer], num_experts: int) -> NDArray[np.int32]:
     layers = len(slots_LP)
     # One bincount for all layers: expert e of layer l is counted in cell l * E + e.
-    cells_LP = slots_LP + num_experts * np.arange(layers)[:, None]
+    cells_LP = slots_LP.astype(np.int64) + num_experts * np.arange(layers)[:, None]
     counts = np.bincount(cells_LP.ravel(), minlength=layers * num_experts)
     return counts.reshape(layers, num_experts).astype(np.int32)
 

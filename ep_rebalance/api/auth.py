@@ -13,10 +13,12 @@ from pathlib import Path
 from fastapi import Request
 
 from ep_rebalance.config import ConfigurationError, ControlConfig
+from ep_rebalance.regular_files import read_regular
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024
+MAX_KEY_BYTES = 64 << 10
 REFUSALS_LOGGED_EVERY = 10.0
 """Seconds: a burst of guesses must not fill the disk."""
 
@@ -92,7 +94,7 @@ class Access:
 def own_key(path: str) -> str:
     """The key in a file, without surrounding blanks. Raises ConfigurationError if there is none."""
     try:
-        key = Path(path).read_text(encoding="utf-8").strip()
+        key = read_regular(Path(path), MAX_KEY_BYTES).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"control.api_key_file={path!r} cannot be read ({error}).",

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from ep_rebalance.balancer.control import Action
+from ep_rebalance.balancer.recorder import NOT_ANSWERED
 from ep_rebalance.config import MetricsConfig
 from ep_rebalance.telemetry.load_report import ExpertLoad
 from ep_rebalance.telemetry.metrics import Status, decode
@@ -22,6 +23,10 @@ FRESH_SECONDS = 0.2
 """Up to this age an answer is reused: however many ask, the engine is asked five times a second at most."""
 
 _STATUS = "ep_rebalance_status"
+
+_NOT_HERE = "EP rank 0 is not here; ask the server of data-parallel rank 0"
+_DISK_ASKED_TIMES = 20
+_DISK_ASKED_EVERY_SECONDS = 0.1
 
 
 class EngineReports:
@@ -49,9 +54,22 @@ class EngineReports:
         """The encoded overview; None if the engine does not answer in time."""
         return await self._whole("ep_rebalance_overview", Overview)
 
-    async def record(self, on: bool) -> None:
-        """Switch the recording of the trace. Raises TimeoutError, and whatever the engine raises."""
-        await self._change("ep_rebalance_record", on)
+    async def record(self, on: bool) -> str:
+        """Switch the recording of the trace. Returns "" or why nothing is recorded.
+
+        Raises TimeoutError, and whatever the engine raises.
+        """
+        if not any(await self._change("ep_rebalance_record", on)):
+            return _NOT_HERE
+        answer = NOT_ANSWERED if on else ""
+        for _ in range(_DISK_ASKED_TIMES):
+            if answer != NOT_ANSWERED:
+                break
+            # A disk answers in a thread of its own; the engine's steps do not wait for it.
+            await asyncio.sleep(_DISK_ASKED_EVERY_SECONDS)
+            told = [told for told in await self._ask("ep_rebalance_record_answer") if told]
+            answer = NOT_ANSWERED if NOT_ANSWERED in told else "; ".join(told)
+        return answer
 
     async def ask(self, action: Action) -> str:
         """Pass on an operator's request. Returns "" or why it cannot be followed; raises as `record` does."""
@@ -59,7 +77,7 @@ class EngineReports:
         # API server's engines.
         answers = [a for a in await self._change("ep_rebalance_ask", action) if a is not None]
         if not answers:
-            return "EP rank 0 is not here; ask the server of data-parallel rank 0"
+            return _NOT_HERE
         # A request that some stages follow is followed.
         return "" if "" in answers else str(answers[0])
 

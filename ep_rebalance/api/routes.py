@@ -133,7 +133,8 @@ async def _record(served: Served, request: Request) -> dict[str, str]:
         raise Refused(400, "say ?on=true or ?on=false")
     if served.config.trace.path is None:
         raise Refused(409, "there is nowhere to record to: start with trace.path")
-    await served.reports.record(on)
+    if fault := await served.reports.record(on):
+        raise Refused(409, f"nothing is recorded: {fault}")
     return {"recording": "on" if on else "off"}
 
 

@@ -1,4 +1,4 @@
-"""Planner thread: planning, working out rounds, fitting quotas, writing the state file.
+"""Planner thread: planning, working out rounds, fitting quotas.
 
 All of these take too long for the step path. Nothing here talks to other ranks: `jobs.py` picks up a
 job's result or its exception, and announces it in the next snapshot.
@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -20,15 +19,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.collectives.plan_broadcast import read_plan
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load.state import (
-    FORMAT,
-    FORMAT_VERSION,
-    Header,
-    ModelIdentity,
-    SavedState,
-    save_state,
-)
-from ep_rebalance.load.window import LoadSample, window_load
+from ep_rebalance.load.window import LoadSample
 from ep_rebalance.migration.commit import PreparedMigration, Split
 from ep_rebalance.migration.configured import schedule_as_configured
 from ep_rebalance.migration.served import Served
@@ -38,7 +29,6 @@ from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposer, TimedProposal, planned_load
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
-from ep_rebalance.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +77,12 @@ class PlannerThread:
         config: RebalanceConfig,
         planner: Planner,
         topology: Topology,
-        identity: ModelIdentity,
         expert_bytes_L: Sequence[int],
         rank: int,
     ) -> None:
         self._config = config
         self._rank = rank
         self._topology = topology
-        self._identity = identity
         self._expert_bytes_L = expert_bytes_L
         self._thread = DaemonThread()
         self._cost = cost_model(config)
@@ -130,11 +118,6 @@ class PlannerThread:
     ) -> Future[Split]:
         """Fit quotas for the placement that is served to the window's load."""
         return self._thread.submit(self._fit_split, samples, served.placement, counts)
-
-    def save(self, served: Served, samples: Sequence[LoadSample]) -> None:
-        """Write the state file, if one is configured."""
-        if self._config.state.path:
-            self._thread.submit(self._save, Path(self._config.state.path), served, samples)
 
     def _propose(
         self, samples: Sequence[LoadSample], served: Served, unseen: int, step_seconds: float
@@ -177,23 +160,3 @@ class PlannerThread:
         except Exception:
             logger.exception("ep_rebalance: the quotas could not be fitted; they stay as they are")
             raise
-
-    def _save(self, path: Path, served: Served, samples: Sequence[LoadSample]) -> None:
-        header = Header(
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            identity=self._identity,
-            generation=served.generation,
-            saved_at=time.time(),
-            plugin_version=__version__,
-        )
-        state = SavedState(
-            header=header,
-            placement=served.placement,
-            quotas_LP=served.quotas_LP,
-            load_LE=window_load(samples).load_LE,
-        )
-        try:
-            save_state(path, state)
-        except OSError as error:
-            logger.warning("ep_rebalance: the state was not saved in %s: %s", path, error)

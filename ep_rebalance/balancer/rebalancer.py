@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Generator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -36,6 +37,7 @@ from ep_rebalance.balancer.loop import BalancingLoop
 from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.balancer.planner_thread import PlannerThread
 from ep_rebalance.balancer.recorder import Recorder
+from ep_rebalance.balancer.state_saver import StateSaver
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast
 from ep_rebalance.collectives.snapshot import Flags, SnapshotExchange
 from ep_rebalance.config import RebalanceConfig
@@ -54,6 +56,7 @@ from ep_rebalance.telemetry.events import (
     SnapshotTaken,
     WeightsReplaced,
 )
+from ep_rebalance.telemetry.file_health import FileHealth
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.telemetry.metrics import Status
 from ep_rebalance.telemetry.overview_report import Overview
@@ -106,7 +109,6 @@ class Rebalancer:
                 config=config,
                 planner=planner,
                 topology=model.topology,
-                identity=model.identity,
                 expert_bytes_L=self.migrator.expert_bytes_L,
                 rank=self._rank,
             ),
@@ -116,6 +118,7 @@ class Rebalancer:
             tell=self._tell,
         )
         self._recorder = recorder
+        self._saver = _saver(config, model, self._rank)
         self._control = Control(config)
         self._loop = BalancingLoop(config, replicated=model.placement.num_redundant > 0)
         self._prepared: PreparedMigration | None = None
@@ -151,7 +154,19 @@ class Rebalancer:
             self.config.metrics,
             steps=self._steps,
             paused=self._control.paused,
-            lost_trace_records=0 if self._recorder is None else self._recorder.lost,
+            files=self._files(),
+        )
+
+    def _files(self) -> FileHealth:
+        recorder, saver, faults = self._recorder, self._saver, {}
+        if recorder is not None:
+            faults["trace"] = recorder.fault
+        if saver is not None:
+            faults["state"] = saver.fault
+        return FileHealth(
+            faults=faults,
+            lost_trace_records=0 if recorder is None else recorder.lost,
+            state_saved=0.0 if saver is None else saver.saved,
         )
 
     def overview(self) -> Overview:
@@ -310,12 +325,19 @@ class Rebalancer:
         began, generation = time.perf_counter(), self.served.generation
         self._tell(MigrationBegan(prepared.migration))
         outcome = yield from self.migrator.migrate(prepared)
-        if self._rank == 0 and self.served.generation != generation:
-            self._jobs.thread.save(self.served, self._loop.window.samples())
+        if self._saver is not None and self.served.generation != generation:
+            self._saver.save(self.served, self._loop.window.samples())
         self._ended = MigrationEnd(batches=outcome.batches, abandoned=bool(outcome.fault))
         seconds = time.perf_counter() - began
         self._tell(MigrationEnded(seconds, outcome.fault, self._jobs.proposal))
         yield  # ends the step of the last commit
+
+
+def _saver(config: RebalanceConfig, model: EngineModel, rank: int) -> StateSaver | None:
+    """Rank 0's, if there is a file for the state. What is served statically was saved before."""
+    if rank or config.mode != "rebalance" or not config.state.path:
+        return None
+    return StateSaver(Path(config.state.path), model.identity)
 
 
 def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:

@@ -5,6 +5,7 @@ It knows no engine. `engines/port.py` says in which order an adapter calls what.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -234,8 +235,15 @@ class Session:
         if self._recorder is None:
             return False
         self._recorder.switch(on)
-        logger.info("ep_rebalance: the trace is %s", "recorded" if on else "not recorded")
+        logger.info("ep_rebalance: an operator asked to %s", "record" if on else "record no more")
         return True
+
+    def record_answer(self) -> str | None:
+        """What came of it: "", or why nothing is recorded; NOT_ANSWERED as long as the disk does not say.
+
+        None on a rank that has no recorder.
+        """
+        return None if self._recorder is None else self._recorder.answer
 
     def _take_up_saved_state(self) -> None:
         """Rank 0 reads the state file, and all ranks serve what it found."""
@@ -299,7 +307,8 @@ def _recorder(config: RebalanceConfig, model: EngineModel, rank: int) -> Recorde
         return None
     if model.pipeline_stage.label:
         # This may be another host than the one on which `trace.path` was looked at.
-        Path(config.trace.path).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # which the recorder will meet again, and explain
+            Path(config.trace.path).mkdir(parents=True, exist_ok=True)
     placement = model.placement
     head = TraceHead(
         model=model.identity.model,

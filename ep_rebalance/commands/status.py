@@ -57,6 +57,9 @@ def status_table(answer: dict[str, Any]) -> Table:
     table.add_row("waits for experts", _told_expert_time(answer))
     table.add_row("experts moved", str(sum(answer["migrated_experts"].values())))
     table.add_row("bytes moved", f"{sum(answer['migrated_bytes'].values()):,}")
+    for file, why in answer["file_faults"].items():
+        if why:
+            table.add_row(f"{file} not written", why)
     table.add_row("last word", answer["message"] or answer["last_decision"])
     return table
 

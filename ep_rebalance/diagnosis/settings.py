@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, read_config_file
 from ep_rebalance.diagnosis.finding import Check, Finding
 from ep_rebalance.load.state import check_writable
+from ep_rebalance.load.trace import check_folder
 
 
 def checks(file: Path | None) -> list[tuple[str, Check]]:
@@ -43,18 +43,16 @@ def settings(file: Path) -> Iterator[Finding]:
 
 def _paths(config: RebalanceConfig) -> Iterator[Finding]:
     if config.state.path is not None:
-        try:
-            check_writable(Path(config.state.path))
-            yield Finding(check="state.path", verdict="ok", found=config.state.path)
-        except ConfigurationError as error:
-            yield Finding(
-                check="state.path", verdict="problem", found=error.reason, remedy=error.remedy
-            )
+        path = Path(config.state.path)
+        yield _path("state.path", config.state.path, lambda: check_writable(path))
     if config.trace.path is not None:
-        writable = os.access(config.trace.path, os.W_OK | os.X_OK)
-        yield Finding(
-            check="trace.path",
-            verdict="ok" if writable else "problem",
-            found=config.trace.path,
-            remedy="" if writable else "create this folder, or let the server write to it",
-        )
+        folder = config.trace.path
+        yield _path("trace.path", folder, lambda: check_folder(folder))
+
+
+def _path(name: str, path: str, check_path: Callable[[], None]) -> Finding:
+    try:
+        check_path()
+    except ConfigurationError as error:
+        return Finding(check=name, verdict="problem", found=error.reason, remedy=error.remedy)
+    return Finding(check=name, verdict="ok", found=path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ep_rebalance.formats.load import ForeignLoad, FormatError
 from ep_rebalance.placement import Placement
+from ep_rebalance.regular_files import open_regular
 
 NumberedPlacement = tuple[Placement, tuple[int, ...]]
 """A placement, and the numbers that its layers have in the model."""
@@ -79,7 +80,7 @@ def beginning(path: Path, length: int) -> bytes:
     """The first `length` bytes of a file; b"" for a folder."""
     if path.is_dir():
         return b""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(length)
 
 

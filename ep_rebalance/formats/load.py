@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceHead, TraceWriter
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import Placement
+from ep_rebalance.regular_files import open_regular
 from ep_rebalance.version import __version__
 
 MAX_TEXT_BYTES = 256 << 20
@@ -53,7 +54,8 @@ def read_text(path: Path) -> str:
     """A file's text. Raises FormatError if it is too large or not UTF-8, OSError if it cannot be read."""
     _check_size(path, MAX_TEXT_BYTES)
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            return file.read().decode()
     except UnicodeDecodeError as error:
         raise FormatError(path, f"byte {error.start}", "is not UTF-8 text") from None
 

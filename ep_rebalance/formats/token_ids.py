@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.formats.format import Format, Reading
 from ep_rebalance.formats.load import ForeignLoad, FormatError, check_array_size
+from ep_rebalance.regular_files import open_regular
 
 _MAX_EXPERTS = 1 << 16
 
@@ -77,7 +78,7 @@ class _Snapshots:
 
 def _arrays(path: Path, keys: str) -> Iterator[tuple[str, NDArray[Any]]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = np.load(file, allow_pickle=False)
             if isinstance(found, np.ndarray):
                 yield path.name, found

@@ -2,16 +2,16 @@
 
 It is one `.npz` file with arrays and a JSON header, written whole or not at all (temporary file, fsync,
 rename) and read without pickle. The archive's comment is a digest of all bytes before it, which is
-checked before anything is parsed. A file that does not fit the model or the ranks is refused with the
-reason, and never overwritten.
+checked before anything is parsed. A file that does not fit the model or the ranks, or whose numbers cannot
+be, is refused with the reason, and never overwritten.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.load.unfinished import sweep, unfinished
 from ep_rebalance.placement import Placement, PlacementError
+from ep_rebalance.regular_files import REGULAR, kind_of, read_regular
 
 FORMAT = "ep-rebalance-state"
 FORMAT_VERSION = 2
@@ -30,6 +32,11 @@ FORMAT_VERSION = 2
 _DIGEST_BYTES = 64
 _HEX = frozenset(b"0123456789abcdef")
 _MAX_BYTES = 1 << 30
+_BEGINS = b"PK"
+_ARRAYS = ("slots_LP", "quotas_LP", "load_LE")
+_MAX_NUMBER = 1 << 53
+_YEAR_10000 = 253_402_300_800.0
+_ROUNDING = 1e-6
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +81,7 @@ class SavedState:
 
 
 def save_state(path: Path, state: SavedState) -> None:
-    """Write the file, or replace it atomically. Raises OSError if that fails."""
+    """Write the file, or replace it atomically; of a link its target. Raises OSError if that fails."""
     arrays: dict[str, Any] = {
         "header": np.frombuffer(msgspec.json.encode(state.header), dtype=np.uint8),
         "slots_LP": state.placement.slots_LP,
@@ -82,16 +89,19 @@ def save_state(path: Path, state: SavedState) -> None:
         "load_LE": state.load_LE,
     }
     data = _sealed(arrays)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    target = _target(path)
+    with unfinished(target.parent, target.name) as (file, temporary), file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def sweep_unfinished(path: Path) -> None:
+    """Delete what saves to `path` have left that were killed half-way."""
+    target = _target(path)
+    sweep(target.parent, target.name, _BEGINS)
 
 
 def load_state(path: Path, identity: ModelIdentity) -> SavedState | None:
@@ -100,8 +110,11 @@ def load_state(path: Path, identity: ModelIdentity) -> SavedState | None:
     Raises ConfigurationError for a file that is damaged, is something else, or belongs to another
     model or layout.
     """
-    if not path.exists():
-        return None
+    try:
+        if not kind_of(path):
+            return None
+    except OSError as error:
+        raise _refused(path, f"cannot be looked at ({error})") from None
     state = read_state(path)
     _check_identity(path, state.header.identity, identity)
     return state
@@ -114,27 +127,57 @@ def read_state(path: Path) -> SavedState:
     """
     header, arrays = _read(path)
     identity = header.identity
+    if fault := _fault_of_header(header) or _fault_of_slots(arrays["slots_LP"], identity):
+        raise _refused(path, f"is damaged: {fault}")
     try:
         placement = Placement(arrays["slots_LP"], identity.experts, identity.ep_size)
     except PlacementError as error:
         raise _refused(path, f"is damaged: {error}") from None
+    if fault := _fault_of_quotas(arrays["quotas_LP"], placement) or _fault_of_load(
+        arrays["load_LE"], placement
+    ):
+        raise _refused(path, f"is damaged: {fault}")
     return SavedState(
         header=header,
         placement=placement,
-        quotas_LP=arrays["quotas_LP"],
-        load_LE=arrays["load_LE"],
+        quotas_LP=arrays["quotas_LP"].astype(np.float64),
+        load_LE=arrays["load_LE"].astype(np.float64),
     )
 
 
 def check_writable(path: Path) -> None:
     """Raises ConfigurationError if a state file could not be written to `path` later."""
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        why = "is a folder" if path.is_dir() else f"cannot be written in folder {str(folder)!r}"
-        raise ConfigurationError(
-            f"state.path={str(path)!r} {why}.",
-            "name a file in an existing folder that the server may write, or drop state.path.",
-        )
+    folder = _target(path).parent
+    try:
+        kind = kind_of(path)
+        writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        kind, writable = f"no path that can be looked at ({error})", False
+    if kind in ("", REGULAR) and writable:
+        return
+    why = f"cannot be written in folder {str(folder)!r}" if kind in ("", REGULAR) else f"is {kind}"
+    raise ConfigurationError(
+        f"state.path={str(path)!r} {why}.",
+        "name a file in an existing folder that the server may write, or drop state.path.",
+    )
+
+
+def _target(path: Path) -> Path:
+    """The file itself, where `path` is a link to it."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # such as a NUL in the path
+        return path.absolute()
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the new name outlives a loss of power, where the file system can promise that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _sealed(arrays: dict[str, Any]) -> bytes:
@@ -153,11 +196,9 @@ def _digest(content: bytes) -> bytes:
 
 
 def _unsealed(path: Path) -> bytes:
-    """The bytes of the file, if their digest is right. Raises ValueError otherwise."""
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
-    data = path.read_bytes()
-    if not data.startswith(b"PK"):
+    """The bytes of the file, if their digest is right. Raises ValueError or OSError otherwise."""
+    data = read_regular(path, _MAX_BYTES)
+    if not data.startswith(_BEGINS):
         raise ValueError("it is not an archive of arrays")
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if not _HEX.issuperset(digest):
@@ -173,17 +214,78 @@ def _unsealed(path: Path) -> bytes:
 def _read(path: Path) -> tuple[Header, dict[str, NDArray[Any]]]:
     try:
         archive = np.load(io.BytesIO(_unsealed(path)), allow_pickle=False)
-        arrays = {name: np.asarray(archive[name]) for name in archive.files}
-        header = msgspec.json.decode(arrays.pop("header").tobytes(), type=Header)
+        # An archive may hold more than it takes on disk.
+        if sum(entry.file_size for entry in archive.zip.infolist()) > _MAX_BYTES:
+            raise ValueError(f"it holds more than {_MAX_BYTES} bytes")
+        names = set(archive.files)
+        header = msgspec.json.decode(np.asarray(archive["header"]).tobytes(), type=Header)
+        arrays = {name: np.asarray(archive[name]) for name in _ARRAYS if name in names}
     except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged files
         raise _refused(path, f"is no readable state file ({error})") from None
     if header.format != FORMAT or header.version != FORMAT_VERSION:
         raise _refused(path, f"has format {header.format!r} version {header.version}")
-    if missing := {"slots_LP", "quotas_LP", "load_LE"} - arrays.keys():
+    if missing := set(_ARRAYS) - arrays.keys():
         raise _refused(path, f"lacks {', '.join(sorted(missing))}")
     if not arrays["slots_LP"].shape == arrays["quotas_LP"].shape:
         raise _refused(path, "has slots and quotas of different shapes")
     return header, arrays
+
+
+# What cannot be, though the digest is right: why, or "".
+
+
+def _fault_of_header(header: Header) -> str:
+    identity = header.identity
+    sizes = (identity.experts, identity.ep_size, identity.redundant_experts + 1)
+    if min(sizes) < 1 or max(sizes) > _MAX_NUMBER:
+        return (
+            f"{identity.experts} experts, {identity.redundant_experts} of them redundant, on "
+            f"{identity.ep_size} ranks cannot be"
+        )
+    if not 0 <= header.generation <= _MAX_NUMBER:
+        return f"generation {header.generation} cannot be"
+    if not 0.0 <= header.saved_at < _YEAR_10000:
+        return f"it cannot have been saved at {header.saved_at}"
+    numbers = identity.moe_layers
+    if any(later <= earlier for earlier, later in zip((-1, *numbers), numbers, strict=False)):
+        return f"layers {list(numbers)} do not rise from 0"
+    return ""
+
+
+def _fault_of_slots(slots_LP: NDArray[Any], identity: ModelIdentity) -> str:
+    """What `Placement` does not look at."""
+    if slots_LP.ndim != 2:
+        return f"slots must be [layers, slots], got shape {slots_LP.shape}"
+    layers, slots = slots_LP.shape
+    if slots != identity.experts + identity.redundant_experts:
+        return f"{slots} slots for {identity.experts} experts and {identity.redundant_experts} more"
+    if identity.moe_layers and len(identity.moe_layers) != layers:
+        return f"{layers} layers with {len(identity.moe_layers)} numbers"
+    return ""
+
+
+def _fault_of_quotas(quotas_LP: NDArray[Any], placement: Placement) -> str:
+    if quotas_LP.dtype.kind != "f":
+        return f"quotas are {quotas_LP.dtype}, not floating-point numbers"
+    # NaN is in no range. An expert's quotas are parts of all its tokens.
+    if not ((quotas_LP >= 0.0) & (quotas_LP <= 1.0 + _ROUNDING)).all():
+        return "quotas must be from 0 to 1"
+    sums_LE = np.zeros((placement.num_layers, placement.num_experts))
+    layers_L1 = np.arange(placement.num_layers)[:, None]
+    np.add.at(sums_LE, (layers_L1, placement.slots_LP), quotas_LP.astype(np.float64))
+    if not (np.abs(sums_LE - 1.0) <= _ROUNDING).all():
+        layer, expert = np.argwhere(np.abs(sums_LE - 1.0) > _ROUNDING)[0]
+        return f"the quotas of expert {expert} in layer {layer} add up to {sums_LE[layer, expert]}"
+    return ""
+
+
+def _fault_of_load(load_LE: NDArray[Any], placement: Placement) -> str:
+    wanted = (placement.num_layers, placement.num_experts)
+    if load_LE.shape != wanted or load_LE.dtype.kind != "f":
+        return f"the load is {load_LE.dtype} {load_LE.shape}, not floating-point {wanted}"
+    if not ((load_LE >= 0.0) & (load_LE < np.inf)).all():
+        return "the load must be finite, and not below 0"
+    return ""
 
 
 def _check_identity(path: Path, saved: ModelIdentity, wanted: ModelIdentity) -> None:

@@ -33,6 +33,7 @@ from ep_rebalance.telemetry.events import (
     SnapshotTaken,
     WeightsReplaced,
 )
+from ep_rebalance.telemetry.file_health import FileHealth
 from ep_rebalance.telemetry.imbalance import BalanceThread, RankBalance
 from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
 from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Commit, PlanOutcome, Status
@@ -85,7 +86,7 @@ class Journal:
         *,
         steps: int,
         paused: bool,
-        lost_trace_records: int,
+        files: FileHealth,
     ) -> Status:
         """The status, brought up to date.
 
@@ -96,7 +97,10 @@ class Journal:
         status.steps = steps
         status.reported_timestamp = time.time()
         status.paused = int(paused)
-        status.lost_trace_records = lost_trace_records
+        status.lost_trace_records = files.lost_trace_records
+        status.file_faults = dict(files.faults)
+        status.file_failing = {name: int(bool(fault)) for name, fault in files.faults.items()}
+        status.state_saved_timestamp = files.state_saved
         status.imbalance = list(balance.served.of_layers())
         status.contiguous_imbalance = list(balance.contiguous.of_layers())
         # Merged, so that `predicted` stays as the last migration set it.

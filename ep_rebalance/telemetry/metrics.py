@@ -260,7 +260,22 @@ METRICS: tuple[Metric, ...] = (
         name="lost_trace_records",
         kind="counter",
         field="lost_trace_records",
-        help="Records of the trace that the disk was too slow for, or refused.",
+        help="Records of the trace that the disk was too slow for, or refused, and snapshots in files that"
+        " somebody deleted or changed while they were written.",
+    ),
+    Metric(
+        name="file_failing",
+        kind="gauge",
+        labels=("file",),
+        field="file_failing",
+        help="1 while the trace, or the state, cannot be written, 0 while it can; of those that are"
+        " configured. The status says why.",
+    ),
+    Metric(
+        name="state_saved_timestamp_seconds",
+        kind="gauge",
+        field="state_saved_timestamp",
+        help="Unix time at which the state file was last written; 0 before the first time.",
     ),
     Metric(
         name="self_tested_layers",
@@ -389,6 +404,7 @@ class Status(msgspec.Struct, kw_only=True):
     expert_tokens: for each MoE layer and logical expert; [] unless the metric is on.
     moves_planned, moves_done: experts to move in the current or last migration, and those committed.
     activity: what the loop is doing now.
+    file_faults: why `trace` or `state` cannot be written; "" if it can.
     reported_timestamp: Unix time at which this status was made.
     message: the latest news: what became of a plan, a reload of weights, or why it is stuck.
     """
@@ -448,6 +464,9 @@ class Status(msgspec.Struct, kw_only=True):
     stuck: int = 0
     reported_timestamp: float = 0.0
     lost_trace_records: int = 0
+    file_faults: dict[str, str] = {}
+    file_failing: dict[str, int] = {}
+    state_saved_timestamp: float = 0.0
     message: str = ""
 
 

@@ -133,6 +133,14 @@ def _told(values: list[str], stages: Sequence[Status]) -> str:
     return "; ".join(f"stage {pp_rank}: {value}" for pp_rank, value in told)
 
 
+def _told_by_key(values: list[dict[str, str]], stages: Sequence[Status]) -> dict[str, str]:
+    return {key: _told([value.get(key, "") for value in values], stages) for key in _keys(values)}
+
+
+def _most_by_key(values: list[dict[str, int]], stages: Sequence[Status]) -> dict[str, int]:
+    return {key: max(value.get(key, 0) for value in values) for key in _keys(values)}
+
+
 def _slowest(values: list[dict[str, float]], stages: Sequence[Status]) -> dict[str, float]:
     """The least bytes per second, and the most seconds, of any stage."""
     return {
@@ -163,7 +171,7 @@ def _keys(values: list[dict[str, Any]]) -> list[str]:
 
 _FIELDS: dict[Rule, str] = {
     _of_first: "info model experts ep_size slots config pp_rank pp_size steps phase_tokens weight_reloads",
-    _least: "started reported_timestamp expert_time_learned",
+    _least: "started reported_timestamp expert_time_learned state_saved_timestamp",
     _most: "generation step_seconds self_test_seconds last_commit_timestamp migrating paused stuck",
     _sum: "layers snapshots quota_changes moves_planned moves_done lost_trace_records",
     _sums: "plans migrated_experts migrated_bytes self_test busiest_rank_tokens",
@@ -173,6 +181,8 @@ _FIELDS: dict[Rule, str] = {
     _by_layer: "moe_layers imbalance contiguous_imbalance predicted_imbalance replicas layer_rank_tokens"
     " expert_tokens",
     _told: "message last_decision expert_time_reason",
+    _told_by_key: "file_faults",
+    _most_by_key: "file_failing",
     _slowest: "links",
     _newest: "commits",
     _observed: "plan_seconds migration_seconds commit_stall_seconds round_stall_seconds",

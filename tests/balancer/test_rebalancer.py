@@ -4,6 +4,7 @@ After every step each rank checks that each of its slots holds the expert that t
 bit for bit, and that the routing tables lead every token to its expert.
 """
 
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +25,16 @@ from balanced_engine import (
     identity,
     spoil_votes,
 )
+from disks import until
 from expert_weights import wrong_slots
 from ranks import Ranks
 
-from ep_rebalance.balancer import planner_thread
+from ep_rebalance.balancer import planner_thread, state_saver
 from ep_rebalance.kernels.shared_arithmetic import DECODE, PREFILL
 from ep_rebalance.load.state import load_state
 from ep_rebalance.planning import proposal
 from ep_rebalance.planning.cost_model import TokenCost
+from ep_rebalance.telemetry import file_health
 from ep_rebalance.telemetry.metrics import Status, decode, encode
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
@@ -360,6 +363,18 @@ def save(rank, size, config):
     return engine.rebalancer.served
 
 
+def saved(path, redundant):
+    """The second generation, once it is on disk."""
+    states = []
+
+    def is_there():
+        states.append(load_state(path, identity(2, redundant)))
+        return states[-1] is not None and states[-1].header.generation == 2
+
+    until(is_there)
+    return states[-1]
+
+
 def take_up(rank, size, config, state):
     engine = Engine(rank, size, config)
     engine.rebalancer.migrator.restore(state.placement, state.quotas_LP, state.header.generation)
@@ -376,8 +391,7 @@ def test_a_saved_placement_is_taken_up_by_new_ranks(two_ranks: Ranks, tmp_path: 
     path = tmp_path / "state.npz"
     config = eager({"planner": {"redundant_experts": redundant}, "state": {"path": str(path)}})
     served = two_ranks.run(save, 2, config)[0]
-    state = load_state(path, identity(2, redundant))
-    assert state is not None
+    state = saved(path, redundant)
     assert state.placement == served.placement
     assert (state.quotas_LP == served.quotas_LP).all()
     assert (state.header.generation, served.generation) == (2, 2)
@@ -405,7 +419,7 @@ def take_up_and_go_on(rank, size, config, state):
 def test_balancing_goes_on_from_a_restored_placement(two_ranks: Ranks, tmp_path: Path):
     config = eager({"state": {"path": str(tmp_path / "state.npz")}})
     two_ranks.run(save, 2, config)
-    state = load_state(Path(config.state.path), identity(2, 0))
+    state = saved(Path(config.state.path), 0)
     answers = two_ranks.run(take_up_and_go_on, 2, config, state)
     assert_in_step(answers)
     assert answers[0][-1].generation == 3
@@ -414,12 +428,40 @@ def test_balancing_goes_on_from_a_restored_placement(two_ranks: Ranks, tmp_path:
 def save_where_it_cannot_be(rank, size, config):
     engine = Engine(rank, size, config)
     engine.run_until(has_generation(2))
-    return engine.rebalancer.status.plans["committed"]
+    if rank == 0:
+        until(lambda: engine.rebalancer.status_now().file_failing["state"])
+    status = engine.rebalancer.status_now()
+    return status.plans["committed"], status.file_faults, status.state_saved_timestamp
 
 
-def test_a_state_file_that_cannot_be_written_stops_nothing(two_ranks: Ranks, tmp_path: Path):
+def test_a_state_file_that_cannot_be_written_stops_nothing_and_is_told(two_ranks, tmp_path: Path):
     config = eager({"state": {"path": str(tmp_path / "missing" / "state.npz")}})
-    assert two_ranks.run(save_where_it_cannot_be, 2, config) == [2, 2]
+    (first, faults, saved_at), other = two_ranks.run(save_where_it_cannot_be, 2, config)
+    assert (first, saved_at) == (2, 0.0)
+    assert "No such file" in faults["state"]
+    assert other == (2, {}, 0.0)
+
+
+def save_on_a_disk_that_hangs(rank, size, config):
+    goes_on = threading.Event()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(state_saver, "save_state", lambda path, state: goes_on.wait(60))
+        patched.setattr(file_health, "OVERDUE_SECONDS", 0.05)
+        engine = Engine(rank, size, config)
+        engine.run_until(has_generation(2))
+        if rank == 0:
+            until(lambda: engine.rebalancer.status_now().file_failing["state"])
+        status = engine.rebalancer.status_now()
+        goes_on.set()
+        return status.plans["committed"], status.stuck, status.file_faults
+
+
+def test_a_disk_that_hangs_holds_up_no_plan_and_is_told(two_ranks, tmp_path: Path):
+    config = eager({"state": {"path": str(tmp_path / "state.npz")}})
+    (committed, stuck, faults), other = two_ranks.run(save_on_a_disk_that_hangs, 2, config)
+    assert (committed, stuck) == (2, 0)
+    assert "the disk has not taken the state for" in faults["state"]
+    assert other == (2, 0, {})
 
 
 # --- an operator's requests

@@ -653,6 +653,42 @@ def test_a_state_path_that_cannot_be_written_is_refused(create, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", ["rebalance", "static"])
+def test_a_state_path_that_is_a_fifo_is_refused_without_waiting(create, tmp_path, mode):
+    path = tmp_path / "state.npz"
+    os.mkfifo(path)
+    assert_refused(
+        create, [str(path), "is a FIFO"], ["state.path"],
+        {"mode": mode, "state": {"path": str(path)}},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["is a FIFO", "is a regular file", "is a device", "does not exist"]
+)
+def test_a_trace_path_that_is_no_folder_is_refused(create, tmp_path, kind):
+    path = tmp_path / "traces"
+    match kind:
+        case "is a FIFO":
+            os.mkfifo(path)
+        case "is a regular file":
+            path.write_text("")
+            path.chmod(0o777)
+        case "is a device":
+            path = "/dev/null"
+    settings = {"mode": "observe", "trace": {"path": str(path)}}
+    assert_refused(create, [f"trace.path='{path}' {kind}"], ["create it"], settings)
+
+
+def test_the_trace_folder_of_each_pipeline_stage_is_looked_at(create, tmp_path):
+    (tmp_path / "stage-1").write_text("")
+    assert_refused(
+        create, ["stage-1' is a regular file"], ["create it"],
+        {"mode": "observe", "trace": {"path": str(tmp_path)}},
+        pipeline_parallel_size=2,
+    )  # fmt: skip
+
+
 def test_static_without_its_file_is_refused(create, tmp_path):
     path = tmp_path / "state.npz"
     assert_refused(

@@ -11,6 +11,7 @@ import pytest
 from engine_clients import ROUTES, STATUS, EngineClient
 from fastapi import FastAPI
 
+from ep_rebalance.balancer.recorder import NOT_ANSWERED
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
 
 CHANGES = {
@@ -203,6 +204,33 @@ def test_a_server_without_ep_rank_0_sends_on_to_the_one_that_has_it():
     (answer,) = ask(engine, "pause", method="POST", token="operator")
     assert answer.status_code == 409
     assert "data-parallel rank 0" in answer.json()["error"]
+
+
+def test_a_server_without_ep_rank_0_records_nothing_and_says_so():
+    engine = EngineClient(**ENABLED)
+    engine.says = None
+    (answer,) = ask(engine, "record?on=true", method="POST", token="operator")
+    assert answer.status_code == 409
+    assert "data-parallel rank 0" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("disk", "code", "told"),
+    [
+        pytest.param([""], 200, "on", id="it records"),
+        pytest.param([NOT_ANSWERED, NOT_ANSWERED, ""], 200, "on", id="after a while"),
+        pytest.param([NOT_ANSWERED], 409, f"nothing is recorded: {NOT_ANSWERED}", id="it hangs"),
+        pytest.param([NOT_ANSWERED, "full"], 409, "nothing is recorded: full", id="it refuses"),
+        pytest.param(["dead"], 409, "nothing is recorded: dead", id="the thread has ended"),
+    ],
+)
+def test_recording_is_on_only_if_the_disk_takes_it(disk, code, told):
+    engine = EngineClient(**ENABLED)
+    engine.disk = disk
+    (answer,) = ask(engine, "record?on=true", method="POST", token="operator")
+    assert (answer.status_code, list(answer.json().values())) == (code, [told])
+    (answer,) = ask(engine, "record?on=false", method="POST", token="operator")
+    assert answer.json() == {"recording": "off"}
 
 
 @pytest.mark.parametrize("route", CHANGES)

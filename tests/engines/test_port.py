@@ -270,6 +270,24 @@ def test_a_stage_makes_the_folder_of_its_trace_on_whatever_host_it_is(two_ranks,
     assert (path / "stage-1").is_dir()
 
 
+def record_where_another_does(rank, config):
+    model = TinyEngine(rank, eager(), Checkpoint.of(1)).session._model
+    session = Session(config, model)
+    try:
+        Session(config, model)
+    except ConfigurationError as error:
+        return session.record(True), error.reason
+    return session.record(True), ""
+
+
+def test_a_second_server_on_a_trace_folder_is_refused_at_start(two_ranks, tmp_path):
+    config = eager({"trace": {"path": str(tmp_path)}, "mode": "observe"})
+    (first, refused), (other, _) = two_ranks.run(record_where_another_does, config)
+    assert (first, other) == (True, False)
+    assert str(tmp_path) in refused
+    assert "already" in refused
+
+
 def refusal_of_sizes(rank):
     placement = Placement.contiguous(num_layers=1, num_experts=4, num_ranks=4)
     with pytest.raises(ValueError, match="a group of 2 ranks, a placement of 4"):

@@ -1,8 +1,11 @@
 """The state file: what is written is read, and nothing else is taken for it."""
 
 import io
+import json
+import math
 import pickle
 import random
+import signal
 import tracemalloc
 import zipfile
 from dataclasses import replace
@@ -11,6 +14,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from disks import room_for, run
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from mutations import MUTATIONS, mutated
 from saved_states import HEADER, IDENTITY, PLACEMENT, STATE
 
@@ -23,13 +30,16 @@ from ep_rebalance.load.state import (
     load_state,
     read_state,
     save_state,
+    sweep_unfinished,
 )
 
 
-def arrays_of(header: Header = HEADER, **changes) -> dict:
+def arrays_of(header: Header | np.ndarray | None = HEADER, **changes) -> dict:
     """The arrays of a whole file, with some of them changed or, if None, left out."""
+    if isinstance(header, Header):
+        header = np.frombuffer(msgspec.json.encode(header), dtype=np.uint8)
     arrays = {
-        "header": np.frombuffer(msgspec.json.encode(header), dtype=np.uint8),
+        "header": header,
         "slots_LP": PLACEMENT.slots_LP,
         "quotas_LP": STATE.quotas_LP,
         "load_LE": STATE.load_LE,
@@ -198,6 +208,156 @@ def test_a_file_with_other_contents_is_refused(tmp_path: Path, arrays, words):
     assert_refused(path, *words)
 
 
+HUGE = 2**70
+BAD_NUMBERS = [math.nan, math.inf, -math.inf, -1e-3, -8.6e9]
+BAD_FIELDS = {
+    "generation": st.sampled_from([-5, -1, HUGE, 2**53 + 1, 1.5, "7", None, True, [7]]),
+    "saved_at": st.sampled_from([-1.0, 1e300, "now", None, HUGE]),
+    "plugin_version": st.sampled_from([1, None, []]),
+    "format": st.sampled_from(["", "other", 1, None]),
+    "version": st.sampled_from([0, 1, 3, -2, "2", None, HUGE]),
+}
+BAD_IDENTITY = {
+    "model": st.sampled_from([None, 3, ["m"]]),
+    "config_hash": st.sampled_from([None, 3, {}]),
+    "experts": st.sampled_from([0, -4, 3, 5, HUGE, 4.5, "4", None]),
+    "ep_size": st.sampled_from([0, -2, 4, 5, HUGE, 2.5, "2", None]),
+    "redundant_experts": st.sampled_from([-1, 0, 3, HUGE, 2.5, "2", None]),
+    "moe_layers": st.sampled_from(
+        [[1, 2], [3, 2, 1], [1, 1, 2], [-1, 0, 1], [1, 2, 3, 4], "123", 3]
+    ),
+}
+DTYPES = ["U8", "S8", "?", "c16", "i8", "V8", "M8[s]", "m8[s]", [("a", "f8")]]
+
+
+@st.composite
+def bad_floats(draw, whole: np.ndarray, *, above: float | None = None) -> np.ndarray:
+    """An array of floating-point numbers that cannot be in the place of `whole`."""
+    kind = draw(st.sampled_from(["number", "dtype", "shape", "zeros"]))
+    if kind == "dtype":
+        return np.zeros(whole.shape, draw(st.sampled_from(DTYPES)))
+    if kind == "shape":
+        shapes = st.sampled_from([(), (0,), (3,), (2, 6), (3, 5), (6, 3), (3, 6, 1), (0, 6)])
+        shape = draw(shapes.filter(lambda shape: shape != whole.shape))
+        return np.ones(shape)
+    if kind == "zeros" and above is not None:
+        return np.zeros_like(whole)
+    changed = whole.copy()
+    place = tuple(draw(st.integers(0, size - 1)) for size in whole.shape)
+    more = [] if above is None else [above, 1.5, 1e300]
+    changed[place] = draw(st.sampled_from(BAD_NUMBERS + more))
+    return changed
+
+
+@st.composite
+def bad_slots(draw) -> np.ndarray:
+    slots = PLACEMENT.slots_LP
+    kind = draw(st.sampled_from(["float", "dtype", "number", "shape", "wrapped"]))
+    if kind == "float":
+        return slots + draw(st.sampled_from([0.0, 0.5, math.nan]))
+    if kind == "dtype":
+        return np.zeros(slots.shape, draw(st.sampled_from([d for d in DTYPES if d != "i8"])))
+    if kind == "shape":
+        return draw(st.sampled_from([slots[0], slots[:, :4], slots[:0], slots[..., None], slots.T]))
+    if kind == "wrapped":  # the same numbers, if they were cut down to 32 bits
+        return slots.astype(np.int64) + draw(st.sampled_from([1, -1, 3])) * 2**32
+    changed = slots.astype(np.int64)
+    place = tuple(draw(st.integers(0, size - 1)) for size in slots.shape)
+    changed[place] = draw(st.sampled_from([-1, 4, 2**31 - 1, -(2**31)]))
+    return changed
+
+
+def sealed_with(folder: Path, arrays: dict) -> Path:
+    """A file of these arrays with the right digest, as only somebody who means it would make."""
+    path = folder / "state.npz"
+    path.write_bytes(state._sealed(arrays))
+    return path
+
+
+def header_with(**changes) -> np.ndarray:
+    """The header's JSON with fields changed, whatever their types."""
+    fields = msgspec.to_builtins(HEADER)
+    fields["identity"] |= {k: v for k, v in changes.items() if k in fields["identity"]}
+    fields |= {k: v for k, v in changes.items() if k in fields}
+    return np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
+
+
+def test_what_these_tests_change_is_whole_before(tmp_path: Path):
+    path = sealed_with(tmp_path, arrays_of(header=header_with()))
+    assert load_state(path, IDENTITY) is not None
+    assert {*BAD_FIELDS, "identity"} == {*Header.__struct_fields__}
+    assert {*BAD_IDENTITY} == {*ModelIdentity.__struct_fields__}
+
+
+@pytest.mark.parametrize("field", [*BAD_FIELDS, *BAD_IDENTITY])
+@seed(0)
+@given(data=st.data())
+def test_a_header_that_cannot_be_is_refused(tmp_path_factory, field, data):
+    value = data.draw((BAD_FIELDS | BAD_IDENTITY)[field])
+    path = sealed_with(
+        tmp_path_factory.mktemp("s"), arrays_of(header=header_with(**{field: value}))
+    )
+    with pytest.raises(ConfigurationError):
+        read_state(path)
+
+
+@seed(0)
+@settings(max_examples=200)
+@given(
+    changed=bad_slots().map(lambda a: {"slots_LP": a})
+    | bad_floats(STATE.quotas_LP, above=1.1).map(lambda a: {"quotas_LP": a})
+    | bad_floats(STATE.load_LE).map(lambda a: {"load_LE": a})
+)
+def test_an_array_that_cannot_be_is_refused(tmp_path_factory, changed):
+    path = sealed_with(tmp_path_factory.mktemp("s"), arrays_of(**changed))
+    assert_refused(path)
+
+
+@seed(0)
+@settings(max_examples=200)
+@given(
+    quotas=arrays(np.float64, (3, 6), elements=st.floats() | st.sampled_from([0.0, 0.5, 1.0])),
+    load=arrays(np.float64, (3, 4), elements=st.floats() | st.floats(0, 1e9)),
+    whole=st.booleans(),
+)
+def test_whatever_is_read_can_be_served(tmp_path_factory, quotas, load, whole):
+    """Quotas that are parts of each expert's tokens, and a load that is finite; else it is refused."""
+    if whole:
+        quotas = STATE.quotas_LP
+    path = sealed_with(tmp_path_factory.mktemp("s"), arrays_of(quotas_LP=quotas, load_LE=load))
+    try:
+        read = read_state(path)
+    except ConfigurationError:
+        right = [math.isclose(quotas[0][PLACEMENT.slots_LP[0] == e].sum(), 1) for e in range(4)]
+        assert not (all(right) and whole and np.isfinite(load).all() and (load >= 0).all())
+        return
+    assert np.isfinite(read.load_LE).all()
+    assert (read.load_LE >= 0).all()
+    for slots_P, quotas_P in zip(PLACEMENT.slots_LP, read.quotas_LP, strict=True):
+        assert ((quotas_P >= 0) & (quotas_P <= 1.001)).all()
+        for expert in range(4):
+            assert quotas_P[slots_P == expert].sum() == pytest.approx(1.0)
+
+
+def test_quotas_that_leave_a_replica_without_tokens_are_right(tmp_path: Path):
+    """With `planner.objective: time` a step that reads sends all tokens of an expert to one slot."""
+    quotas_LP = np.ones((3, 6))
+    quotas_LP[:, 4:] = 0.0
+    assert read_state(sealed_with(tmp_path, arrays_of(quotas_LP=quotas_LP))).quotas_LP[0, 4] == 0.0
+
+
+def test_an_archive_that_unpacks_to_more_than_it_may_is_not_unpacked(tmp_path: Path, monkeypatch):
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays_of(load_LE=np.zeros(1 << 20)))
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.comment = b"0" * 64
+    content = packed.getvalue()[:-64]
+    path = tmp_path / "state.npz"
+    path.write_bytes(content + state._digest(content))
+    monkeypatch.setattr(state, "_MAX_BYTES", 1 << 20)
+    assert_refused(path, "holds more than")
+
+
 class Bomb:
     def __reduce__(self):
         return Path.touch, (Path("went-off"),)
@@ -236,6 +396,56 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch):
         save_state(path, STATE)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.npz"]
+
+
+def test_of_a_link_the_target_is_written(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    for place, target in (("one", "disk/state.npz"), ("two", "one"), ("far", tmp_path / "disk/s")):
+        (tmp_path / place).symlink_to(target)
+        check_writable(tmp_path / place)
+        save_state(tmp_path / place, STATE)
+        assert (tmp_path / place).is_symlink()
+        assert load_state(tmp_path / place, IDENTITY) is not None
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["s", "state.npz"]
+    assert not (tmp_path / "disk" / "state.npz").is_symlink()
+
+
+def test_a_link_into_a_missing_folder_is_refused(tmp_path: Path):
+    (tmp_path / "state.npz").symlink_to("missing/state.npz")
+    with pytest.raises(ConfigurationError, match="cannot be written in folder"):
+        check_writable(tmp_path / "state.npz")
+
+
+KILLED_HALF_WAY = """
+import os, signal, sys
+from pathlib import Path
+from saved_states import STATE
+from ep_rebalance.load import state
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+state.save_state(Path(sys.argv[1]), STATE)
+"""
+
+
+def test_saves_that_are_killed_leave_the_old_file_and_are_swept_at_start(tmp_path: Path):
+    path = whole_file(tmp_path)
+    before = path.read_bytes()
+    (tmp_path / "link.npz").symlink_to(path)
+    for named in (path, tmp_path / "link.npz"):
+        assert run(KILLED_HALF_WAY, named).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".state.npz.*"))) == 2
+    assert path.read_bytes() == before
+    sweep_unfinished(tmp_path / "link.npz")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link.npz", "state.npz"]
+
+
+def test_a_disk_that_takes_only_a_part_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path):
+    path = whole_file(tmp_path)
+    before = path.read_bytes()
+    (tmp_path / "empty").write_bytes(b"")
+    with room_for(tmp_path / "empty", 100), pytest.raises(OSError, match="too large"):
+        save_state(path, STATE)
+    assert path.read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["empty", "state.npz"]
 
 
 def test_a_missing_folder_is_an_os_error(tmp_path: Path):

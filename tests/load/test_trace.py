@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-import contextlib
+import errno
+import itertools
 import math
+import os
 import random
-import resource
-import signal
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from disks import room_for
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -166,19 +166,6 @@ def test_a_new_file_begins_with_the_placement_of_its_time(tmp_path: Path) -> Non
     assert same(records_of(writer.files()[1])[0], contiguous(head, 4, 9))
 
 
-@contextlib.contextmanager
-def room_for(path: Path, more: int) -> Iterator[None]:
-    """No file may grow beyond what `path` has and `more` bytes: a write ends there, as on a full disk."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_behind_a_record_that_found_no_room_nothing_is_written(tmp_path: Path) -> None:
     head = head_of()
     writer = TraceWriter(tmp_path, "load", head)
@@ -197,6 +184,91 @@ def test_behind_a_record_that_found_no_room_nothing_is_written(tmp_path: Path) -
     kept = [records_of(path) for path in writer.files()]
     assert [len(records) for records in kept] == [3, 4]
     assert all(same(*pair) for pair in zip(kept[1][1:], seen[3:], strict=True))
+
+
+def test_what_a_disk_took_of_a_record_is_cut_off(tmp_path: Path) -> None:
+    head = head_of()
+    writer = TraceWriter(tmp_path, "load", head)
+    seen = list(snapshots(head, 3))
+    for record in (contiguous(head), *seen[:2]):
+        writer.write(record)
+    (path,) = writer.files()
+    whole = path.read_bytes()
+    with room_for(path, 20), pytest.raises(OSError, match="too large"):
+        writer.write(seen[2])
+    assert path.read_bytes() == whole
+
+
+def test_a_disk_that_fails_at_the_end_of_a_file_does_not_get_more_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = head_of()
+    writer = TraceWriter(tmp_path, "load", head)
+    seen = list(snapshots(head, 2))
+    for record in (contiguous(head), seen[0]):
+        writer.write(record)
+
+    def fails(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            writer.close()
+    writer.write(seen[1])
+    writer.close()
+    assert [len(records_of(path)) for path in writer.files()] == [2, 2]
+
+
+DAY = 86_400.0
+
+
+def recorded_at(folder: Path, times: list[float]) -> list[TraceReader]:
+    """A file for each time, whose one snapshot has the number of its file as its step."""
+    head = head_of()
+    writer = TraceWriter(folder, "load", head)
+    [snapshot] = snapshots(head, 1)
+    for number, time in enumerate(times, 1):
+        writer.write(replace(contiguous(head), time=time))
+        writer.write(replace(snapshot, time=time, step=number))
+        writer.close()
+    return [TraceReader(path) for path in writer.files()]
+
+
+def steps_of(readers: list[TraceReader]) -> list[int]:
+    return [r.step for r in read_records(readers) if isinstance(r, RecordedSnapshot)]
+
+
+def test_a_clock_that_is_set_back_between_files_does_not_change_their_order(
+    tmp_path: Path,
+) -> None:
+    readers = recorded_at(tmp_path, [10 * DAY, 9 * DAY, 9.5 * DAY, 1 * DAY])
+    for order in itertools.permutations(readers):
+        assert steps_of(list(order)) == [1, 2, 3, 4]
+
+
+def test_numbers_of_more_digits_come_later(tmp_path: Path) -> None:
+    readers = recorded_at(tmp_path, [3 * DAY, 2 * DAY])
+    (tmp_path / "load-000001.eptrace").rename(tmp_path / "load-999999.eptrace")
+    (tmp_path / "load-000002.eptrace").rename(tmp_path / "load-1000000.eptrace")
+    writer = TraceWriter(tmp_path, "load", head_of())
+    readers = [TraceReader(path) for path in writer.files()]
+    assert steps_of(readers[::-1]) == [1, 2]
+    for record in (contiguous(head_of()), *snapshots(head_of(), 1)):
+        writer.write(record)
+    writer.close()
+    assert [path.name for path in writer.files()][-1] == "load-1000001.eptrace"
+
+
+def test_folders_go_by_their_time_and_files_without_a_number_too(tmp_path: Path) -> None:
+    late, early, alone = (tmp_path / name for name in ("a", "b", "c"))
+    for folder in (late, early, alone):
+        folder.mkdir()
+    readers = recorded_at(late, [5 * DAY, 4 * DAY]) + recorded_at(early, [2 * DAY, 3 * DAY])
+    [converted] = recorded_at(alone, [1 * DAY])
+    converted.path.rename(alone / "converted.eptrace")
+    readers.append(TraceReader(alone / "converted.eptrace"))
+    assert [r.time / DAY for r in read_records(readers) if r.step] == [1, 2, 3, 5, 4]
 
 
 def test_a_file_whose_beginning_found_no_room_does_not_appear(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def key_file(key: str) -> str:
 class EngineClient:
     """Answers like the workers of one engine, or not in time if it is `silent`.
 
-    asked: methods; told: methods with their arguments. says: what rank 0 answers to a request.
+    asked: methods; told: methods with their arguments. says: what rank 0 answers to a request. disk: what the
+    disk says of recording, one answer after the other; the last one goes on.
     """
 
     def __init__(self, *, active: bool = True, silent: bool = False, **settings) -> None:
@@ -46,13 +47,19 @@ class EngineClient:
         )
         self.silent = silent
         self.says: str | None = ""
+        self.disk: list[str | None] = [""]
         self.asked: list[str] = []
         self.told: list[tuple] = []
 
     async def collective_rpc(self, method: str, args: tuple = ()) -> list:
         self.asked.append(method)
-        self.told.append((method, *args))
+        if method != "ep_rebalance_record_answer":
+            self.told.append((method, *args))
         await asyncio.sleep(60 if self.silent else 0)
-        if method in ("ep_rebalance_ask", "ep_rebalance_record"):
+        if method == "ep_rebalance_ask":
             return [None, self.says]
+        if method == "ep_rebalance_record":
+            return [False, self.says is not None]
+        if method == "ep_rebalance_record_answer":
+            return [None, self.disk.pop(0) if len(self.disk) > 1 else self.disk[0]]
         return [b"", dict(ROUTES.values())[method]]

@@ -13,6 +13,7 @@ from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.problem import Plan
 from ep_rebalance.planning.proposal import Proposal, TimedProposal
 from ep_rebalance.telemetry.events import PlanProposed, SnapshotTaken
+from ep_rebalance.telemetry.file_health import FileHealth
 from ep_rebalance.telemetry.journal import Journal, initial_status
 from ep_rebalance.telemetry.metrics import encode
 from ep_rebalance.topology import Topology
@@ -71,14 +72,14 @@ def test_load_holds_what_every_expert_got_and_where_it_is_served(journal: Journa
 
 
 def test_load_adds_up_to_the_tokens_of_the_status(journal: Journal):
-    status = journal.report(SERVED, MetricsConfig(), steps=3, paused=False, lost_trace_records=0)
+    status = journal.report(SERVED, MetricsConfig(), steps=3, paused=False, files=FileHealth())
     for layer in journal.load(SERVED).layers:
         for phase, tokens in status.phase_tokens.items():
             assert sum(layer.tokens[phase]) == tokens * TOP_K
 
 
 def test_load_of_the_experts_is_not_in_the_status_unless_asked_for(journal: Journal):
-    status = journal.report(SERVED, MetricsConfig(), steps=3, paused=False, lost_trace_records=0)
+    status = journal.report(SERVED, MetricsConfig(), steps=3, paused=False, files=FileHealth())
     assert status.expert_tokens == status.replicas == []
     assert b'"expert_tokens":[],' in encode(status)
 
@@ -89,10 +90,20 @@ def test_optional_metrics_are_filled_where_they_are_switched_on(journal: Journal
         MetricsConfig(expert_tokens=True, replicas=True),
         steps=3,
         paused=False,
-        lost_trace_records=0,
+        files=FileHealth(),
     )
     assert status.expert_tokens == [[16, 10, 6, 4], [12, 8, 8, 8]]
     assert status.replicas == [2, 2]
+
+
+def test_files_that_cannot_be_written_are_told(journal: Journal):
+    files = FileHealth(
+        faults={"trace": "", "state": "no space left"}, lost_trace_records=4, state_saved=9.0
+    )
+    status = journal.report(SERVED, MetricsConfig(), steps=3, paused=False, files=files)
+    assert status.file_faults == {"trace": "", "state": "no space left"}
+    assert status.file_failing == {"trace": 0, "state": 1}
+    assert (status.lost_trace_records, status.state_saved_timestamp) == (4, 9.0)
 
 
 def proposed(expert_time: ExpertTime) -> PlanProposed:

@@ -48,6 +48,7 @@ def test_every_metric_of_the_table_is_exported_with_its_help_and_labels():
     status.expert_time = {"low": 0.4, "estimate": 0.5, "high": 0.6}
     status.replicas, status.expert_tokens = [0, 0], [[1, 2, 3, 4], [4, 3, 2, 1]]
     status.layer_rank_tokens = [[3, 7], [7, 3]]
+    status.file_failing = {"trace": 0, "state": 1}
     scrape.exporter.update(status)
     families = {family.name: family for family in scrape.registry.collect()}
     assert set(families) == {metric.full_name for metric in METRICS}

@@ -143,3 +143,18 @@ def test_a_load_has_the_layers_of_all_stages():
     whole = msgspec.json.decode(payload, type=ExpertLoad)
     assert [row.layer for row in whole.layers] == [3, 7]
     assert whole.generation == 7
+
+
+def test_a_file_of_any_stage_that_cannot_be_written_is_told_with_its_stage():
+    fine = {"file_faults": {"state": ""}, "file_failing": {"state": 0}}
+    full = {"file_faults": {"state": "full"}, "file_failing": {"state": 1}}
+    whole = whole_status(
+        [
+            stage_status(0, [0], state_saved_timestamp=9.0, **fine),
+            stage_status(1, [1], state_saved_timestamp=4.0, **full),
+        ]
+    )
+    assert whole.file_faults == {"state": "stage 1: full"}
+    assert (whole.file_failing, whole.state_saved_timestamp) == ({"state": 1}, 4.0)
+    both = whole_status([stage_status(stage, [stage], **fine) for stage in (0, 1)])
+    assert both.file_faults == {"state": ""}

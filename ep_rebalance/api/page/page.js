@@ -127,7 +127,9 @@ function showTables({ status, hottest }) {
   fill("commits", commits, { count: 10, text: [1, 9] }, "the experts are where the engine loaded them");
   const plans = Object.entries(status.plans).filter(([, count]) => count);
   show("plans", plans.length ? `Plans: ${plans.map(([name, n]) => `${n} ${name.replace("_", " ")}`).join(", ")}.` : "No plan yet.");
-  show("word", status.message || status.last_decision);
+  const faults = Object.entries(status.file_faults).filter(([, why]) => why);
+  const unwritten = faults.map(([file, why]) => `the ${file} cannot be written: ${why}`);
+  show("word", [...unwritten, status.message || status.last_decision].join("; "));
   const { info } = status;
   show("settings", `ep_rebalance ${info.version}, mode ${info.mode}, policy ${info.policy}; ${plural(status.layers, "MoE layer")}, ` +
     `${status.experts} experts in ${status.slots} slots on ${plural(status.ep_size, "rank")}.`);

@@ -19,6 +19,7 @@ from ep_rebalance.engines.vllm.engine_config import ep_size, model_identity, no_
 from ep_rebalance.engines.vllm.parallel import tells_ubatches
 from ep_rebalance.engines.vllm.quantised_schemes import refuse_schemes, schemes_of
 from ep_rebalance.load.state import check_writable, load_state
+from ep_rebalance.load.trace import check_folder
 from ep_rebalance.pipeline import PipelineStage
 
 
@@ -38,7 +39,7 @@ def check(vllm_config: Any, config: RebalanceConfig) -> None:
     _check_quantisation(vllm_config.model_config, config)
     _check_metrics(vllm_config, config.metrics)
     _check_state(vllm_config, config)
-    _check_trace(config)
+    _check_trace(vllm_config, config)
     if config.control.api_key_file:
         own_key(config.control.api_key_file)
 
@@ -249,12 +250,14 @@ def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
             )
 
 
-def _check_trace(config: RebalanceConfig) -> None:
-    if config.trace.path is not None and not os.access(config.trace.path, os.W_OK | os.X_OK):
-        raise ConfigurationError(
-            f"trace.path={config.trace.path!r} is not a folder that the server may write to.",
-            "create it, name another one, or drop trace.path.",
-        )
+def _check_trace(vllm_config: Any, config: RebalanceConfig) -> None:
+    if config.trace.path is None:
+        return
+    check_folder(config.trace.path)
+    for stage in PipelineStage.every(vllm_config.parallel_config.pipeline_parallel_size):
+        folder = stage.folder(config.trace.path)
+        if os.path.lexists(folder):  # otherwise the stage makes it
+            check_folder(folder)
 
 
 def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:

@@ -51,6 +51,11 @@ class WorkerExtension:
         attachment = attachment_of(self.model_runner)
         return attachment is not None and attachment.session.record(on)
 
+    def ep_rebalance_record_answer(self) -> str | None:
+        """What came of the last of these calls, see `Session.record_answer`."""
+        attachment = attachment_of(self.model_runner)
+        return None if attachment is None else attachment.session.record_answer()
+
     def ep_rebalance_step_times(self) -> list[tuple[float, float, bool]]:
         """When each of this rank's steps since the last call began and ended (`time.perf_counter`),
         and whether experts moved in it. For benchmarks.

@@ -1,6 +1,8 @@
 """Trace: recorded load on disk, for replays."""
 
 from ep_rebalance.load.trace.error import TraceError
+from ep_rebalance.load.trace.folder import FolderLock, FolderTakenError, check_folder
+from ep_rebalance.load.trace.names import SUFFIX
 from ep_rebalance.load.trace.reader import TraceReader, check_same_load, read_records
 from ep_rebalance.load.trace.records import (
     MigrationEnd,
@@ -9,10 +11,12 @@ from ep_rebalance.load.trace.records import (
     RecordedSnapshot,
     TraceHead,
 )
-from ep_rebalance.load.trace.writer import SUFFIX, TraceWriter
+from ep_rebalance.load.trace.writer import TraceWriter
 
 __all__ = [
     "SUFFIX",
+    "FolderLock",
+    "FolderTakenError",
     "MigrationEnd",
     "Record",
     "RecordedPlacement",
@@ -21,6 +25,7 @@ __all__ = [
     "TraceHead",
     "TraceReader",
     "TraceWriter",
+    "check_folder",
     "check_same_load",
     "read_records",
 ]

@@ -16,7 +16,7 @@ from ep_rebalance.topology import LINKS
 
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 
-_MAGIC = b"EPTRACE\n"
+MAGIC = b"EPTRACE\n"
 _MAX_HEAD_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 64 << 20
 
@@ -29,13 +29,13 @@ def encode_head(head: TraceHead) -> bytes:
     text = msgspec.json.encode(head)
     text += b" " * (-len(text) % 8)
     sizes = np.array([len(text), checksum_of_head(text)], "<u8")
-    return _MAGIC + sizes.tobytes() + text
+    return MAGIC + sizes.tobytes() + text
 
 
 def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
     """(head, offset of the first record). Raises TraceError."""
     start = file.read(24)
-    if len(start) < 24 or not start.startswith(_MAGIC):
+    if len(start) < 24 or not start.startswith(MAGIC):
         raise TraceError(
             path, 0, "this is not a trace of ep_rebalance; `ep-rebalance convert` makes one"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from ep_rebalance.load.trace.checksums import checksum_of_record
 from ep_rebalance.load.trace.error import TraceError
 from ep_rebalance.load.trace.head import read_head
 from ep_rebalance.load.trace.layout import Layout, decode_record
+from ep_rebalance.load.trace.names import place_in_sequence
 from ep_rebalance.load.trace.records import Record, TraceHead
+from ep_rebalance.regular_files import open_regular
 
 _BLOCK_BYTES = 4 << 20
 
@@ -29,7 +32,7 @@ class TraceReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.left_over = 0
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             self.head, self._begin = read_head(path, file)
         self._layout = Layout.of(self.head)
 
@@ -40,7 +43,7 @@ class TraceReader:
 
     def __iter__(self) -> Iterator[Record]:
         offset, rest = self._begin, b""
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(offset)
             while block := file.read(max(_BLOCK_BYTES, self._layout.placement.itemsize)):
                 data, at = rest + block, 0  # a record may begin in one block and end in the next
@@ -80,12 +83,23 @@ class TraceReader:
 def read_records(readers: list[TraceReader]) -> Iterator[Record]:
     """The records of several files of one server, oldest file first.
 
+    Files of one folder go by their numbers, since a clock may be set back. Folders may have the same
+    numbers, and go by the time of their first record.
+
     Raises ValueError if the files do not belong together.
     """
     for reader in readers[1:]:
         check_same_load(readers[0].head, reader.head, str(reader.path))
-    for reader in sorted(readers, key=_beginning):
-        yield from reader
+    sequences: dict[tuple[Path, str], list[tuple[int, TraceReader]]] = {}
+    for reader in readers:
+        sequence, number = place_in_sequence(reader.path)
+        sequences.setdefault(sequence, []).append((number, reader))
+    parts = [
+        [reader for _, reader in sorted(part, key=itemgetter(0))] for part in sequences.values()
+    ]
+    for part in sorted(parts, key=lambda part: _beginning(part[0])):
+        for reader in part:
+            yield from reader
 
 
 def check_same_load(first: TraceHead, other: TraceHead, name: str) -> None:
@@ -100,5 +114,4 @@ def check_same_load(first: TraceHead, other: TraceHead, name: str) -> None:
 
 
 def _beginning(reader: TraceReader) -> tuple[float, str]:
-    # Not by name alone: files of several folders may have the same numbers.
     return next((record.time for record in reader), 0.0), reader.path.name
