@@ -27,7 +27,8 @@ class Control:
         self._config = config
 
     def ask(self, action: Action, *, busy: bool) -> str:
-        """Take a request. Returns "" or why it cannot be followed.
+        """Take a request. Returns "" or why it cannot be followed. To pause what is paused changes nothing,
+        and so with a resume: of several requests the last one holds, however often it was sent.
 
         busy: whether a plan is being made or carried out.
         """
@@ -44,10 +45,6 @@ class Control:
             return f"mode {self._config.mode} never moves experts"
         if self._config.planner.policy == "none":
             return "planner.policy none never plans"
-        if action == "pause" and self.paused:
-            return "it is paused already"
-        if action == "resume" and not self.paused:
-            return "it is not paused"
         if action == "rebalance" and self.paused:
             return "it is paused; resume it first"
         if action == "rebalance" and (self.plan_asked or busy):
