@@ -48,6 +48,7 @@ from ep_rebalance.migration.served import Served
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.events import (
+    ErrorCaught,
     MigrationBegan,
     MigrationEnded,
     PlanEnded,
@@ -233,10 +234,17 @@ class Rebalancer:
         """Takes `snapshot_steps` steps to count, and one more for the all-reduce and the copy to the host."""
         for _ in range(self.config.window.snapshot_steps):
             yield
-        self._snapshots.begin(self._flags(), self.step_times.take_sum())
+        steps = self.step_times.take_sum()
+        if steps.untimed:
+            self._tell(
+                ErrorCaught("step_times", f"{steps.untimed} steps took a time that cannot be")
+            )
+        self._snapshots.begin(self._flags(), steps)
         yield  # the copy runs beside the next step, so that `finish` need not wait for it
         served = self.served
         sums = self._snapshots.finish(served.generation, served.placement, served.quotas_LP)
+        if sums.refused:
+            self._tell(ErrorCaught("snapshot", sums.refused))
         snapshot = Snapshot(sample=sums.sample, agreed=self._agreed(sums.flags))
         if self._recorder is not None:
             self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)

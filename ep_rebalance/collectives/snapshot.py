@@ -53,13 +53,20 @@ _FLAGS = attrgetter(*(field.name for field in fields(Flags)))
 HEAD = len(fields(Flags)) + 4
 """Integers before the counts: the flags, then steps and microseconds of both kinds in `StepSum`."""
 
+MOST_TOKENS = 2.0**53
+"""Beyond it a float64 does not hold every whole number, and no snapshot comes near."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotSums:
-    """Sums over all ranks, equal on every rank."""
+    """Sums over all ranks, equal on every rank.
+
+    refused: why the counts were not taken, as a clause; "" if they were. The sample then holds none.
+    """
 
     sample: LoadSample
     flags: Flags
+    refused: str = ""
 
 
 class SnapshotExchange:
@@ -110,9 +117,12 @@ class SnapshotExchange:
         """
         values = self._download.result().numpy()
         flags, times = values[: HEAD - 4].tolist(), values[HEAD - 4 : HEAD].tolist()
+        counts_ALE = values[HEAD:].reshape(self._sums_ALE.shape).copy()
+        if refused := _impossible(counts_ALE):
+            counts_ALE[:] = 0
         return SnapshotSums(
             sample=LoadSample(
-                counts_ALE=values[HEAD:].reshape(self._sums_ALE.shape).copy(),
+                counts_ALE=counts_ALE,
                 steps=self._steps,
                 step_seconds=self._step_seconds(*times),
                 generation=generation,
@@ -120,6 +130,7 @@ class SnapshotExchange:
                 quotas_LP=quotas_LP,
             ),
             flags=Flags(*flags),
+            refused=refused,
         )
 
     def _step_seconds(
@@ -135,6 +146,17 @@ class SnapshotExchange:
         if self._ever_continued:
             return max(continued_microseconds, 0) / 1e6 / max(continued, 1)
         return max(alone_microseconds, 0) / 1e6 / max(alone, 1)
+
+
+def _impossible(counts_ALE: NDArray[np.int64]) -> str:
+    """Why these cannot be numbers of tokens, as after a fault of the memory that counted them; "" if they
+    can.
+    """
+    if counts_ALE.min() < 0:
+        return f"a count of {counts_ALE.min()} tokens"
+    if (total := float(counts_ALE.sum(dtype=np.float64))) > MOST_TOKENS:
+        return f"counts of {total:.3g} tokens"
+    return ""
 
 
 def _timed(steps: StepSum) -> tuple[int, int, int, int]:

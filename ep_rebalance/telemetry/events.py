@@ -8,7 +8,7 @@ from ep_rebalance.load.window import LoadSample
 from ep_rebalance.migration.batches import Batch, Migration
 from ep_rebalance.migration.served import Served
 from ep_rebalance.planning.proposal import Proposal, TimedProposal
-from ep_rebalance.telemetry.metrics import Activity, PlanOutcome
+from ep_rebalance.telemetry.metrics import Activity, PlanOutcome, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,17 @@ class GotUnstuck:
     """The loop goes on."""
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorCaught:
+    """A stage raised, or refused a value that cannot be; serving goes on.
+
+    reason: a clause.
+    """
+
+    stage: Stage
+    reason: str
+
+
 Event = (
     ActivityBegan
     | SnapshotTaken
@@ -133,4 +144,5 @@ Event = (
     | WeightsReplaced
     | GotStuck
     | GotUnstuck
+    | ErrorCaught
 )

@@ -124,9 +124,13 @@ class RankBalance:
 
 
 class BalanceThread:
-    """Adds snapshots to `balance`, in their order, in a thread of its own."""
+    """Adds snapshots to `balance`, in their order, in a thread of its own.
+
+    failed: snapshots that could not be added.
+    """
 
     def __init__(self, balance: RankBalance) -> None:
+        self.failed = 0
         self._balance = balance
         self._waiting: queue.Queue[tuple[NDArray[np.int64], Served]] = queue.Queue(_WAITING)
         threading.Thread(target=self._add, name="ep_rebalance balance", daemon=True).start()
@@ -145,7 +149,8 @@ class BalanceThread:
             counts_ALE, served = self._waiting.get()
             try:
                 self._balance.add(counts_ALE, served)
-            except Exception:  # a thread that ends would be waited for in vain
+            except BaseException:  # a thread that ends would be waited for in vain
+                self.failed += 1
                 logger.exception("ep_rebalance: a snapshot is missing in the metrics")
             finally:
                 self._waiting.task_done()

@@ -20,6 +20,7 @@ from ep_rebalance.telemetry.events import (
     ActivityBegan,
     BatchCommitted,
     CommitStalled,
+    ErrorCaught,
     Event,
     GenerationServed,
     GotStuck,
@@ -35,7 +36,15 @@ from ep_rebalance.telemetry.events import (
 )
 from ep_rebalance.telemetry.imbalance import BalanceThread, RankBalance
 from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
-from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Commit, PlanOutcome, Status
+from ep_rebalance.telemetry.metrics import (
+    COMMITS_KEPT,
+    OUTCOMES,
+    STAGES,
+    Commit,
+    PlanOutcome,
+    Stage,
+    Status,
+)
 from ep_rebalance.telemetry.overview_report import Overview, overview
 from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
 from ep_rebalance.topology import LINKS, Topology
@@ -77,6 +86,7 @@ class Journal:
         self._rank = rank
         self._pairs_per_token = top_k * contiguous.num_layers
         self._before = Before()
+        self._errors: dict[str, int] = dict.fromkeys(STAGES, 0)
 
     def report(
         self,
@@ -94,6 +104,8 @@ class Journal:
         """
         status, balance = self.status, self._balance.caught_up()
         status.steps = steps
+        in_metrics = self._errors["metrics"] + self._balance.failed
+        status.internal_errors = {**self._errors, "metrics": in_metrics}
         status.reported_timestamp = time.time()
         status.paused = int(paused)
         status.lost_trace_records = lost_trace_records
@@ -132,7 +144,16 @@ class Journal:
         return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
 
     def apply(self, event: Event) -> None:
-        """Write what happened into the status, and into the log where it matters."""
+        """Write what happened into the status, and into the log where it matters. Never raises: what cannot
+        be written must not end a rank.
+        """
+        try:
+            self._write(event)
+        except Exception:
+            self._errors["metrics"] += 1
+            logger.exception("ep_rebalance: %s is missing in the status", type(event).__name__)
+
+    def _write(self, event: Event) -> None:
         status = self.status
         match event:
             case ActivityBegan(activity):
@@ -163,6 +184,8 @@ class Journal:
                 self._note_stuck(reason)
             case GotUnstuck():
                 status.stuck = 0
+            case ErrorCaught(stage, reason):
+                self._note_error(stage, reason)
 
     def _add_snapshot(self, sample: LoadSample, served: Served) -> None:
         """Add a snapshot's load, as the served placement had it and as the loaded one would have had it."""
@@ -178,6 +201,8 @@ class Journal:
         status.plan_seconds.add(timed.seconds)
         status.last_decision = proposal.decision.reason
         self._note_expert_time(proposal.expert_time)
+        if proposal.refused:
+            self._note_error("gain", proposal.refused)
         # The gains are those of the last commit: this plan's load shows what it achieved.
         if proposal.achieved_gain is not None:
             status.achieved_gain = proposal.achieved_gain
@@ -270,6 +295,14 @@ class Journal:
                 level, "ep_rebalance: plan %s, generation %d: %s", outcome, generation, reason
             )
 
+    def _note_error(self, stage: Stage, reason: str) -> None:
+        """Count it, and log the first of its stage: others may follow with every snapshot."""
+        self._errors[stage] += 1
+        if self._errors[stage] == 1:
+            logger.error(
+                "ep_rebalance rank %d: refused in the stage %s: %s", self._rank, stage, reason
+            )
+
     def _note_stuck(self, reason: str) -> None:
         if not self.status.stuck and self._rank == 0:
             logger.error("ep_rebalance: stuck: %s", reason)
@@ -330,6 +363,7 @@ def initial_status(
         busiest_rank_tokens={"served": 0, "contiguous": 0},
         phase_tokens=dict.fromkeys(PHASES, 0),
         plans=dict.fromkeys(OUTCOMES, 0),
+        internal_errors=dict.fromkeys(STAGES, 0),
         migrated_experts=dict.fromkeys(LINKS, 0),
         migrated_bytes=dict.fromkeys(LINKS, 0),
     )

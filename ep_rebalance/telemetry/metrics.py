@@ -6,10 +6,14 @@ The engine's rank 0 keeps a `Status`. The API server polls it for Prometheus, an
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "ep_rebalance_"
 
@@ -18,6 +22,8 @@ COMMITS_KEPT = 64
 Activity = Literal["watching", "planning", "scheduling", "migrating"]
 PlanOutcome = Literal["committed", "no_gain", "over_budget", "abandoned", "failed"]
 OUTCOMES: tuple[PlanOutcome, ...] = get_args(PlanOutcome)
+Stage = Literal["snapshot", "step_times", "gain", "quotas", "metrics"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +263,15 @@ METRICS: tuple[Metric, ...] = (
         help="Snapshots of the load; each sums up window.snapshot_steps steps in one all-reduce.",
     ),
     Metric(
+        name="internal_errors",
+        kind="counter",
+        labels=("stage",),
+        field="internal_errors",
+        help="Errors that were caught, and values that cannot be and were refused, by stage: "
+        + ", ".join(STAGES)
+        + ". Serving goes on. A planner that raises is counted in plans.",
+    ),
+    Metric(
         name="lost_trace_records",
         kind="counter",
         field="lost_trace_records",
@@ -322,7 +337,11 @@ class Observations(msgspec.Struct):
     values: list[float] = []
 
     def add(self, value: float) -> None:
-        """Add a value, and drop the oldest one if there are too many."""
+        """Add a value, and drop the oldest one if there are too many. What is not finite or below 0, as by a
+        clock that was set back, would spoil the histogram for good and is left out.
+        """
+        if not 0.0 <= value < math.inf:
+            return
         self.values.append(value)
         if len(self.values) > OBSERVATIONS_KEPT:
             self.values.pop(0)
@@ -381,6 +400,7 @@ class Status(msgspec.Struct, kw_only=True):
     expert_time_reason: why that fraction is assumed; "" if it is learned or set.
     rank_tokens: for each EP rank.
     plans: by outcome.
+    internal_errors: by stage.
     last_decision: the reason of the last plan's decision.
     migrated_experts, migrated_bytes: by kind of link.
     commits: the newest generations, the latest last.
@@ -447,6 +467,7 @@ class Status(msgspec.Struct, kw_only=True):
     paused: int = 0
     stuck: int = 0
     reported_timestamp: float = 0.0
+    internal_errors: dict[str, int] = {}
     lost_trace_records: int = 0
     message: str = ""
 
@@ -457,5 +478,29 @@ def encode(answer: msgspec.Struct) -> bytes:
 
 
 def decode(payload: bytes) -> Status:
-    """The status in a worker's reply. Raises msgspec.ValidationError if it is not a status."""
-    return msgspec.json.decode(payload, type=Status)
+    """The status in a worker's reply. What cannot be of a field, such as null for a number that was not
+    finite, leaves that field as it is by default, so that all others still show.
+
+    Raises msgspec.DecodeError, of which msgspec.ValidationError is one, if it is not a status.
+    """
+    try:
+        return msgspec.json.decode(payload, type=Status)
+    except msgspec.ValidationError as error:
+        found = msgspec.json.decode(payload)
+        if not isinstance(found, dict):
+            raise
+        logger.warning("ep_rebalance: a status has a value that cannot be: %s", error)
+        return msgspec.convert(_valid_fields(found), Status)
+
+
+def _valid_fields(found: dict[str, Any]) -> dict[str, Any]:
+    valid = {}
+    for field in msgspec.structs.fields(Status):
+        if field.name not in found:
+            continue
+        try:
+            msgspec.convert(found[field.name], field.type)
+        except msgspec.ValidationError:
+            continue
+        valid[field.name] = found[field.name]
+    return valid

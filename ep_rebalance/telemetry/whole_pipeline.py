@@ -166,7 +166,7 @@ _FIELDS: dict[Rule, str] = {
     _least: "started reported_timestamp expert_time_learned",
     _most: "generation step_seconds self_test_seconds last_commit_timestamp migrating paused stuck",
     _sum: "layers snapshots quota_changes moves_planned moves_done lost_trace_records",
-    _sums: "plans migrated_experts migrated_bytes self_test busiest_rank_tokens",
+    _sums: "plans internal_errors migrated_experts migrated_bytes self_test busiest_rank_tokens",
     _sums_by_rank: "rank_tokens",
     _mean: "predicted_gain achieved_gain",
     _means: "overall_imbalance phase_imbalance measured_gain expert_time",
