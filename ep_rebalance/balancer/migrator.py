@@ -71,6 +71,7 @@ class Migrator:
         replaced and others' not yet.
     agreed_reloads: how many reloads of weights `served` reflects; the same on all ranks.
     staging_slots: experts. How many fit into the staging memory; 0 where nothing is moved.
+    before: what was served before the first commit since `take_before`; None if there was none.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Migrator:
         tell: Callable[[Event], None],
     ) -> None:
         self.served = Served.initial(placement)
+        self.before: Served | None = None
         self.agreed_reloads = 0
         # Layers of each reload that `served` does not reflect.
         self._told: list[tuple[int, ...]] = []
@@ -143,7 +145,7 @@ class Migrator:
             self._commit(commit, self._exchange)
             batches += 1
         if not fault:
-            self._take_up(prepared.split)  # for layers whose quotas changed and experts did not
+            self._take_up_rest(prepared)
         self._serve(self.served.numbered(prepared.migration.source))
         return MigrationOutcome(batches=batches, fault=fault)
 
@@ -264,6 +266,11 @@ class Migrator:
         self._take_up(split)
         self._tell(QuotasChanged())
 
+    def take_before(self) -> Served | None:
+        """`before`, which is None from then on."""
+        before, self.before = self.before, None
+        return before
+
     def take_actions(self) -> int:
         """Number of rounds and commits that this rank has made since the previous call."""
         actions, self._actions = self._actions, 0
@@ -301,6 +308,8 @@ class Migrator:
         # Layers replaced since the vote keep what the engine wrote: staging holds experts of the old weights.
         # Others commit, so `served` must still follow; `serve_loaded` will correct it on all ranks.
         layers = self._not_replaced(commit.batch.layers)
+        self.before = self.before or self.served
+        self._counts.book_earlier(sorted(layers))
         if not layers:
             self.served = commit.serves(self.served)
             return
@@ -316,6 +325,14 @@ class Migrator:
             )
         self._tell(BatchCommitted(commit.batch))
         self._actions += 1
+
+    def _take_up_rest(self, prepared: PreparedMigration) -> None:
+        """Split tokens anew also in layers whose quotas changed and experts did not."""
+        if self.before is not None:
+            moved = {layer for commit in prepared.commits for layer in commit.batch.layers}
+            rest = set(range(self.served.placement.num_layers)) - moved
+            self._counts.book_earlier(sorted(rest))
+        self._take_up(prepared.split)
 
     def _take_up(self, split: Split) -> None:
         if self._holds_loaded:

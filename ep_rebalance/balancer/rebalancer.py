@@ -39,12 +39,12 @@ from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast
 from ep_rebalance.collectives.snapshot import Flags, SnapshotExchange
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load.snapshot import Agreed, Snapshot
+from ep_rebalance.load.snapshot import NOTHING_AGREED, Agreed, Snapshot
 from ep_rebalance.load.step_times import StepTimes
 from ep_rebalance.load.trace import MigrationEnd
 from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.expert_memory import ExpertMemory
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.events import (
@@ -122,6 +122,7 @@ class Rebalancer:
         self._prepared: PreparedMigration | None = None
         self._reloads = 0  # how many all ranks have been told of
         self._ended: MigrationEnd | None = None  # for the next snapshot's record
+        self._window_began = self._earlier_steps = 0
         self._driver = drive(self._loop.run(), self._answer)
         next(self._driver)  # up to the first `yield`, where it waits for a step to end
 
@@ -239,19 +240,50 @@ class Rebalancer:
             self._tell(
                 ErrorCaught("step_times", f"{steps.untimed} steps took a time that cannot be")
             )
-        self._snapshots.begin(self._flags(), steps)
+        before, earlier = self.migrator.take_before(), None
+        self._window_began = self._steps
+        self._snapshots.begin(self._flags(), steps, earlier=before is not None)
         yield  # the copy runs beside the next step, so that `finish` need not wait for it
         served = self.served
         sums = self._snapshots.finish(served.generation, served.placement, served.quotas_LP)
         if sums.refused:
             self._tell(ErrorCaught("snapshot", sums.refused))
         snapshot = Snapshot(sample=sums.sample, agreed=self._agreed(sums.flags))
-        if self._recorder is not None:
-            self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)
+        if before is not None and sums.earlier_ALE is not None:
+            earlier = ServedTokens(counts_ALE=sums.earlier_ALE, served=before)
+        self._record(snapshot, earlier)
         self._ended = None
-        self._tell(SnapshotTaken(snapshot.sample, self.served))
+        self._tell(SnapshotTaken(snapshot.sample, self.served, earlier))
         self._jobs.forget_what_ended(snapshot.agreed)
         return snapshot
+
+    def _record(self, snapshot: Snapshot, earlier: ServedTokens | None) -> None:
+        """Hand a snapshot to the recorder; one in which experts moved as two, each with what served it."""
+        if self._recorder is None:
+            return
+        if earlier is None or not earlier.counts_ALE.any():
+            self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)
+            return
+        sample, served = snapshot.sample, earlier.served
+        steps = min(max(self._earlier_steps, 1), sample.steps - 1)
+        before = replace(
+            sample,
+            counts_ALE=earlier.counts_ALE,
+            steps=steps,
+            generation=served.generation,
+            placement=served.placement,
+            quotas_LP=served.quotas_LP,
+        )
+        after = replace(
+            sample, counts_ALE=sample.counts_ALE - before.counts_ALE, steps=sample.steps - steps
+        )
+        ended_at = self._steps - after.steps
+        self._recorder.snapshot(
+            Snapshot(sample=before, agreed=NOTHING_AGREED), served, ended_at, None
+        )
+        self._recorder.snapshot(
+            Snapshot(sample=after, agreed=snapshot.agreed), self.served, self._steps, self._ended
+        )
 
     def _flags(self) -> Flags:
         """What this rank announces."""
@@ -318,6 +350,7 @@ class Rebalancer:
         began, generation = time.perf_counter(), self.served.generation
         self._tell(MigrationBegan(prepared.migration))
         outcome = yield from self.migrator.migrate(prepared)
+        self._earlier_steps = self._steps - self._window_began
         if self._rank == 0 and self.served.generation != generation:
             self._jobs.thread.save(self.served, self._loop.window.samples())
         self._ended = MigrationEnd(batches=outcome.batches, abandoned=bool(outcome.fault))

@@ -1,8 +1,8 @@
 """Snapshot: the counts and flags of all ranks, summed in one all-reduce.
 
 It is the only collective that steady traffic costs: `2 L E` integers and a few more every
-`snapshot_steps` steps. Its result is equal on every rank, and all decisions that ranks must take in the
-same step are based on it.
+`snapshot_steps` steps, twice as many after a migration. Its result is equal on every rank, and all
+decisions that ranks must take in the same step are based on it.
 """
 
 from __future__ import annotations
@@ -61,11 +61,14 @@ MOST_TOKENS = 2.0**53
 class SnapshotSums:
     """Sums over all ranks, equal on every rank.
 
+    earlier_ALE: int64 [A, L, E], tokens. Of the sample's, those that were computed before their layer was
+        committed in this window; None if none was.
     refused: why the counts were not taken, as a clause; "" if they were. The sample then holds none.
     """
 
     sample: LoadSample
     flags: Flags
+    earlier_ALE: NDArray[np.int64] | None = None
     refused: str = ""
 
 
@@ -77,12 +80,17 @@ class SnapshotExchange:
         self._counters_LAE = counts.counts_LAE
         layers, _, experts = self._counters_LAE.shape
         shape_ALE, device = (len(PHASES), layers, experts), self._counters_LAE.device
-        self._buffer = torch.zeros(HEAD + math.prod(shape_ALE), dtype=torch.int64, device=device)
-        self._head, self._sums_ALE = self._buffer[:HEAD], self._buffer[HEAD:].view(shape_ALE)
+        size = math.prod(shape_ALE)
+        self._buffer = torch.zeros(HEAD + 2 * size, dtype=torch.int64, device=device)
+        self._usual = self._buffer[: HEAD + size]
+        self._head, self._sums_ALE = self._buffer[:HEAD], self._usual[HEAD:].view(shape_ALE)
+        self._earlier_ALE = self._buffer[HEAD + size :].view(shape_ALE)
         self._counted_ALE = self._counters_LAE[:, : len(PHASES)].transpose(0, 1)
+        self._earlier_LAE = counts.earlier_LAE
         self._heads = UploadRing((HEAD,), torch.int64, device)
-        self._download = Download(self._buffer)
-        self._steps = 0
+        self._download = Download(self._usual)
+        self._earlier_download = Download(self._earlier_ALE)
+        self._steps, self._has_earlier = 0, False
         self._ever_continued = False
 
     def warm_up(self) -> None:
@@ -90,20 +98,26 @@ class SnapshotExchange:
         self.begin(Flags(), StepSum())
         self._download.result()
 
-    def begin(self, flags: Flags, steps: StepSum) -> None:
+    def begin(self, flags: Flags, steps: StepSum, *, earlier: bool = False) -> None:
         """Sum and clear the counters. Collective, in the same step on all ranks.
 
         flags: this rank's.
         steps: this rank's since the previous snapshot.
+        earlier: whether any layer was committed since then; the same on all ranks.
         """
         self._heads.next().numpy()[:] = (*_FLAGS(flags), *_timed(steps))
         self._heads.upload(self._head)
         # In stream order: after the kernels of this step have counted, before those of the next one do.
         self._sums_ALE.copy_(self._counted_ALE)
         self._counters_LAE.zero_()
-        self._steps = steps.steps
-        dist.all_reduce(self._buffer, group=self._group)
-        self._download.start(self._buffer)
+        self._steps, self._has_earlier = steps.steps, earlier
+        if earlier:
+            self._earlier_ALE.copy_(self._earlier_LAE.transpose(0, 1))
+            self._earlier_LAE.zero_()
+        dist.all_reduce(self._buffer if earlier else self._usual, group=self._group)
+        self._download.start(self._usual)
+        if earlier:
+            self._earlier_download.start(self._earlier_ALE)
 
     def finish(
         self,
@@ -118,8 +132,14 @@ class SnapshotExchange:
         values = self._download.result().numpy()
         flags, times = values[: HEAD - 4].tolist(), values[HEAD - 4 : HEAD].tolist()
         counts_ALE = values[HEAD:].reshape(self._sums_ALE.shape).copy()
-        if refused := _impossible(counts_ALE):
-            counts_ALE[:] = 0
+        earlier_ALE: NDArray[np.int64] | None = None
+        refused = _impossible(counts_ALE)
+        if self._has_earlier and not refused:
+            earlier_ALE = self._earlier_download.result().numpy().copy()
+            refused = _impossible(earlier_ALE)
+            counts_ALE += earlier_ALE
+        if refused:
+            counts_ALE[:], earlier_ALE = 0, None
         return SnapshotSums(
             sample=LoadSample(
                 counts_ALE=counts_ALE,
@@ -130,6 +150,7 @@ class SnapshotExchange:
                 quotas_LP=quotas_LP,
             ),
             flags=Flags(*flags),
+            earlier_ALE=earlier_ALE,
             refused=refused,
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ep_rebalance.load.window import LoadSample
 from ep_rebalance.migration.batches import Batch, Migration
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.planning.proposal import Proposal, TimedProposal
 from ep_rebalance.telemetry.metrics import Activity, PlanOutcome, Stage
 
@@ -22,11 +22,13 @@ class ActivityBegan:
 class SnapshotTaken:
     """All ranks have a snapshot.
 
-    sample: counted while `served` was served.
+    sample: counted while `served` was served, but for `earlier`.
+    earlier: those of its tokens that were computed before their layer was committed; None if no layer was.
     """
 
     sample: LoadSample
     served: Served
+    earlier: ServedTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.load.window import PHASES, LoadSample
 from ep_rebalance.migration import Batch, Migration
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.pipeline import ONLY_STAGE, PipelineStage
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.expert_time import ExpertTime
@@ -158,8 +158,8 @@ class Journal:
         match event:
             case ActivityBegan(activity):
                 status.activity = activity
-            case SnapshotTaken(sample, served):
-                self._add_snapshot(sample, served)
+            case SnapshotTaken(sample, served, earlier):
+                self._add_snapshot(sample, served, earlier)
             case PlanProposed(timed):
                 self._note_plan(timed)
             case PlanEnded(outcome, reason):
@@ -187,13 +187,18 @@ class Journal:
             case ErrorCaught(stage, reason):
                 self._note_error(stage, reason)
 
-    def _add_snapshot(self, sample: LoadSample, served: Served) -> None:
-        """Add a snapshot's load, as the served placement had it and as the loaded one would have had it."""
+    def _add_snapshot(
+        self, sample: LoadSample, served: Served, earlier: ServedTokens | None
+    ) -> None:
+        """Add a snapshot's load, as what served it had it and as the loaded placement would have had it."""
         self.status.snapshots += 1
         if sample.step_seconds:
             self.status.step_seconds = sample.step_seconds
         if sample.routed:
-            self._balance.add(sample.counts_ALE, served)
+            counts_ALE = sample.counts_ALE
+            if earlier is not None:
+                counts_ALE = counts_ALE - earlier.counts_ALE
+            self._balance.add(counts_ALE, served, earlier)
 
     def _note_plan(self, timed: TimedProposal) -> None:
         """Note a plan that was made. Unless it was accepted, it has also ended."""
