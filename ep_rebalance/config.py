@@ -205,6 +205,17 @@ class MigrationConfig(_Section):
     """Most engine steps that a migration may take; a plan that needs more is not carried out."""
 
 
+class AuditConfig(_Section):
+    """Whether the experts that are served still have the bytes that were loaded or moved."""
+
+    slots_per_minute: int = Field(default=0, ge=0)
+    """Slots of each rank that are checked against their checksums in a minute, one after another. 0 takes no
+    checksums. A slot that differs is reported, and repaired if another rank has a replica that is whole.
+    """
+    max_bytes_per_step: int = Field(default=4 << 20, ge=LEAST_BYTES_PER_STEP)
+    """Most bytes of a slot that are read for it in one engine step."""
+
+
 class QuantisationConfig(_Section):
     """Which experts may move, quantised or not, and what is tried at start before they do."""
 
@@ -372,6 +383,7 @@ class RebalanceConfig(_Section):
     decision: DecisionConfig = DecisionConfig()
     links: LinksConfig = LinksConfig()
     migration: MigrationConfig = MigrationConfig()
+    audit: AuditConfig = AuditConfig()
     quantisation: QuantisationConfig = QuantisationConfig()
     dispatch: DispatchConfig = DispatchConfig()
     data_plane: DataPlaneConfig = DataPlaneConfig()

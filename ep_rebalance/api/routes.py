@@ -4,7 +4,7 @@
 |---|---|
 | `GET /` | the page; it asks for `overview` |
 | `GET status`, `load`, `overview` | JSON |
-| `POST pause`, `resume`, `rebalance`, `record?on=true` | JSON; change what the balancer does |
+| `POST pause`, `resume`, `rebalance`, `audit`, `record?on=true` | JSON; change what the balancer does |
 
 Errors are JSON with `error`: 400 for a wrong query, 401 without the key, 403 if control is off, 404 without
 the plugin, 409 for what makes no sense now, 413 for a body, 429 for changes that follow each other too
@@ -124,6 +124,7 @@ def _asker(action: Action) -> Change:
         "pause": "no plan begins; experts that are moving now still arrive",
         "resume": "plans begin again",
         "rebalance": "a plan begins with the next snapshot; an idle engine takes none",
+        "audit": "every slot is checked from the next snapshot on; an idle engine takes none",
     }[action]
 
     async def ask(served: Served, request: Request) -> dict[str, str]:

@@ -29,6 +29,7 @@ from ep_rebalance.balancer.asks import (
     WorkOutRounds,
     drive,
 )
+from ep_rebalance.balancer.auditor import AuditFlags, Auditor
 from ep_rebalance.balancer.control import Action, Control
 from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.jobs import RankJobs
@@ -116,6 +117,7 @@ class Rebalancer:
             deadline_seconds=config.planner.deadline_seconds,
             tell=self._tell,
         )
+        self._auditor = Auditor(self.migrator, rank=self._rank, ranks=self._ranks, tell=self._tell)
         self._recorder = recorder
         self._control = Control(config)
         self._loop = BalancingLoop(config, replicated=model.placement.num_redundant > 0)
@@ -154,6 +156,7 @@ class Rebalancer:
             steps=self._steps,
             paused=self._control.paused,
             lost_trace_records=0 if self._recorder is None else self._recorder.lost,
+            lost_slots=0 if self.migrator.audit is None else len(self.migrator.audit.lost),
         )
 
     def overview(self) -> Overview:
@@ -193,6 +196,7 @@ class Rebalancer:
         self.step_times.begin()
         self._steps += 1
         self._advance()
+        self._auditor.step()
         self.migrator.read_stalls()
         migrated = self.migrator.take_actions() > 0
         self.step_times.end(started, time.perf_counter(), continues=continues, migrated=migrated)
@@ -255,6 +259,8 @@ class Rebalancer:
         self._ended = None
         self._tell(SnapshotTaken(snapshot.sample, self.served, earlier))
         self._jobs.forget_what_ended(snapshot.agreed)
+        told = AuditFlags(audited=sums.flags.audited, corrupted=sums.flags.corrupted)
+        yield from self._auditor.follow(told, all_asked=sums.flags.audit_asked > 0)
         return snapshot
 
     def _record(self, snapshot: Snapshot, earlier: ServedTokens | None) -> None:
@@ -287,13 +293,17 @@ class Rebalancer:
 
     def _flags(self) -> Flags:
         """What this rank announces."""
-        reloads = self.migrator.reloads
+        reloads, audit = self.migrator.reloads, self._auditor.flags()
+        audit_asked, self._control.audit_asked = self._control.audit_asked, False
         return replace(
             self._jobs.announced(),
             paused=int(self._control.paused),
             plan_asked=int(self._control.plan_asked),
             reloads=reloads,
             reloads_squared=reloads**2,
+            audit_asked=int(audit_asked),
+            audited=audit.audited,
+            corrupted=audit.corrupted,
         )
 
     def _agreed(self, flags: Flags) -> Agreed:

@@ -35,6 +35,9 @@ class Flags:
     paused, plan_asked: what an operator asked rank 0 for.
     reloads: how often the engine has replaced the rank's weights.
     reloads_squared: the square of that: the two sums show whether it is the same on all ranks.
+    audit_asked: an operator asked rank 0 for a check of all slots.
+    audited: slots that the rank has checked.
+    corrupted: one that it found corrupted; 0 if none, and on all ranks but one.
     """
 
     planned: int = 0
@@ -46,6 +49,9 @@ class Flags:
     plan_asked: int = 0
     reloads: int = 0
     reloads_squared: int = 0
+    audit_asked: int = 0
+    audited: int = 0
+    corrupted: int = 0
 
 
 _FLAGS = attrgetter(*(field.name for field in fields(Flags)))

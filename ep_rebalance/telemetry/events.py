@@ -121,6 +121,29 @@ class GotUnstuck:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotsAudited:
+    """So many slots were checked, on all ranks."""
+
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCorrupted:
+    """A slot did not hold the bytes that were written into it.
+
+    layer: index of the layer.
+    slot: counted over all ranks; `ep_rank` has it.
+    source: the slot from which it was written anew; None if no rank has the expert whole.
+    """
+
+    layer: int
+    expert: int
+    slot: int
+    ep_rank: int
+    source: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorCaught:
     """A stage raised, or refused a value that cannot be; serving goes on.
 
@@ -146,5 +169,7 @@ Event = (
     | WeightsReplaced
     | GotStuck
     | GotUnstuck
+    | SlotsAudited
+    | SlotCorrupted
     | ErrorCaught
 )

@@ -31,6 +31,8 @@ from ep_rebalance.telemetry.events import (
     PlanProposed,
     QuotasChanged,
     RoundStalled,
+    SlotCorrupted,
+    SlotsAudited,
     SnapshotTaken,
     WeightsReplaced,
 )
@@ -38,9 +40,11 @@ from ep_rebalance.telemetry.imbalance import BalanceThread, RankBalance
 from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
 from ep_rebalance.telemetry.metrics import (
     COMMITS_KEPT,
+    CORRUPTIONS_KEPT,
     OUTCOMES,
     STAGES,
     Commit,
+    Corruption,
     PlanOutcome,
     Stage,
     Status,
@@ -96,6 +100,7 @@ class Journal:
         steps: int,
         paused: bool,
         lost_trace_records: int,
+        lost_slots: int = 0,
     ) -> Status:
         """The status, brought up to date.
 
@@ -104,6 +109,7 @@ class Journal:
         """
         status, balance = self.status, self._balance.caught_up()
         status.steps = steps
+        status.lost_slots = lost_slots
         in_metrics = self._errors["metrics"] + self._balance.failed
         status.internal_errors = {**self._errors, "metrics": in_metrics}
         status.reported_timestamp = time.time()
@@ -184,6 +190,10 @@ class Journal:
                 self._note_stuck(reason)
             case GotUnstuck():
                 status.stuck = 0
+            case SlotsAudited(slots):
+                status.audited_slots += slots
+            case SlotCorrupted():
+                self._note_corruption(event)
             case ErrorCaught(stage, reason):
                 self._note_error(stage, reason)
 
@@ -300,6 +310,29 @@ class Journal:
                 level, "ep_rebalance: plan %s, generation %d: %s", outcome, generation, reason
             )
 
+    def _note_corruption(self, event: SlotCorrupted) -> None:
+        status = self.status
+        corruption = Corruption(
+            time=time.time(),
+            layer=status.moe_layers[event.layer],
+            expert=event.expert,
+            slot=event.slot,
+            ep_rank=event.ep_rank,
+            source=event.source,
+            pp_rank=status.pp_rank,
+        )
+        status.corruptions = [*status.corruptions[1 - CORRUPTIONS_KEPT :], corruption]
+        status.corrupted_slots["lost" if event.source is None else "repaired"] += 1
+        done = "no rank has it whole: answers are wrong until the weights are loaded again"
+        if event.source is not None:
+            done = f"it was written anew from slot {event.source}"
+        status.message = (
+            f"expert {event.expert} of layer {corruption.layer} had changed in slot {event.slot} of EP rank "
+            f"{event.ep_rank}; {done}"
+        )
+        if self._rank in (0, event.ep_rank):
+            logger.error("ep_rebalance: %s", status.message)
+
     def _note_error(self, stage: Stage, reason: str) -> None:
         """Count it, and log the first of its stage: others may follow with every snapshot."""
         self._errors[stage] += 1
@@ -368,6 +401,7 @@ def initial_status(
         busiest_rank_tokens={"served": 0, "contiguous": 0},
         phase_tokens=dict.fromkeys(PHASES, 0),
         plans=dict.fromkeys(OUTCOMES, 0),
+        corrupted_slots={"repaired": 0, "lost": 0},
         internal_errors=dict.fromkeys(STAGES, 0),
         migrated_experts=dict.fromkeys(LINKS, 0),
         migrated_bytes=dict.fromkeys(LINKS, 0),

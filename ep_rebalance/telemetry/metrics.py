@@ -19,6 +19,7 @@ PREFIX = "ep_rebalance_"
 
 OBSERVATIONS_KEPT = 512
 COMMITS_KEPT = 64
+CORRUPTIONS_KEPT = 64
 Activity = Literal["watching", "planning", "scheduling", "migrating"]
 PlanOutcome = Literal["committed", "no_gain", "over_budget", "abandoned", "failed"]
 OUTCOMES: tuple[PlanOutcome, ...] = get_args(PlanOutcome)
@@ -263,6 +264,27 @@ METRICS: tuple[Metric, ...] = (
         help="Snapshots of the load; each sums up window.snapshot_steps steps in one all-reduce.",
     ),
     Metric(
+        name="audited_slots",
+        kind="counter",
+        field="audited_slots",
+        help="Slots whose bytes were checked against their checksums, on all ranks. Only with"
+        " audit.slots_per_minute.",
+    ),
+    Metric(
+        name="corrupted_slots",
+        kind="counter",
+        labels=("outcome",),
+        field="corrupted_slots",
+        help="Slots whose bytes had changed by themselves: repaired from a replica on another rank, or lost"
+        " because no rank had one that was whole.",
+    ),
+    Metric(
+        name="lost_slots",
+        kind="gauge",
+        field="lost_slots",
+        help="Slots that serve changed bytes at the moment. A reload of the weights mends them.",
+    ),
+    Metric(
         name="internal_errors",
         kind="counter",
         labels=("stage",),
@@ -377,6 +399,24 @@ class Commit(msgspec.Struct, kw_only=True):
     fault: str = ""
 
 
+class Corruption(msgspec.Struct, kw_only=True):
+    """A slot whose bytes had changed by themselves.
+
+    time: Unix time at which all ranks knew.
+    layer: its number in the engine's model.
+    slot: counted over all ranks.
+    source: the slot from which it was written anew; None if there was none.
+    """
+
+    time: float
+    layer: int
+    expert: int
+    slot: int
+    ep_rank: int
+    source: int | None = None
+    pp_rank: int = 0
+
+
 class Status(msgspec.Struct, kw_only=True):
     """State of one engine's whole EP group, as rank 0 knows it; or of the whole model, where it is split
     into pipeline stages (`whole_pipeline.py`).
@@ -400,6 +440,8 @@ class Status(msgspec.Struct, kw_only=True):
     expert_time_reason: why that fraction is assumed; "" if it is learned or set.
     rank_tokens: for each EP rank.
     plans: by outcome.
+    corrupted_slots: by outcome.
+    corruptions: the newest of them, the latest last.
     internal_errors: by stage.
     last_decision: the reason of the last plan's decision.
     migrated_experts, migrated_bytes: by kind of link.
@@ -467,6 +509,10 @@ class Status(msgspec.Struct, kw_only=True):
     paused: int = 0
     stuck: int = 0
     reported_timestamp: float = 0.0
+    audited_slots: int = 0
+    corrupted_slots: dict[str, int] = {}
+    lost_slots: int = 0
+    corruptions: list[Corruption] = []
     internal_errors: dict[str, int] = {}
     lost_trace_records: int = 0
     message: str = ""

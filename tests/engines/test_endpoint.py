@@ -22,6 +22,7 @@ CHANGES = {
     "pause": ("ep_rebalance_ask", "pause"),
     "resume": ("ep_rebalance_ask", "resume"),
     "rebalance": ("ep_rebalance_ask", "rebalance"),
+    "audit": ("ep_rebalance_ask", "audit"),
     "record?on=true": ("ep_rebalance_record", True),
 }
 ENABLED = {"control": {"enabled": True, "api_key_file": "operator"}, "trace": {"path": "traces"}}
