@@ -35,7 +35,9 @@ class ConfigurationError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def _name_in(entries: Mapping[str, object]) -> AfterValidator:
@@ -201,6 +203,17 @@ class MigrationConfig(_Section):
     """
     deadline_steps: int = Field(default=20_000, gt=0)
     """Most engine steps that a migration may take; a plan that needs more is not carried out."""
+
+
+class AuditConfig(_Section):
+    """Whether the experts that are served still have the bytes that were loaded or moved."""
+
+    slots_per_minute: int = Field(default=0, ge=0)
+    """Slots of each rank that are checked against their checksums in a minute, one after another. 0 takes no
+    checksums. A slot that differs is reported, and repaired if another rank has a replica that is whole.
+    """
+    max_bytes_per_step: int = Field(default=4 << 20, ge=LEAST_BYTES_PER_STEP)
+    """Most bytes of a slot that are read for it in one engine step."""
 
 
 class QuantisationConfig(_Section):
@@ -370,6 +383,7 @@ class RebalanceConfig(_Section):
     decision: DecisionConfig = DecisionConfig()
     links: LinksConfig = LinksConfig()
     migration: MigrationConfig = MigrationConfig()
+    audit: AuditConfig = AuditConfig()
     quantisation: QuantisationConfig = QuantisationConfig()
     dispatch: DispatchConfig = DispatchConfig()
     data_plane: DataPlaneConfig = DataPlaneConfig()

@@ -38,6 +38,8 @@ REPLICA_BOUND = 64
 sixteenth part of all tokens, or half of those that choose eight experts each. Tables whose width is the most
 that there can be would else grow with the redundant slots, a thousand columns on 1,024 ranks.
 """
+_QUOTA_ERROR = 1e-6
+"""How far quotas of an expert may be from 1 in sum: they are rounded on their way."""
 
 
 class PlacementError(ValueError):
@@ -182,6 +184,29 @@ class Placement:
         """float64 [L, P], the same quota for all replicas of an expert."""
         counts_LE = self.replica_counts_LE()
         return 1.0 / np.take_along_axis(counts_LE, self.slots_LP.astype(np.int64), axis=1)
+
+    def check_quotas(self, quotas_LP: NDArray[np.float64]) -> None:
+        """Raises PlacementError unless every slot has a share, 0 to 1, of its expert's tokens, and the slots
+        of each expert have all of them. What is not finite is refused too.
+        """
+        if quotas_LP.shape != self.slots_LP.shape:
+            raise PlacementError(f"quotas of {quotas_LP.shape} for slots of {self.slots_LP.shape}")
+        wrong_N2 = np.argwhere(~((quotas_LP >= 0.0) & (quotas_LP <= 1.0 + _QUOTA_ERROR)))
+        if wrong_N2.size:
+            layer, slot = wrong_N2[0]
+            raise PlacementError(
+                f"layer {layer}: slot {slot} cannot get {quotas_LP[layer, slot]} of its expert's tokens"
+            )
+        cells_LP = self.slots_LP + self.num_experts * np.arange(self.num_layers)[:, None]
+        sums = np.bincount(
+            cells_LP.ravel(), quotas_LP.ravel(), minlength=self.num_layers * self.num_experts
+        )
+        worst = int(np.abs(sums - 1.0).argmax())
+        if abs(sums[worst] - 1.0) > _QUOTA_ERROR:
+            layer, expert = divmod(worst, self.num_experts)
+            raise PlacementError(
+                f"layer {layer}: the slots of expert {expert} get {sums[worst]:g} of its tokens"
+            )
 
     def slot_load_LP(
         self,

@@ -182,6 +182,30 @@ def packed_checksum_torch(slabs: Slabs, packed: torch.Tensor, checksum: torch.Te
     checksum.copy_(_checksum(slabs, _parts(slabs, packed)))
 
 
+def add_checksum(slabs: Slabs, slot: int, start: int, stop: int, checksum: torch.Tensor) -> None:
+    """Add to `checksum` (int64 [1]) what packed bytes `start .. stop` of a slot have in its expert's.
+
+    start, stop: multiples of ALIGNMENT.
+    """
+    if runs_triton(checksum):
+        _run(slabs, slot, (start, stop), None, checksum, from_slot=True, copies=False)
+    else:
+        add_checksum_torch(slabs, slot, start, stop, checksum)
+
+
+def add_checksum_torch(
+    slabs: Slabs, slot: int, start: int, stop: int, checksum: torch.Tensor
+) -> None:
+    """Reference of `add_checksum`."""
+    for tensor, first in zip(slabs.tensors, slabs.firsts, strict=True):
+        low, high = max(start, first), min(stop, first + tensor.shape[1])
+        if low < high:
+            words = _words(tensor[slot, low - first : high - first])
+            for position in range(0, words.numel(), _PIECE):
+                piece = words[position : position + _PIECE]
+                checksum += _weighted_sum(piece, low // WORD + position)
+
+
 def warm_up(slabs: Slabs, packed: torch.Tensor) -> None:
     """Compile and load all that the functions above launch; slots keep their bytes.
 
@@ -339,6 +363,21 @@ def _launch(
         packed = packed[: stop - start].view(torch.int32)
     if checksum is not None:
         checksum.zero_()
+    _run(slabs, slot, (start, stop), packed, checksum, from_slot=from_slot, copies=copies)
+
+
+def _run(
+    slabs: Slabs,
+    slot: int,
+    part: tuple[int, int],
+    packed: torch.Tensor | None,
+    checksum: torch.Tensor | None,
+    *,
+    from_slot: bool,
+    copies: bool,
+) -> None:
+    """Copy, and add to `checksum`, what lies in this part of a packed expert."""
+    start, stop = part
     if start >= stop:
         return
     first_block = int(np.searchsorted(slabs.block_firsts_B, start, side="right")) - 1

@@ -28,12 +28,14 @@ class Refused(Exception):
 
     status: the HTTP status to answer with.
     reason: for the answer and the log.
+    retry_after: seconds after which it may be asked again; None if that is no question of time.
     """
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, *, retry_after: int | None = None) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
+        self.retry_after = retry_after
 
 
 class Access:

@@ -4,15 +4,17 @@
 |---|---|
 | `GET /` | the page; it asks for `overview` |
 | `GET status`, `load`, `overview` | JSON |
-| `POST pause`, `resume`, `rebalance`, `record?on=true` | JSON; change what the balancer does |
+| `POST pause`, `resume`, `rebalance`, `audit`, `record?on=true` | JSON; change what the balancer does |
 
 Errors are JSON with `error`: 400 for a wrong query, 401 without the key, 403 if control is off, 404 without
-the plugin, 409 for what makes no sense now, 413 for a body, 503 if the engine does not answer.
+the plugin, 409 for what makes no sense now, 413 for a body, 429 for changes that follow each other too
+quickly, 503 if the engine does not answer.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 
 from ep_rebalance.api.auth import Access, Refused
+from ep_rebalance.api.change_limit import TooManyChanges
 from ep_rebalance.api.engine_client import EngineReports
 from ep_rebalance.api.page import CONTENT_SECURITY_POLICY, page
 from ep_rebalance.balancer.control import ACTIONS, Action
@@ -103,6 +106,10 @@ def _changer(action: str, change: Change) -> Handler:
         except Refused as refused:
             served.access.log_change(request, action, f"{refused.status} {refused.reason}")
             return _refusal(refused)
+        except TooManyChanges as error:
+            too_many = _too_many(error)
+            served.access.log_refusal(request, action, too_many)
+            return _refusal(too_many)
         except Exception as error:
             logger.warning("ep_rebalance: %s was not carried out: %r", action, error)
             return _json({"error": "the engine has not answered; try again"}, 503)
@@ -117,6 +124,7 @@ def _asker(action: Action) -> Change:
         "pause": "no plan begins; experts that are moving now still arrive",
         "resume": "plans begin again",
         "rebalance": "a plan begins with the next snapshot; an idle engine takes none",
+        "audit": "every slot is checked from the next snapshot on; an idle engine takes none",
     }[action]
 
     async def ask(served: Served, request: Request) -> dict[str, str]:
@@ -152,8 +160,19 @@ def _active(request: Request) -> Served | None:
     return getattr(request.app.state, "ep_rebalance", None)
 
 
+def _too_many(error: TooManyChanges) -> Refused:
+    after = math.ceil(error.wait_seconds)
+    said = (
+        f"the last one asked for is carried out in {after} s" if error.will_follow else "try again"
+    )
+    return Refused(429, f"too many changes; {said}", retry_after=after)
+
+
 def _refusal(refused: Refused) -> Response:
-    return _json({"error": refused.reason}, refused.status)
+    response = _json({"error": refused.reason}, refused.status)
+    if refused.retry_after is not None:
+        response.headers["retry-after"] = str(refused.retry_after)
+    return response
 
 
 def _json(content: dict[str, str], status: int) -> Response:

@@ -20,10 +20,11 @@ from ep_rebalance.balancer.planner_thread import PlannerThread
 from ep_rebalance.collectives.snapshot import Flags
 from ep_rebalance.load.snapshot import Agreed
 from ep_rebalance.migration.commit import PreparedMigration, Split
+from ep_rebalance.migration.proof import in_a_line
 from ep_rebalance.migration.served import Served
 from ep_rebalance.planning.proposal import Proposal, TimedProposal
 from ep_rebalance.routing.device_tables import RoutingTables
-from ep_rebalance.telemetry.events import Event, GotStuck, PlanEnded, PlanProposed
+from ep_rebalance.telemetry.events import ErrorCaught, Event, GotStuck, PlanEnded, PlanProposed
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class RankJobs:
         self._planning: Future[TimedProposal] | None = None
         self._scheduling: Future[PreparedMigration] | None = None
         self._fitting: Future[Split] | None = None
+        self._told_of_fitting = False
 
     def propose(self, asked: Propose, served: Served) -> None:
         """Begin to plan, on rank 0; the others do nothing."""
@@ -72,6 +74,7 @@ class RankJobs:
     def fit_quotas(self, asked: FitQuotas, served: Served) -> None:
         """Begin to fit the quotas for what is served."""
         self._fitting = self.thread.fit_split(asked.samples, served, self._counts)
+        self._told_of_fitting = False
 
     def announced(self) -> Flags:
         """What is done. A plan is announced once, other jobs until they are taken or forgotten."""
@@ -81,6 +84,9 @@ class RankJobs:
             self._planning = None
         elif self._planning is not None and time.monotonic() > self._overdue_at:
             self._tell(GotStuck("the planner takes longer than planner.deadline_seconds"))
+        if _raised(self._fitting) and not self._told_of_fitting:
+            self._told_of_fitting = True
+            self._tell(ErrorCaught("quotas", "they could not be fitted to the window"))
         return Flags(
             planned=int(planned),
             proposed=int(proposed),
@@ -117,7 +123,7 @@ class RankJobs:
         error = job.exception()
         if error is not None:  # also what ends a thread, and must not end this one
             logger.error("ep_rebalance: planning failed; serving goes on unchanged", exc_info=error)
-            reason = f"the planner raised {type(error).__name__}: {error}"
+            reason = f"the planner raised {in_a_line(error)}"
             self._tell(PlanEnded("failed", reason))
             return False
         timed = job.result()

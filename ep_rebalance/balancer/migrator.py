@@ -7,7 +7,7 @@ one begins. What is served changes only here, and on every rank in the same step
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.migration import Batch, schedule
+from ep_rebalance.migration.audit import SlotAudit
 from ep_rebalance.migration.commit import (
     Commit,
     PreparedMigration,
@@ -26,7 +27,8 @@ from ep_rebalance.migration.commit import (
 )
 from ep_rebalance.migration.configured import configured_staging
 from ep_rebalance.migration.expert_memory import ExpertMemory
-from ep_rebalance.migration.round_exchange import RoundExchange, StagingFull
+from ep_rebalance.migration.round_exchange import Faults, RoundExchange, StagingFull
+from ep_rebalance.migration.schedule import schedule_copy
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.pace import Pace, most_bytes_per_step
@@ -71,6 +73,8 @@ class Migrator:
         replaced and others' not yet.
     agreed_reloads: how many reloads of weights `served` reflects; the same on all ranks.
     staging_slots: experts. How many fit into the staging memory; 0 where nothing is moved.
+    audit: checks this rank's slots; None unless `audit.slots_per_minute` is set.
+    before: what was served before the first commit since `take_before`; None if there was none.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Migrator:
         tell: Callable[[Event], None],
     ) -> None:
         self.served = Served.initial(placement)
+        self.before: Served | None = None
         self.agreed_reloads = 0
         # Layers of each reload that `served` does not reflect.
         self._told: list[tuple[int, ...]] = []
@@ -102,14 +107,19 @@ class Migrator:
         self._round_stalls = StallClock(device, lambda seconds: tell(RoundStalled(seconds)))
         self._commit_stalls = StallClock(device, lambda seconds: tell(CommitStalled(seconds)))
         self._exchange: RoundExchange | None = None
+        self.audit: SlotAudit | None = None
         if memory is not None:
             sizes = memory.expert_bytes_L
+            if config.audit.slots_per_minute:
+                self.audit = SlotAudit(config.audit, memory, rank=self._rank)
+            self._max_bytes = most_bytes_per_step(config.migration.max_bytes_per_step, sizes)
             self.staging_slots = configured_staging(config, placement.slots_per_rank, sizes)
             self._exchange = RoundExchange(
                 group=group,
                 memory=memory,
-                max_bytes=most_bytes_per_step(config.migration.max_bytes_per_step, sizes),
+                max_bytes=self._max_bytes,
                 staging_slots=self.staging_slots,
+                audit=self.audit,
             )
         counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
 
@@ -143,9 +153,42 @@ class Migrator:
             self._commit(commit, self._exchange)
             batches += 1
         if not fault:
-            self._take_up(prepared.split)  # for layers whose quotas changed and experts did not
+            self._take_up_rest(prepared)
         self._serve(self.served.numbered(prepared.migration.source))
         return MigrationOutcome(batches=batches, fault=fault)
+
+    def repair(self, layer: int, source: int, slot: int) -> Generator[None, None, Faults]:
+        """Copy an expert from one slot over another that is to hold the same: one `yield` per engine step.
+
+        Only what has the checksum that `slot` must have is written. The placement stays as it is.
+        """
+        assert self._exchange is not None
+        assert self.audit is not None
+        batch = schedule_copy(
+            self.served.placement,
+            layer,
+            (source, slot),
+            topology=self._topology,
+            expert_bytes_L=self.expert_bytes_L,
+            max_bytes=self._max_bytes,
+            rank=self._rank,
+        )
+        expected = self.audit.expected(layer, slot)
+        known = {} if expected is None else {0: expected}
+        faults = yield from self._exchanged(batch, self._exchange, known)
+        if not faults:
+            self._write_repaired(batch, self._exchange, self.audit)
+        return faults
+
+    def _write_repaired(self, batch: Batch, exchange: RoundExchange, audit: SlotAudit) -> None:
+        assert self._memory is not None
+        layers = self._not_replaced(batch.layers)
+        with self._commit_stalls.stall():
+            for move in batch.arrivals(self._rank) if layers else ():
+                packed = exchange.staging[move.staging, : self.expert_bytes_L[move.layer]]
+                self._memory.write(move.layer, move.dst_slot % self._memory.slots, packed)
+        audit.committed(batch, layers, exchange.checksum_of)
+        self._actions += 1
 
     def restore(
         self, placement: Placement, quotas_LP: NDArray[np.float64], generation: int
@@ -196,6 +239,7 @@ class Migrator:
                 memory=memory,
                 max_bytes=RESTORE_BYTES_PER_ROUND,
                 staging_slots=staging_slots,
+                audit=self.audit,
             )
         except RuntimeError:  # torch's out of memory is one
             logger.exception("ep_rebalance: not enough memory to restore the saved placement")
@@ -228,21 +272,29 @@ class Migrator:
         `serve_loaded`, nothing is committed to these layers on this rank, and it votes every batch down.
         """
         self._told.append(layers)
+        if self.audit is not None:
+            self.audit.forget(layers)
         self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
 
     def replace_memory(self, memory: ExpertMemory) -> None:
         """Use other tensors, which hold the experts now. Raises ValueError if their sizes differ."""
         assert self._exchange is not None, "mode observe moves nothing"
         self._exchange.replace_memory(memory)
+        if self.audit is not None:
+            self.audit.replace_memory(memory)
         self._memory = memory
 
     def refuse_moves(self) -> None:
         """Vote every batch down from now on."""
         self._may_move = False
+        if self.audit is not None:
+            self.audit.suspend()
 
     def allow_moves(self) -> None:
         """Vote by what became of each batch again."""
         self._may_move = True
+        if self.audit is not None:
+            self.audit.resume()
 
     def layers_reloaded(self, reloads: int) -> tuple[int, ...]:
         """Layers that the engine replaced since what `served` reflects, up to the `reloads`-th time."""
@@ -255,6 +307,8 @@ class Migrator:
         If this rank has been told once more since, a later snapshot will show it.
         """
         layers = self.layers_reloaded(reloads)
+        if self.audit is not None:
+            self.audit.forget_lost(layers)
         self._told = self._told[reloads - self.agreed_reloads :]
         self.agreed_reloads = reloads
         self._serve(self.served.reloaded(layers, self._loaded))
@@ -263,6 +317,11 @@ class Migrator:
         """Serve the same placement with other quotas."""
         self._take_up(split)
         self._tell(QuotasChanged())
+
+    def take_before(self) -> Served | None:
+        """`before`, which is None from then on."""
+        before, self.before = self.before, None
+        return before
 
     def take_actions(self) -> int:
         """Number of rounds and commits that this rank has made since the previous call."""
@@ -279,10 +338,23 @@ class Migrator:
         all ranks may commit.
         """
         try:
-            exchange.begin_batch(batch)
+            faults = yield from self._exchanged(batch, exchange)
         except StagingFull as error:  # the same on all ranks; any other error ends this process
             logger.exception("ep_rebalance: the migration cannot go on")
             return str(error)
+        return str(faults) if faults else ""
+
+    def _exchanged(
+        self,
+        batch: Batch,
+        exchange: RoundExchange,
+        known: Mapping[int, torch.Tensor] | None = None,
+    ) -> Generator[None, None, Faults]:
+        """What the ranks voted after all rounds of a batch. known: see `RoundExchange.vote`.
+
+        Raises StagingFull before the first of them.
+        """
+        exchange.begin_batch(batch)
         last = len(batch.rounds) - 1
         for number in range(last):
             with self._round_stalls.stall():
@@ -291,16 +363,21 @@ class Migrator:
             yield
         with self._round_stalls.stall():
             exchange.exchange(batch, last)
-            vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
+            replaced = self._holds_loaded or not self._may_move
+            vote = exchange.vote(batch, replaced=replaced, known=known)
         self._actions += 1
         yield  # the votes are copied to the host beside the next step
-        return str(faults) if (faults := exchange.faults_of(vote)) else ""
+        return exchange.faults_of(vote)
 
     def _commit(self, commit: Commit, exchange: RoundExchange) -> None:
         assert self._memory is not None
         # Layers replaced since the vote keep what the engine wrote: staging holds experts of the old weights.
         # Others commit, so `served` must still follow; `serve_loaded` will correct it on all ranks.
         layers = self._not_replaced(commit.batch.layers)
+        self.before = self.before or self.served
+        self._counts.book_earlier(sorted(layers))
+        if self.audit is not None:
+            self.audit.committed(commit.batch, layers, exchange.checksum_of)
         if not layers:
             self.served = commit.serves(self.served)
             return
@@ -316,6 +393,14 @@ class Migrator:
             )
         self._tell(BatchCommitted(commit.batch))
         self._actions += 1
+
+    def _take_up_rest(self, prepared: PreparedMigration) -> None:
+        """Split tokens anew also in layers whose quotas changed and experts did not."""
+        if self.before is not None:
+            moved = {layer for commit in prepared.commits for layer in commit.batch.layers}
+            rest = set(range(self.served.placement.num_layers)) - moved
+            self._counts.book_earlier(sorted(rest))
+        self._take_up(prepared.split)
 
     def _take_up(self, split: Split) -> None:
         if self._holds_loaded:

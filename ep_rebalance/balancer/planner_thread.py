@@ -134,10 +134,12 @@ class PlannerThread:
         current = served.placement
         try:
             slots_LP, quotas_LP, pace = read_plan(wire)
+            target = Placement(slots_LP, current.num_experts, current.num_ranks)
+            target.check_quotas(quotas_LP)
             migration = schedule_as_configured(
                 self._config,
                 current,
-                Placement(slots_LP, current.num_experts, current.num_ranks),
+                target,
                 quotas_LP,
                 topology=self._topology,
                 expert_bytes_L=self._expert_bytes_L,
@@ -145,7 +147,7 @@ class PlannerThread:
                 rank=self._rank,
             )
             return PreparedMigration.of(migration, counts)
-        except Exception:
+        except BaseException:  # also what ends a thread
             logger.exception("ep_rebalance: the rounds could not be worked out")
             raise
 
@@ -155,8 +157,9 @@ class PlannerThread:
         load = planned_load(self._config.planner, samples)
         try:
             quotas_LP = self._cost.split(load, placement)
+            placement.check_quotas(quotas_LP)
             tables = counts.dispatch_tables(placement, quotas_LP, load.load_LE)
             return Split(quotas_LP=quotas_LP, tables=tables)
-        except Exception:
+        except BaseException:  # also what ends a thread
             logger.exception("ep_rebalance: the quotas could not be fitted; they stay as they are")
             raise

@@ -30,6 +30,7 @@ from ep_rebalance.balancer.asks import (
     WorkOutRounds,
     drive,
 )
+from ep_rebalance.balancer.auditor import AuditFlags, Auditor
 from ep_rebalance.balancer.control import Action, Control
 from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.jobs import RankJobs
@@ -41,15 +42,16 @@ from ep_rebalance.balancer.state_saver import StateSaver
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast
 from ep_rebalance.collectives.snapshot import Flags, SnapshotExchange
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load.snapshot import Agreed, Snapshot
+from ep_rebalance.load.snapshot import NOTHING_AGREED, Agreed, Snapshot
 from ep_rebalance.load.step_times import StepTimes
 from ep_rebalance.load.trace import MigrationEnd
 from ep_rebalance.migration.commit import PreparedMigration
 from ep_rebalance.migration.expert_memory import ExpertMemory
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.telemetry.events import (
+    ErrorCaught,
     MigrationBegan,
     MigrationEnded,
     PlanEnded,
@@ -117,6 +119,7 @@ class Rebalancer:
             deadline_seconds=config.planner.deadline_seconds,
             tell=self._tell,
         )
+        self._auditor = Auditor(self.migrator, rank=self._rank, ranks=self._ranks, tell=self._tell)
         self._recorder = recorder
         self._saver = _saver(config, model, self._rank)
         self._control = Control(config)
@@ -124,6 +127,7 @@ class Rebalancer:
         self._prepared: PreparedMigration | None = None
         self._reloads = 0  # how many all ranks have been told of
         self._ended: MigrationEnd | None = None  # for the next snapshot's record
+        self._window_began = self._earlier_steps = 0
         self._driver = drive(self._loop.run(), self._answer)
         next(self._driver)  # up to the first `yield`, where it waits for a step to end
 
@@ -155,6 +159,7 @@ class Rebalancer:
             steps=self._steps,
             paused=self._control.paused,
             files=self._files(),
+            lost_slots=0 if self.migrator.audit is None else len(self.migrator.audit.lost),
         )
 
     def _files(self) -> FileHealth:
@@ -206,6 +211,7 @@ class Rebalancer:
         self.step_times.begin()
         self._steps += 1
         self._advance()
+        self._auditor.step()
         self.migrator.read_stalls()
         migrated = self.migrator.take_actions() > 0
         self.step_times.end(started, time.perf_counter(), continues=continues, migrated=migrated)
@@ -248,27 +254,71 @@ class Rebalancer:
         """Takes `snapshot_steps` steps to count, and one more for the all-reduce and the copy to the host."""
         for _ in range(self.config.window.snapshot_steps):
             yield
-        self._snapshots.begin(self._flags(), self.step_times.take_sum())
+        steps = self.step_times.take_sum()
+        if steps.untimed:
+            self._tell(
+                ErrorCaught("step_times", f"{steps.untimed} steps took a time that cannot be")
+            )
+        before, earlier = self.migrator.take_before(), None
+        self._window_began = self._steps
+        self._snapshots.begin(self._flags(), steps, earlier=before is not None)
         yield  # the copy runs beside the next step, so that `finish` need not wait for it
         served = self.served
         sums = self._snapshots.finish(served.generation, served.placement, served.quotas_LP)
+        if sums.refused:
+            self._tell(ErrorCaught("snapshot", sums.refused))
         snapshot = Snapshot(sample=sums.sample, agreed=self._agreed(sums.flags))
-        if self._recorder is not None:
-            self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)
+        if before is not None and sums.earlier_ALE is not None:
+            earlier = ServedTokens(counts_ALE=sums.earlier_ALE, served=before)
+        self._record(snapshot, earlier)
         self._ended = None
-        self._tell(SnapshotTaken(snapshot.sample, self.served))
+        self._tell(SnapshotTaken(snapshot.sample, self.served, earlier))
         self._jobs.forget_what_ended(snapshot.agreed)
+        told = AuditFlags(audited=sums.flags.audited, corrupted=sums.flags.corrupted)
+        yield from self._auditor.follow(told, all_asked=sums.flags.audit_asked > 0)
         return snapshot
+
+    def _record(self, snapshot: Snapshot, earlier: ServedTokens | None) -> None:
+        """Hand a snapshot to the recorder; one in which experts moved as two, each with what served it."""
+        if self._recorder is None:
+            return
+        if earlier is None or not earlier.counts_ALE.any():
+            self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)
+            return
+        sample, served = snapshot.sample, earlier.served
+        steps = min(max(self._earlier_steps, 1), sample.steps - 1)
+        before = replace(
+            sample,
+            counts_ALE=earlier.counts_ALE,
+            steps=steps,
+            generation=served.generation,
+            placement=served.placement,
+            quotas_LP=served.quotas_LP,
+        )
+        after = replace(
+            sample, counts_ALE=sample.counts_ALE - before.counts_ALE, steps=sample.steps - steps
+        )
+        ended_at = self._steps - after.steps
+        self._recorder.snapshot(
+            Snapshot(sample=before, agreed=NOTHING_AGREED), served, ended_at, None
+        )
+        self._recorder.snapshot(
+            Snapshot(sample=after, agreed=snapshot.agreed), self.served, self._steps, self._ended
+        )
 
     def _flags(self) -> Flags:
         """What this rank announces."""
-        reloads = self.migrator.reloads
+        reloads, audit = self.migrator.reloads, self._auditor.flags()
+        audit_asked, self._control.audit_asked = self._control.audit_asked, False
         return replace(
             self._jobs.announced(),
             paused=int(self._control.paused),
             plan_asked=int(self._control.plan_asked),
             reloads=reloads,
             reloads_squared=reloads**2,
+            audit_asked=int(audit_asked),
+            audited=audit.audited,
+            corrupted=audit.corrupted,
         )
 
     def _agreed(self, flags: Flags) -> Agreed:
@@ -325,6 +375,7 @@ class Rebalancer:
         began, generation = time.perf_counter(), self.served.generation
         self._tell(MigrationBegan(prepared.migration))
         outcome = yield from self.migrator.migrate(prepared)
+        self._earlier_steps = self._steps - self._window_began
         if self._saver is not None and self.served.generation != generation:
             self._saver.save(self.served, self._loop.window.samples())
         self._ended = MigrationEnd(batches=outcome.batches, abandoned=bool(outcome.fault))

@@ -85,6 +85,7 @@ class Session:
         self.rebalancer.warm_up()
         if self._moves_experts:
             self._take_up_saved_state()
+            self._take_checksums()
         placement = self._model.placement
         logger.info(
             "ep_rebalance: mode %s, %d MoE layers, %d experts in %d slots on %d ranks",
@@ -181,17 +182,31 @@ class Session:
     def weights_complete(self) -> None:
         """The engine may have made the last of its weights whole, without a loader that was seen."""
         self._unchecked = self._moves_experts
+        if (audit := self.rebalancer.migrator.audit) is not None:
+            audit.forget(range(self._model.placement.num_layers))
+
+    def before_weights_go(self) -> None:
+        """The engine is about to give the memory of its weights back: nothing may be reading it."""
+        if (audit := self.rebalancer.migrator.audit) is not None:
+            audit.settle()
 
     def _check_weights(self) -> None:
         """Whether experts may move with what was loaded, as at start; on each rank before its next vote."""
         self._unchecked = False
-        if self._replace_memory() and (refusal := self._model.refusal()):
+        if self._replace_memory() and (refusal := self._refusal()):
             logger.error(
                 "ep_rebalance: experts are not moved with the weights that were loaded: %s. "
                 "Remedy: restart the server with them.",
                 refusal,
             )
             self.rebalancer.migrator.refuse_moves()
+
+    def _refusal(self) -> str:
+        try:
+            return self._model.refusal()
+        except Exception as error:
+            logger.exception("ep_rebalance: the weights that were loaded could not be examined")
+            return f"they could not be examined ({type(error).__name__})"
 
     def _replace_memory(self) -> bool:
         """Whether moves go on, in the memory in which the experts are now."""
@@ -244,6 +259,15 @@ class Session:
         None on a rank that has no recorder.
         """
         return None if self._recorder is None else self._recorder.answer
+
+    def _take_checksums(self) -> None:
+        if (audit := self.rebalancer.migrator.audit) is None:
+            return
+        audit.take_all()
+        logger.info(
+            "ep_rebalance: %d slots a minute are checked against their checksums",
+            self.config.audit.slots_per_minute,
+        )
 
     def _take_up_saved_state(self) -> None:
         """Rank 0 reads the state file, and all ranks serve what it found."""

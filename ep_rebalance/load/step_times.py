@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 STEPS_KEPT = 65_536
 """How many busy steps are kept for `StepTimes.take_recent`."""
+LONGEST_SECONDS = 24 * 3600.0
+"""What seems longer is no step but a clock that was set, or an adapter's mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class StepSum:
     continued_seconds: the intervals from end to end of these.
     alone: all other steps in which this rank had tokens.
     alone_seconds: the host's time from the inputs of these to their end.
+    untimed: steps of either kind whose time cannot be, which are in none of the above but `steps`.
     """
 
     steps: int = 0
@@ -51,6 +54,7 @@ class StepSum:
     continued_seconds: float = 0.0
     alone: int = 0
     alone_seconds: float = 0.0
+    untimed: int = 0
 
 
 class StepTimes:
@@ -76,12 +80,17 @@ class StepTimes:
         before, self._busy_since = self._busy_since, None if started is None else ended
         if started is None:
             return
-        if continues and before is not None:
-            step = StepTime(before, ended, migrated)
+        continued = continues and before is not None
+        step = StepTime(before if continued and before is not None else started, ended, migrated)
+        if not 0.0 <= step.seconds <= LONGEST_SECONDS:  # also if it is not a number
+            self._untimed += 1
+            if continued:  # else it is the adapter's `started` that cannot be
+                self._busy_since = None
+            return
+        if continued:
             self._continued += 1
             self._continued_seconds += step.seconds
         else:
-            step = StepTime(started, ended, migrated)
             self._alone += 1
             self._alone_seconds += step.seconds
         self._recent.append(step)
@@ -94,6 +103,7 @@ class StepTimes:
             continued_seconds=self._continued_seconds,
             alone=self._alone,
             alone_seconds=self._alone_seconds,
+            untimed=self._untimed,
         )
         self._reset()
         return total
@@ -105,5 +115,5 @@ class StepTimes:
         return taken
 
     def _reset(self) -> None:
-        self._steps = self._continued = self._alone = 0
+        self._steps = self._continued = self._alone = self._untimed = 0
         self._continued_seconds = self._alone_seconds = 0.0

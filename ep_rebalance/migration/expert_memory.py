@@ -13,6 +13,7 @@ import torch
 
 from ep_rebalance.kernels.pack_experts import (
     Slabs,
+    add_checksum,
     pack_expert,
     packed_checksum,
     unpack_expert,
@@ -64,6 +65,14 @@ class ExpertMemory:
     def write(self, layer: int, slot: int, packed: torch.Tensor) -> None:
         """Copy a whole packed expert (uint8) into a local slot, in stream order."""
         unpack_expert(self._layers[layer], slot, packed)
+
+    def add_checksum(
+        self, layer: int, slot: int, start: int, stop: int, checksum: torch.Tensor
+    ) -> None:
+        """Add to `checksum` (int64 [1]) what packed bytes `start..stop` of a local slot have in that of
+        `read`; both are multiples of ALIGNMENT.
+        """
+        add_checksum(self._layers[layer], slot, start, stop, checksum)
 
     def checksum_packed(self, layer: int, packed: torch.Tensor, checksum: torch.Tensor) -> None:
         """Set `checksum` (int64 [1]) to that of a packed expert; equal if and only if (except by 64-bit

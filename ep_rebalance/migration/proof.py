@@ -126,9 +126,13 @@ def failed(error: Exception) -> Proof:
     return Proof.without_numbers(Verdict.FAILED, in_a_line(error))
 
 
-def in_a_line(error: Exception) -> str:
-    """Short enough to be sent around."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+def in_a_line(error: BaseException) -> str:
+    """Short enough to be sent around, whatever the error makes of itself as a text."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "an error without a text"
+    text = " ".join(f"{type(error).__name__}: {said}".split())
     return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
 
 

@@ -9,7 +9,7 @@ would reveal it too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from ep_rebalance.host_memory import Download
 from ep_rebalance.migration import Batch, Itinerary
+from ep_rebalance.migration.audit import SlotAudit
 from ep_rebalance.migration.expert_memory import ExpertMemory
-from ep_rebalance.migration.itinerary import CHECKSUM_BYTES
+from ep_rebalance.migration.itinerary import CHECKSUM_BYTES, Leg
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class RoundExchange:
 
     max_bytes: bytes of experts. The most that a rank sends, and receives, in one round.
     staging_slots: how many experts the staging memory holds.
+    audit: knows what the checksums of this rank's slots must be; None if nobody does.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class RoundExchange:
         memory: ExpertMemory,
         max_bytes: int,
         staging_slots: int,
+        audit: SlotAudit | None = None,
     ) -> None:
+        self._audit = audit
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -81,6 +85,7 @@ class RoundExchange:
         self._arrived = torch.zeros_like(self._expected)
         self._differs = torch.zeros(staging_slots, dtype=torch.bool, device=memory.device)
         self._damaged = torch.zeros(1, dtype=torch.bool, device=memory.device)
+        self._sent_damaged = torch.zeros_like(self._damaged)
         self._faults = torch.zeros(3, dtype=torch.int64, device=memory.device)
         self._votes = Download(self._faults)
         self._transport_failed = False
@@ -118,6 +123,7 @@ class RoundExchange:
                 f"a round of {busiest} bytes on one rank does not fit into {self._send.numel()}"
             )
         self._transport_failed = False
+        self._sent_damaged.zero_()
 
     def replace_memory(self, memory: ExpertMemory) -> None:
         """Use other tensors as this rank's experts. Raises ValueError if an expert's size differs."""
@@ -145,17 +151,29 @@ class RoundExchange:
         """Whether this rank failed in the batch; the vote tells only how many did."""
         return self._transport_failed
 
-    def vote(self, batch: Batch, *, replaced: bool = False) -> Download:
+    def vote(
+        self,
+        batch: Batch,
+        *,
+        replaced: bool = False,
+        known: Mapping[int, torch.Tensor] | None = None,
+    ) -> Download:
         """Check every expert that arrived, and sum all ranks' faults; `faults_of` reads them.
 
         replaced: whether the engine replaced this rank's weights, which voids what it sent.
+        known: int64 [1] by place in the staging memory, checksums that arrivals must have whatever their
+            senders say.
 
         If the all-reduce raises twice, so does this: the rank is then out of step.
         """
-        self._attempt("arrived experts were not checked", self._check, batch)
+        self._attempt("arrived experts were not checked", self._check, batch, known or {})
         self._take_part(self._add_up_faults, replaced)
         self._votes.start(self._faults)
         return self._votes
+
+    def checksum_of(self, place: int) -> torch.Tensor:
+        """int64 [1], that of what arrived at a place of the staging memory, once a vote was passed."""
+        return self._arrived[place : place + 1]
 
     @staticmethod
     def faults_of(vote: Download) -> Faults:
@@ -192,7 +210,7 @@ class RoundExchange:
 
     def _add_up_faults(self, replaced: bool) -> None:
         self._faults[:1].fill_(int(self._transport_failed))
-        self._faults[1:2].copy_(self._damaged)
+        self._faults[1:2].copy_(self._damaged.logical_or_(self._sent_damaged))
         self._faults[2:].fill_(int(replaced))
         dist.all_reduce(self._faults, group=self._group)
 
@@ -201,6 +219,14 @@ class RoundExchange:
             out = self._send[leg.offset : leg.offset + leg.stop - leg.start]
             checksum = None if leg.checksum < 0 else _checksum(self._send, leg.checksum)
             self._memory.read(leg.layer, leg.place, leg.start, out, checksum)
+            if checksum is not None and self._audit is not None:
+                self._hold_to(leg, checksum, self._audit)
+
+    def _hold_to(self, leg: Leg, checksum: torch.Tensor, audit: SlotAudit) -> None:
+        """A slot that is corrupted must not be moved on as if it were whole."""
+        expected = audit.expected(leg.layer, self.rank * self._memory.slots + leg.place)
+        if expected is not None:
+            self._sent_damaged.logical_or_(checksum.ne(expected))
 
     def _unpack(self, part: Itinerary, number: int) -> None:
         for leg in part.receives.of_round(number):
@@ -210,8 +236,10 @@ class RoundExchange:
                 expected = _checksum(self._receive, leg.checksum)
                 self._expected[leg.place : leg.place + 1].copy_(expected)
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: Batch, known: Mapping[int, torch.Tensor]) -> None:
         """Find out whether the checksum of any expert that arrived differs from its sender's."""
+        for place, checksum in known.items():
+            self._expected[place : place + 1].copy_(checksum)
         # Places where nothing arrived are equal, and so count as whole.
         self._damaged.zero_()
         self._arrived.copy_(self._expected)

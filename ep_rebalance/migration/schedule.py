@@ -14,7 +14,7 @@ from ep_rebalance.migration.rounds import Limits, MoveColumns, fill_rounds
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.sources import IntArray, choose_sources
-from ep_rebalance.topology import Topology
+from ep_rebalance.topology import LINKS, Topology
 
 
 def schedule(
@@ -50,6 +50,42 @@ def schedule(
         moves = _moves(source, target, layers, topology, bytes_L, staging_slots)
         batches = tuple(_batches(moves, layers, source, bytes_L, pace, staging_slots, rank))
     return Migration(source=source, target=target, quotas_LP=quotas_LP, batches=batches, pace=pace)
+
+
+def schedule_copy(
+    placement: Placement,
+    layer: int,
+    slots: tuple[int, int],
+    *,
+    topology: Topology,
+    expert_bytes_L: Sequence[int],
+    max_bytes: int,
+    rank: int,
+) -> Batch:
+    """One slot's expert copied into another slot that is to hold the same: a batch of one move.
+
+    slots: the one that is read, and the one that is written; on different ranks.
+    max_bytes: bytes. The most that is sent in a round.
+    rank: whose itinerary the batch carries.
+    """
+    src_slot, dst_slot = slots
+    src_rank, dst_rank = src_slot // placement.slots_per_rank, dst_slot // placement.slots_per_rank
+    bytes_L = np.array(expert_bytes_L, dtype=np.int64)
+    values = {
+        "layer": layer,
+        "expert": int(placement.slots_LP[layer, dst_slot]),
+        "src_rank": src_rank,
+        "src_slot": src_slot,
+        "dst_rank": dst_rank,
+        "dst_slot": dst_slot,
+        "link": LINKS.index(topology.link(src_rank, dst_rank)),
+        "staging": 0,
+        "size": int(bytes_L[layer]),
+    }
+    moves = Moves(**{name: np.array([value], dtype=np.int64) for name, value in values.items()})
+    pace = Pace.of_bytes(max_bytes)
+    (batch,) = _batches(moves, (layer,), placement, bytes_L, pace, 1, rank)
+    return batch
 
 
 def compile_schedule() -> None:

@@ -56,3 +56,14 @@ class Served:
         placement = self.placement.replaced(layers, loaded.placement)
         after = self.with_layers(layers, placement, loaded.quotas_LP)
         return replace(after, generation=self.generation + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServedTokens:
+    """Tokens, and what served them.
+
+    counts_ALE: int64 [A, L, E], tokens. As in `LoadSample`.
+    """
+
+    counts_ALE: NDArray[np.int64]
+    served: Served

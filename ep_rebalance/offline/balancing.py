@@ -114,7 +114,7 @@ class ReplayedServer:
         self._served = served
         self._loop = BalancingLoop(config, replicated=loaded.num_redundant > 0)
         self._incoming: RecordedSnapshot | None = None
-        self._step = self._planned_at = 0
+        self._step = self._planned_at = self._recorded_generation = 0
         self._proposal: Proposal | None = None
         self._migration: Migration | None = None
         self._fitted_LP: NDArray[np.float64] | None = None
@@ -162,6 +162,7 @@ class ReplayedServer:
             yield
         assert self._incoming is not None
         recorded, self._incoming = self._incoming, None
+        self._recorded_generation = recorded.generation
         self._step = recorded.step
         self.placement, self.quotas_LP = self._served.placement, self._served.quotas_LP
         # Generations are those of the replay, which may have come to other placements.
@@ -231,19 +232,24 @@ class ReplayedServer:
     def _end_of(self, migration: Migration) -> Generator[None, None, MigrationEnd]:
         """A server takes no snapshot while experts move: those that come meanwhile are joined.
 
-        A snapshot is served with the batches whose last step falls into it, or fell before it.
+        A snapshot is served with the batches whose last step falls into it, or fell before it. The recorded
+        server's comes in two parts: what was computed before the commits, under the old number, and the rest.
         """
+        first_part = self._as_recorded
         last_step_B = np.cumsum([len(batch.rounds) for batch in migration.batches])
         while True:
             yield
             assert self._incoming is not None
             if self._as_recorded and self._incoming.ended is not None:
                 return self._incoming.ended
+            first_part = first_part and self._incoming.generation == self._recorded_generation
             batches = int(np.searchsorted(last_step_B, self._incoming.steps, side="right"))
+            batches = 0 if first_part else batches
             if batches == len(migration.batches):
                 return MigrationEnd(batches=batches, abandoned=False)
             so_far = _after(self._served, migration, batches)
             self.placement, self.quotas_LP = so_far.placement, so_far.quotas_LP
+            first_part = False
 
     def _note(self, outcome: str, reason: str) -> None:
         assert self._proposal is not None

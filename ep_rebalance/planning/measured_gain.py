@@ -108,7 +108,9 @@ class StepHistory:
 
 
 def measured_gain(before: Sequence[MeanStep], after: Sequence[MeanStep]) -> MeasuredGain | None:
-    """What steps save since the commit between `before` and `after`; None if that cannot be told."""
+    """What steps save since the commit between `before` and `after`; None if that cannot be told, as by
+    numbers that fit no model.
+    """
     if not before or not after:
         return None
     before_N4, after_N4 = _alike(np.array(before, dtype=np.float64), np.array(after, np.float64))
@@ -116,7 +118,14 @@ def measured_gain(before: Sequence[MeanStep], after: Sequence[MeanStep]) -> Meas
         return None
     steps_N4 = np.concatenate([before_N4, after_N4])
     after_N = np.repeat([0.0, 1.0], [len(before_N4), len(after_N4)])
-    return _fitted(_features(steps_N4), after_N, steps_N4[:, 3])
+    try:
+        found = _fitted(_features(steps_N4), after_N, steps_N4[:, 3])
+    except np.linalg.LinAlgError:
+        # Raised, it would end every plan for as long as these snapshots are kept.
+        return None
+    if found is None or not np.isfinite((found.gain, found.standard_error)).all():
+        return None
+    return found
 
 
 def _alike(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,6 +71,21 @@ class Plan:
     def promised(self) -> float:
         """The fraction of the busiest ranks' cost, summed over layers, that the plan saves on the window."""
         return float(1.0 - self.imbalance_after_L.sum() / self.imbalance_before_L.sum())
+
+    def check(self, current: Placement) -> None:
+        """Raises ValueError for numbers that are not finite, and for quotas that are none.
+
+        current: what the plan would replace.
+        """
+        for imbalance_L in (self.imbalance_before_L, self.imbalance_after_L):
+            if not np.isfinite(imbalance_L).all():
+                raise ValueError(
+                    f"a plan predicts an imbalance of {imbalance_L[~np.isfinite(imbalance_L)][0]}"
+                )
+        if not math.isfinite(self.promised):
+            raise ValueError(f"a plan promises {self.promised} of the busiest ranks' cost")
+        self.placement.check_quotas(self.quotas_LP)
+        current.check_quotas(self.unmoved_quotas_LP)
 
 
 class Planner(Protocol):

@@ -6,6 +6,7 @@ window, and the last plan, so that later windows can tell whether that plan kept
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -34,6 +35,7 @@ class Proposal:
         placement before it, by the cost of load that it had not seen; None if nothing new is known.
     measured_gain: the same by the server's own step times; None while these do not tell.
     trust: 0 to 1. The fraction of the plan's promise that the decision believed.
+    refused: what of earlier outcomes was not finite and so was not learned from, as a clause; "" if nothing.
     expert_time: what of the step waits for the busiest ranks' experts, as the decision took it.
     """
 
@@ -43,6 +45,7 @@ class Proposal:
     achieved_gain: float | None
     measured_gain: MeasuredGain | None
     trust: float
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +110,12 @@ class Proposer:
         newest = samples[len(samples) - unseen :]
         later = window_load(newest, phases=self._settings.phases) if newest else None
         self._expert_times.add(newest)
-        achieved = self._learn(later, current)
+        achieved, refused = self._learn(later, current)
         self._steps.add(newest)
         measured = self._measure(current)
         problem = self._problem(samples, current)
         plan = make_plan(self._planner, problem)
+        plan.check(current)
         if later is not None:
             self._memory.add(later)
         work = self._expert_times.latest
@@ -134,18 +138,24 @@ class Proposer:
             achieved_gain=achieved,
             measured_gain=measured,
             trust=self._record.trust,
+            refused=refused,
         )
 
-    def _learn(self, load: WindowLoad | None, current: Placement) -> float | None:
-        """Judge the last plan by the load that came after it, if it was carried out."""
+    def _learn(self, load: WindowLoad | None, current: Placement) -> tuple[float | None, str]:
+        """Judge the last plan by the load that came after it, if it was carried out.
+
+        Returns the gain, or None if there is nothing to judge, and what was refused of it.
+        """
         promise, self._promise = self._promise, None
         if promise is None or promise.after != current or load is None or not load.load_LE.any():
             self._record = self._record.faded()
-            return None
-        self._judged = promise
+            return None, ""
         achieved = promise.achieved(load, self._cost)
         self._record = self._record.with_outcome(promise.predicted, achieved)
-        return self._expert_times.at(promise.work).fraction * achieved
+        if not math.isfinite(achieved):
+            return None, f"the last plan achieved {achieved} by later load"
+        self._judged = promise
+        return self._expert_times.at(promise.work).fraction * achieved, ""
 
     def _measure(self, current: Placement) -> MeasuredGain | None:
         """Judge the plan that is served by the step times before and after its commit."""

@@ -82,9 +82,11 @@ class TrackRecord:
         """The record with one more promise, judged by the cost of later load.
 
         A loss counts no more than the gain that was promised; otherwise one bad window would silence
-        the planner for a long time.
+        the planner for a long time. What is not finite says nothing, as a plan that was not carried out.
         """
         faded = self.faded()
+        if not (math.isfinite(predicted) and math.isfinite(achieved)):
+            return faded
         return TrackRecord(
             predicted=faded.predicted + faded.newest_predicted,
             achieved=faded.achieved + faded._newest,
@@ -93,7 +95,11 @@ class TrackRecord:
         )
 
     def with_measured(self, part: float) -> TrackRecord:
-        """The record once step times show that at most `part` of the newest promise was kept."""
+        """The record once step times show that at most `part` of the newest promise was kept; infinite if
+        they do not tell. What is not a number changes nothing.
+        """
+        if math.isnan(part):
+            return self
         return replace(self, newest_part=max(part, -1.0))
 
     def faded(self) -> TrackRecord:

@@ -58,6 +58,7 @@ class RoutingTables:
     by_own_counts: whether each step's own tokens are spread evenly, and not by quotas.
 
     counts_LAE: int64 [L, 3, E], tokens. By phase, with a third row for tokens that do not count.
+    earlier_LAE: int64 [L, 2, E], tokens. Of these, what `book_earlier` set apart.
     phase_T: int8 [max_tokens]. IGNORED except for the tokens that a real step marks.
     offset: int64 [1]. The offset of the tokens' hash.
     """
@@ -75,6 +76,7 @@ class RoutingTables:
     ) -> None:
         layers, experts = placement.num_layers, placement.num_experts
         self.counts_LAE = torch.zeros(layers, 3, experts, dtype=torch.int64, device=device)
+        self.earlier_LAE = torch.zeros(layers, 2, experts, dtype=torch.int64, device=device)
         # No expert has a slot until tables are served: what is routed before goes nowhere.
         shape = layers, experts, placement.max_replicas
         self._slots_LEC = torch.full(shape, -1, dtype=torch.int32, device=device)
@@ -229,6 +231,15 @@ class RoutingTables:
             ground_LR=ground_LR,
         )
 
+    def book_earlier(self, layers: Sequence[int]) -> None:
+        """Set apart what was counted in these layers so far, in stream order: other slots compute what comes
+        next. layers: ascending.
+        """
+        for first, stop in _runs(layers):
+            counts_XAE = self.counts_LAE[first:stop]
+            self.earlier_LAE[first:stop] += counts_XAE[:, : self.earlier_LAE.shape[1]]
+            counts_XAE.zero_()
+
     def serve(self, layers: Sequence[int], tables: DispatchTables) -> None:
         """Swap the tables of `layers`, in place and in stream order."""
         for layer in layers:
@@ -267,6 +278,17 @@ class RoutingTables:
                 self._max_tokens,
             )
         return phases_T[: self._max_tokens]
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, stop) of what follows one another. numbers: ascending."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = runs[-1][0], number + 1
+        else:
+            runs.append((number, number + 1))
+    return runs
 
 
 def _pour_tables(pours_O: torch.Tensor, rows: int, ground_R: torch.Tensor) -> PourTables:

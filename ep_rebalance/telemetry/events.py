@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ep_rebalance.load.window import LoadSample
 from ep_rebalance.migration.batches import Batch, Migration
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.planning.proposal import Proposal, TimedProposal
-from ep_rebalance.telemetry.metrics import Activity, PlanOutcome
+from ep_rebalance.telemetry.metrics import Activity, PlanOutcome, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,13 @@ class ActivityBegan:
 class SnapshotTaken:
     """All ranks have a snapshot.
 
-    sample: counted while `served` was served.
+    sample: counted while `served` was served, but for `earlier`.
+    earlier: those of its tokens that were computed before their layer was committed; None if no layer was.
     """
 
     sample: LoadSample
     served: Served
+    earlier: ServedTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,40 @@ class GotUnstuck:
     """The loop goes on."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlotsAudited:
+    """So many slots were checked, on all ranks."""
+
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCorrupted:
+    """A slot did not hold the bytes that were written into it.
+
+    layer: index of the layer.
+    slot: counted over all ranks; `ep_rank` has it.
+    source: the slot from which it was written anew; None if no rank has the expert whole.
+    """
+
+    layer: int
+    expert: int
+    slot: int
+    ep_rank: int
+    source: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCaught:
+    """A stage raised, or refused a value that cannot be; serving goes on.
+
+    reason: a clause.
+    """
+
+    stage: Stage
+    reason: str
+
+
 Event = (
     ActivityBegan
     | SnapshotTaken
@@ -133,4 +169,7 @@ Event = (
     | WeightsReplaced
     | GotStuck
     | GotUnstuck
+    | SlotsAudited
+    | SlotCorrupted
+    | ErrorCaught
 )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.compiled import compiled
 from ep_rebalance.load.window import PHASES
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.quotas import pour_step, sum_ranks
 
@@ -109,31 +109,67 @@ class RankBalance:
         self._loaded_slots = self._served_slots
         self.add(self.tokens_ALE.copy(), loaded)  # no tokens: it is only compiled, before any step
 
-    def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
+    def add(
+        self,
+        counts_ALE: NDArray[np.int64],
+        served: Served,
+        earlier: ServedTokens | None = None,
+    ) -> None:
         """Add a snapshot.
 
         counts_ALE: int64 [A, L, E], tokens. Routed while `served` was served.
+        earlier: tokens of the same snapshot that something else served; None if there are none.
         """
+        fade_K = np.full(len(self._sums.busiest_KL), _FADE)
+        if earlier is not None:
+            self._add_part(earlier.counts_ALE, earlier.served, fade_K)
+            # What has faded for the first part of a snapshot does not fade for the second.
+            seen_A = earlier.counts_ALE.any(axis=(1, 2))
+            fade_K[_PHASES:][seen_A] = 1.0
+            fade_K[:_PHASES] = 1.0
+        self._add_part(counts_ALE, served, fade_K)
+
+    def _add_part(
+        self, counts_ALE: NDArray[np.int64], served: Served, fade_K: NDArray[np.float64]
+    ) -> None:
         if self._served is not served:
             self._served, self._served_slots = served, _Slots.of(served)
         busiest_served, busiest_contiguous = _add_snapshot(
-            counts_ALE, self._served_slots, self._loaded_slots, self._by_own_counts, self._sums
+            counts_ALE,
+            self._served_slots,
+            self._loaded_slots,
+            self._by_own_counts,
+            self._sums,
+            fade_K,
         )
         self.busiest_tokens["served"] += round(busiest_served)
         self.busiest_tokens["contiguous"] += round(busiest_contiguous)
 
 
+_Snapshot = tuple[NDArray[np.int64], Served, ServedTokens | None]
+"""The arguments of `RankBalance.add`."""
+
+
 class BalanceThread:
-    """Adds snapshots to `balance`, in their order, in a thread of its own."""
+    """Adds snapshots to `balance`, in their order, in a thread of its own.
+
+    failed: snapshots that could not be added.
+    """
 
     def __init__(self, balance: RankBalance) -> None:
+        self.failed = 0
         self._balance = balance
-        self._waiting: queue.Queue[tuple[NDArray[np.int64], Served]] = queue.Queue(_WAITING)
+        self._waiting: queue.Queue[_Snapshot] = queue.Queue(_WAITING)
         threading.Thread(target=self._add, name="ep_rebalance balance", daemon=True).start()
 
-    def add(self, counts_ALE: NDArray[np.int64], served: Served) -> None:
+    def add(
+        self,
+        counts_ALE: NDArray[np.int64],
+        served: Served,
+        earlier: ServedTokens | None = None,
+    ) -> None:
         """As `RankBalance.add`, later. The counts must stay as they are."""
-        self._waiting.put((counts_ALE, served))
+        self._waiting.put((counts_ALE, served, earlier))
 
     def caught_up(self) -> RankBalance:
         """The balance, once all snapshots have been added."""
@@ -142,10 +178,11 @@ class BalanceThread:
 
     def _add(self) -> None:
         while True:
-            counts_ALE, served = self._waiting.get()
+            snapshot = self._waiting.get()
             try:
-                self._balance.add(counts_ALE, served)
-            except Exception:  # a thread that ends would be waited for in vain
+                self._balance.add(*snapshot)
+            except BaseException:  # a thread that ends would be waited for in vain
+                self.failed += 1
                 logger.exception("ep_rebalance: a snapshot is missing in the metrics")
             finally:
                 self._waiting.task_done()
@@ -181,11 +218,18 @@ class _Sums(NamedTuple):
 
 @compiled
 def _add_snapshot(
-    counts_ALE: NDArray[np.int64], served: _Slots, loaded: _Slots, by_own_counts: bool, sums: _Sums
+    counts_ALE: NDArray[np.int64],
+    served: _Slots,
+    loaded: _Slots,
+    by_own_counts: bool,
+    sums: _Sums,
+    fade_K: NDArray[np.float64],
 ) -> tuple[float, float]:
     """Add a snapshot layer by layer, while each is in the cache.
 
     by_own_counts: the served split is poured for the snapshot's own load.
+    fade_K: float64 [K]. The part of what was seen before that still counts; that of the first also holds for
+        the recent loads.
     Returns the tokens of the busiest ranks in this snapshot, summed over layers, as served and as
     loaded.
     """
@@ -213,8 +257,8 @@ def _add_snapshot(
             # Ranks' loads are linear in the tokens, so those of the phases add up.
             load_KR[_SERVED] += load_KR[_PHASES + phase]
         sum_ranks(load_E, loaded_LP[layer], loaded_quotas_LP[layer], load_KR[_CONTIGUOUS])
-        _fade_in(recent_LE[layer], load_E)
-        _fade_in(recent_LR[layer], load_KR[_SERVED])
+        _fade_in(recent_LE[layer], load_E, fade_K[_SERVED])
+        _fade_in(recent_LR[layer], load_KR[_SERVED], fade_K[_SERVED])
         for rank in range(ranks):
             rank_tokens_LR[layer, rank] += round(load_KR[_SERVED, rank])
         for kind in range(kinds):
@@ -222,12 +266,12 @@ def _add_snapshot(
             new_mean_KL[kind, layer] = load_KR[kind].sum() / ranks
     for kind in range(kinds):
         if new_mean_KL[kind].any():
-            _fade_in(busiest_KL[kind], new_busiest_KL[kind])
-            _fade_in(mean_KL[kind], new_mean_KL[kind])
+            _fade_in(busiest_KL[kind], new_busiest_KL[kind], fade_K[kind])
+            _fade_in(mean_KL[kind], new_mean_KL[kind], fade_K[kind])
     return new_busiest_KL[_SERVED].sum(), new_busiest_KL[_CONTIGUOUS].sum()
 
 
 @compiled
-def _fade_in(recent_X: NDArray[np.float64], newest_X: NDArray[np.float64]) -> None:
+def _fade_in(recent_X: NDArray[np.float64], newest_X: NDArray[np.float64], fade: float) -> None:
     for index in range(len(recent_X)):
-        recent_X[index] = _FADE * recent_X[index] + newest_X[index]
+        recent_X[index] = fade * recent_X[index] + newest_X[index]

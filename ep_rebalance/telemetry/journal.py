@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.load.window import PHASES, LoadSample
 from ep_rebalance.migration import Batch, Migration
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.pipeline import ONLY_STAGE, PipelineStage
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.expert_time import ExpertTime
@@ -20,6 +20,7 @@ from ep_rebalance.telemetry.events import (
     ActivityBegan,
     BatchCommitted,
     CommitStalled,
+    ErrorCaught,
     Event,
     GenerationServed,
     GotStuck,
@@ -30,13 +31,25 @@ from ep_rebalance.telemetry.events import (
     PlanProposed,
     QuotasChanged,
     RoundStalled,
+    SlotCorrupted,
+    SlotsAudited,
     SnapshotTaken,
     WeightsReplaced,
 )
 from ep_rebalance.telemetry.file_health import FileHealth
 from ep_rebalance.telemetry.imbalance import BalanceThread, RankBalance
 from ep_rebalance.telemetry.load_report import ExpertLoad, expert_load
-from ep_rebalance.telemetry.metrics import COMMITS_KEPT, OUTCOMES, Commit, PlanOutcome, Status
+from ep_rebalance.telemetry.metrics import (
+    COMMITS_KEPT,
+    CORRUPTIONS_KEPT,
+    OUTCOMES,
+    STAGES,
+    Commit,
+    Corruption,
+    PlanOutcome,
+    Stage,
+    Status,
+)
 from ep_rebalance.telemetry.overview_report import Overview, overview
 from ep_rebalance.telemetry.self_test import NOT_TRIED, SelfTest
 from ep_rebalance.topology import LINKS, Topology
@@ -78,6 +91,7 @@ class Journal:
         self._rank = rank
         self._pairs_per_token = top_k * contiguous.num_layers
         self._before = Before()
+        self._errors: dict[str, int] = dict.fromkeys(STAGES, 0)
 
     def report(
         self,
@@ -87,6 +101,7 @@ class Journal:
         steps: int,
         paused: bool,
         files: FileHealth,
+        lost_slots: int = 0,
     ) -> Status:
         """The status, brought up to date.
 
@@ -95,6 +110,9 @@ class Journal:
         """
         status, balance = self.status, self._balance.caught_up()
         status.steps = steps
+        status.lost_slots = lost_slots
+        in_metrics = self._errors["metrics"] + self._balance.failed
+        status.internal_errors = {**self._errors, "metrics": in_metrics}
         status.reported_timestamp = time.time()
         status.paused = int(paused)
         status.lost_trace_records = files.lost_trace_records
@@ -136,13 +154,22 @@ class Journal:
         return overview(status, balance.recent_LR, balance.recent_LE, served.placement)
 
     def apply(self, event: Event) -> None:
-        """Write what happened into the status, and into the log where it matters."""
+        """Write what happened into the status, and into the log where it matters. Never raises: what cannot
+        be written must not end a rank.
+        """
+        try:
+            self._write(event)
+        except Exception:
+            self._errors["metrics"] += 1
+            logger.exception("ep_rebalance: %s is missing in the status", type(event).__name__)
+
+    def _write(self, event: Event) -> None:
         status = self.status
         match event:
             case ActivityBegan(activity):
                 status.activity = activity
-            case SnapshotTaken(sample, served):
-                self._add_snapshot(sample, served)
+            case SnapshotTaken(sample, served, earlier):
+                self._add_snapshot(sample, served, earlier)
             case PlanProposed(timed):
                 self._note_plan(timed)
             case PlanEnded(outcome, reason):
@@ -167,14 +194,25 @@ class Journal:
                 self._note_stuck(reason)
             case GotUnstuck():
                 status.stuck = 0
+            case SlotsAudited(slots):
+                status.audited_slots += slots
+            case SlotCorrupted():
+                self._note_corruption(event)
+            case ErrorCaught(stage, reason):
+                self._note_error(stage, reason)
 
-    def _add_snapshot(self, sample: LoadSample, served: Served) -> None:
-        """Add a snapshot's load, as the served placement had it and as the loaded one would have had it."""
+    def _add_snapshot(
+        self, sample: LoadSample, served: Served, earlier: ServedTokens | None
+    ) -> None:
+        """Add a snapshot's load, as what served it had it and as the loaded placement would have had it."""
         self.status.snapshots += 1
         if sample.step_seconds:
             self.status.step_seconds = sample.step_seconds
         if sample.routed:
-            self._balance.add(sample.counts_ALE, served)
+            counts_ALE = sample.counts_ALE
+            if earlier is not None:
+                counts_ALE = counts_ALE - earlier.counts_ALE
+            self._balance.add(counts_ALE, served, earlier)
 
     def _note_plan(self, timed: TimedProposal) -> None:
         """Note a plan that was made. Unless it was accepted, it has also ended."""
@@ -182,6 +220,8 @@ class Journal:
         status.plan_seconds.add(timed.seconds)
         status.last_decision = proposal.decision.reason
         self._note_expert_time(proposal.expert_time)
+        if proposal.refused:
+            self._note_error("gain", proposal.refused)
         # The gains are those of the last commit: this plan's load shows what it achieved.
         if proposal.achieved_gain is not None:
             status.achieved_gain = proposal.achieved_gain
@@ -274,6 +314,37 @@ class Journal:
                 level, "ep_rebalance: plan %s, generation %d: %s", outcome, generation, reason
             )
 
+    def _note_corruption(self, event: SlotCorrupted) -> None:
+        status = self.status
+        corruption = Corruption(
+            time=time.time(),
+            layer=status.moe_layers[event.layer],
+            expert=event.expert,
+            slot=event.slot,
+            ep_rank=event.ep_rank,
+            source=event.source,
+            pp_rank=status.pp_rank,
+        )
+        status.corruptions = [*status.corruptions[1 - CORRUPTIONS_KEPT :], corruption]
+        status.corrupted_slots["lost" if event.source is None else "repaired"] += 1
+        done = "no rank has it whole: answers are wrong until the weights are loaded again"
+        if event.source is not None:
+            done = f"it was written anew from slot {event.source}"
+        status.message = (
+            f"expert {event.expert} of layer {corruption.layer} had changed in slot {event.slot} of EP rank "
+            f"{event.ep_rank}; {done}"
+        )
+        if self._rank in (0, event.ep_rank):
+            logger.error("ep_rebalance: %s", status.message)
+
+    def _note_error(self, stage: Stage, reason: str) -> None:
+        """Count it, and log the first of its stage: others may follow with every snapshot."""
+        self._errors[stage] += 1
+        if self._errors[stage] == 1:
+            logger.error(
+                "ep_rebalance rank %d: refused in the stage %s: %s", self._rank, stage, reason
+            )
+
     def _note_stuck(self, reason: str) -> None:
         if not self.status.stuck and self._rank == 0:
             logger.error("ep_rebalance: stuck: %s", reason)
@@ -334,6 +405,8 @@ def initial_status(
         busiest_rank_tokens={"served": 0, "contiguous": 0},
         phase_tokens=dict.fromkeys(PHASES, 0),
         plans=dict.fromkeys(OUTCOMES, 0),
+        corrupted_slots={"repaired": 0, "lost": 0},
+        internal_errors=dict.fromkeys(STAGES, 0),
         migrated_experts=dict.fromkeys(LINKS, 0),
         migrated_bytes=dict.fromkeys(LINKS, 0),
     )

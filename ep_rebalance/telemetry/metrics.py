@@ -6,18 +6,25 @@ The engine's rank 0 keeps a `Status`. The API server polls it for Prometheus, an
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "ep_rebalance_"
 
 OBSERVATIONS_KEPT = 512
 COMMITS_KEPT = 64
+CORRUPTIONS_KEPT = 64
 Activity = Literal["watching", "planning", "scheduling", "migrating"]
 PlanOutcome = Literal["committed", "no_gain", "over_budget", "abandoned", "failed"]
 OUTCOMES: tuple[PlanOutcome, ...] = get_args(PlanOutcome)
+Stage = Literal["snapshot", "step_times", "gain", "quotas", "metrics"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +264,36 @@ METRICS: tuple[Metric, ...] = (
         help="Snapshots of the load; each sums up window.snapshot_steps steps in one all-reduce.",
     ),
     Metric(
+        name="audited_slots",
+        kind="counter",
+        field="audited_slots",
+        help="Slots whose bytes were checked against their checksums, on all ranks. Only with"
+        " audit.slots_per_minute.",
+    ),
+    Metric(
+        name="corrupted_slots",
+        kind="counter",
+        labels=("outcome",),
+        field="corrupted_slots",
+        help="Slots whose bytes had changed by themselves: repaired from a replica on another rank, or lost"
+        " because no rank had one that was whole.",
+    ),
+    Metric(
+        name="lost_slots",
+        kind="gauge",
+        field="lost_slots",
+        help="Slots that serve changed bytes at the moment. A reload of the weights mends them.",
+    ),
+    Metric(
+        name="internal_errors",
+        kind="counter",
+        labels=("stage",),
+        field="internal_errors",
+        help="Errors that were caught, and values that cannot be and were refused, by stage: "
+        + ", ".join(STAGES)
+        + ". Serving goes on. A planner that raises is counted in plans.",
+    ),
+    Metric(
         name="lost_trace_records",
         kind="counter",
         field="lost_trace_records",
@@ -337,7 +374,11 @@ class Observations(msgspec.Struct):
     values: list[float] = []
 
     def add(self, value: float) -> None:
-        """Add a value, and drop the oldest one if there are too many."""
+        """Add a value, and drop the oldest one if there are too many. What is not finite or below 0, as by a
+        clock that was set back, would spoil the histogram for good and is left out.
+        """
+        if not 0.0 <= value < math.inf:
+            return
         self.values.append(value)
         if len(self.values) > OBSERVATIONS_KEPT:
             self.values.pop(0)
@@ -373,6 +414,24 @@ class Commit(msgspec.Struct, kw_only=True):
     fault: str = ""
 
 
+class Corruption(msgspec.Struct, kw_only=True):
+    """A slot whose bytes had changed by themselves.
+
+    time: Unix time at which all ranks knew.
+    layer: its number in the engine's model.
+    slot: counted over all ranks.
+    source: the slot from which it was written anew; None if there was none.
+    """
+
+    time: float
+    layer: int
+    expert: int
+    slot: int
+    ep_rank: int
+    source: int | None = None
+    pp_rank: int = 0
+
+
 class Status(msgspec.Struct, kw_only=True):
     """State of one engine's whole EP group, as rank 0 knows it; or of the whole model, where it is split
     into pipeline stages (`whole_pipeline.py`).
@@ -396,6 +455,9 @@ class Status(msgspec.Struct, kw_only=True):
     expert_time_reason: why that fraction is assumed; "" if it is learned or set.
     rank_tokens: for each EP rank.
     plans: by outcome.
+    corrupted_slots: by outcome.
+    corruptions: the newest of them, the latest last.
+    internal_errors: by stage.
     last_decision: the reason of the last plan's decision.
     migrated_experts, migrated_bytes: by kind of link.
     commits: the newest generations, the latest last.
@@ -463,6 +525,11 @@ class Status(msgspec.Struct, kw_only=True):
     paused: int = 0
     stuck: int = 0
     reported_timestamp: float = 0.0
+    audited_slots: int = 0
+    corrupted_slots: dict[str, int] = {}
+    lost_slots: int = 0
+    corruptions: list[Corruption] = []
+    internal_errors: dict[str, int] = {}
     lost_trace_records: int = 0
     file_faults: dict[str, str] = {}
     file_failing: dict[str, int] = {}
@@ -476,5 +543,29 @@ def encode(answer: msgspec.Struct) -> bytes:
 
 
 def decode(payload: bytes) -> Status:
-    """The status in a worker's reply. Raises msgspec.ValidationError if it is not a status."""
-    return msgspec.json.decode(payload, type=Status)
+    """The status in a worker's reply. What cannot be of a field, such as null for a number that was not
+    finite, leaves that field as it is by default, so that all others still show.
+
+    Raises msgspec.DecodeError, of which msgspec.ValidationError is one, if it is not a status.
+    """
+    try:
+        return msgspec.json.decode(payload, type=Status)
+    except msgspec.ValidationError as error:
+        found = msgspec.json.decode(payload)
+        if not isinstance(found, dict):
+            raise
+        logger.warning("ep_rebalance: a status has a value that cannot be: %s", error)
+        return msgspec.convert(_valid_fields(found), Status)
+
+
+def _valid_fields(found: dict[str, Any]) -> dict[str, Any]:
+    valid = {}
+    for field in msgspec.structs.fields(Status):
+        if field.name not in found:
+            continue
+        try:
+            msgspec.convert(found[field.name], field.type)
+        except msgspec.ValidationError:
+            continue
+        valid[field.name] = found[field.name]
+    return valid

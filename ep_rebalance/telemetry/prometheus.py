@@ -6,6 +6,8 @@ server and with several that share `PROMETHEUS_MULTIPROC_DIR`.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +16,8 @@ from prometheus_client import Metric as Family
 
 from ep_rebalance.config import MetricsConfig
 from ep_rebalance.telemetry.metrics import METRICS, Metric, Observations, Status
+
+logger = logging.getLogger(__name__)
 
 COMMON_LABELS = ("model_name", "engine")
 _DEFAULTS = MetricsConfig()
@@ -67,6 +71,7 @@ class _StageSeries:
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._observed: dict[str, int] = {}
         self._started = 0.0
+        self._told: set[Metric] = set()
 
     def update(self, status: Status) -> None:
         if status.started != self._started:
@@ -74,30 +79,41 @@ class _StageSeries:
             self._counted.clear()
             self._observed.clear()
         for metric, instrument in self._instruments.items():
-            value = getattr(status, metric.field)
-            if metric.kind == "histogram":
-                self._observe(metric, instrument, value)
+            try:
+                self._show(metric, instrument, status)
+            except Exception:  # the other metrics are shown all the same
+                if metric not in self._told:
+                    logger.exception("ep_rebalance: %s was not updated", metric.full_name)
+                self._told.add(metric)
+
+    def _show(self, metric: Metric, instrument: Any, status: Status) -> None:
+        value = getattr(status, metric.field)
+        if metric.kind == "histogram":
+            self._observe(metric, instrument, value)
+            return
+        for labels, number in _series(metric, value, status.moe_layers):
+            if not math.isfinite(number):  # once in a counter, it would stay
                 continue
-            for labels, number in _series(metric, value, status.moe_layers):
-                child = instrument.labels(**self._common, **labels)
-                if metric.kind == "gauge":
-                    child.set(number)
-                else:
-                    child.inc(self._advance(metric, tuple(labels.values()), number))
+            child = instrument.labels(**self._common, **labels)
+            if metric.kind == "gauge":
+                child.set(number)
+            else:
+                child.inc(self._advance(metric, tuple(labels.values()), number))
 
     def _observe(self, metric: Metric, histogram: Histogram, seen: Observations) -> None:
         # Values are numbered from the engine's start; `seen` holds those from `seen.first` on.
         total = seen.first + len(seen.values)
         known = self._observed.get(metric.name, 0)
         child = histogram.labels(**self._common)
-        for value in seen.values[max(0, known - seen.first) :]:
-            child.observe(value)
         self._observed[metric.name] = total
+        for value in seen.values[max(0, known - seen.first) :]:
+            if math.isfinite(value):
+                child.observe(value)
 
     def _advance(self, metric: Metric, labels: tuple[str, ...], number: float) -> float:
         before = self._counted.get((metric.name, labels), 0.0)
         self._counted[metric.name, labels] = number
-        return number - before
+        return max(number - before, 0.0)
 
 
 def shown(config: MetricsConfig) -> list[Metric]:
@@ -152,7 +168,11 @@ def _series(
 
 
 def _numbers(value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
-    """(indices and keys, number) for a number, or for all numbers in nested lists and mappings."""
+    """(indices and keys, number) for a number, or for all numbers in nested lists and mappings; what is
+    unknown is left out.
+    """
+    if value is None:
+        return
     if not isinstance(value, list | dict):
         yield (), float(value)
         return

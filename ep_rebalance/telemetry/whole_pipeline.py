@@ -12,7 +12,15 @@ from typing import Any, TypeVar, get_args
 import msgspec
 
 from ep_rebalance.telemetry.load_report import ExpertLoad
-from ep_rebalance.telemetry.metrics import COMMITS_KEPT, Activity, Commit, Observations, Status
+from ep_rebalance.telemetry.metrics import (
+    COMMITS_KEPT,
+    CORRUPTIONS_KEPT,
+    Activity,
+    Commit,
+    Corruption,
+    Observations,
+    Status,
+)
 from ep_rebalance.telemetry.overview_report import HOTTEST, Overview, hottest_first
 
 Report = TypeVar("Report", Status, Overview, ExpertLoad)
@@ -154,6 +162,13 @@ def _newest(values: list[list[Commit]], stages: Sequence[Status]) -> list[Commit
     return sorted(commits, key=lambda commit: commit.time)[-COMMITS_KEPT:]
 
 
+def _newest_corruptions(
+    values: list[list[Corruption]], stages: Sequence[Status]
+) -> list[Corruption]:
+    found = [corruption for value in values for corruption in value]
+    return sorted(found, key=lambda corruption: corruption.time)[-CORRUPTIONS_KEPT:]
+
+
 def _observed(values: list[Observations], stages: Sequence[Status]) -> Observations:
     return Observations(
         first=sum(value.first for value in values),
@@ -173,8 +188,10 @@ _FIELDS: dict[Rule, str] = {
     _of_first: "info model experts ep_size slots config pp_rank pp_size steps phase_tokens weight_reloads",
     _least: "started reported_timestamp expert_time_learned state_saved_timestamp",
     _most: "generation step_seconds self_test_seconds last_commit_timestamp migrating paused stuck",
-    _sum: "layers snapshots quota_changes moves_planned moves_done lost_trace_records",
-    _sums: "plans migrated_experts migrated_bytes self_test busiest_rank_tokens",
+    _sum: "layers snapshots quota_changes moves_planned moves_done lost_trace_records audited_slots"
+    " lost_slots",
+    _sums: "plans internal_errors corrupted_slots migrated_experts migrated_bytes self_test"
+    " busiest_rank_tokens",
     _sums_by_rank: "rank_tokens",
     _mean: "predicted_gain achieved_gain",
     _means: "overall_imbalance phase_imbalance measured_gain expert_time",
@@ -185,6 +202,7 @@ _FIELDS: dict[Rule, str] = {
     _most_by_key: "file_failing",
     _slowest: "links",
     _newest: "commits",
+    _newest_corruptions: "corruptions",
     _observed: "plan_seconds migration_seconds commit_stall_seconds round_stall_seconds",
     _busiest_activity: "activity",
 }

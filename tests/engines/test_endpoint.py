@@ -5,19 +5,25 @@ import logging
 import os
 from argparse import Namespace
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 from engine_clients import ROUTES, STATUS, EngineClient
 from fastapi import FastAPI
 
+from ep_rebalance.api import change_limit
+from ep_rebalance.api.engine_client import EngineReports
 from ep_rebalance.balancer.recorder import NOT_ANSWERED
+from ep_rebalance.config_sources import load_config
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
 
 CHANGES = {
     "pause": ("ep_rebalance_ask", "pause"),
     "resume": ("ep_rebalance_ask", "resume"),
     "rebalance": ("ep_rebalance_ask", "rebalance"),
+    "audit": ("ep_rebalance_ask", "audit"),
     "record?on=true": ("ep_rebalance_record", True),
 }
 ENABLED = {"control": {"enabled": True, "api_key_file": "operator"}, "trace": {"path": "traces"}}
@@ -273,3 +279,77 @@ def test_one_server_of_all_exports(api_rank, data_parallel_rank, exports, monkey
     )
     ask(engine, "status")
     assert len(exporters) == exports
+
+
+def test_a_question_that_was_cancelled_can_be_asked_again():
+    engine = EngineClient()
+    answer, calls = engine.collective_rpc, []
+
+    async def cancelled_once(method, args=()):
+        calls.append(method)
+        if len(calls) == 1:
+            raise asyncio.CancelledError
+        return await answer(method, args)
+
+    async def asked() -> tuple[bool, bool, bytes | None]:
+        reports = EngineReports(engine, load_config().metrics)
+        engine.collective_rpc = cancelled_once
+        shown: list[Any] = []
+        exporter = SimpleNamespace(update=shown.append)
+        exporting = asyncio.create_task(reports.export(exporter))
+        await asyncio.sleep(0.05)
+        alive = not exporting.done()
+        exporting.cancel()
+        await asyncio.sleep(0.3)
+        status = await reports.status()
+        return alive, exporting.cancelled(), status
+
+    assert asyncio.run(asked()) == (True, True, STATUS)
+
+
+@pytest.fixture
+def quick_limit(monkeypatch):
+    monkeypatch.setattr(change_limit, "SECONDS_PER_CHANGE", 0.3)
+
+
+@pytest.mark.usefixtures("quick_limit")
+@pytest.mark.parametrize(
+    ("routes", "last"),
+    [
+        (("resume", "pause"), ("ep_rebalance_ask", "pause")),
+        (("record?on=true", "record?on=false"), ("ep_rebalance_record", False)),
+    ],
+)
+def test_of_a_storm_of_changes_few_reach_the_engine_and_the_last_one_holds(routes, last):
+    engine = EngineClient(**ENABLED)
+
+    async def storm() -> list[httpx.Response]:
+        async with client_of(engine) as client:
+            headers = {"authorization": "Bearer operator"}
+            answers = [
+                await client.post(f"/ep_rebalance/{routes[number % 2]}", headers=headers)
+                for number in range(100)
+            ]
+            await asyncio.sleep(1.0)
+            return answers
+
+    answers = asyncio.run(storm())
+    codes = [answer.status_code for answer in answers]
+    assert codes[:4] == [200] * 4
+    assert set(codes) == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert "carried out" in refused.json()["error"]
+    assert len(engine.told) < 20
+    assert engine.told[-1] == last
+
+
+@pytest.mark.usefixtures("quick_limit")
+def test_requests_that_are_no_states_are_not_repeated():
+    engine = EngineClient(**ENABLED)
+    answers = ask(engine, *["rebalance"] * 30, "pause", method="POST", token="operator")
+    codes = [answer.status_code for answer in answers]
+    assert codes[4] == 429
+    assert "try again" in answers[4].json()["error"]
+    assert codes[-1] == 200
+    assert len(engine.told) < 20

@@ -153,7 +153,7 @@ def ask(rank):
 
 
 def test_operators_are_answered_by_rank_0(two_ranks):
-    assert two_ranks.run(ask) == [("", "it is paused already", False), (None, None, False)]
+    assert two_ranks.run(ask) == [("", "", False), (None, None, False)]
 
 
 def serve_observed(rank, config):

@@ -14,6 +14,8 @@ from ep_rebalance.kernels.pack_experts import (
     BLOCK,
     BLOCK_BYTES,
     Slabs,
+    add_checksum,
+    add_checksum_torch,
     pack_expert,
     pack_expert_torch,
     packed_checksum,
@@ -238,5 +240,22 @@ def test_nothing_is_compiled_after_warming_up(monkeypatch):
             pack_expert(slabs, slot, 0, packed, checksum)
         packed_checksum(slabs, packed, checksums[slot : slot + 1])
         unpack_expert(slabs, slot, packed)
+        add_checksum(slabs, slot, start, slabs.packed_bytes, checksums[slot : slot + 1])
+        add_checksum(slabs, slot, 0, start, checksums[slot : slot + 1])
     assert launches.compiled == warmed
     assert len(warmed) == 5
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("add", [add_checksum, add_checksum_torch])
+def test_checksums_of_parts_add_up_to_that_of_the_expert(device, sizes, add):
+    slabs = slabs_of(sizes, device)
+    whole = torch.zeros(1, dtype=torch.int64, device=device)
+    packed = torch.zeros(slabs.packed_bytes, dtype=torch.uint8, device=device)
+    cuts = [0, *range(ALIGNMENT, slabs.packed_bytes, 3 * ALIGNMENT + 4 * BLOCK)]
+    for slot in range(SLOTS):
+        pack_expert_torch(slabs, slot, 0, packed, whole)
+        total = torch.zeros_like(whole)
+        for start, stop in itertools.pairwise([*cuts, slabs.packed_bytes]):
+            add(slabs, slot, start, stop, total)
+        assert total.item() == whole.item()

@@ -73,3 +73,15 @@ def test_steps_that_nobody_asks_for_do_not_pile_up():
     for _ in range(STEPS_KEPT + 1):
         run(times, 0.0, 0.0)
     assert len(times.take_recent()) == STEPS_KEPT
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), -5.0, 1e9])
+def test_a_time_that_cannot_be_is_none_nor_is_it_that_of_the_step_after(bad):
+    times = StepTimes()
+    run(times, 1.0, 1.25, continues=False)
+    run(times, bad, bad)
+    run(times, 2.0, 2.5)
+    run(times, 2.6, 3.0)
+    assert times.take_sum() == StepSum(
+        steps=4, continued=1, continued_seconds=0.5, alone=2, alone_seconds=0.75, untimed=1
+    )

@@ -96,3 +96,15 @@ def test_what_step_times_said_stays_with_its_promise() -> None:
     plain = TrackRecord().with_outcome(0.3, 0.0)
     assert belied.with_outcome(0.2, 0.2).trust == plain.with_outcome(0.2, 0.2).trust
     assert belied.faded().trust == plain.faded().trust
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_leaves_a_trust_that_is(bad: float) -> None:
+    record = TrackRecord().with_outcome(0.3, 0.15)
+    for spoilt in (
+        record.with_outcome(0.3, bad),
+        record.with_outcome(bad, 0.1),
+        record.with_measured(bad),
+    ):
+        for later in (spoilt, spoilt.faded(), spoilt.with_outcome(0.2, 0.1)):
+            assert 0.1 <= later.trust <= 1.0

@@ -1,5 +1,7 @@
 """Rank balance: recent snapshots weigh what their tokens weigh, and counters add all of them up."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -108,6 +110,35 @@ def test_the_thread_adds_all_snapshots_in_their_order_and_goes_on_after_one_that
     assert (seen.recent_LR == own.recent_LR).all()
     assert (seen.tokens_ALE == own.tokens_ALE).all()
     assert "a snapshot is missing" in caplog.text
+
+
+class Ends(Served):
+    """What ends a thread that asks for its placement."""
+
+    @property
+    def placement(self):
+        raise SystemExit
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_what_would_end_the_thread_is_counted_and_keeps_nobody_waiting():
+    behind = BalanceThread(RankBalance(LOADED))
+    counts_ALE = np.full((2, 2, 4), 3)
+
+    def add() -> None:
+        for _ in range(20):
+            behind.add(counts_ALE, Ends())
+        behind.add(counts_ALE, SERVED)
+        behind.caught_up()
+
+    waited = threading.Thread(target=add, daemon=True)
+    waited.start()
+    waited.join(30)
+    assert not waited.is_alive()
+    assert behind.failed == 20
+    assert (behind.caught_up().tokens_ALE == counts_ALE).all()
 
 
 def test_phases_are_told_apart():

@@ -12,7 +12,14 @@ from statuses import make_status
 from ep_rebalance.config import MetricsConfig, RebalanceConfig
 from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.journal import initial_status
-from ep_rebalance.telemetry.metrics import METRICS, OBSERVATIONS_KEPT, Observations, Status
+from ep_rebalance.telemetry.metrics import (
+    METRICS,
+    OBSERVATIONS_KEPT,
+    Observations,
+    Status,
+    decode,
+    encode,
+)
 from ep_rebalance.telemetry.prometheus import COMMON_LABELS, Exporter
 
 COMMON = {"model_name": "m", "engine": "0"}
@@ -252,3 +259,39 @@ def test_metrics_are_shown_with_several_api_servers(tmp_path: Path):
     assert 'ep_rebalance_rank_tokens_total{engine="0",ep_rank="1",model_name="m"} 20.0' in lines
     assert 'ep_rebalance_load_imbalance_ratio{engine="0",layer="0",model_name="m"} 1.5' in lines
     assert 'ep_rebalance_plan_duration_seconds_count{engine="0",model_name="m"} 1.0' in lines
+
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_metrics_outlive_a_value_that_is_not_finite(scrape: Scrape, bad: float):
+    status = make_status()
+    scrape.exporter.update(decode(encode(status)))
+    status.predicted_gain, status.overall_imbalance["served"] = bad, bad
+    status.imbalance[0], status.plans["committed"] = bad, bad
+    status.generation, status.rank_tokens = 7, [30, 40]
+    for value in (bad, 0.5):
+        status.plan_seconds.add(value)
+    for shown in (status, decode(encode(status))):
+        scrape.exporter.update(shown)
+        assert scrape.value("placement_generation") == 7
+        assert scrape.value("rank_tokens_total", ep_rank="1") == 40
+        assert scrape.value("plan_duration_seconds_sum") == 0.5
+        assert scrape.value("overall_imbalance_ratio", placement="served") == 1.375
+        assert scrape.value("plans_total", outcome="committed") == 2
+    status.overall_imbalance["served"] = 1.25
+    status.imbalance[0] = 1.5
+    status.plans["committed"], status.predicted_gain = 5, 0.25
+    scrape.exporter.update(decode(encode(status)))
+    assert scrape.value("plans_total", outcome="committed") == 5
+    assert scrape.value("predicted_gain_ratio") == 0.25
+
+
+def test_metrics_outlive_one_of_them_that_raises(scrape: Scrape, caplog):
+    status = make_status()
+    status.rank_tokens = ["many", "few"]
+    for _ in range(3):
+        scrape.exporter.update(status)
+    assert scrape.value("plans_total", outcome="committed") == 2
+    assert caplog.text.count("rank_tokens was not updated") == 1

@@ -106,13 +106,16 @@ class RecordedSnapshot:
     def joined(self, later: RecordedSnapshot) -> RecordedSnapshot:
         """This snapshot and the next one as one: a server that moves experts would take none in between."""
         steps = self.steps + later.steps
-        seconds = self.steps * self.step_seconds + later.steps * later.step_seconds
+        mean_seconds = later.step_seconds
+        if self.step_seconds != mean_seconds:  # else the parts of one snapshot, to the last bit
+            seconds = self.steps * self.step_seconds + later.steps * mean_seconds
+            mean_seconds = seconds / max(steps, 1)
         reloaded = sorted({*self.agreed.reloaded, *later.agreed.reloaded})
         return replace(
             later,
             counts_ALE=self.counts_ALE.astype(np.int64) + later.counts_ALE,
             steps=steps,
-            step_seconds=seconds / max(steps, 1),
+            step_seconds=mean_seconds,
             agreed=replace(
                 later.agreed,
                 replaced=self.agreed.replaced or later.agreed.replaced,

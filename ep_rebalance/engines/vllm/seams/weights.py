@@ -53,6 +53,7 @@ def install() -> None:
 
 
 def _sleep(original: Callable[..., Any], worker: Any, level: int = 1) -> Any:
+    _going(worker.model_runner)
     result = original(worker, level)
     # On CPU `sleep` only logs a warning (vllm/v1/worker/cpu_worker.py).
     if level > _LEVEL_THAT_KEEPS_WEIGHTS and worker.device.type != "cpu":
@@ -61,6 +62,7 @@ def _sleep(original: Callable[..., Any], worker: Any, level: int = 1) -> Any:
 
 
 def _discard(original: Callable[..., Any], worker: Any, tags: tuple[str, ...]) -> Any:
+    _going(worker.model_runner)
     result = original(worker, tags)
     if "weights" in tags:
         _replaced(worker.model_runner)
@@ -101,6 +103,11 @@ def _save(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) 
             "Remedy: save before serving, or with mode=observe."
         )
     return original(worker, *args, **kwargs)
+
+
+def _going(runner: Any) -> None:
+    if attachment := attachment_of(runner):
+        attachment.session.before_weights_go()
 
 
 def _loaded(runner: Any) -> None:
