@@ -15,6 +15,11 @@ from ep_rebalance.config import ConfigurationError, RebalanceConfig
 
 ENVIRONMENT_PREFIX = "EP_REBALANCE_"
 
+_UNREADABLE = (
+    *(OSError, yaml.YAMLError, RecursionError),
+    *(ValueError, AttributeError),  # what PyYAML raises for `2026-13-01` and `!!timestamp text`
+)
+
 
 def load_config(*layers: Any) -> RebalanceConfig:
     """Merge `layers` over the defaults and validate the result.
@@ -41,7 +46,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML or JSON file. Raises ConfigurationError for anything else."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except _UNREADABLE as error:
         raise ConfigurationError(
             f"the configuration file {str(path)!r} cannot be read ({error}).",
             "give a readable YAML or JSON file to --ep-rebalance-config.",
@@ -62,7 +67,7 @@ def parse_config_argument(text: str) -> dict[str, Any]:
         return read_config_file(text)
     try:
         settings: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise ConfigurationError(
             f"--ep-rebalance-config is not valid JSON ({error}).",
             'write it like \'{"mode": "observe"}\', or give the path of a YAML file.',
@@ -93,7 +98,7 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> di
 def _environment_value(name: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)  # so that numbers, booleans and lists get their types
-    except yaml.YAMLError:
+    except _UNREADABLE:
         raise ConfigurationError(
             f"the environment variable {name}={value!r} is not a YAML value.",
             "correct or unset it.",

@@ -8,6 +8,7 @@ for every layer of the model; a dense layer's is zeros in a recording, and trivi
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ep_rebalance.formats.load import (
     ForeignLoad,
     FormatError,
     check_array_size,
+    check_unpacked_size,
     counts_of,
     read_text,
     slots_of,
@@ -77,11 +79,18 @@ def _read_json(path: Path) -> Any:
         raise FormatError(path, f"line {error.lineno}", f"is not JSON ({error.msg})") from None
     except RecursionError:
         raise FormatError(path, "", "is nested too deeply") from None
+    except FormatError:
+        raise
+    except ValueError as error:  # a number of too many digits
+        raise FormatError(path, "", f"is not JSON ({error})") from None
 
 
 def _read_pt(path: Path) -> Any:
     """Tensors become lists of numbers. Needs torch."""
     check_array_size(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            check_unpacked_size(path, archive)
     try:
         import torch
     except ImportError:

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.formats.format import Format, Reading
-from ep_rebalance.formats.load import ForeignLoad, FormatError, check_array_size
+from ep_rebalance.formats.load import ForeignLoad, FormatError, check_array_size, check_unpacked_size
 
 _MAX_EXPERTS = 1 << 16
+_MAX_COUNTS = 1 << 26
+"""Of one snapshot: a hundred layers of all these experts are a tenth of it."""
 
 
 def recognises(path: Path) -> bool:
@@ -40,6 +42,8 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
         experts, tokens = max(experts, int(ids_TLK.max()) + 1), tokens + len(ids_TLK)
     if not tokens:
         raise FormatError(path, "", f"holds no array whose name matches {keys!r}")
+    if layers * experts > _MAX_COUNTS:
+        raise FormatError(path, "", f"has {layers} layers of {experts} experts, too many to count")
     return ForeignLoad(
         counts=_Snapshots(path, keys, experts, reading.tokens_per_snapshot),
         layers=layers,
@@ -82,6 +86,7 @@ def _arrays(path: Path, keys: str) -> Iterator[tuple[str, NDArray[Any]]]:
             if isinstance(found, np.ndarray):
                 yield path.name, found
                 return
+            check_unpacked_size(path, found.zip)
             for name in found.files:
                 if fnmatchcase(name, keys):
                     yield name, found[name]

@@ -173,6 +173,8 @@ def _unsealed(path: Path) -> bytes:
 def _read(path: Path) -> tuple[Header, dict[str, NDArray[Any]]]:
     try:
         archive = np.load(io.BytesIO(_unsealed(path)), allow_pickle=False)
+        if sum(part.file_size for part in archive.zip.infolist()) > _MAX_BYTES:
+            raise ValueError(f"it unpacks to more than {_MAX_BYTES} bytes")
         arrays = {name: np.asarray(archive[name]) for name in archive.files}
         header = msgspec.json.decode(arrays.pop("header").tobytes(), type=Header)
     except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged files
