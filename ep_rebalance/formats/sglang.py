@@ -88,20 +88,22 @@ def _read_json(path: Path) -> Any:
 def _read_pt(path: Path) -> Any:
     """Tensors become lists of numbers. Needs torch."""
     check_array_size(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            check_unpacked_size(path, archive)
     try:
         import torch
     except ImportError:
         raise FormatError(path, "", "needs torch, which is not installed here") from None
-    try:
-        found = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError:
-        raise
-    except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FormatError(path, "", f"is not a recording of tensors alone ({reason})") from None
+    with path.open("rb") as file:
+        try:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    check_unpacked_size(path, archive)
+            file.seek(0)
+            found = torch.load(file, weights_only=True, map_location="cpu")
+        except FormatError:
+            raise
+        except Exception as error:  # pickle, zipfile and torch raise a dozen kinds, OSError too
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FormatError(path, "", f"is not a recording of tensors alone ({reason})") from None
     if not isinstance(found, dict):
         return found
     return {

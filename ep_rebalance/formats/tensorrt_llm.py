@@ -136,7 +136,9 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
 def _read_yaml_text(path: Path) -> str:
     """The text of a YAML file. Raises FormatError if reading it would take minutes."""
     if (size := path.stat().st_size) > _MAX_YAML_BYTES:
-        raise FormatError(path, "", f"has {size} bytes, more than the {_MAX_YAML_BYTES} that are read")
+        raise FormatError(
+            path, "", f"has {size} bytes, more than the {_MAX_YAML_BYTES} that are read"
+        )
     return read_text(path)
 
 
@@ -147,7 +149,9 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
         found = yaml.safe_load(_read_yaml_text(path))
     except (FormatError, OSError):
         raise
-    except Exception as error:  # beside its own, PyYAML raises ValueError, AttributeError, RecursionError
+    except (
+        Exception
+    ) as error:  # beside its own, PyYAML raises ValueError, AttributeError, RecursionError
         raise FormatError(path, "", f"is not YAML ({error})") from None
     rows = found.get("initial_global_assignments") if isinstance(found, dict) else None
     if not isinstance(rows, dict) or not rows:

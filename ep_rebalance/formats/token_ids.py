@@ -11,7 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.formats.format import Format, Reading
-from ep_rebalance.formats.load import ForeignLoad, FormatError, check_array_size, check_unpacked_size
+from ep_rebalance.formats.load import (
+    ForeignLoad,
+    FormatError,
+    check_array_size,
+    check_unpacked_size,
+)
 
 _MAX_EXPERTS = 1 << 16
 _MAX_COUNTS = 1 << 26
@@ -80,8 +85,8 @@ class _Snapshots:
 
 
 def _arrays(path: Path, keys: str) -> Iterator[tuple[str, NDArray[Any]]]:
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        try:
             found = np.load(file, allow_pickle=False)
             if isinstance(found, np.ndarray):
                 yield path.name, found
@@ -90,10 +95,12 @@ def _arrays(path: Path, keys: str) -> Iterator[tuple[str, NDArray[Any]]]:
             for name in found.files:
                 if fnmatchcase(name, keys):
                     yield name, found[name]
-    except (OSError, FormatError):
-        raise
-    except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged files
-        raise FormatError(path, "", f"is not a file of arrays ({error})") from None
+        except FormatError:
+            raise
+        except (
+            Exception
+        ) as error:  # zipfile and numpy raise a dozen kinds for damaged files, OSError too
+            raise FormatError(path, "", f"is not a file of arrays ({error})") from None
 
 
 def _check(path: Path, name: str, ids_TLK: NDArray[Any]) -> None:
