@@ -68,6 +68,10 @@ PASSED_BY: tuple[type, ...] = (UploadRing, StallClock)
 """An upload ring is filled before each use; a clock is only reported."""
 
 
+Way = Callable[["Fingerprint", Any], None]
+"""How values of a kind are added."""
+
+
 class Unknown(BaseException):
     """A kind of value that nobody has thought about; no `except Exception` may hide it."""
 
@@ -89,20 +93,26 @@ class Fingerprint:
 
     def add(self, value: Any) -> None:
         """Any value that a rank holds. Raises Unknown."""
-        if value is None or isinstance(value, bool | int | float | str | bytes | enum.Enum):
-            self._note(f"{type(value).__name__} {value!r}")
-        elif isinstance(value, np.generic):
-            self._note(f"number {value.item()!r}")
-        elif isinstance(value, np.ndarray):
-            self._note(f"array {value.dtype} {value.shape}", value.tobytes())
-        elif isinstance(value, torch.Tensor):
-            self._note(f"tensor {value.dtype} {tuple(value.shape)}", value.numpy().tobytes())
-        elif isinstance(value, CONSTANT + PASSED_BY):
-            self._note(type(value).__name__)
-        elif isinstance(value, FROZEN):
-            self._note("frozen", _digest_of(value))
-        elif not self._was_seen(value):
-            self._add_object(value)
+        kind = type(value)
+        way = _way_of_kind.get(kind)
+        if way is None:
+            way = _way_of_kind[kind] = _way_of(value)
+        way(self, value)
+
+    def _add_plain(self, value: Any) -> None:
+        self._note(f"{type(value).__name__} {value!r}")
+
+    def _add_array(self, value: Any) -> None:
+        self._note(f"array {value.dtype} {value.shape}", value.tobytes())
+
+    def _add_tensor(self, value: Any) -> None:
+        self._note(f"tensor {value.dtype} {tuple(value.shape)}", value.numpy().tobytes())
+
+    def _add_name(self, value: Any) -> None:
+        self._note(type(value).__name__)
+
+    def _add_frozen(self, value: Any) -> None:
+        self._note("frozen", _digest_of(value))
 
     def _note(self, text: str, more: bytes = b"") -> None:
         self._parts.append(f"{len(text)} {text} {len(more)} ".encode())
@@ -116,13 +126,6 @@ class Fingerprint:
             return False
         self._note(f"object {number}")
         return True
-
-    def _add_object(self, value: Any) -> None:
-        for kinds, add in _WAYS:
-            if isinstance(value, kinds):
-                add(self, value)
-                return
-        self._add_attributes(value)
 
     def _add_items(self, values: Any) -> None:
         values = list(values)
@@ -183,12 +186,35 @@ def _digest_of(value: Any) -> bytes:
     return known[1]
 
 
-_WAYS: tuple[tuple[Any, Callable[[Fingerprint, Any], None]], ...] = (
-    (list | tuple | deque, Fingerprint._add_items),
-    (dict, Fingerprint._add_mapping),
-    (types.GeneratorType, Fingerprint._add_generator),
-    (types.FunctionType, Fingerprint._add_function),
-    (types.MethodType, Fingerprint._add_method),
-    (range | set | frozenset, lambda seen, value: seen._add_items(sorted(value))),
+def _once(add: Way) -> Way:
+    """The way for what may hold itself: a second time only its number is noted."""
+
+    def way(seen: Fingerprint, value: Any) -> None:
+        if not seen._was_seen(value):
+            add(seen, value)
+
+    return way
+
+
+_WAYS: tuple[tuple[Any, Way], ...] = (
+    ((type(None), bool, int, float, str, bytes, enum.Enum, np.generic), Fingerprint._add_plain),
+    (np.ndarray, Fingerprint._add_array),
+    (torch.Tensor, Fingerprint._add_tensor),
+    (CONSTANT + PASSED_BY, Fingerprint._add_name),
+    (FROZEN, Fingerprint._add_frozen),
+    ((list, tuple, deque), _once(Fingerprint._add_items)),
+    (dict, _once(Fingerprint._add_mapping)),
+    (types.GeneratorType, _once(Fingerprint._add_generator)),
+    (types.FunctionType, _once(Fingerprint._add_function)),
+    (types.MethodType, _once(Fingerprint._add_method)),
+    ((range, set, frozenset), lambda seen, value: seen._add_items(sorted(value))),
     (types.BuiltinFunctionType, lambda seen, value: seen._note(value.__qualname__)),
 )
+_way_of_kind: dict[type, Way] = {}
+
+
+def _way_of(value: Any) -> Way:
+    for kinds, way in _WAYS:
+        if isinstance(value, kinds):
+            return way
+    return _once(Fingerprint._add_attributes)

@@ -26,6 +26,7 @@ import ep_rebalance.balancer.planner_thread as planner_thread
 import ep_rebalance.balancer.rebalancer as rebalancer
 import ep_rebalance.balancer.session as session
 from ep_rebalance.balancer.engine_model import EngineModel
+from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.host_memory import Download
@@ -52,8 +53,8 @@ class Scope:
     plans: that are accepted. faults: jobs that raise, rounds and votes that fail, damaged bytes.
     reloads: of weights, each told to every rank at a moment of its own. asks: an operator's requests.
     late: whether jobs may take longer than the next snapshot, and not only be done by then.
-    partial: whether a reload may replace one layer only. unmovable: whether reloaded experts may turn
-        out not to be movable, rank by rank.
+    partial: whether a reload may replace one layer only. unmovable: whether the last rank's reloaded experts
+        may turn out to be refused by a trial, or unreadable.
     """
 
     mode: str = "rebalance"
@@ -215,6 +216,8 @@ class _Run:
     """One life of one rank."""
 
     current: "_Run"
+    group: Any = None
+    over: "_Collectives | None" = None
 
     def __init__(
         self, scope: Scope, rank: int, log: list[Answer], known: Callable[[bytes], bool]
@@ -271,6 +274,8 @@ class _Run:
     def _pass_forward(self, engine: "Engine") -> None:
         if self.position < len(self._log):
             self.position += 1  # nobody asks for what is known
+        elif self.over is not None:
+            raise _Parked(Forward())
         else:
             self.ask(engine.forward())
 
@@ -280,6 +285,50 @@ class _Run:
     def fails(self, where: str) -> bool:
         """Whether this fails here, if anything may."""
         return self.scope.faults > 0 and self.choose(where, "works", "fails") == "fails"
+
+
+def play_over(group: Any, scope: Scope, rank: int, log: list[Answer]) -> int:
+    """Run a rank through `log` with the collectives of a real process group, and hold each against the log.
+
+    Returns how many collectives there were. Raises AssertionError for another answer than the log's.
+    """
+    run = _Run(scope, rank, log, lambda fingerprint: True)
+    run.group, run.over = group, _Collectives()
+    with ranks_apart(run.over):
+        run.live()
+    assert run.position == len(log), run.asked
+    return run.over.count
+
+
+class _Collectives:
+    """Those of torch.distributed itself. count: of calls."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._all_reduce, self._broadcast = dist.all_reduce, dist.broadcast
+        self._all_to_all_single = dist.all_to_all_single
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = None, group: Any = None) -> None:
+        self._held(tensor, lambda: self._all_reduce(tensor, group=group))
+
+    def broadcast(self, tensor: torch.Tensor, src: int, group: Any = None) -> None:
+        self._held(tensor, lambda: self._broadcast(tensor, src=src, group=group))
+
+    def all_to_all_single(
+        self, received: torch.Tensor, sent: torch.Tensor, *splits: Any, group: Any = None
+    ) -> None:
+        _issue_all_to_all()
+        self._held(received, lambda: self._all_to_all_single(received, sent, *splits, group=group))
+        _damage(received)
+
+    def _held(self, takes: torch.Tensor, collective: Callable[[], None]) -> None:
+        run = _Run.current
+        if run.position == len(run._log):
+            raise _Parked(Meeting(("beyond the log",)))
+        collective()
+        self.count += 1
+        expected = run.ask(Meeting(("over a group",)))
+        assert takes.numpy().tobytes() == expected, f"collective {self.count} gave something else"
 
 
 class Engine:
@@ -380,7 +429,7 @@ class Engine:
             top_k=1,
             expert_tensors=self._readable,
             refusal=self._refusal,
-            group=SimpleNamespace(rank=self._rank),
+            group=self._run.group or SimpleNamespace(rank=self._rank),
             topology=Topology.single_node(RANKS),
             device=torch.device("cpu"),
             max_tokens=4,
@@ -550,11 +599,18 @@ def _all_to_all_single(
     to_R: list[int],
     group: Any = None,
 ) -> None:
-    run = _Run.current
-    if run.fails("migration/round_exchange.py: _all_to_all is issued"):
-        raise RuntimeError("not issued")
+    _issue_all_to_all()
     _meet(("all_to_all", tuple(to_R), tuple(from_R)), sent, received)
-    if received.numel() and run.fails("the wire"):
+    _damage(received)
+
+
+def _issue_all_to_all() -> None:
+    if _Run.current.fails("migration/round_exchange.py: _all_to_all is issued"):
+        raise RuntimeError("not issued")
+
+
+def _damage(received: torch.Tensor) -> None:
+    if received.numel() and _Run.current.fails("the wire"):
         received[0] ^= 1
 
 
@@ -593,17 +649,26 @@ def _scarce(**arguments: Any) -> RoundExchange:
 
 
 @contextlib.contextmanager
-def ranks_apart() -> Iterator[None]:
-    """While this lasts, `play` works, and torch.distributed and the clock do not."""
-    from ep_rebalance.balancer.migrator import Migrator
+def ranks_apart(over: _Collectives | None = None) -> Iterator[None]:
+    """While this lasts, `play` works, and torch.distributed and the clock do not.
 
-    patches: list[tuple[Any, str, Any]] = [
+    over: what to use of torch.distributed all the same.
+    """
+    alone = [
         (dist, "get_rank", lambda group: group.rank),
         (dist, "get_world_size", lambda group: RANKS),
         (dist, "get_global_rank", lambda group, rank: rank),
         (dist, "all_reduce", _all_reduce),
         (dist, "broadcast", _broadcast),
         (dist, "all_to_all_single", _all_to_all_single),
+    ]
+    together = [
+        (dist, name, getattr(over, name))
+        for name in ("all_reduce", "broadcast", "all_to_all_single")
+        if over is not None
+    ]
+    patches: list[tuple[Any, str, Any]] = [
+        *(together or alone),
         (session, "_with_measured_links", lambda config, model: model),
         (planner_thread, "DaemonThread", _JobThread),
         (rebalancer, "_journal", _NoJournal),

@@ -1,9 +1,11 @@
 """Three ranks in every order of events, run by the real code; and faults that the checker has to find."""
 
 import pytest
-from lone_rank import Scope, play, ranks_apart
+import torch.distributed as dist
+from lone_rank import Scope, play, play_over, ranks_apart
 from planted_faults import PLANTED
 from protocol_checker import Checker, Violation
+from ranks import Ranks
 
 SCOPES = {
     "plans": Scope(late=False, plans=2),
@@ -40,6 +42,18 @@ def test_ranks_with_one_fingerprint_go_on_alike(compiled_schedule: None):
         for rank, one, other in pairs:
             asked = [play(SCOPES["faults"], rank, log, _once()).asked for log in (one, other)]
             assert asked[0] == asked[1]
+
+
+def over_gloo(rank: int, scope: Scope, logs: list[list[object]]) -> int:
+    return play_over(dist.group.WORLD, scope, rank, logs[rank])
+
+
+def test_the_ranks_go_the_same_ways_over_gloo(compiled_schedule: None, ranks_of: dict[int, Ranks]):
+    checker = Checker(SCOPES["faults"])
+    checker.run()
+    for logs in checker.ways(40):
+        counts = ranks_of[3].run(over_gloo, SCOPES["faults"], logs)
+        assert min(counts) == max(counts) > 0
 
 
 def _once():
