@@ -17,6 +17,10 @@ from ep_rebalance.regular_files import read_regular
 ENVIRONMENT_PREFIX = "EP_REBALANCE_"
 
 _MAX_BYTES = 1 << 20
+_UNREADABLE = (
+    *(OSError, yaml.YAMLError, RecursionError),
+    *(ValueError, AttributeError),  # what PyYAML raises for `2026-13-01` and `!!timestamp text`
+)
 
 
 def load_config(*layers: Any) -> RebalanceConfig:
@@ -43,9 +47,8 @@ def load_config(*layers: Any) -> RebalanceConfig:
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML or JSON file. Raises ConfigurationError for anything else."""
     try:
-        text = read_regular(Path(path), _MAX_BYTES).decode()
-        settings = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = yaml.safe_load(read_regular(Path(path), _MAX_BYTES).decode())
+    except _UNREADABLE as error:
         raise ConfigurationError(
             f"the configuration file {str(path)!r} cannot be read ({error}).",
             "give a readable YAML or JSON file to --ep-rebalance-config.",
@@ -66,7 +69,10 @@ def parse_config_argument(text: str) -> dict[str, Any]:
         return read_config_file(text)
     try:
         settings: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of too many digits is a plain ValueError
         raise ConfigurationError(
             f"--ep-rebalance-config is not valid JSON ({error}).",
             'write it like \'{"mode": "observe"}\', or give the path of a YAML file.',
@@ -97,7 +103,7 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> di
 def _environment_value(name: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)  # so that numbers, booleans and lists get their types
-    except yaml.YAMLError:
+    except _UNREADABLE:
         raise ConfigurationError(
             f"the environment variable {name}={value!r} is not a YAML value.",
             "correct or unset it.",

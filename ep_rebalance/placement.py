@@ -83,6 +83,10 @@ class Placement:
                 f"expert ids must be in 0..{self.num_experts - 1}, "
                 f"got {slots_LP.min()}..{slots_LP.max()}"
             )
+        if self.num_experts > slots_LP.shape[1]:
+            # Not by counting: a file may name any number of experts, and each would have a counter.
+            missing = np.setdiff1d(np.arange(slots_LP.shape[1] + 1), slots_LP[0])[0]
+            raise PlacementError(f"layer 0: no slot holds expert {missing}")
         counts_LE = _replica_counts_LE(slots_LP, self.num_experts)
         missing_N2 = np.argwhere(counts_LE == 0)
         if missing_N2.size:

@@ -153,11 +153,18 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     listing.write_text("- 1\n- 2\n")
     broken.write_text("mode: [observe\n")
     binary.write_bytes(b"\xff\xfe\x00")
-    for path in (listing, broken, binary, tmp_path / "missing", tmp_path):
+    month, text, deep = tmp_path / "month", tmp_path / "text", tmp_path / "deep"
+    month.write_text("mode: 2026-13-01")
+    text.write_text("mode: !!timestamp none")
+    deep.write_text("[" * 100_000)
+    for path in (listing, broken, binary, month, text, deep, tmp_path / "missing", tmp_path):
         with pytest.raises(ConfigurationError, match=path.name):
             read_config_file(path)
     with pytest.raises(ConfigurationError, match="not valid JSON"):
         parse_config_argument("{mode")
+    for text in ('{"seed": 1' + "0" * 5000 + "}", '{"mode": ' + "[" * 100_000):
+        with pytest.raises(ConfigurationError, match="not valid JSON"):
+            parse_config_argument(text)
 
 
 def test_what_is_left_to_the_device_is_decided_by_it():

@@ -50,6 +50,10 @@ RESTORE_BYTES_PER_ROUND = 32 << 20
 """More than a step carries by default: all ranks wait until the placement is restored."""
 
 
+class NotTakenUp(RuntimeError):
+    """All ranks have given a saved placement up together, and are in step."""
+
+
 @dataclass(frozen=True, slots=True)
 class MigrationOutcome:
     """How a migration ended.
@@ -198,8 +202,9 @@ class Migrator:
         quotas_LP: float64 [L, P].
         generation: the number to serve it under.
 
-        Raises RuntimeError, on all ranks or on none, if experts did not arrive whole or memory for them
-        is short. Batches that were committed before that stay in service, under the next generation.
+        Raises NotTakenUp, on all ranks or on none, if experts did not arrive whole, if those of a rank may
+        not be moved, or if memory for them is short. Batches that were committed before that stay in service,
+        under the next generation. Whatever else is raised leaves this rank out of step.
         """
         assert self._memory is not None, "mode observe moves nothing"
         exchange = self._roomy_exchange(placement.slots_per_rank, self._memory)
@@ -220,9 +225,9 @@ class Migrator:
             exchange.begin_batch(batch)
             for number in range(len(batch.rounds)):
                 exchange.exchange(batch, number)
-            if faults := exchange.faults_of(exchange.vote(batch)):
+            if faults := exchange.faults_of(exchange.vote(batch, replaced=not self._may_move)):
                 self._serve(self.served.numbered(source))
-                raise RuntimeError(f"the saved placement could not be taken up: {faults}")
+                raise NotTakenUp(f"the saved placement could not be taken up: {faults}")
             self._commit(commit, exchange)
         self._take_up(prepared.split)
         self._serve(replace(self.served, generation=generation))
@@ -230,7 +235,7 @@ class Migrator:
     def _roomy_exchange(self, staging_slots: int, memory: ExpertMemory) -> RoundExchange:
         """An exchange that stages as many experts at once as a rank holds. Collective.
 
-        Raises RuntimeError on all ranks if one of them lacks the memory.
+        Raises NotTakenUp on all ranks if one of them lacks the memory.
         """
         exchange: RoundExchange | None = None
         try:
@@ -247,7 +252,7 @@ class Migrator:
         lacking = torch.tensor([int(exchange is None)], device=memory.device)
         dist.all_reduce(lacking, group=self._group)
         if exchange is None or lacking.item():
-            raise RuntimeError(f"{int(lacking.item())} rank(s) lack memory for the saved placement")
+            raise NotTakenUp(f"{int(lacking.item())} rank(s) lack memory for the saved placement")
         return exchange
 
     @property

@@ -35,7 +35,7 @@ from ep_rebalance.balancer.control import Action, Control
 from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.jobs import RankJobs
 from ep_rebalance.balancer.loop import BalancingLoop
-from ep_rebalance.balancer.migrator import Migrator
+from ep_rebalance.balancer.migrator import Migrator, NotTakenUp
 from ep_rebalance.balancer.planner_thread import PlannerThread
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.balancer.state_saver import StateSaver
@@ -125,6 +125,7 @@ class Rebalancer:
         self._control = Control(config)
         self._loop = BalancingLoop(config, replicated=model.placement.num_redundant > 0)
         self._prepared: PreparedMigration | None = None
+        self._saved: Served | None = None  # what mode static serves, once weights were replaced
         self._reloads = 0  # how many all ranks have been told of
         self._ended: MigrationEnd | None = None  # for the next snapshot's record
         self._window_began = self._earlier_steps = 0
@@ -344,17 +345,18 @@ class Rebalancer:
         )
 
     def _serve_loaded(self) -> None:
-        before = self.served
+        # Nothing but a reload changes it in mode static. One that ended without it must not be the last word.
+        self._saved = self._saved or self.served
         self._jobs.forget_quotas()
         self.migrator.serve_loaded(self._reloads)
         if self.config.mode == "static":
-            self._return_to(before)
+            self._return_to(self._saved)
 
-    def _return_to(self, before: Served) -> None:
+    def _return_to(self, saved: Served) -> None:
         """Serve the saved placement again. All ranks wait here, until all of them do or none does."""
         try:
-            self.migrator.restore(before.placement, before.quotas_LP, self.served.generation)
-        except RuntimeError as error:
+            self.migrator.restore(saved.placement, saved.quotas_LP, self.served.generation)
+        except NotTakenUp as error:
             logger.exception("ep_rebalance: not all experts are where the state file has them")
             self._tell(PlanEnded("abandoned", str(error)))
 

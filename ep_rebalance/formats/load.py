@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from ep_rebalance.version import __version__
 
 MAX_TEXT_BYTES = 256 << 20
 MAX_ARRAY_BYTES = 4 << 30
+MAX_COUNTS = 1 << 28
+"""Of a recording whose counts are all in memory at a time: 17,000 snapshots of 61 layers of 256 experts."""
 
 
 class FormatError(ValueError):
@@ -65,6 +68,13 @@ def check_array_size(path: Path) -> None:
     _check_size(path, MAX_ARRAY_BYTES)
 
 
+def check_unpacked_size(path: Path, archive: zipfile.ZipFile) -> None:
+    """The same for what a compressed file would become; no more than it declares is unpacked."""
+    size = sum(part.file_size for part in archive.infolist())
+    if size > MAX_ARRAY_BYTES:
+        raise FormatError(path, "", f"unpacks to {size} bytes, more than {MAX_ARRAY_BYTES}")
+
+
 def _check_size(path: Path, most: int) -> None:
     if (size := path.stat().st_size) > most:
         raise FormatError(path, "", f"has {size} bytes, more than the {most} that are read")
@@ -77,6 +87,9 @@ def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
 
     Raises FormatError that names the first number that cannot be a count.
     """
+    if isinstance(value, np.ndarray) and value.size > MAX_COUNTS:
+        # It may be a view of a few bytes, repeated without end.
+        raise FormatError(path, place, f"has shape {value.shape}, more than {MAX_COUNTS} counts")
     try:
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):

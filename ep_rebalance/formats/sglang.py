@@ -8,6 +8,7 @@ for every layer of the model; a dense layer's is zeros in a recording, and trivi
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ep_rebalance.formats.load import (
     ForeignLoad,
     FormatError,
     check_array_size,
+    check_unpacked_size,
     counts_of,
     read_text,
     slots_of,
@@ -77,6 +79,10 @@ def _read_json(path: Path) -> Any:
         raise FormatError(path, f"line {error.lineno}", f"is not JSON ({error.msg})") from None
     except RecursionError:
         raise FormatError(path, "", "is nested too deeply") from None
+    except FormatError:
+        raise
+    except ValueError as error:  # a number of too many digits
+        raise FormatError(path, "", f"is not JSON ({error})") from None
 
 
 def _read_pt(path: Path) -> Any:
@@ -86,13 +92,18 @@ def _read_pt(path: Path) -> Any:
         import torch
     except ImportError:
         raise FormatError(path, "", "needs torch, which is not installed here") from None
-    try:
-        found = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError:
-        raise
-    except Exception as error:  # pickle, zipfile and torch raise a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FormatError(path, "", f"is not a recording of tensors alone ({reason})") from None
+    with path.open("rb") as file:
+        try:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    check_unpacked_size(path, archive)
+            file.seek(0)
+            found = torch.load(file, weights_only=True, map_location="cpu")
+        except FormatError:
+            raise
+        except Exception as error:  # pickle, zipfile and torch raise a dozen kinds, OSError too
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FormatError(path, "", f"is not a recording of tensors alone ({reason})") from None
     if not isinstance(found, dict):
         return found
     return {

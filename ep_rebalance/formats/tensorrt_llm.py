@@ -35,8 +35,10 @@ from ep_rebalance.formats.load import (
 from ep_rebalance.placement import Placement, PlacementError
 
 META = "meta_info.json"
+_MAX_YAML_BYTES = 16 << 20
+"""A thousand slots in each of a hundred layers are half a megabyte; PyYAML reads it in seconds."""
 _RANK_FILE = re.compile(r"rank\d+\.safetensors")
-_KEY = re.compile(r"(\d+)_(\d+)")
+_KEY = re.compile(r"([0-9]{1,18})_([0-9]{1,18})")
 
 
 def recognises(path: Path) -> bool:
@@ -51,7 +53,9 @@ def read_load(folder: Path, reading: Reading) -> ForeignLoad:
     try:
         meta = json.loads(read_text(folder / META))
         top_k = int(meta["num_experts_per_token"])
-    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
+    except FormatError:
+        raise
+    except (RecursionError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(folder / META, "", f"has no num_experts_per_token ({error})") from None
     counts = _summed(folder)
     iterations, layers = ({key[part] for key in counts} for part in (0, 1))
@@ -129,12 +133,25 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
     return text
 
 
+def _read_yaml_text(path: Path) -> str:
+    """The text of a YAML file. Raises FormatError if reading it would take minutes."""
+    if (size := path.stat().st_size) > _MAX_YAML_BYTES:
+        raise FormatError(
+            path, "", f"has {size} bytes, more than the {_MAX_YAML_BYTES} that are read"
+        )
+    return read_text(path)
+
+
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     """The placement of a configuration, which numbers its layers. Raises FormatError."""
     num_ranks = reading.ranks_of(path)
     try:
-        found = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
+        found = yaml.safe_load(_read_yaml_text(path))
+    except (FormatError, OSError):
+        raise
+    except (
+        Exception
+    ) as error:  # beside its own, PyYAML raises ValueError, AttributeError, RecursionError
         raise FormatError(path, "", f"is not YAML ({error})") from None
     rows = found.get("initial_global_assignments") if isinstance(found, dict) else None
     if not isinstance(rows, dict) or not rows:

@@ -11,10 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.formats.format import Format, Reading
-from ep_rebalance.formats.load import ForeignLoad, FormatError, check_array_size
+from ep_rebalance.formats.load import (
+    ForeignLoad,
+    FormatError,
+    check_array_size,
+    check_unpacked_size,
+)
 from ep_rebalance.regular_files import open_regular
 
 _MAX_EXPERTS = 1 << 16
+_MAX_COUNTS = 1 << 26
+"""Of one snapshot: a hundred layers of all these experts are a tenth of it."""
 
 
 def recognises(path: Path) -> bool:
@@ -41,6 +48,8 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
         experts, tokens = max(experts, int(ids_TLK.max()) + 1), tokens + len(ids_TLK)
     if not tokens:
         raise FormatError(path, "", f"holds no array whose name matches {keys!r}")
+    if layers * experts > _MAX_COUNTS:
+        raise FormatError(path, "", f"has {layers} layers of {experts} experts, too many to count")
     return ForeignLoad(
         counts=_Snapshots(path, keys, experts, reading.tokens_per_snapshot),
         layers=layers,
@@ -77,19 +86,20 @@ class _Snapshots:
 
 
 def _arrays(path: Path, keys: str) -> Iterator[tuple[str, NDArray[Any]]]:
-    try:
-        with open_regular(path) as file:
+    with open_regular(path) as file:
+        try:
             found = np.load(file, allow_pickle=False)
             if isinstance(found, np.ndarray):
                 yield path.name, found
                 return
+            check_unpacked_size(path, found.zip)
             for name in found.files:
                 if fnmatchcase(name, keys):
                     yield name, found[name]
-    except (OSError, FormatError):
-        raise
-    except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged files
-        raise FormatError(path, "", f"is not a file of arrays ({error})") from None
+        except FormatError:
+            raise
+        except Exception as error:  # a dozen kinds for damaged files, OSError among them
+            raise FormatError(path, "", f"is not a file of arrays ({error})") from None
 
 
 def _check(path: Path, name: str, ids_TLK: NDArray[Any]) -> None:

@@ -88,7 +88,8 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     rows = []
     for layer in found.layer_list:
         devices = sorted(layer.device_list, key=lambda device: device.device_id)
-        if [device.device_id for device in devices] != list(range(layer.device_count)):
+        numbers = list(range(len(devices)))
+        if len(devices) != layer.device_count or [d.device_id for d in devices] != numbers:
             raise FormatError(
                 path,
                 f"layer {layer.layer_id}",

@@ -216,7 +216,7 @@ def _read(path: Path) -> tuple[Header, dict[str, NDArray[Any]]]:
         archive = np.load(io.BytesIO(_unsealed(path)), allow_pickle=False)
         # An archive may hold more than it takes on disk.
         if sum(entry.file_size for entry in archive.zip.infolist()) > _MAX_BYTES:
-            raise ValueError(f"it holds more than {_MAX_BYTES} bytes")
+            raise ValueError(f"it unpacks to more than {_MAX_BYTES} bytes")
         names = set(archive.files)
         header = msgspec.json.decode(np.asarray(archive["header"]).tobytes(), type=Header)
         arrays = {name: np.asarray(archive[name]) for name in _ARRAYS if name in names}

@@ -243,6 +243,53 @@ def reload_static(rank, size, saved_LP):
     return engine.rebalancer.served
 
 
+def reload_static_twice(rank, size, saved_LP):
+    """At first with experts of rank 1 that may not be moved."""
+    config = eager({"mode": "static", "state": {"path": "unused.npz"}})
+    engine = ReloadingEngine(rank, size, config)
+    migrator = engine.rebalancer.migrator
+    saved = Placement(saved_LP, engine.placement.num_experts, size)
+    migrator.restore(saved, saved.even_quotas_LP(), 5)
+    served = []
+    for may_move in (False, True):
+        engine.reload()
+        if rank == 1:
+            (migrator.allow_moves if may_move else migrator.refuse_moves)()
+        for _ in range(8):
+            engine.step()
+        served.append(engine.rebalancer.served.placement)
+    dist.barrier()
+    return served, engine.placement, saved, engine.rebalancer.status.plans["abandoned"]
+
+
+def test_a_static_placement_waits_for_experts_that_may_be_moved(two_ranks: Ranks):
+    saved_LP = np.array([np.roll(np.arange(16), layer + 1) for layer in range(3)], dtype=np.int32)
+    for served, loaded_placement, saved, abandoned in two_ranks.run(
+        reload_static_twice, 2, saved_LP
+    ):
+        assert served == [loaded_placement, saved]
+        assert abandoned == 1
+
+
+def lose_a_peer_while_static(rank, size):
+    config = eager({"mode": "static", "state": {"path": "unused.npz"}})
+    engine = ReloadingEngine(rank, size, config)
+
+    def broken(*_):
+        raise RuntimeError("connection closed by peer")
+
+    engine.rebalancer.migrator._roomy_exchange = broken
+    engine.reload()
+    with pytest.raises(RuntimeError, match="connection closed"):
+        engine.run_until(has_generation(2))
+
+
+def test_a_rank_whose_collective_fails_while_it_returns_to_a_static_placement_ends(
+    two_ranks: Ranks,
+):
+    two_ranks.run(lose_a_peer_while_static, 2)
+
+
 def test_a_static_placement_is_taken_up_again(two_ranks: Ranks):
     saved_LP = np.array([np.roll(np.arange(16), layer + 1) for layer in range(3)], dtype=np.int32)
     for served in two_ranks.run(reload_static, 2, saved_LP):

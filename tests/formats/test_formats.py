@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from saved_states import PLACEMENT, STATE
 from shapes import placements
 from traces import head_of, records_of, write_trace
 
+import ep_rebalance.formats.load as foreign_load
 from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, trace, vllm_ascend
 from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import FormatError
@@ -88,6 +90,17 @@ def test_dense_layers_get_the_trivial_row():
         ("a.yaml", "num_slots: 3\ninitial_global_assignments: {0: [0, 1]}", "num_slots"),
         ("a.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
         ("a.yaml", "initial_global_assignments: {0: [0, 0]}", "twice"),
+        ("a.yaml", "2026-13-01", "not YAML"),
+        ("a.yaml", "!!timestamp none", "not YAML"),
+        ("a.yaml", "[" * 100_000, "not YAML"),
+        ("a.json", '{"physical_to_logical_map": [[1' + "0" * 5000 + "]]}", "not JSON"),
+        ("a.json", '{"physical_to_logical_map": [[0, 2147483646]]}', "no slot holds expert 1"),
+        (
+            "a.json",
+            '{"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_count": 1000000000000, '
+            '"device_list": [{"device_id": 0, "device_expert": [0]}]}]}',
+            "does not list devices",
+        ),
         ("a.json", b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -208,6 +221,7 @@ def test_tensorrt_llms_statistics_become_traces(tmp_path: Path):
     [
         ("meta_info.json", b"{}", "num_experts_per_token"),
         ("meta_info.json", b"{", "num_experts_per_token"),
+        ("meta_info.json", b'{"num_experts_per_token": Infinity}', "num_experts_per_token"),
         ("rank0.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "lacks layers"),
         ("rank0.safetensors", b"\xff" * 64, "not a file of tensors"),
     ],
@@ -290,6 +304,46 @@ def test_malformed_recordings_are_refused(tmp_path: Path, name: str, content, wo
     assert str(path) in done.stderr
     assert words in done.stderr
     assert not target.exists()
+
+
+def bomb(path: Path) -> Path:
+    """An archive of a few bytes that declares an array of 4 GiB."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ids.npy", b"")
+    content = bytearray(path.read_bytes())
+    size = content.rindex(b"PK\x01\x02") + 24
+    content[size : size + 4] = (0xFFFFFFF0).to_bytes(4, "little")
+    path.write_bytes(bytes(content))
+    return path
+
+
+def test_what_would_unpack_beyond_all_bounds_is_not_unpacked(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(foreign_load, "MAX_ARRAY_BYTES", 1 << 30)
+    for path in (bomb(tmp_path / "a.npz"), bomb(tmp_path / "a.pt")):
+        read = sglang.read_load if path.suffix == ".pt" else token_ids.read_load
+        with pytest.raises(FormatError, match="unpacks to 4294967280 bytes"):
+            read(path, Reading())
+
+
+def test_a_tensor_that_repeats_a_few_bytes_without_end_is_refused(tmp_path: Path):
+    path = tmp_path / "a.pt"
+    torch.save({"logical_count": torch.zeros(1).expand(1 << 14, 1 << 10, 1 << 10)}, path)
+    with pytest.raises(FormatError, match="more than 268435456 counts"):
+        sglang.read_load(path, Reading())
+
+
+def test_layers_and_experts_that_no_model_has_are_not_counted(tmp_path: Path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.full((1, 1 << 20, 1), 60_000, np.uint16))
+    with pytest.raises(FormatError, match="1048576 layers of 60001 experts"):
+        token_ids.read_load(path, Reading())
+
+
+def test_yaml_that_would_take_minutes_is_not_read(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"#" * ((16 << 20) + 1))
+    with pytest.raises(FormatError, match="16777217 bytes"):
+        tensorrt_llm.read_placement(path, Reading(num_ranks=1))
 
 
 def test_no_file_runs_code(tmp_path: Path):

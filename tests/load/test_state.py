@@ -145,6 +145,15 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
         load_state(path, IDENTITY)
 
 
+def test_a_file_that_unpacks_to_more_is_not_unpacked(tmp_path: Path, monkeypatch):
+    path = tmp_path / "state.npz"
+    monkeypatch.setattr(np, "savez", np.savez_compressed)
+    path.write_bytes(state._sealed(arrays_of(HEADER) | {"more": np.zeros(1 << 20, np.uint8)}))
+    monkeypatch.setattr(state, "_MAX_BYTES", 1 << 19)
+    assert path.stat().st_size < 1 << 19
+    assert_refused(path, "unpacks to more than 524288 bytes")
+
+
 def zip_with(**entries: bytes) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
@@ -355,7 +364,7 @@ def test_an_archive_that_unpacks_to_more_than_it_may_is_not_unpacked(tmp_path: P
     path = tmp_path / "state.npz"
     path.write_bytes(content + state._digest(content))
     monkeypatch.setattr(state, "_MAX_BYTES", 1 << 20)
-    assert_refused(path, "holds more than")
+    assert_refused(path, "unpacks to more than")
 
 
 class Bomb:

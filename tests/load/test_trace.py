@@ -119,6 +119,19 @@ def test_a_full_file_is_followed_by_another_and_the_oldest_goes(tmp_path: Path) 
     assert all(same(next(iter(reader)), contiguous(head)) for reader in readers)
 
 
+@pytest.mark.parametrize("quota", [math.nan, math.inf, -0.5])
+def test_a_share_that_cannot_be_is_refused(tmp_path: Path, quota: float) -> None:
+    head = head_of()
+    served = contiguous(head)
+    quotas_LP = served.quotas_LP.copy()
+    quotas_LP[0, 0] = quota
+    path = tmp_path / f"made-up{SUFFIX}"
+    record = encode_record(replace(served, quotas_LP=quotas_LP), Layout.of(head))
+    path.write_bytes(encode_head(head) + record)
+    with pytest.raises(TraceError, match=r"byte \d+: a slot cannot receive that share"):
+        list(TraceReader(path))
+
+
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])
 def test_a_step_time_that_cannot_be_is_refused(tmp_path: Path, seconds: float) -> None:
     head = head_of()

@@ -126,6 +126,8 @@ def decode_record(record: np.void, head: TraceHead) -> Record:
             ended=_ended(record, head.version),
             **numbers,
         )
+    if not (np.isfinite(record["quotas"]) & (record["quotas"] >= 0.0)).all():
+        raise ValueError("a slot cannot receive that share of tokens")
     placement = Placement(record["slots"], head.experts, head.ep_size)
     return RecordedPlacement(placement=placement, quotas_LP=record["quotas"].copy(), **numbers)
 

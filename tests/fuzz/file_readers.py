@@ -1,0 +1,194 @@
+"""Every reader of files from elsewhere, as a fuzzer calls it: bytes in, a value or its own error out.
+
+Files that end in a digest, or have checksums, are given the right ones first. Or else nothing behind the
+first check would ever be reached.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from saved_states import PLACEMENT, STATE
+from traces import head_of, write_trace
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.config_sources import load_config, parse_config_argument, read_config_file
+from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, trace, vllm_ascend
+from ep_rebalance.formats.format import Reading
+from ep_rebalance.formats.load import ForeignLoad, FormatError
+from ep_rebalance.load import state
+from ep_rebalance.load.state import read_state, save_state
+from ep_rebalance.load.trace import TraceError, TraceReader
+from ep_rebalance.load.trace.checksums import checksum_of_head
+
+READING = Reading(num_ranks=2, tokens_per_snapshot=2)
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """read: of a file with this name. refuses: its own errors; they name the file. seeds: whole files.
+    prepared: the bytes that are written, from those of a fuzzer.
+    """
+
+    name: str
+    read: Callable[[Path], object]
+    refuses: tuple[type[Exception], ...]
+    seeds: Callable[[Path], list[bytes]]
+    prepared: Callable[[bytes], bytes] = bytes
+
+    def try_out(self, data: bytes, folder: Path) -> None:
+        """Raises whatever is not the reader's own error, and AssertionError for one that hides the file."""
+        path = folder / self.name
+        path.write_bytes(self.prepared(data))
+        try:
+            self.read(path)
+        except self.refuses as error:
+            named = self.name in str(error) or str(folder) in str(error)
+            if not named and not self.name.startswith("config"):
+                raise AssertionError(f"this does not name the file: {error}") from error
+
+
+def _load(read: Callable[[Path, Reading], ForeignLoad]) -> Callable[[Path], object]:
+    """Snapshots are counted only when they are asked for."""
+    return lambda path: list(read(path, READING).counts)
+
+
+def _placement(read: Callable[[Path, Reading], object]) -> Callable[[Path], object]:
+    return lambda path: read(path, READING)
+
+
+def _texts(*texts: str) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [text.encode() for text in texts]
+
+
+def _tensors(folder: Path) -> list[bytes]:
+    torch.save({"logical_count": torch.arange(24).view(2, 4, 3)}, folder / "seed.pt")
+    return [(folder / "seed.pt").read_bytes()]
+
+
+def _arrays(folder: Path) -> list[bytes]:
+    ids_TLK = np.arange(48, dtype=np.uint8).reshape(8, 3, 2) % 5
+    np.save(folder / "one.npy", ids_TLK)
+    np.savez(folder / "two.npz", a=ids_TLK, b=ids_TLK.astype(np.int64))
+    np.savez_compressed(folder / "three.npz", a=ids_TLK)
+    return [(folder / name).read_bytes() for name in ("one.npy", "two.npz", "three.npz")]
+
+
+def _statistics(path: Path) -> object:
+    """The file is that of a rank, in a folder with a right `meta_info.json`."""
+    (path.parent / tensorrt_llm.META).write_text('{"num_experts_per_token": 2}')
+    return list(tensorrt_llm.read_load(path.parent, READING).counts)
+
+
+def _meta(path: Path) -> object:
+    save_file({"1_0": np.ones(3, np.int64)}, path.parent / "rank0.safetensors")
+    return list(tensorrt_llm.read_load(path.parent, READING).counts)
+
+
+def _rank_file(folder: Path) -> list[bytes]:
+    tensors = {f"{i}_{layer}": np.arange(3, dtype=np.int64) for i in (5, 6) for layer in (1, 2)}
+    save_file(tensors, folder / "rank0.safetensors")
+    return [(folder / "rank0.safetensors").read_bytes()]
+
+
+def _state_files(folder: Path) -> list[bytes]:
+    """Without their digests."""
+    save_state(folder / "seed.npz", STATE)
+    return [(folder / "seed.npz").read_bytes()[: -state._DIGEST_BYTES]]
+
+
+def _trace_files(folder: Path) -> list[bytes]:
+    old = Path(__file__).parents[1] / "offline" / "version_1.eptrace"
+    return [write_trace(folder, head_of(), 3).read_bytes(), old.read_bytes()[:20_000]]
+
+
+def _with_head_checksum(data: bytes) -> bytes:
+    length = int.from_bytes(data[8:16], "little")
+    return data[:16] + checksum_of_head(data[24 : 24 + length]).to_bytes(8, "little") + data[24:]
+
+
+def _read_trace(path: Path) -> object:
+    """Whatever checksums its records have."""
+    with mock.patch("ep_rebalance.load.trace.reader.checksum_of_record", _its_own):
+        list(TraceReader(path))
+        return trace.read_placement(path, READING)
+
+
+def _its_own(record: bytes, version: int) -> int:
+    return int.from_bytes(record[8:16], "little")
+
+
+READERS = {
+    "config": FileReader(
+        "config.yaml",
+        lambda path: load_config(read_config_file(path)),
+        (ConfigurationError,),
+        _texts(
+            "mode: observe\nwindow: {snapshots: 8}\n",
+            "planner:\n  redundant_experts: 4\ndecision: {expert_time_fraction: auto}\n",
+            "migration: {max_bytes_per_step: 1048576}\ntrace: {path: /tmp/x, record: false}\n",
+        ),
+    ),
+    "config-argument": FileReader(
+        "config.json",
+        lambda path: load_config(parse_config_argument("{" + path.read_bytes().decode("latin-1"))),
+        (ConfigurationError,),
+        _texts('"mode": "observe"}', '"window": {"snapshots": 8}, "control": {"enabled": true}}'),
+    ),
+    "state": FileReader(
+        "state.npz",
+        read_state,
+        (ConfigurationError,),
+        _state_files,
+        lambda content: content + state._digest(content),
+    ),
+    "trace": FileReader(
+        "load.eptrace", _read_trace, (TraceError, FormatError), _trace_files, _with_head_checksum
+    ),
+    "sglang-load": FileReader(
+        "a.json",
+        _load(sglang.read_load),
+        (FormatError,),
+        _texts(
+            '{"logical_count": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]}', '{"logical_count": [[1]]}'
+        ),
+    ),
+    "sglang-tensors": FileReader("a.pt", _load(sglang.read_load), (FormatError,), _tensors),
+    "sglang-placement": FileReader(
+        "a.json",
+        _placement(sglang.read_placement),
+        (FormatError,),
+        _texts(sglang.placement_text(PLACEMENT, (0, 1, 2), 3)),
+    ),
+    "tensorrt-llm-placement": FileReader(
+        "a.yaml",
+        _placement(tensorrt_llm.read_placement),
+        (FormatError,),
+        _texts(tensorrt_llm.placement_text(PLACEMENT, (1, 2, 4))),
+    ),
+    "tensorrt-llm-statistics": FileReader(
+        "rank0.safetensors", _statistics, (FormatError,), _rank_file
+    ),
+    "tensorrt-llm-meta": FileReader(
+        tensorrt_llm.META, _meta, (FormatError,), _texts('{"num_experts_per_token": 2}')
+    ),
+    "vllm-ascend": FileReader(
+        "a.json",
+        _placement(vllm_ascend.read_placement),
+        (FormatError,),
+        _texts(vllm_ascend.placement_text(PLACEMENT, (0, 1, 5))),
+    ),
+    "token-ids": FileReader("a.npz", _load(token_ids.read_load), (FormatError,), _arrays),
+}
+"""By the name that `scripts/fuzz --reader` takes."""
+
+
+def seeds_of(reader: FileReader) -> list[bytes]:
+    """Whole files, as its own tests have them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return reader.seeds(Path(folder))
