@@ -155,7 +155,7 @@ class Scene:
         }
         arguments = (*self.layout.arguments, *PLUGIN, "--ep-rebalance-config", str(file))
         process = ServerProcess(
-            complete(port, *arguments, "--enable-sleep-mode"),
+            complete(port, *arguments),
             environment(2, variables),
             self.log,
             enter=enter,
