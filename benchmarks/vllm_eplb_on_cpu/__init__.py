@@ -25,6 +25,7 @@ STEPS_FOLDER = "EP_BENCHMARK_STEPS"
 
 VLLM_EPLB = "vllm-eplb"
 COUNTING_IN_TURNS = "counting-in-turns"
+MEMORY = "memory"
 
 WORKER_EXTENSION = f"{__name__}.worker.WorkerExtension"
 
@@ -48,6 +49,8 @@ def register() -> None:
         _allow_eplb()
     elif wanted == COUNTING_IN_TURNS:
         after_kernel_scan(_count_in_turns)
+    elif wanted == MEMORY:
+        after_kernel_scan(_tell_memory)
 
 
 def _allow_eplb() -> None:
@@ -85,6 +88,14 @@ def after_kernel_scan(change: Callable[[], None]) -> None:
         change()
 
     type(current_platform).register_triton_kernel_overrides = staticmethod(set_up)
+
+
+def _tell_memory() -> None:
+    """Give the plugin's workers the method that those of vLLM alone have from their extension."""
+    from ep_rebalance.engines.vllm.worker_extension import WorkerExtension
+    from vllm_eplb_on_cpu import memory
+
+    WorkerExtension.ep_benchmark_memory = memory.WorkerExtension.ep_benchmark_memory
 
 
 def _count_in_turns() -> None:

@@ -1,0 +1,73 @@
+"""docs/reliability.md's table, from what the last runs of the campaign saw (docs/reliability.json).
+
+python tests/faults/faults_table.py     writes the table anew
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllm
+
+if TYPE_CHECKING:
+    from fault import Fault
+
+DOCS = Path(__file__).parents[2] / "docs"
+SEEN = DOCS / "reliability.json"
+PAGE = DOCS / "reliability.md"
+BEGIN, END = "<!-- faults -->", "<!-- /faults -->"
+HEAD = ("fault", "ranks", "promised", "seen", "when", "vLLM", "seed")
+
+WRITES = "FAULTS_TABLE"
+"""An environment variable: runs write what they see into the table only if it is set, as by `scripts/test
+faults`.
+"""
+
+
+def record(fault: Fault, seen: str, seed: int) -> None:
+    """Take up what was seen, in place of what an earlier run saw of the same fault."""
+    if not os.environ.get(WRITES):
+        return
+    row = {
+        "fault": fault.name,
+        "ranks": fault.layout.name,
+        "promised": fault.promise,
+        "seen": seen,
+        "when": date.today().isoformat(),
+        "vllm": vllm.__version__,
+        "seed": seed,
+    }
+    rows = [r for r in _rows() if (r["fault"], r["ranks"]) != (row["fault"], row["ranks"])]
+    rows.append(row)
+    SEEN.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+    write()
+
+
+def table() -> str:
+    """Between the marks of the page."""
+    lines = [_line(HEAD), _line(["---"] * len(HEAD))]
+    lines += [_line([str(cell).replace("|", "/") for cell in row.values()]) for row in _rows()]
+    return "\n".join(lines)
+
+
+def write() -> None:
+    """The page, with the table of now."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+
+
+def _rows() -> list[dict[str, Any]]:
+    return json.loads(SEEN.read_text()) if SEEN.exists() else []
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    write()
