@@ -108,7 +108,7 @@ MODES = (
     Mode(
         "LoRA adapters of attention",
         "--lora-target-modules q_proj o_proj",
-        limits="With LoRA vLLM takes its Triton kernel for experts, on CPU too, where it cannot run: not run.",
+        limits="With LoRA vLLM takes its Triton kernel for experts, which cannot run on a CPU: not run.",
     ),
     Mode("LoRA adapters of experts", "--lora-target-modules q_proj experts"),
     Mode(

@@ -92,8 +92,8 @@ def _check_kernel(kernel: Any) -> None:
     """Their experts are a module of their own (vllm/config/kernel.py, NATIVE_MEGA_MOE_BACKENDS)."""
     if kernel.moe_backend.endswith("mega_moe"):
         raise ConfigurationError(
-            f"--moe-backend {kernel.moe_backend} takes tokens to experts without vLLM's router, so nothing can "
-            "be counted.",
+            f"--moe-backend {kernel.moe_backend} takes tokens to experts without vLLM's router, so nothing "
+            "can be counted.",
             "choose another backend with --moe-backend, or serve without --plugin ep_rebalance.",
         )
 
