@@ -21,6 +21,7 @@ from traces import head_of
 from ep_rebalance.balancer.recorder import Recorder
 from ep_rebalance.config import MetricsConfig
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceReader
+from ep_rebalance.telemetry.file_health import FileHealth
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
 
@@ -84,7 +85,7 @@ def rebalance(rank, size, config, spoilt):
         MetricsConfig(layer_rank_tokens=True),
         steps=1,
         paused=False,
-        lost_trace_records=0,
+        files=FileHealth(),
     )
     if recorder is not None:
         recorder.flush()

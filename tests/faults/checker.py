@@ -7,8 +7,6 @@ from itertools import pairwise
 
 from history import Asked, Began, Ended, Event, Happened, Read
 
-OUTCOMES = ("committed", "abandoned", "failed", "no_gain", "over_budget", "stale")
-
 
 def violations(
     events: Iterable[Event], answers: Sequence[Sequence[int]], *, bound_seconds: float
@@ -64,13 +62,17 @@ def _falls(life: int, before: Read, after: Read) -> Iterator[str]:
     when = f"life {life}, at {after.at:.1f}"
     if after.generation < before.generation:
         yield f"{when}: generation {before.generation} became {after.generation}"
-    committed = after.plans.get("committed", 0) - before.plans.get("committed", 0)
-    if after.generation - before.generation > committed:
-        grown = after.generation - before.generation
-        yield f"{when}: the generation grew by {grown} in {committed} commits"
+    grown, ended = after.generation - before.generation, _changes(after) - _changes(before)
+    if grown > ended:
+        yield f"{when}: the generation grew by {grown} in {ended} migrations and reloads"
     for name in sorted(before.counters.keys() & after.counters.keys()):
         if not after.counters[name] >= before.counters[name]:  # also if it is not a number
             yield f"{when}: {name} went from {before.counters[name]} to {after.counters[name]}"
+
+
+def _changes(read: Read) -> int:
+    """Migrations, also such as were given up when some of their experts had moved, and reloads."""
+    return read.plans["committed"] + read.plans["abandoned"] + read.reloads
 
 
 def _ends(told: Sequence[Event]) -> Iterator[str]:

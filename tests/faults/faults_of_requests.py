@@ -80,9 +80,10 @@ def control_storm(scene: Scene, seed: int) -> str:
 
 
 def _until_taken(client: httpx.Client, action: str) -> None:
+    """Until a change passes; 409 says that it is so already."""
     for _ in range(60):
         answer = client.post(f"/ep_rebalance/{action}")
-        if answer.status_code == httpx.codes.OK:
+        if answer.status_code in (httpx.codes.OK, httpx.codes.CONFLICT):
             return
         time.sleep(float(answer.headers.get("retry-after", 0.5)))
     raise AssertionError(f"{action}: {answer.status_code} {answer.text}")

@@ -35,7 +35,11 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What the status said. counters: all of our series that only grow, by name and labels."""
+    """What the status said.
+
+    plans: by their outcome. reloads: of weights.
+    counters: all of our series that only grow, by name and labels.
+    """
 
     kind: ClassVar[str] = "read"
 
@@ -43,6 +47,7 @@ class Read:
     at: float
     generation: int
     plans: dict[str, int]
+    reloads: int
     counters: dict[str, float]
 
 

@@ -307,7 +307,14 @@ class Scene:
                     if key[0].endswith(("_total", "_count", "_bucket"))
                 }
                 self.history.tell(
-                    Read(life, now(), status["generation"], status["plans"], counters)
+                    Read(
+                        life,
+                        now(),
+                        status["generation"],
+                        status["plans"],
+                        status["weight_reloads"],
+                        counters,
+                    )
                 )
 
 

@@ -16,8 +16,8 @@ BOUND = 10.0
 FAULT = Happened("worker killed", 0, 3.0, 5.0, refuses=True)
 RIGHT = Asked(0, 1.0, 2.0, 0, (1, 2), 200)
 FAILED = Asked(0, 2.5, 3.5, 1, None, 500)
-FIRST = Read(0, 1.0, 1, {"committed": 1}, {"tokens": 5.0})
-SECOND = Read(0, 2.0, 2, {"committed": 2}, {"tokens": 7.0})
+FIRST = Read(0, 1.0, 1, {"committed": 1, "abandoned": 0}, 0, {"tokens": 5.0})
+SECOND = Read(0, 2.0, 4, {"committed": 2, "abandoned": 1}, 1, {"tokens": 7.0})
 HISTORY: tuple[Event, ...] = (
     Began(0, 0.0, 1), RIGHT, FIRST, SECOND, FAILED, FAULT, Ended(0, 4.0, 1, ()),
 )  # fmt: skip
@@ -39,7 +39,7 @@ def test_a_right_history_has_nothing_wrong(tmp_path: Path) -> None:
         (FAILED, replace(FAILED, began=6.0, ended=6.1), "no fault explains it"),
         (FAULT, replace(FAULT, refuses=False), "no fault explains it"),
         (SECOND, replace(SECOND, generation=0), "generation 1 became 0"),
-        (SECOND, replace(SECOND, generation=4), "grew by 3 in 1 commits"),
+        (SECOND, replace(SECOND, reloads=0), "grew by 3 in 2 migrations and reloads"),
         (SECOND, replace(SECOND, counters={"tokens": 4.0}), "tokens went from 5.0 to 4.0"),
         (SECOND, replace(SECOND, counters={"tokens": math.nan}), "tokens went from 5.0 to nan"),
         (HISTORY[0], Began(0, 0.0, 3), "began at generation 1, 3 was saved"),
