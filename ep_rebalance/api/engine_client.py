@@ -162,11 +162,15 @@ class EngineReports:
                 if wait := self._limits[subject].take():
                     continue
                 if wanted := self._wanted.pop(subject, None):
-                    await self._change(*wanted)
-        except Exception as error:
-            logger.warning("ep_rebalance: a change that waited was not carried out: %r", error)
+                    await self._carry_out(*wanted)
         finally:
             del self._later[subject]
+
+    async def _carry_out(self, method: str, argument: object) -> None:
+        try:
+            await self._change(method, argument)
+        except Exception as error:
+            logger.warning("ep_rebalance: a change that waited was not carried out: %r", error)
 
     async def _change(self, method: str, argument: object) -> list[Any]:
         """Ask all workers for a change."""

@@ -148,8 +148,7 @@ def test_the_page_follows_the_status_while_experts_move(observed: Server, tmp_pa
 
 
 def test_an_operator_pauses_resumes_and_asks_for_a_plan(observed: Server) -> None:
-    assert change(observed, "pause").status_code == 200
-    assert change(observed, "pause").status_code == 409
+    assert [change(observed, "pause").status_code for _ in range(2)] == [200, 200]
     assert change(observed, "rebalance").status_code == 409
     before = observed.drive_until(lambda s: s["paused"] and s["activity"] == "watching")
     for _ in range(3):
@@ -157,8 +156,7 @@ def test_an_operator_pauses_resumes_and_asks_for_a_plan(observed: Server) -> Non
     after = observed.status()
     assert (after["generation"], after["plans"]) == (before["generation"], before["plans"])
     assert samples(observed)["ep_rebalance_paused", ""] == 1
-    assert change(observed, "resume").status_code == 200
-    assert change(observed, "resume").status_code == 409
+    assert [change(observed, "resume").status_code for _ in range(2)] == [200, 200]
     assert change(observed, "rebalance").status_code == 200
     plans = sum(after["plans"].values())
     observed.drive_until(
