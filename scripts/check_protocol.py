@@ -31,6 +31,7 @@ SCOPES = {
     "requests": Scope(asks=3, late=False),
     "requests-reload": Scope(asks=1, reloads=1, layers=1, late=False),
     "static": Scope(mode="static", reloads=1, faults=1, late=False),
+    "static-two-reloads": Scope(mode="static", reloads=2, layers=1, round_bytes=32, late=False),
     "static-unmovable": Scope(mode="static", reloads=2, unmovable=True, layers=1, late=False),
 }
 

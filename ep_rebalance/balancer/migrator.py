@@ -203,8 +203,9 @@ class Migrator:
         generation: the number to serve it under.
 
         Raises NotTakenUp, on all ranks or on none, if experts did not arrive whole, if those of a rank may
-        not be moved, or if memory for them is short. Batches that were committed before that stay in service,
-        under the next generation. Whatever else is raised leaves this rank out of step.
+        not be moved or were replaced again meanwhile, or if memory for them is short. Batches that were
+        committed before that stay in service, under the next generation. Whatever else is raised leaves this
+        rank out of step.
         """
         assert self._memory is not None, "mode observe moves nothing"
         exchange = self._roomy_exchange(placement.slots_per_rank, self._memory)
@@ -225,7 +226,8 @@ class Migrator:
             exchange.begin_batch(batch)
             for number in range(len(batch.rounds)):
                 exchange.exchange(batch, number)
-            if faults := exchange.faults_of(exchange.vote(batch, replaced=not self._may_move)):
+            vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
+            if faults := exchange.faults_of(vote):
                 self._serve(self.served.numbered(source))
                 raise NotTakenUp(f"the saved placement could not be taken up: {faults}")
             self._commit(commit, exchange)

@@ -271,6 +271,25 @@ def test_a_static_placement_waits_for_experts_that_may_be_moved(two_ranks: Ranks
         assert abandoned == 1
 
 
+def reload_static_again(rank, size, saved_LP, moment):
+    """Rank 1 is told of a second reload `moment` steps after the first, rank 0 later."""
+    config = eager({"mode": "static", "state": {"path": "unused.npz"}})
+    engine = ReloadingEngine(rank, size, config)
+    saved = Placement(saved_LP, engine.placement.num_experts, size)
+    engine.rebalancer.migrator.restore(saved, saved.even_quotas_LP(), 5)
+    for step in range(24):
+        if step == 0 or step == (moment if rank else 9):
+            engine.reload()
+        engine.step()
+    return engine.rebalancer.served.placement == saved
+
+
+def test_experts_of_other_weights_are_not_moved_into_a_static_placement(two_ranks: Ranks):
+    saved_LP = np.array([np.roll(np.arange(16), layer + 1) for layer in range(3)], dtype=np.int32)
+    for moment in range(1, 5):
+        assert two_ranks.run(reload_static_again, 2, saved_LP, moment) == [True, True]
+
+
 def lose_a_peer_while_static(rank, size):
     config = eager({"mode": "static", "state": {"path": "unused.npz"}})
     engine = ReloadingEngine(rank, size, config)
