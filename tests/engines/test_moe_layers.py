@@ -101,6 +101,15 @@ def test_experts_without_vllms_router_are_refused_by_their_class(seam, monkeypat
     assert "--moe-backend" in raised.value.remedy
 
 
+@pytest.mark.parametrize("name", ["model.mlp.experts", "model.layers.2.mlp.1.experts"])
+def test_a_layer_whose_number_its_name_does_not_say_is_refused(seam, layer, name):
+    found = seam.moe_model(bare(layer(1), layer(2)))
+    found.moe_layers[1].layer_name = name
+    with pytest.raises(ConfigurationError, match=f"Module names a MoE layer '{name}'") as raised:
+        _ = found.layer_numbers
+    assert "without --plugin ep_rebalance" in raised.value.remedy
+
+
 def test_redundant_experts_are_refused_where_the_model_has_no_room_for_them(seam, layer):
     with pytest.raises(ConfigurationError, match="Module makes no room for redundant") as raised:
         seam.refuse_unlike(seam.moe_model(bare(layer(0))), redundant_experts=2)

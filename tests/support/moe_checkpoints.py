@@ -13,9 +13,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from moe_families import (
@@ -59,25 +58,65 @@ _COMMON = {
 def write_checkpoint(family: Family, folder: Path, seed: int = 0) -> Path:
     """A model of the family, with a tokenizer, in `folder`, which is made. The same seed gives the same
     weights."""
+    torch.manual_seed(seed)
+    if family.tensors:
+        _save_by_names(family, folder)
+    else:
+        _save_by_transformers(family, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder)
+    return folder
+
+
+def _save_by_transformers(family: Family, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family.model_type](**{**_COMMON, **family.settings})
-    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        _randomise(model)
-        _mark_domains(model.get_input_embeddings().weight)
-        for number, router in enumerate(_routers(model, family)):
-            _prefer(router, number)
+    weights = dict([*model.named_parameters(), *model.named_buffers()])
+    tied = bool(model.config.tie_word_embeddings)
+    _fill(family, weights, model.get_input_embeddings().weight, tied=tied)
     model.to(torch.bfloat16).save_pretrained(folder)
     if family.architecture:
         _name_architecture(folder / "config.json", family.architecture)
     if family.zero_experts:
         _drop_zero_experts(folder / WEIGHTS)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, folder)
-    return folder
+
+
+def _save_by_names(family: Family, folder: Path) -> None:
+    """What is no matrix is 0: norms of such families scale by one more than their weights."""
+    weights = {name: torch.zeros(shape) for name, shape in family.tensors.items()}
+    _fill(family, weights, weights["model.embed_tokens.weight"])
+    folder.mkdir(parents=True)
+    rounded = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(rounded, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        **_COMMON,
+        **family.settings,
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+@torch.no_grad()
+def _fill(
+    family: Family,
+    weights: Mapping[str, torch.Tensor],
+    embedding_VH: torch.Tensor,
+    *,
+    tied: bool = False,
+) -> None:
+    _randomise(weights)
+    embedding_VH.normal_(0.0, 0.3 if tied else 1.0)
+    if tied:  # The head is the same matrix, and would say each token again.
+        _strengthen(weights)
+    _mark_domains(embedding_VH)
+    embedding_VH.div_(family.embedding_scale)
+    for number, router in enumerate(_routers(weights, family)):
+        _prefer(router, number)
 
 
 def _name_architecture(config: Path, name: str) -> None:
@@ -96,16 +135,20 @@ def _drop_zero_experts(weights: Path) -> None:
     save_file(real, weights, metadata={"format": "pt"})
 
 
-def _randomise(model: Any) -> None:
+def _randomise(weights: Mapping[str, torch.Tensor]) -> None:
     """Every matrix with outputs as large as its inputs; biases of choices small."""
-    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        if "correction_bias" in name or name.endswith("expert_bias"):
+    for name, weight in weights.items():
+        if re.search(r"correction_bias|(expert|router)_bias$", name):
             weight.uniform_(0.0, 0.05)
         elif weight.ndim >= 2 and weight.is_floating_point():
             weight.normal_(0.0, weight.shape[-1] ** -0.5)
-    # Small where the head is the same matrix: it would say each token again.
-    tied = model.config.tie_word_embeddings
-    model.get_input_embeddings().weight.normal_(0.0, 0.1 if tied else 1.0)
+
+
+def _strengthen(weights: Mapping[str, torch.Tensor]) -> None:
+    """Have layers add more to what they are given."""
+    for name, weight in weights.items():
+        if re.search(r"(o_proj|out_proj|down_proj|\.w2)(\.weight)?$", name):
+            weight.mul_(4.0)
 
 
 def _mark_domains(embedding_VH: torch.Tensor) -> None:
@@ -114,12 +157,12 @@ def _mark_domains(embedding_VH: torch.Tensor) -> None:
     embedding_VH[DOMAINS[1].start :, 1] = -SIGNAL
 
 
-def _routers(model: Any, family: Family) -> Iterator[torch.Tensor]:
+def _routers(weights: Mapping[str, torch.Tensor], family: Family) -> Iterator[torch.Tensor]:
     """[E, H] of each MoE layer, in their order."""
     experts = EXPERTS + family.zero_experts
     found = [
         weight
-        for name, weight in model.named_parameters()
+        for name, weight in weights.items()
         if weight.shape == (experts, HIDDEN) and re.search(r"(gate|router)[.\w]*weight$", name)
     ]
     assert len(found) == len(family.moe_layers), (family.name, len(found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER, HEADS, VOCABULARY = 4, 8, 2, 128, 64, 4, 320
@@ -26,6 +27,8 @@ class Family:
     moe_layers: numbers of the layers with experts, as the model counts its layers.
     top_k: experts per token, zero-compute ones included.
     architecture: of released checkpoints, where transformers has another name for its class.
+    embedding_scale: by which the model multiplies its embeddings.
+    tensors: of its checkpoints, by name and with their shapes, where transformers has no class for it.
     zero_experts: those that compute nothing and have no weights.
     layers: all that have numbers, those without experts too.
     ungrouped_sigmoid: whether it routes as vLLM's router for CPU does only with the plugin of that name.
@@ -41,6 +44,8 @@ class Family:
     moe_layers: tuple[int, ...] = tuple(range(LAYERS))
     top_k: int = TOP_K
     architecture: str = ""
+    embedding_scale: float = 1.0
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     zero_experts: int = 0
     ungrouped_sigmoid: bool = False
     dtype: str = "float32"
@@ -59,10 +64,14 @@ _LATENT = {
 }
 """Multi-head latent attention, with the only sizes that vLLM's kernel for CPU takes."""
 _GROUPED = {"n_group": 4, "topk_group": 2}
-_DEEPSEEK = {
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}
+_ROUTED_EXPERTS = {
     "n_routed_experts": EXPERTS,
     "num_experts_per_tok": TOP_K,
     "moe_intermediate_size": INNER,
+}
+_DEEPSEEK = {
+    **_ROUTED_EXPERTS,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
@@ -78,15 +87,54 @@ _LINEAR = {
     "shared_expert_intermediate_size": INNER,
 }
 _EXPERTS = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": INNER}
-_LOCAL_EXPERTS = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+_LOCAL_EXPERTS = {
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "intermediate_size": INNER,
+}
 _SPARSE_AFTER_FIRST = ["dense", *["sparse"] * (LAYERS - 1)]
+_WITHOUT_TORCHVISION = dict.fromkeys(RELEASES, "failed to be inspected|torchvision")
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
+
+
+def _step_tensors(moe_layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """As Step-3.5-Flash's checkpoint has them."""
+    grouped = HIDDEN // 2  # two heads of keys, and of values
+    matrices = {"q": (HIDDEN, HIDDEN), "k": (grouped, HIDDEN), "v": (grouped, HIDDEN)}
+    attention = {f"{name}_proj.weight": shape for name, shape in matrices.items()}
+    attention |= {"o_proj.weight": (HIDDEN, HIDDEN), "q_norm.weight": (32,), "k_norm.weight": (32,)}
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for number in range(LAYERS):
+        sparse, layer = number in moe_layers, f"model.layers.{number}"
+        tensors |= {f"{layer}.self_attn.{name}": shape for name, shape in attention.items()}
+        tensors |= {
+            f"{layer}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")
+        }
+        tensors |= _gated(
+            f"{layer}.share_expert" if sparse else f"{layer}.mlp", INNER if sparse else 2 * INNER
+        )
+        if sparse:
+            tensors |= _gated(f"{layer}.moe", INNER, EXPERTS)
+            tensors |= {
+                f"{layer}.moe.gate.weight": (EXPERTS, HIDDEN),
+                f"{layer}.moe.router_bias": (EXPERTS,),
+            }
+    return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def _gated(name: str, inner: int, *experts: int) -> dict[str, tuple[int, ...]]:
+    """A gated perceptron, or all experts' in one."""
+    into, out = (*experts, inner, HIDDEN), (*experts, HIDDEN, inner)
+    shapes = {"gate_proj": into, "up_proj": into, "down_proj": out}
+    return {f"{name}.{part}.weight": shape for part, shape in shapes.items()}
+
 
 FAMILIES = (
     Family(
         name="mixtral",
         model_type="mixtral",
         examples="Mixtral 8x7B, 8x22B",
-        settings={**_LOCAL_EXPERTS, "intermediate_size": INNER},
+        settings=_LOCAL_EXPERTS,
     ),
     Family(
         name="qwen2_moe",
@@ -115,7 +163,7 @@ FAMILIES = (
         examples="Qwen3.5-35B-A3B, Qwen3.5-397B-A17B",
         settings={**_EXPERTS, **_LINEAR},
         dtype="bfloat16",
-        limits=dict.fromkeys(RELEASES, "failed to be inspected|torchvision"),
+        limits={} if find_spec("torchvision") else _WITHOUT_TORCHVISION,
     ),
     Family(
         name="deepseek_v2",
@@ -144,8 +192,7 @@ FAMILIES = (
         settings={
             **_DEEPSEEK,
             "head_dim": 32,
-            "n_group": 1,
-            "topk_group": 1,
+            **_ONE_GROUP,
             "num_nextn_predict_layers": 0,
         },
         moe_layers=_AFTER_FIRST,
@@ -174,7 +221,6 @@ FAMILIES = (
         examples="Granite 3.0 1B-A400M, 3B-A800M",
         settings={
             **_LOCAL_EXPERTS,
-            "intermediate_size": INNER,
             "embedding_multiplier": 2.0,
             "residual_multiplier": 0.5,
         },
@@ -183,11 +229,7 @@ FAMILIES = (
         name="granitemoeshared",
         model_type="granitemoeshared",
         examples="Granite MoE with shared experts",
-        settings={
-            **_LOCAL_EXPERTS,
-            "intermediate_size": INNER,
-            "shared_intermediate_size": INNER,
-        },
+        settings={**_LOCAL_EXPERTS, "shared_intermediate_size": INNER},
     ),
     Family(
         name="granitemoehybrid",
@@ -195,7 +237,6 @@ FAMILIES = (
         examples="Granite 4.0 H-Tiny, H-Small",
         settings={
             **_LOCAL_EXPERTS,
-            "intermediate_size": INNER,
             "shared_intermediate_size": INNER,
             "layer_types": ["mamba", "attention"] * (LAYERS // 2),
             "mamba_n_heads": 4,
@@ -224,7 +265,6 @@ FAMILIES = (
         examples="MiniMax-M2, M2.1",
         settings={
             **_LOCAL_EXPERTS,
-            "intermediate_size": INNER,
             "rotary_dim": 16,
             "scoring_func": "sigmoid",
             "use_routing_bias": True,
@@ -235,7 +275,11 @@ FAMILIES = (
         name="phimoe",
         model_type="phimoe",
         examples="Phi-3.5-MoE, Phi-tiny-MoE",
-        settings={**_LOCAL_EXPERTS, "intermediate_size": INNER},
+        settings={
+            **_LOCAL_EXPERTS,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
         architecture="PhiMoEForCausalLM",
     ),
     Family(
@@ -243,9 +287,8 @@ FAMILIES = (
         model_type="llama4_text",
         examples="Llama 4 Scout, Maverick",
         settings={
-            "num_local_experts": EXPERTS,
+            **_LOCAL_EXPERTS,
             "num_experts_per_tok": 1,
-            "intermediate_size": INNER,
             "intermediate_size_mlp": 2 * INNER,
             "interleave_moe_layer_step": 2,
             "attention_chunk_size": POSITIONS,
@@ -259,7 +302,6 @@ FAMILIES = (
         examples="gpt-oss-20b, gpt-oss-120b",
         settings={
             **_LOCAL_EXPERTS,
-            "intermediate_size": INNER,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
@@ -295,9 +337,7 @@ FAMILIES = (
         examples="Nemotron 3 Nano 30B-A3B",
         settings={
             "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
-            "n_routed_experts": EXPERTS,
-            "num_experts_per_tok": TOP_K,
-            "moe_intermediate_size": INNER,
+            **_ROUTED_EXPERTS,
             "moe_shared_expert_intermediate_size": INNER,
             "mamba_num_heads": 4,
             "mamba_head_dim": 64,
@@ -323,7 +363,7 @@ FAMILIES = (
         name="dots1",
         model_type="dots1",
         examples="dots.llm1",
-        settings={**_DEEPSEEK, "n_group": 1, "topk_group": 1},
+        settings={**_DEEPSEEK, **_ONE_GROUP},
         moe_layers=_AFTER_FIRST,
     ),
     Family(
@@ -358,9 +398,8 @@ FAMILIES = (
             **_EXPERTS,
             "num_dense_layers": 1,
             "num_shared_experts": 1,
-            "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
-            "n_group": 1,
-            "topk_group": 1,
+            **_SLIDING,
+            **_ONE_GROUP,
             "score_func": "sigmoid",
             "route_norm": True,
             "route_scale": 1.5,
@@ -378,8 +417,7 @@ FAMILIES = (
             "mlp_layer_types": _SPARSE_AFTER_FIRST,
             "num_shared_experts": 1,
             "head_dim": 32,
-            "n_group": 1,
-            "topk_group": 1,
+            **_ONE_GROUP,
         },
         moe_layers=_AFTER_FIRST,
     ),
@@ -390,7 +428,7 @@ FAMILIES = (
         settings={
             **_EXPERTS,
             "num_dense_layers": 1,
-            "tie_embedding": False,
+            "tie_embedding": True,
             "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
         },
         moe_layers=_AFTER_FIRST,
@@ -406,10 +444,11 @@ FAMILIES = (
             "moe_intermediate_size": INNER,
             "head_dim": 32,
             "global_head_dim": 32,
-            "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+            **_SLIDING,
             "hidden_size_per_layer_input": 0,
             "tie_word_embeddings": True,
         },
+        embedding_scale=HIDDEN**0.5,
     ),
     Family(
         name="hy_v3",
@@ -421,6 +460,7 @@ FAMILIES = (
             "mlp_layer_types": _SPARSE_AFTER_FIRST,
             "first_k_dense_replace": 1,
             "expert_hidden_dim": INNER,
+            "qk_norm": True,
             "route_norm": True,
             "head_dim": 32,
         },
@@ -438,6 +478,7 @@ FAMILIES = (
             "mlp_layer_types": _SPARSE_AFTER_FIRST,
         },
         moe_layers=_AFTER_FIRST,
+        ungrouped_sigmoid=True,
     ),
     Family(
         name="cohere2_moe",
@@ -447,7 +488,7 @@ FAMILIES = (
             **_EXPERTS,
             "intermediate_size": INNER,
             "head_dim": 32,
-            "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+            **_SLIDING,
             "mlp_layer_types": ["sparse"] * LAYERS,
             "tie_word_embeddings": True,
         },
@@ -475,6 +516,27 @@ FAMILIES = (
                 "moe_top_k": TOP_K,
             },
         },
+    ),
+    Family(
+        name="step3p5",
+        model_type="step3p5",
+        examples="Step-3.5-Flash",
+        settings={
+            "num_attention_groups": 2,
+            "moe_num_experts": EXPERTS,
+            "moe_top_k": TOP_K,
+            "moe_intermediate_size": INNER,
+            "share_expert_dim": INNER,
+            "moe_layers_enum": "1,2,3",
+            "moe_router_activation": "sigmoid",
+            "sliding_window": POSITIONS,
+            "head_dim": 32,
+            **_SLIDING,
+        },
+        moe_layers=_AFTER_FIRST,
+        architecture="Step3p5ForCausalLM",
+        tensors=_step_tensors(_AFTER_FIRST),
+        ungrouped_sigmoid=True,
     ),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -24,7 +24,6 @@ _INTERFACES = "vllm.model_executor.models.interfaces"
 CONTRACTS = (
     Contract(f"{_INTERFACES}:get_mixture_of_experts_model", ("model",)),
     Contract(f"{_INTERFACES}:SupportsMultiModal.get_language_model"),
-    Contract("vllm.model_executor.models.utils:extract_layer_index", ("layer_name",)),
     Contract(
         "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig",
         ("num_experts", "num_logical_experts", "experts_per_token"),
@@ -49,11 +48,21 @@ class MoeModel:
     def layer_numbers(self) -> tuple[int, ...]:
         """Of each layer in the model, which counts those without experts too: that in the names of its
         weights, such as 7 in `model.layers.7.mlp.experts`. () if these do not rise.
-        """
-        from vllm.model_executor.models.utils import extract_layer_index
 
-        numbers = tuple(extract_layer_index(layer.layer_name) for layer in self.moe_layers)
+        Raises ConfigurationError for a name with no number, or with several.
+        """
+        numbers = tuple(self._number(layer.layer_name) for layer in self.moe_layers)
         return numbers if all(one < next_ for one, next_ in pairwise(numbers)) else ()
+
+    def _number(self, layer_name: str) -> int:
+        numbers = [int(part) for part in layer_name.split(".") if part.isdecimal()]
+        if len(numbers) != 1:
+            raise ConfigurationError(
+                f"{self.name} names a MoE layer {layer_name!r}, and one number is needed there to tell which "
+                "of the model's layers it is.",
+                "serve it without --plugin ep_rebalance.",
+            )
+        return numbers[0]
 
 
 def moe_model(model: Any) -> MoeModel | None:
