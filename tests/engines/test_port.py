@@ -189,6 +189,46 @@ def test_after_new_weights_it_answers_by_them_and_is_balanced_again(two_ranks):
     assert two_ranks.run(serve_after_reload, eager()) == [(True, 1)] * 2
 
 
+def serve_audited(rank, config):
+    """(slots that were checked, those found) after new weights and moves; those found and lost after a byte
+    changed on rank 1; those lost after a reload."""
+    service = Service.start(rank, config)
+    engine, session = service.engine, service.engine.session
+    service.until_generation(1, 0)
+    session.before_weights_go()
+    service.checkpoint = Checkpoint.of(2)
+    engine.load(service.checkpoint)
+    session.weights_replaced()
+    session.weights_complete()
+    service.until_generation(3, 1)
+    service.idle(200)
+    whole = json.loads(session.status())
+    if rank == 1:
+        slab = session.rebalancer.migrator._memory.slabs_L[0][0]
+        slab.bytes_EB[0, 3] ^= 1
+    service.idle(200)
+    corrupted = json.loads(session.status())
+    engine.load(service.checkpoint)
+    session.weights_replaced()
+    service.until_generation(corrupted["generation"] + 2, 0)
+    after = json.loads(session.status())
+    return (
+        whole["audited_slots"],
+        whole["corruptions"],
+        [(c["layer"], c["ep_rank"], c["source"]) for c in corrupted["corruptions"]],
+        (corrupted["lost_slots"], after["lost_slots"], len(after["corruptions"])),
+    )
+
+
+def test_its_experts_are_checked_through_moves_and_new_weights(two_ranks):
+    config = eager({"audit": {"slots_per_minute": 600_000}})
+    for audited, found, corrupted, lost in two_ranks.run(serve_audited, config):
+        assert audited > 100
+        assert found == []
+        assert corrupted == [(0, 1, None)]
+        assert lost == (1, 0, 1)
+
+
 def serve_after_half_a_load(rank, config):
     service = Service.start(rank, config)
     service.until_generation(1, 0)
