@@ -114,4 +114,11 @@ PLANTED = {
     "a rank without rounds says nothing": PlantedFault(
         RankJobs, "announced", _keeps_to_itself, replace(QUICK, faults=1), "never come to watch"
     ),
+    "a return heeds no refusal": PlantedFault(
+        RoundExchange,
+        "vote",
+        _does_not_vote,
+        Scope(mode="static", layers=1, round_bytes=32, reloads=1, unmovable=True),
+        "may not move",
+    ),
 }
