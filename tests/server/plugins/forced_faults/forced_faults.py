@@ -3,11 +3,14 @@
 FORCED_FAULTS names what fails when, e.g. `planner:1,checksum:2,transport:6`: the first plan raises,
 in the second batch that brings rank 1 an expert a byte of it is flipped, in the sixth batch rank 0
 cannot pack its experts.
+
+CORRUPTED_SLOT names a file: once it exists, a bit of the last slot of layer 0 on rank 1 is flipped.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from vllm_eplb_on_cpu import after_kernel_scan
@@ -20,6 +23,8 @@ def register() -> None:
     )
     if faults:
         after_kernel_scan(lambda: _break(faults))
+    if file := os.environ.get("CORRUPTED_SLOT"):
+        after_kernel_scan(lambda: _corrupt_slot(Path(file)))
 
 
 def _break(faults: dict[str, str]) -> None:
@@ -70,3 +75,17 @@ def _fail_packing(exchange: Any, at: int) -> None:
         pack(self, *arguments)
 
     exchange.begin_batch, exchange._pack = begin_batch, fail
+
+
+def _corrupt_slot(file: Path) -> None:
+    from ep_rebalance.migration.audit import SlotAudit
+
+    original, flipped = SlotAudit.step, []
+
+    def step(self: Any) -> None:
+        if not flipped and self._first_slot > 0 and file.exists():
+            flipped.append(1)
+            self._memory.slabs_L[0][0].bytes_EB[-1, 43] ^= 0x80  # the sign of a weight
+        original(self)
+
+    SlotAudit.step = step
