@@ -39,6 +39,14 @@ END_SECONDS = 60.0
 FAULTS_ON_DEMAND = PLUGINS / "faults_on_demand"
 DEMANDS = "FAULTS_ON_DEMAND"
 
+QUICK: dict[str, Any] = {
+    "window": {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 6},
+    "planner": {"interval_snapshots": 8, "redundant_experts": 4},
+    "migration": {"max_bytes_per_step": 4096},
+}
+"""Settings with which experts move most of the time. A byte budget of 4 kB a step makes a migration long
+enough to be hit in the middle.
+"""
 QUESTIONS = list(itertools.chain.from_iterable(prompts_by_domain()))
 
 
@@ -112,14 +120,10 @@ class Scene:
         return self._server
 
     def settings(self) -> dict[str, Any]:
-        """A byte budget of 4 kB a step makes a migration long enough to be hit in the middle."""
         self.state.parent.mkdir(exist_ok=True)
-        quick = {"snapshot_steps": 4, "snapshots": 12, "min_snapshots": 6}
         return {
             **SETTINGS,
-            "window": quick,
-            "planner": {"interval_snapshots": 8, "redundant_experts": 4},
-            "migration": {"max_bytes_per_step": 4096},
+            **QUICK,
             "state": {"path": str(self.state)},
             "trace": {"path": str(self.traces)},
             "control": {"enabled": True, "api_key_file": str(self.folder / "key")},

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from engines import GPU_TOKEN_PATHS, V032
-from scene import CLIENTS, END_SECONDS, QUESTIONS, TOKENS, spread
+from scene import CLIENTS, QUESTIONS, QUICK, TOKENS, spread
 from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, serving
 
 pytestmark = [*V032.marks, pytest.mark.faults]
@@ -22,6 +22,8 @@ pytestmark = [*V032.marks, pytest.mark.faults]
 logger = logging.getLogger(__name__)
 
 ENDINGS = 10
+END_SECONDS = 30.0
+"""A container that is not gone by then is killed, unless its runtime was told otherwise."""
 
 
 @contextmanager
@@ -50,21 +52,24 @@ def under_load(server: Server) -> Iterator[None]:
 
 
 def seconds_to_end(server: Server) -> float:
-    """After a SIGTERM to its first process only, as a container's runtime sends it."""
+    """After a SIGTERM to its first process only, as a container's runtime sends it; END_SECONDS if it is not
+    gone by then, and made to end.
+    """
     family = server.process.family()
     first = min(family, key=lambda process: process.create_time())
     began = time.monotonic()
     first.terminate()
     _, alive = psutil.wait_procs(family, timeout=END_SECONDS)
-    assert not alive, f"{len(alive)} of {len(family)} processes are left after {END_SECONDS:g} s"
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    server.process.stop()
+    return END_SECONDS if alive else took
 
 
 @pytest.mark.parametrize("plugin", [True, False], ids=["with the plugin", "without it"])
 def test_a_server_ends_on_sigterm_under_load(plugin: bool, tmp_path: Path) -> None:
     """Without the plugin each rank has a part of every expert: vLLM on CPU has no expert parallelism."""
     file = tmp_path / "settings.yaml"
-    file.write_text(yaml.safe_dump(SETTINGS | {"migration": {"max_bytes_per_step": 4096}}))
+    file.write_text(yaml.safe_dump(SETTINGS | QUICK))
     arguments = (*PLUGIN, "--ep-rebalance-config", str(file)) if plugin else ("--enforce-eager",)
     # vLLM on CPU has no `all_gatherv`.
     parts = {} if plugin else {"GPU_TOKEN_PATHS_UNEVEN_PARTS_ONLY": "1"}
@@ -77,9 +82,12 @@ def test_a_server_ends_on_sigterm_under_load(plugin: bool, tmp_path: Path) -> No
             ) as server,
             under_load(server),
         ):
+            time.sleep(5.0)
             if plugin:
-                server.drive_until(lambda status: status["generation"] >= 1)
-            spread(turn, 5.0)
+                while not server.status()["migrating"]:
+                    time.sleep(0.05)
+            spread(turn, 0.5)
             took.append(seconds_to_end(server))
+            logger.info("gone after %.1f s", took[-1])
     shown = ", ".join(f"{seconds:.1f}" for seconds in sorted(took))
     logger.info("%s the plugin, gone after %s s", "with" if plugin else "without", shown)
