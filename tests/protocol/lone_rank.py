@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from fingerprints import Fingerprint
 
+import ep_rebalance.balancer.migrator as migrator
 import ep_rebalance.balancer.planner_thread as planner_thread
 import ep_rebalance.balancer.rebalancer as rebalancer
 import ep_rebalance.balancer.session as session
@@ -669,6 +670,7 @@ def ranks_apart(over: _Collectives | None = None) -> Iterator[None]:
     ]
     patches: list[tuple[Any, str, Any]] = [
         *(together or alone),
+        (migrator, "RESTORE_BYTES_PER_ROUND", 4096),  # each life would clear 64 MiB
         (session, "_with_measured_links", lambda config, model: model),
         (planner_thread, "DaemonThread", _JobThread),
         (rebalancer, "_journal", _NoJournal),
