@@ -40,7 +40,7 @@ class Auditor:
         self._migrator = migrator
         self._rank, self._ranks = rank, ranks
         self._tell = tell
-        self._snapshots = 0
+        self._turn = 0
 
     def step(self) -> None:
         """Check some more bytes, between two forward passes."""
@@ -49,10 +49,10 @@ class Auditor:
 
     def flags(self) -> AuditFlags:
         """What this rank tells in the next snapshot; to be called once for each."""
-        turn, self._snapshots = self._snapshots % self._ranks, self._snapshots + 1
         audit = self._migrator.audit
         if audit is None:
             return AuditFlags()
+        turn, self._turn = self._turn, (self._turn + 1) % self._ranks
         corrupted = 0
         if turn == self._rank and audit.found:
             layer, slot = audit.found[0]

@@ -75,7 +75,7 @@ def state_garbage(scene: Scene, seed: int) -> str:
     _until_saved(scene)
     with scene.fault("restart", refuses=True):
         scene.process("vllm serve").terminate()
-        scene.ended()
+        scene.ended(hang_up=True)
     whole = scene.state.read_bytes()
     scene.state.write_bytes(whole[: len(whole) // 2])
     scene.life += 1
@@ -109,7 +109,7 @@ def foreign_trace(scene: Scene, seed: int) -> str:
     try:
         with scene.fault("restart", refuses=True):
             scene.process("vllm serve").terminate()
-            scene.ended()
+            scene.ended(hang_up=True)
         before = set(scene.traces.iterdir())
         _commits(scene)
         new = set(scene.traces.iterdir()) - before
@@ -126,7 +126,7 @@ def foreign_trace(scene: Scene, seed: int) -> str:
 def trace_disk_full(scene: Scene, seed: int) -> str:
     with scene.fault("restart", refuses=True):
         scene.process("vllm serve").terminate()
-        scene.ended()
+        scene.ended(hang_up=True)
     kept = scene.traces.rename(scene.traces.with_name("kept-traces"))
     with small_disk(scene.traces):
         _commits(scene, 2)
@@ -137,7 +137,7 @@ def trace_disk_full(scene: Scene, seed: int) -> str:
         seen = scene.server.status()["trace"]
         with scene.fault("restart", refuses=True):
             scene.process("vllm serve").terminate()
-            scene.ended()
+            scene.ended(hang_up=True)
     scene.traces.rmdir()
     kept.rename(scene.traces)
     return str({key: seen[key] for key in ("recording", "lost", "error") if key in seen})

@@ -21,6 +21,9 @@ MOMENTS = ("before", "during", "after")
 STOP_SECONDS = 45.0
 LOOP = 20
 ENDS = "the server ends, no process is left, the state can be read"
+ENDS_WHEN_ASKED = (
+    "the server ends when its clients have hung up, no process is left, the state can be read"
+)
 GOES_ON = "the server waits, and goes on"
 
 
@@ -70,24 +73,24 @@ for of in (DATA_PARALLEL, TENSOR_PARALLEL):
             _stopping(process, of)
 
 
-@fault("SIGTERM of the server amid a migration, under load", ENDS, layouts=BOTH)
+@fault("SIGTERM of the server amid a migration, under load", ENDS_WHEN_ASKED, layouts=BOTH)
 def terminated(scene: Scene, seed: int) -> str:
     scene.until("during")
     with scene.fault("SIGTERM", refuses=True):
         spread(seed, 0.3)
         scene.process("vllm serve").terminate()
-        took = scene.ended()
+        took = scene.ended(hang_up=True)
     assert_readable(scene)
     return f"gone after {took:.1f} s"
 
 
-@fault("SIGINT of the whole process group, as from a terminal", ENDS)
+@fault("SIGINT of the whole process group, as from a terminal", ENDS_WHEN_ASKED)
 def interrupted(scene: Scene, seed: int) -> str:
     scene.until("during")
     with scene.fault("SIGINT", refuses=True):
         spread(seed, 0.3)
         scene.server.process.send_signal(signal.SIGINT)
-        took = scene.ended()
+        took = scene.ended(hang_up=True)
     assert_readable(scene)
     return f"gone after {took:.1f} s"
 

@@ -14,13 +14,13 @@ def _restarted_below(scene: Scene, enter: Sequence[str], **extra: str) -> str:
     """What the server does that runs below this command."""
     with scene.fault("restart", refuses=True):
         scene.process("vllm serve").terminate()
-        scene.ended()
+        scene.ended(hang_up=True)
     scene.start(enter=enter, **extra)
     scene.wait_until(lambda status: status["plans"]["committed"] >= 1)
     scene.serves_on()
     with scene.fault("restart", refuses=True):
         scene.process("vllm serve").terminate()
-        scene.ended()
+        scene.ended(hang_up=True)
     return "serves, and experts move"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ep_rebalance.balancer.auditor import Auditor
 from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.planner_thread import PlannerThread
 from ep_rebalance.balancer.rebalancer import Rebalancer
@@ -47,7 +48,9 @@ FROZEN = (PreparedMigration, Commit, Split, Batch, Migration)
 """Made by jobs, whose results are kept (`lone_rank.py`); read once."""
 
 LEFT_OUT: dict[type, tuple[str, ...]] = {
-    Rebalancer: ("_steps", "journal", "_tell"),  # for the status, from which nothing is decided
+    # For status and trace, from which nothing is decided.
+    Rebalancer: ("_steps", "_window_began", "_earlier_steps", "journal", "_tell"),
+    Auditor: ("_tell",),
     StepTimes: ("_recent",),  # for a reader of single steps
     RoutingTables: (
         "_steps",

@@ -79,7 +79,7 @@ def _keeps_to_itself(original: Any) -> Any:
 
 def _does_not_vote(original: Any) -> Any:
     """A rank whose weights were replaced votes as if they were not."""
-    return lambda self, batch, *, replaced=False: original(self, batch)
+    return lambda self, batch, *, replaced=False, known=None: original(self, batch, known=known)
 
 
 QUICK = Scope(late=False)
