@@ -56,18 +56,27 @@ def _readings(told: Sequence[Event]) -> Iterator[str]:
             yield f"life {life} began at generation {readings[0].generation}, {saved[0]} was saved"
         for before, after in pairwise(readings):
             yield from _falls(life, before, after)
+        for reading in readings:
+            yield from _unexplained(life, readings[0], reading)
 
 
 def _falls(life: int, before: Read, after: Read) -> Iterator[str]:
     when = f"life {life}, at {after.at:.1f}"
     if after.generation < before.generation:
         yield f"{when}: generation {before.generation} became {after.generation}"
-    grown, ended = after.generation - before.generation, _changes(after) - _changes(before)
-    if grown > ended:
-        yield f"{when}: the generation grew by {grown} in {ended} migrations and reloads"
     for name in sorted(before.counters.keys() & after.counters.keys()):
         if not after.counters[name] >= before.counters[name]:  # also if it is not a number
             yield f"{when}: {name} went from {before.counters[name]} to {after.counters[name]}"
+
+
+def _unexplained(life: int, first: Read, later: Read) -> Iterator[str]:
+    """A reload is counted at once, and makes a generation when all ranks know of it."""
+    grown, ended = later.generation - first.generation, _changes(later) - _changes(first)
+    if grown > ended:
+        yield (
+            f"life {life}, at {later.at:.1f}: the generation grew by {grown} in {ended} migrations and "
+            "reloads"
+        )
 
 
 def _changes(read: Read) -> int:
