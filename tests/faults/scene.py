@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 import psutil
 import yaml
+from client import Client
 from cpu_server import ServerProcess, free_port
 from engines import PLUGINS, PREPACKED_RELOADS, V032
 from history import Asked, Began, Ended, Happened, History, Read, now
@@ -79,6 +80,7 @@ class Scene:
     layout: Layout
     answers: Sequence[Sequence[int]]
     history: History = field(init=False)
+    client: Client = field(default_factory=Client)
     life: int = -1
     _server: Server | None = None
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -203,7 +205,7 @@ class Scene:
         server, self._server = self.server, None
         family, began = server.process.family(), now()
         if hang_up:
-            server.close()
+            self.client.hang_up()
         try:
             code = server.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -269,19 +271,15 @@ class Scene:
         finally:
             self._paused.clear()
 
-    def ask(self, text: int, tokens: int = TOKENS) -> Asked:
+    def ask(self, question: int) -> Asked:
         server, life, began = self._server, self.life, now()
-        answer: tuple[int, ...] | None = None
-        status = 0
-        try:
-            if server is not None:
-                answer = tuple(server.answer(QUESTIONS[text]))
-                status = 200
-        except httpx.HTTPStatusError as error:
-            status = error.response.status_code
-        except (httpx.HTTPError, RuntimeError):  # RuntimeError: the client was closed
-            pass
-        return Asked(life, began, now(), text, answer, status)
+        status, answer = 0, None
+        if server is not None:
+            body = server.body(QUESTIONS[question])
+            status, told = self.client.post(server.url, "/v1/completions", body)
+            if told is not None:
+                answer = tuple(told["choices"][0]["token_ids"])
+        return Asked(life, began, now(), question, answer, status)
 
     def _begin_traffic(self) -> None:
         for client in range(CLIENTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -9,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import yaml
+from client import Client
 from engines import GPU_TOKEN_PATHS, V032
 from scene import CLIENTS, QUESTIONS, QUICK, TOKENS, spread
 from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, serving
@@ -27,42 +28,44 @@ END_SECONDS = 30.0
 
 
 @contextmanager
-def under_load(server: Server) -> Iterator[None]:
-    """Clients ask until the server is gone."""
-    ended = threading.Event()
+def under_load(server: Server) -> Iterator[Client]:
+    """Clients ask until this is left."""
+    ended, client = threading.Event(), Client()
 
-    def ask(client: int) -> None:
-        for text in QUESTIONS[client::CLIENTS] * 50:
+    def ask(first: int) -> None:
+        for text in itertools.cycle(QUESTIONS[first::CLIENTS]):
             if ended.is_set():
                 return
-            try:
-                server.answer(text)
-            except httpx.HTTPError:
+            if client.post(server.url, "/v1/completions", server.body(text))[0] != 200:
                 ended.wait(0.1)
 
-    threads = [threading.Thread(target=ask, args=(client,)) for client in range(CLIENTS)]
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(CLIENTS)]
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield client
     finally:
         ended.set()
+        client.hang_up()
         for thread in threads:
             thread.join()
 
 
-def seconds_to_end(server: Server) -> float:
-    """After a SIGTERM to its first process only, as a container's runtime sends it; END_SECONDS if it is not
-    gone by then, and made to end.
+def seconds_to_end(server: Server, client: Client) -> float:
+    """After a SIGTERM to its first process only, as a container's runtime sends it. Clients hang up after
+    END_SECONDS, and then it must end, too.
     """
     family = server.process.family()
     first = min(family, key=lambda process: process.create_time())
     began = time.monotonic()
     first.terminate()
     _, alive = psutil.wait_procs(family, timeout=END_SECONDS)
-    took = time.monotonic() - began
-    server.process.stop()
-    return END_SECONDS if alive else took
+    if alive:
+        while alive and time.monotonic() < began + 2 * END_SECONDS:
+            client.hang_up()
+            _, alive = psutil.wait_procs(alive, timeout=1.0)
+    assert not alive, f"{len(alive)} processes are left though nobody waits for them"
+    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("plugin", [True, False], ids=["with the plugin", "without it"])
@@ -80,14 +83,14 @@ def test_a_server_ends_on_sigterm_under_load(plugin: bool, tmp_path: Path) -> No
             serving(
                 log, *DATA_PARALLEL, *arguments, plugins=[GPU_TOKEN_PATHS], tokens=TOKENS, **parts
             ) as server,
-            under_load(server),
+            under_load(server) as client,
         ):
             time.sleep(5.0)
             if plugin:
                 while not server.status()["migrating"]:
                     time.sleep(0.05)
             spread(turn, 0.5)
-            took.append(seconds_to_end(server))
+            took.append(seconds_to_end(server, client))
             logger.info("gone after %.1f s", took[-1])
     shown = ", ".join(f"{seconds:.1f}" for seconds in sorted(took))
     logger.info("%s the plugin, gone after %s s", "with" if plugin else "without", shown)

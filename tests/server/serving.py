@@ -118,7 +118,14 @@ class Server:
         return [self._complete(text, **more)["logprobs"]["top_logprobs"] for text in texts]
 
     def _complete(self, text: str, **more: Any) -> dict[str, Any]:
-        body = {
+        response = self._client.post("/v1/completions", json=self.body(text, **more))
+        response.raise_for_status()
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
+
+    def body(self, text: str, **more: Any) -> dict[str, Any]:
+        """Of a request for a greedy answer."""
+        return {
             "model": "tiny_moe",
             "prompt": text,
             "max_tokens": self.tokens,
@@ -127,10 +134,6 @@ class Server:
             "return_token_ids": True,
             **more,
         }
-        response = self._client.post("/v1/completions", json=body)
-        response.raise_for_status()
-        choice: dict[str, Any] = response.json()["choices"][0]
-        return choice
 
     def authorise(self, key: str) -> None:
         """Send the server's API key from now on."""
