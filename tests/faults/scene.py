@@ -83,6 +83,7 @@ class Scene:
     client: Client = field(default_factory=Client)
     life: int = -1
     _server: Server | None = None
+    _starting: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _paused: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -116,8 +117,9 @@ class Scene:
     @property
     def server(self) -> Server:
         """The one that runs; started if there is none."""
-        if self._server is None:
-            self.start()
+        with self._starting:  # faults ask for it from many threads
+            if self._server is None:
+                self.start()
         assert self._server is not None
         return self._server
 
