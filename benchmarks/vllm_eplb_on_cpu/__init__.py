@@ -95,7 +95,8 @@ def _tell_memory() -> None:
     from ep_rebalance.engines.vllm.worker_extension import WorkerExtension
     from vllm_eplb_on_cpu import memory
 
-    WorkerExtension.ep_benchmark_memory = memory.WorkerExtension.ep_benchmark_memory
+    method = memory.WorkerExtension.ep_benchmark_memory
+    setattr(WorkerExtension, method.__name__, method)
 
 
 def _count_in_turns() -> None:
