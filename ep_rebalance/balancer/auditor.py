@@ -59,11 +59,15 @@ class Auditor:
             corrupted = 1 + layer * self._migrator.served.placement.num_slots + slot
         return AuditFlags(audited=audit.take_checked(), corrupted=corrupted)
 
-    def follow(self, told: AuditFlags, *, all_asked: bool) -> Generator[None, None, None]:
+    def follow(
+        self, told: AuditFlags, *, all_asked: bool, replaced: bool
+    ) -> Generator[None, None, None]:
         """Do what follows from a snapshot, the same on all ranks: one `yield` for each engine step.
 
         told: the sums over all ranks.
         all_asked: whether an operator asked for a check of all slots.
+        replaced: whether some ranks were told of new weights that are not served yet. A rank that was not
+            told may hold them, too, and take them for corruption: what it still finds later is told again.
         """
         audit = self._migrator.audit
         if audit is None:
@@ -72,7 +76,7 @@ class Auditor:
             self._tell(SlotsAudited(told.audited))
         if all_asked:
             audit.ask_all()
-        if told.corrupted:
+        if told.corrupted and not replaced:
             yield from self._repair(
                 *divmod(told.corrupted - 1, self._migrator.served.placement.num_slots)
             )

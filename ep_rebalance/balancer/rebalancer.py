@@ -276,7 +276,9 @@ class Rebalancer:
         self._tell(SnapshotTaken(snapshot.sample, self.served, earlier))
         self._jobs.forget_what_ended(snapshot.agreed)
         told = AuditFlags(audited=sums.flags.audited, corrupted=sums.flags.corrupted)
-        yield from self._auditor.follow(told, all_asked=sums.flags.audit_asked > 0)
+        yield from self._auditor.follow(
+            told, all_asked=sums.flags.audit_asked > 0, replaced=snapshot.agreed.replaced
+        )
         return snapshot
 
     def _record(self, snapshot: Snapshot, earlier: ServedTokens | None) -> None:

@@ -188,7 +188,9 @@ class SlotAudit:
             self.asked = max(self.asked - 1, 0)
             slot = layer, self._first_slot + local
             if slot not in self.lost and slot not in self.found:
-                self._due = max(self._due + 60.0 / self._config.slots_per_minute, now)
+                # Also after a check that was asked for before it was due, the next is due within a period.
+                period = 60.0 / self._config.slots_per_minute
+                self._due = max(min(self._due, now) + period, now)
                 return _Check(layer, local, int(self._version_LS[layer, local]))
         self._due = now + 60.0
         return None

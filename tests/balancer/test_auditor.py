@@ -110,6 +110,34 @@ def test_what_no_other_rank_has_is_named_once_and_lost_until_a_reload(two_ranks:
         assert afterwards == 0
 
 
+def load_behind_the_back(rank, size, config):
+    """Both ranks have new weights; rank 1, which has no tokens, is told of them later."""
+    engine = AuditedEngine(rank, size, config)
+    for layer in range(3):
+        for slot in range(engine.placement.num_slots):
+            engine.flip(layer, slot)
+    if rank == 0:
+        engine.rebalancer.weights_replaced((0, 1, 2))
+    for _ in range(steps_of_a_turn(engine)):
+        engine.rebalancer.step(None)
+    found = len(engine.audit.found)
+    if rank == 1:
+        engine.rebalancer.weights_replaced((0, 1, 2))
+    for _ in range(2 * steps_of_a_turn(engine)):
+        engine.rebalancer.step(None)
+    return found, engine.rebalancer.status_now()
+
+
+def test_weights_that_a_rank_was_not_told_of_yet_are_not_taken_for_corruption(two_ranks: Ranks):
+    config = eager(AUDIT, {"planner": {"policy": "none"}})
+    ours, theirs = two_ranks.run(load_behind_the_back, 2, config)
+    assert ours[0] == 0 < theirs[0]
+    for _, status in (ours, theirs):
+        assert status.corrupted_slots == {"repaired": 0, "lost": 0}
+        assert status.audited_slots > 0
+        assert (status.lost_slots, status.stuck) == (0, 0)
+
+
 def corrupt_all_replicas(rank, size, config):
     engine = AuditedEngine(rank, size, config)
     expert = int(np.argmax(engine.placement.replica_counts_LE()[0]))

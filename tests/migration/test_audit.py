@@ -99,6 +99,16 @@ def test_all_slots_are_checked_when_asked_for():
     assert rig.audit.asked == 0
 
 
+def test_after_all_were_asked_for_the_others_go_on_at_their_pace():
+    rig = Rig(per_minute=6)
+    for _ in range(5):
+        rig.audit.ask_all()
+        rig.steps(4 * SLOTS)
+    rig.audit.take_checked()
+    rig.steps(600, seconds=0.1)
+    assert rig.audit.take_checked() == pytest.approx(6, abs=1)
+
+
 def test_weights_that_were_loaded_anew_have_new_checksums():
     rig = Rig(max_bytes=4096)
     for number in range(40):
