@@ -349,6 +349,8 @@ class Migrator:
         except StagingFull as error:  # the same on all ranks; any other error ends this process
             logger.exception("ep_rebalance: the migration cannot go on")
             return str(error)
+        if faults.checksum and self.audit is not None:
+            self.audit.ask_all()  # a sender's own slot may be what has changed
         return str(faults) if faults else ""
 
     def _exchanged(

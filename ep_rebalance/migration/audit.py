@@ -144,11 +144,14 @@ class SlotAudit:
                 self._known_LS[move.layer, local] = True
 
     def forget(self, layers: Iterable[int]) -> None:
-        """The engine wrote these layers anew: their checksums are taken again, in the background."""
+        """The engine wrote these layers anew: their checksums are taken again, in the background, but as soon
+        as may be, since what changes before that is taken for what was loaded.
+        """
         for layer in layers:
             self._known_LS[layer] = False
             self._version_LS[layer] += 1
             self.found = [slot for slot in self.found if slot[0] != layer]
+            self.ask_all()
 
     def forget_lost(self, layers: Iterable[int]) -> None:
         """All ranks serve these layers as they were loaded anew."""

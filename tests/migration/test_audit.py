@@ -122,6 +122,16 @@ def test_weights_that_were_loaded_anew_have_new_checksums():
     assert rig.audit.found == [(1, 4)]
 
 
+def test_what_changes_soon_after_a_reload_is_found_however_few_slots_a_minute_are_checked():
+    rig = Rig(per_minute=1)
+    rig.audit.forget([0, 1])
+    rig.steps(4 * SLOTS)
+    rig.flip(1, 2)
+    rig.audit.ask_all()
+    rig.steps(4 * SLOTS)
+    assert rig.audit.found == [(1, 6)]
+
+
 def test_what_is_found_is_forgotten_when_it_is_loaded_anew():
     rig = Rig()
     rig.flip(0, 0)
