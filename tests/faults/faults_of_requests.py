@@ -59,7 +59,7 @@ def _malformed(scene: Scene, number: int, chance: random.Random) -> str:
 
 @fault("control changes in a storm", "limited; steps do not become slow; the last one holds")
 def control_storm(scene: Scene, seed: int) -> str:
-    before = _steps_per_second(scene)
+    before = _tokens_per_second(scene)
     end, said = time.monotonic() + STORM_SECONDS, Counter[int]()
     with (
         scene.fault("control storm"),
@@ -70,7 +70,7 @@ def control_storm(scene: Scene, seed: int) -> str:
             said[client.post(f"/ep_rebalance/{action}").status_code] += 1
             if time.monotonic() > end:
                 break
-        meanwhile = _steps_per_second(scene, asked=client)
+        meanwhile = _tokens_per_second(scene, asked=client)
         for action in ("resume", "record?on=true"):
             _until_taken(client, action)
     scene.until("during")
@@ -89,7 +89,7 @@ def _until_taken(client: httpx.Client, action: str) -> None:
     raise AssertionError(f"{action}: {answer.status_code} {answer.text}")
 
 
-def _steps_per_second(
+def _tokens_per_second(
     scene: Scene, asked: httpx.Client | None = None, seconds: float = 5.0
 ) -> float:
     """Generated tokens; `asked` sends changes meanwhile."""

@@ -33,8 +33,6 @@ from ep_rebalance.load.trace import TraceReader
 TOKENS = 16
 CLIENTS = 4
 READ_SECONDS = 0.5
-BOUND_SECONDS = 90.0
-"""Of a request. Faults that hold a server longer say so."""
 MOMENT_SECONDS = 60.0
 END_SECONDS = 60.0
 FAULTS_ON_DEMAND = PLUGINS / "faults_on_demand"
@@ -85,9 +83,7 @@ class Scene:
     _server: Server | None = None
     _starting: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
-    _paused: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
-    _last: Read | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -264,15 +260,6 @@ class Scene:
             assert now() < end, f"{what} was not done in {seconds:g} s"
             time.sleep(0.1)
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Without traffic."""
-        self._paused.set()
-        try:
-            yield
-        finally:
-            self._paused.clear()
-
     def ask(self, question: int) -> Asked:
         server, life, began = self._server, self.life, now()
         status, answer = 0, None
@@ -295,7 +282,7 @@ class Scene:
         for turn in itertools.count():
             if self._stopped.is_set():
                 return
-            if self._server is None or self._paused.is_set():
+            if self._server is None:
                 time.sleep(0.1)
                 continue
             number = (turn * CLIENTS + client) % len(QUESTIONS)
