@@ -37,7 +37,11 @@ BURST = 10_000
 
 @pytest.fixture(scope="module")
 def observed(logs: Path, settings_file: str, operators_key: str) -> Iterator[Server]:
-    settings = {**OBSERVED, "control": {"enabled": True, "api_key_file": operators_key}}
+    settings = {
+        **OBSERVED,
+        "control": {"enabled": True, "api_key_file": operators_key},
+        "state": {"path": str(logs / "observed.npz")},
+    }
     arguments = (*DATA_PARALLEL, *PLUGIN, "--ep-rebalance-config", settings_file)
     more = ("--ep-rebalance-config", json.dumps(settings), "--api-server-count", "2")
     with serving(logs / "observed.log", *arguments, *more, "--api-key", READER) as server:
