@@ -37,8 +37,10 @@ class Prometheus:
         return [series for series in found if any(v != "NaN" for _, v in series["values"])]
 
     def targets_up(self) -> bool:
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": "up == 1"}).json()
-        return bool(answer["data"]["result"])
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": "up == 1"})
+        if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:  # it replays its log first
+            return False
+        return bool(answer.json()["data"]["result"])
 
 
 @contextmanager
