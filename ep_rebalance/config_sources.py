@@ -69,10 +69,7 @@ def parse_config_argument(text: str) -> dict[str, Any]:
         return read_config_file(text)
     try:
         settings: dict[str, Any] = json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of too many digits is a plain ValueError
+    except (ValueError, RecursionError) as error:  # also for a number of too many digits
         raise ConfigurationError(
             f"--ep-rebalance-config is not valid JSON ({error}).",
             'write it like \'{"mode": "observe"}\', or give the path of a YAML file.',

@@ -71,9 +71,8 @@ class Placement:
                 f"{slots_LP.shape[1]} slots cannot be shared evenly by {self.num_ranks} ranks"
             )
         self._check_experts(slots_LP)
-        slots_LP = slots_LP.astype(
-            np.int32
-        )  # a copy, and only now: a larger number would wrap around
+        # A copy, and only now: a larger number would wrap around.
+        slots_LP = slots_LP.astype(np.int32)
         slots_LP.flags.writeable = False
         object.__setattr__(self, "slots_LP", slots_LP)
 

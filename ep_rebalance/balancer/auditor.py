@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from typing import NamedTuple
+from dataclasses import replace
 
 from ep_rebalance.balancer.migrator import Migrator
+from ep_rebalance.collectives.snapshot import Flags
 from ep_rebalance.telemetry.events import Event, SlotCorrupted, SlotsAudited
 
 logger = logging.getLogger(__name__)
-
-
-class AuditFlags(NamedTuple):
-    """Flags of a snapshot.
-
-    audited: slots that were checked since the last one.
-    corrupted: a slot that was found corrupted, as `1 + layer * P + slot`; 0 if none was. A rank names one
-        only when it is its turn, so that the sum over all ranks is that of one.
-    """
-
-    audited: int = 0
-    corrupted: int = 0
 
 
 class Auditor:
@@ -47,25 +36,22 @@ class Auditor:
         if self._migrator.audit is not None:
             self._migrator.audit.step()
 
-    def flags(self) -> AuditFlags:
-        """What this rank tells in the next snapshot; to be called once for each."""
+    def announced(self, flags: Flags) -> Flags:
+        """These flags of the next snapshot with what this rank tells of its slots; once for each snapshot."""
         audit = self._migrator.audit
         if audit is None:
-            return AuditFlags()
+            return flags
         turn, self._turn = self._turn, (self._turn + 1) % self._ranks
         corrupted = 0
         if turn == self._rank and audit.found:
             layer, slot = audit.found[0]
             corrupted = 1 + layer * self._migrator.served.placement.num_slots + slot
-        return AuditFlags(audited=audit.take_checked(), corrupted=corrupted)
+        return replace(flags, audited=audit.take_checked(), corrupted=corrupted)
 
-    def follow(
-        self, told: AuditFlags, *, all_asked: bool, replaced: bool
-    ) -> Generator[None, None, None]:
+    def follow(self, told: Flags, *, replaced: bool) -> Generator[None, None, None]:
         """Do what follows from a snapshot, the same on all ranks: one `yield` for each engine step.
 
         told: the sums over all ranks.
-        all_asked: whether an operator asked for a check of all slots.
         replaced: whether some ranks were told of new weights that are not served yet. A rank that was not
             told may hold them, too, and take them for corruption: what it still finds later is told again.
         """
@@ -74,7 +60,7 @@ class Auditor:
             return
         if told.audited:
             self._tell(SlotsAudited(told.audited))
-        if all_asked:
+        if told.audit_asked:
             audit.ask_all()
         if told.corrupted and not replaced:
             yield from self._repair(

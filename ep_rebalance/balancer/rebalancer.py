@@ -30,7 +30,7 @@ from ep_rebalance.balancer.asks import (
     WorkOutRounds,
     drive,
 )
-from ep_rebalance.balancer.auditor import AuditFlags, Auditor
+from ep_rebalance.balancer.auditor import Auditor
 from ep_rebalance.balancer.control import Action, Control
 from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.jobs import RankJobs
@@ -42,7 +42,7 @@ from ep_rebalance.balancer.state_saver import StateSaver
 from ep_rebalance.collectives.plan_broadcast import PlanBroadcast
 from ep_rebalance.collectives.snapshot import Flags, SnapshotExchange
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load.snapshot import NOTHING_AGREED, Agreed, Snapshot
+from ep_rebalance.load.snapshot import Agreed, Snapshot
 from ep_rebalance.load.step_times import StepTimes
 from ep_rebalance.load.trace import MigrationEnd
 from ep_rebalance.migration.commit import PreparedMigration
@@ -271,58 +271,34 @@ class Rebalancer:
         snapshot = Snapshot(sample=sums.sample, agreed=self._agreed(sums.flags))
         if before is not None and sums.earlier_ALE is not None:
             earlier = ServedTokens(counts_ALE=sums.earlier_ALE, served=before)
-        self._record(snapshot, earlier)
+        if self._recorder is not None:
+            self._recorder.snapshot_in_parts(
+                snapshot,
+                self.served,
+                self._steps,
+                self._ended,
+                earlier=earlier,
+                earlier_steps=self._earlier_steps,
+            )
         self._ended = None
         self._tell(SnapshotTaken(snapshot.sample, self.served, earlier))
         self._jobs.forget_what_ended(snapshot.agreed)
-        told = AuditFlags(audited=sums.flags.audited, corrupted=sums.flags.corrupted)
-        yield from self._auditor.follow(
-            told, all_asked=sums.flags.audit_asked > 0, replaced=snapshot.agreed.replaced
-        )
+        yield from self._auditor.follow(sums.flags, replaced=snapshot.agreed.replaced)
         return snapshot
-
-    def _record(self, snapshot: Snapshot, earlier: ServedTokens | None) -> None:
-        """Hand a snapshot to the recorder; one in which experts moved as two, each with what served it."""
-        if self._recorder is None:
-            return
-        if earlier is None or not earlier.counts_ALE.any():
-            self._recorder.snapshot(snapshot, self.served, self._steps, self._ended)
-            return
-        sample, served = snapshot.sample, earlier.served
-        steps = min(max(self._earlier_steps, 1), sample.steps - 1)
-        before = replace(
-            sample,
-            counts_ALE=earlier.counts_ALE,
-            steps=steps,
-            generation=served.generation,
-            placement=served.placement,
-            quotas_LP=served.quotas_LP,
-        )
-        after = replace(
-            sample, counts_ALE=sample.counts_ALE - before.counts_ALE, steps=sample.steps - steps
-        )
-        ended_at = self._steps - after.steps
-        self._recorder.snapshot(
-            Snapshot(sample=before, agreed=NOTHING_AGREED), served, ended_at, None
-        )
-        self._recorder.snapshot(
-            Snapshot(sample=after, agreed=snapshot.agreed), self.served, self._steps, self._ended
-        )
 
     def _flags(self) -> Flags:
         """What this rank announces."""
-        reloads, audit = self.migrator.reloads, self._auditor.flags()
+        reloads = self.migrator.reloads
         audit_asked, self._control.audit_asked = self._control.audit_asked, False
-        return replace(
+        flags = replace(
             self._jobs.announced(),
             paused=int(self._control.paused),
             plan_asked=int(self._control.plan_asked),
             reloads=reloads,
             reloads_squared=reloads**2,
             audit_asked=int(audit_asked),
-            audited=audit.audited,
-            corrupted=audit.corrupted,
         )
+        return self._auditor.announced(flags)
 
     def _agreed(self, flags: Flags) -> Agreed:
         """What follows from the sum of all ranks' flags."""

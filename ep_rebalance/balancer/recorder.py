@@ -10,11 +10,12 @@ import logging
 import queue
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from ep_rebalance.config import ConfigurationError, TraceConfig
-from ep_rebalance.load.snapshot import Snapshot
+from ep_rebalance.load.snapshot import NOTHING_AGREED, Snapshot
 from ep_rebalance.load.trace import (
     FolderLock,
     FolderTakenError,
@@ -25,7 +26,7 @@ from ep_rebalance.load.trace import (
     TraceHead,
     TraceWriter,
 )
-from ep_rebalance.migration.served import Served
+from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.file_health import Stopwatch
 
@@ -130,6 +131,42 @@ class Recorder:
                 ended=ended,
             )
         )
+
+    def snapshot_in_parts(
+        self,
+        snapshot: Snapshot,
+        served: Served,
+        step: int,
+        ended: MigrationEnd | None,
+        *,
+        earlier: ServedTokens | None,
+        earlier_steps: int,
+    ) -> None:
+        """As `snapshot`, but in two parts if something else served some of the tokens: each with what did.
+
+        earlier: these tokens; None if there are none.
+        earlier_steps: how many of the snapshot's steps computed them.
+        """
+        if earlier is None or not earlier.counts_ALE.any():
+            self.snapshot(snapshot, served, step, ended)
+            return
+        sample, before = snapshot.sample, earlier.served
+        steps = min(max(earlier_steps, 1), sample.steps - 1)
+        first = replace(
+            sample,
+            counts_ALE=earlier.counts_ALE,
+            steps=steps,
+            generation=before.generation,
+            placement=before.placement,
+            quotas_LP=before.quotas_LP,
+        )
+        second = replace(
+            sample, counts_ALE=sample.counts_ALE - first.counts_ALE, steps=sample.steps - steps
+        )
+        self.snapshot(
+            Snapshot(sample=first, agreed=NOTHING_AGREED), before, step - second.steps, None
+        )
+        self.snapshot(Snapshot(sample=second, agreed=snapshot.agreed), served, step, ended)
 
     def flush(self) -> None:
         """Wait until everything handed over has been written, refused or dropped."""

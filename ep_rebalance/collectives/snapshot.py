@@ -37,7 +37,8 @@ class Flags:
     reloads_squared: the square of that: the two sums show whether it is the same on all ranks.
     audit_asked: an operator asked rank 0 for a check of all slots.
     audited: slots that the rank has checked.
-    corrupted: one that it found corrupted; 0 if none, and on all ranks but one.
+    corrupted: one that it found corrupted, as `1 + layer * P + slot`; 0 if none was. Ranks name theirs in
+        turns, so that the sum over all ranks is that of one.
     """
 
     planned: int = 0

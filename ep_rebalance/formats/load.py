@@ -53,9 +53,9 @@ class ForeignLoad:
     top_k: int | None = None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """A file's text. Raises FormatError if it is too large or not UTF-8, OSError if it cannot be read."""
-    _check_size(path, MAX_TEXT_BYTES)
+    _check_size(path, max_bytes)
     try:
         with open_regular(path) as file:
             return file.read().decode()

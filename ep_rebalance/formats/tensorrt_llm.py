@@ -133,25 +133,14 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
     return text
 
 
-def _read_yaml_text(path: Path) -> str:
-    """The text of a YAML file. Raises FormatError if reading it would take minutes."""
-    if (size := path.stat().st_size) > _MAX_YAML_BYTES:
-        raise FormatError(
-            path, "", f"has {size} bytes, more than the {_MAX_YAML_BYTES} that are read"
-        )
-    return read_text(path)
-
-
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     """The placement of a configuration, which numbers its layers. Raises FormatError."""
     num_ranks = reading.ranks_of(path)
     try:
-        found = yaml.safe_load(_read_yaml_text(path))
+        found = yaml.safe_load(read_text(path, _MAX_YAML_BYTES))
     except (FormatError, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # beside its own, PyYAML raises ValueError, AttributeError, RecursionError
+    except Exception as error:  # ValueError, AttributeError and RecursionError beside PyYAML's own
         raise FormatError(path, "", f"is not YAML ({error})") from None
     rows = found.get("initial_global_assignments") if isinstance(found, dict) else None
     if not isinstance(rows, dict) or not rows:

@@ -36,7 +36,6 @@ _BEGINS = b"PK"
 _ARRAYS = ("slots_LP", "quotas_LP", "load_LE")
 _MAX_NUMBER = 1 << 53
 _YEAR_10000 = 253_402_300_800.0
-_ROUNDING = 1e-6
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,15 +266,10 @@ def _fault_of_slots(slots_LP: NDArray[Any], identity: ModelIdentity) -> str:
 def _fault_of_quotas(quotas_LP: NDArray[Any], placement: Placement) -> str:
     if quotas_LP.dtype.kind != "f":
         return f"quotas are {quotas_LP.dtype}, not floating-point numbers"
-    # NaN is in no range. An expert's quotas are parts of all its tokens.
-    if not ((quotas_LP >= 0.0) & (quotas_LP <= 1.0 + _ROUNDING)).all():
-        return "quotas must be from 0 to 1"
-    sums_LE = np.zeros((placement.num_layers, placement.num_experts))
-    layers_L1 = np.arange(placement.num_layers)[:, None]
-    np.add.at(sums_LE, (layers_L1, placement.slots_LP), quotas_LP.astype(np.float64))
-    if not (np.abs(sums_LE - 1.0) <= _ROUNDING).all():
-        layer, expert = np.argwhere(np.abs(sums_LE - 1.0) > _ROUNDING)[0]
-        return f"the quotas of expert {expert} in layer {layer} add up to {sums_LE[layer, expert]}"
+    try:
+        placement.check_quotas(quotas_LP.astype(np.float64))
+    except PlacementError as error:
+        return str(error)
     return ""
 
 

@@ -80,19 +80,19 @@ class StepTimes:
         before, self._busy_since = self._busy_since, None if started is None else ended
         if started is None:
             return
-        continued = continues and before is not None
-        step = StepTime(before if continued and before is not None else started, ended, migrated)
+        since = before if continues else None
+        step = StepTime(started if since is None else since, ended, migrated)
         if not 0.0 <= step.seconds <= LONGEST_SECONDS:  # also if it is not a number
             self._untimed += 1
-            if continued:  # else it is the adapter's `started` that cannot be
+            if since is not None:  # else it is the adapter's `started` that cannot be
                 self._busy_since = None
             return
-        if continued:
-            self._continued += 1
-            self._continued_seconds += step.seconds
-        else:
+        if since is None:
             self._alone += 1
             self._alone_seconds += step.seconds
+        else:
+            self._continued += 1
+            self._continued_seconds += step.seconds
         self._recent.append(step)
 
     def take_sum(self) -> StepSum:

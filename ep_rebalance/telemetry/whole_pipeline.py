@@ -24,6 +24,7 @@ from ep_rebalance.telemetry.metrics import (
 from ep_rebalance.telemetry.overview_report import HOTTEST, Overview, hottest_first
 
 Report = TypeVar("Report", Status, Overview, ExpertLoad)
+Timed = TypeVar("Timed", Commit, Corruption)
 
 Rule = Callable[[list[Any], Sequence[Status]], Any]
 
@@ -157,16 +158,19 @@ def _slowest(values: list[dict[str, float]], stages: Sequence[Status]) -> dict[s
     }
 
 
-def _newest(values: list[list[Commit]], stages: Sequence[Status]) -> list[Commit]:
-    commits = [commit for value in values for commit in value]
-    return sorted(commits, key=lambda commit: commit.time)[-COMMITS_KEPT:]
+def _newest_commits(values: list[list[Commit]], stages: Sequence[Status]) -> list[Commit]:
+    return _newest(values, COMMITS_KEPT)
 
 
 def _newest_corruptions(
     values: list[list[Corruption]], stages: Sequence[Status]
 ) -> list[Corruption]:
-    found = [corruption for value in values for corruption in value]
-    return sorted(found, key=lambda corruption: corruption.time)[-CORRUPTIONS_KEPT:]
+    return _newest(values, CORRUPTIONS_KEPT)
+
+
+def _newest(values: list[list[Timed]], kept: int) -> list[Timed]:
+    timed = [one for value in values for one in value]
+    return sorted(timed, key=lambda one: one.time)[-kept:]
 
 
 def _observed(values: list[Observations], stages: Sequence[Status]) -> Observations:
@@ -201,7 +205,7 @@ _FIELDS: dict[Rule, str] = {
     _told_by_key: "file_faults",
     _most_by_key: "file_failing",
     _slowest: "links",
-    _newest: "commits",
+    _newest_commits: "commits",
     _newest_corruptions: "corruptions",
     _observed: "plan_seconds migration_seconds commit_stall_seconds round_stall_seconds",
     _busiest_activity: "activity",
