@@ -45,9 +45,14 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What all servers have in common. Token and sequence limits hold per rank and step."""
+    """What all servers have in common. Token and sequence limits hold per rank and step.
+
+    parallelism: of what the ranks have parts or copies; `data` or `tensor`.
+    """
 
     ranks: int = 2
+    parallelism: str = "data"
+    expert_parallel: bool = True
     step_tokens: int = 256
     max_sequences: int = 96
     max_tokens: int = 640
@@ -55,8 +60,8 @@ class Engine:
     def arguments(self) -> list[str]:
         """For `vllm serve`."""
         return [
-            *("--data-parallel-size", str(self.ranks)),
-            "--enable-expert-parallel",
+            *(f"--{self.parallelism}-parallel-size", str(self.ranks)),
+            *(["--enable-expert-parallel"] if self.expert_parallel else []),
             "--enforce-eager",
             *("--dtype", "bfloat16"),
             *("--max-model-len", str(self.max_tokens)),

@@ -18,7 +18,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +47,6 @@ SHOWN = {
     "native_threads": ("threads", "", 1.0),
     "descriptors": ("descriptors", "", 1.0),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TensorParallel(Engine):
-    """Two ranks of one engine. vLLM alone has no expert parallelism on CPU."""
-
-    expert_parallel: bool = True
-
-    def arguments(self) -> list[str]:
-        arguments = super(TensorParallel, self).arguments()
-        at = arguments.index("--data-parallel-size")
-        arguments[at] = "--tensor-parallel-size"
-        if not self.expert_parallel:
-            arguments.remove("--enable-expert-parallel")
-        return arguments
 
 
 @dataclass(slots=True)
@@ -97,24 +82,15 @@ def parse_options() -> argparse.Namespace:
 def soaked_variants(shape: ModelShape) -> dict[str, Variant]:
     """The servers that are compared, by name."""
     known = variants(ensure_model(shape), ensure_model(shape.even()), Clock(interval_steps=32))
-    memory = {vllm_eplb_on_cpu.SWITCH: vllm_eplb_on_cpu.MEMORY}
     alone = Variant(
         name="alone",
         title="vLLM alone",
         model=known["observe"].model,
         arguments=("--worker-extension-cls", MEMORY),
     )
-    with_memory = [
-        Variant(
-            name=v.name,
-            title=v.title,
-            model=v.model,
-            arguments=v.arguments,
-            environment=memory,
-        )
-        for v in (known["observe"], known["rebalance"])
-    ]
-    return {v.name: v for v in (alone, *with_memory)}
+    memory = {vllm_eplb_on_cpu.SWITCH: vllm_eplb_on_cpu.MEMORY}
+    with_memory = [replace(known[name], environment=memory) for name in ("observe", "rebalance")]
+    return {variant.name: variant for variant in (alone, *with_memory)}
 
 
 async def serve_turn(soaked: Soaked, loop: ClosedLoop, seconds: float) -> None:
@@ -160,7 +136,7 @@ async def soak(options: argparse.Namespace, folder: Path, console: Console) -> l
     loops: list[ClosedLoop] = []
     try:
         for number, variant in enumerate(soaked_variants(shape).values()):
-            engine = TensorParallel(expert_parallel=variant.name != "alone")
+            engine = Engine(parallelism="tensor", expert_parallel=variant.name != "alone")
             server = Server(variant, engine, port=options.port + number, folder=folder)
             console.print(f"starting {variant.title}")
             await server.start()

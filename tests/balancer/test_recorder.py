@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_when_the_next_file_is_begun_costs_records_until_it_
     program = """
 import subprocess, sys
 from pathlib import Path
-from disks import until
+from disks import fill, until
 from ep_rebalance.balancer import recorder as module
 from test_recorder import HEAD, feed, files, recorder_in, whole_files
 folder = Path(sys.argv[1])
@@ -131,13 +131,7 @@ recorder = recorder_in(folder)
 feed(recorder, 2)
 recorder.switch(False)
 recorder.flush()
-(folder / "filling").write_bytes(b"")
-with (folder / "filling").open("wb", buffering=0) as other:
-    while True:
-        try:
-            other.write(bytes(4096))
-        except OSError:
-            break
+fill(folder / "filling")
 recorder.switch(True)
 until(lambda: "No space left" in recorder.fault)
 feed(recorder, 2)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from disks import run, until
-from saved_states import IDENTITY, STATE
+from saved_states import IDENTITY, STATE, saved_generation
 
 from ep_rebalance.balancer import state_saver
 from ep_rebalance.balancer.state_saver import StateSaver
@@ -25,11 +25,6 @@ SAMPLES = [LoadSample(counts_ALE=np.ones((2, 3, 4), np.int64), steps=4, step_sec
 
 def generation(number: int) -> Served:
     return replace(SERVED, generation=number)
-
-
-def saved_generation(path: Path) -> int | None:
-    state = load_state(path, IDENTITY)
-    return None if state is None else state.header.generation
 
 
 @pytest.fixture
@@ -67,7 +62,7 @@ def test_what_the_disk_refuses_is_told_once_and_saved_when_it_can_be(
 SMALL_DISK = """
 import sys, subprocess
 from pathlib import Path
-from disks import until
+from disks import fill, until
 from ep_rebalance.balancer import state_saver
 from test_state_saver import *
 folder = Path(sys.argv[1])
@@ -75,12 +70,7 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], chec
 state_saver.RETRY_SECONDS = 0.05
 path = folder / "state.npz"
 save_state(path, STATE)
-with (folder / "filling").open("wb", buffering=0) as other:
-    while True:
-        try:
-            other.write(bytes(4096))
-        except OSError:
-            break
+fill(folder / "filling")
 saver = StateSaver(path, IDENTITY)
 saver.save(generation(8), SAMPLES)
 until(lambda: "No space left" in saver.fault)

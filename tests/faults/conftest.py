@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 from scene import QUESTIONS, TOKENS, Scenes
 from serving import serving
-
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 
 
 @pytest.fixture(scope="session")

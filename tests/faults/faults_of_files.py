@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from disks import fill
 from fault import fault
-from scene import Scene, assert_readable, saved_generation
+from saved_states import saved_generation
+from scene import Scene, assert_readable
 
 SMALL = "64k"
 
@@ -21,13 +23,7 @@ def small_disk(folder: Path) -> Iterator[None]:
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "small", str(folder)], check=True
     )
-    filler = folder / "filler"
-    try:
-        with filler.open("wb") as file:
-            while file.write(bytes(4096)):
-                file.flush()
-    except OSError:
-        pass
+    fill(folder / "filler")
     try:
         yield
     finally:
@@ -73,9 +69,7 @@ def state_folder_gone(scene: Scene, seed: int) -> str:
 def state_garbage(scene: Scene, seed: int) -> str:
     _commits(scene)
     _until_saved(scene)
-    with scene.fault("restart", refuses=True):
-        scene.process("vllm serve").terminate()
-        scene.ended(hang_up=True)
+    scene.end()
     whole = scene.state.read_bytes()
     scene.state.write_bytes(whole[: len(whole) // 2])
     scene.life += 1
@@ -107,9 +101,7 @@ def traces_deleted(scene: Scene, seed: int) -> str:
 def foreign_trace(scene: Scene, seed: int) -> str:
     (scene.traces / "load-old.eptrace").write_bytes(b"not a trace")
     try:
-        with scene.fault("restart", refuses=True):
-            scene.process("vllm serve").terminate()
-            scene.ended(hang_up=True)
+        scene.end()
         before = set(scene.traces.iterdir())
         _commits(scene)
         new = set(scene.traces.iterdir()) - before
@@ -124,9 +116,7 @@ def foreign_trace(scene: Scene, seed: int) -> str:
     "what is lost is counted; later records can be read",
 )
 def trace_disk_full(scene: Scene, seed: int) -> str:
-    with scene.fault("restart", refuses=True):
-        scene.process("vllm serve").terminate()
-        scene.ended(hang_up=True)
+    scene.end()
     kept = scene.traces.rename(scene.traces.with_name("kept-traces"))
     with small_disk(scene.traces):
         _commits(scene, 2)
@@ -137,9 +127,7 @@ def trace_disk_full(scene: Scene, seed: int) -> str:
         seen = scene.server.status()
         assert seen["lost_trace_records"] > 0
         assert seen["file_faults"]["trace"] == ""
-        with scene.fault("restart", refuses=True):
-            scene.process("vllm serve").terminate()
-            scene.ended(hang_up=True)
+        scene.end()
     scene.traces.rmdir()
     kept.rename(scene.traces)
     return f"{seen['lost_trace_records']} records lost, later ones read"

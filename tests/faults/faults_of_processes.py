@@ -6,13 +6,13 @@ import signal
 import time
 
 from fault import BOTH, FAULTS, Fault, fault
+from saved_states import saved_generation
 from scene import (
     DATA_PARALLEL,
     TENSOR_PARALLEL,
     Layout,
     Scene,
     assert_readable,
-    saved_generation,
     spread,
     stopped,
 )

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 from fault import fault
 from scene import QUESTIONS, Scene
+from serving import OPERATOR
 
 ROUTES = ("", "status", "load", "overview", "pause", "resume", "rebalance", "record", "audit")
 MALFORMED = 10_000
@@ -65,7 +66,7 @@ def control_storm(scene: Scene, seed: int) -> str:
         scene.fault("control storm"),
         httpx.Client(base_url=scene.server.url, timeout=30) as client,
     ):
-        client.headers["authorization"] = "Bearer operator's key"
+        client.headers["authorization"] = f"Bearer {OPERATOR}"
         for action in itertools.cycle(("pause", "resume", "record?on=false", "record?on=true")):
             said[client.post(f"/ep_rebalance/{action}").status_code] += 1
             if time.monotonic() > end:
@@ -140,7 +141,7 @@ def read_storm(scene: Scene, seed: int) -> str:
         route = ("status", "load", "overview")[number % 3]
         return httpx.get(
             f"{scene.server.url}/ep_rebalance/{route}",
-            headers={"authorization": "Bearer operator's key"},
+            headers={"authorization": f"Bearer {OPERATOR}"},
             timeout=60,
         ).status_code
 

@@ -1,6 +1,6 @@
 """docs/reliability.md's table, from what the last runs of the campaign saw (docs/reliability.json).
 
-python tests/faults/faults_table.py     writes the table anew
+PYTHONPATH=tests/support python tests/faults/faults_table.py     writes the table anew
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
+from marked_part import MarkedPart, table_row
 
 if TYPE_CHECKING:
     from fault import Fault
 
 DOCS = Path(__file__).parents[2] / "docs"
 SEEN = DOCS / "reliability.json"
-PAGE = DOCS / "reliability.md"
-BEGIN, END = "<!-- faults -->", "<!-- /faults -->"
+PART = MarkedPart(DOCS / "reliability.md", "faults")
 HEAD = ("fault", "ranks", "promised", "seen", "when", "vLLM", "seed")
 
 WRITES = "FAULTS_TABLE"
@@ -49,24 +49,18 @@ def record(fault: Fault, seen: str, seed: int) -> None:
 
 def table() -> str:
     """Between the marks of the page."""
-    lines = [_line(HEAD), _line(["---"] * len(HEAD))]
-    lines += [_line([str(cell).replace("|", "/") for cell in row.values()]) for row in _rows()]
+    lines = [table_row(HEAD), table_row(["---"] * len(HEAD))]
+    lines += [table_row([str(cell).replace("|", "/") for cell in row.values()]) for row in _rows()]
     return "\n".join(lines)
 
 
 def write() -> None:
     """The page, with the table of now."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    PART.write(f"\n{table()}\n\n")
 
 
 def _rows() -> list[dict[str, Any]]:
     return json.loads(SEEN.read_text()) if SEEN.exists() else []
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

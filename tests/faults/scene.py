@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 import yaml
 from client import Client
@@ -25,6 +23,7 @@ from cpu_server import ServerProcess, free_port
 from engines import PLUGINS, PREPACKED_RELOADS, V032
 from history import Asked, Began, Ended, Happened, History, Read, now
 from metrics_page import samples
+from saved_states import saved_generation
 from serving import OPERATOR, PLUGIN, SETTINGS, Server, complete, environment, prompts_by_domain
 
 from ep_rebalance.load.state import read_state
@@ -192,6 +191,12 @@ class Scene:
         finally:
             self.history.tell(Happened(name, life, began, now(), refuses))
 
+    def end(self) -> None:
+        """Ask the server to end, hang up, and wait until it is gone; requests may fail meanwhile."""
+        with self.fault("asked to end", refuses=True):
+            self.process("vllm serve").terminate()
+            self.ended(hang_up=True)
+
     def ended(self, seconds: float = END_SECONDS, *, hang_up: bool = False) -> float:
         """Wait until the server is gone; returns how long that took. Raises AssertionError if it is not
         in time: then it is made to end.
@@ -332,15 +337,6 @@ class Scenes:
         if self._scene is not None:
             self._scene.stop()
             self._scene = None
-
-
-def saved_generation(state: Path) -> int:
-    """-1 if there is no file, or none that can be read."""
-    try:
-        with np.load(state) as saved:
-            return int(json.loads(saved["header"].tobytes())["generation"])
-    except (OSError, ValueError, KeyError, EOFError):
-        return -1
 
 
 def assert_readable(scene: Scene) -> None:

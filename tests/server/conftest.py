@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from serving import (
     prompts,
     serving,
 )
-
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

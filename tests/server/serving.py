@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import subprocess
 import time
@@ -28,6 +29,8 @@ from cpu_server import (
 from engines import ROOT, V032, Engine
 
 from ep_rebalance.api.engine_client import FRESH_SECONDS
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 PROMPT_FILES = sorted((TINY_MOE / "prompts").glob("*.jsonl"))

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import yaml
 from answers import amid_a_migration, reload_amid_a_migration
 from engines import FORCED_FAULTS, PREPACKED_RELOADS, V032
+from saved_states import saved_generation
 from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, serving
 
 pytestmark = V032.marks
@@ -103,6 +103,7 @@ def test_a_killed_worker_ends_the_server(faulty: Server, state: Path) -> None:
 
 
 def test_a_restart_warm_starts(restarted: Server, state: Path) -> None:
+    # Of the last migration that was committed; a reload afterwards is not saved.
     assert restarted.status()["generation"] == saved_generation(state) > 0
     assert "took up the saved placement" in restarted.log_text()
 
@@ -124,13 +125,6 @@ def test_answers_are_equal_however_tokens_are_split_and_in_fixed_capacity(
 
 def quotas(server: Server) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(layer["quotas"]) for layer in server.load()["layers"])
-
-
-def saved_generation(state: Path) -> int:
-    """Of the last migration that was committed; a reload afterwards is not saved."""
-    with np.load(state) as saved:
-        generation: int = json.loads(saved["header"].tobytes())["generation"]
-    return generation
 
 
 def _wait_for_file(path: Path) -> None:

@@ -29,6 +29,13 @@ def room_for(path: Path, more: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def fill(path: Path) -> None:
+    """Write to a file until its disk is full."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 def run(
     program: str, *arguments: object, inside: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:

@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT / "tests" / "server"), str(ROOT / "tests" / "support")]
 from engines import PLUGINS, V032, V033_V1, Engine  # noqa: E402
 from flag_cases import CASES, Case  # noqa: E402
 from flag_trials import Outcome  # noqa: E402
+from marked_part import MarkedPart  # noqa: E402
 
-DOCUMENT = ROOT / "docs" / "flags.md"
-BEGIN, END = "<!-- flags -->\n", "<!-- /flags -->"
+PART = MarkedPart(ROOT / "docs" / "flags.md", "flags")
 ENGINES = {"0.32": V032, "0.33": V033_V1}
 TRIAL_SECONDS = 900
 ONLY_ON_GPUS = "'_OpNamespace'"
@@ -185,19 +185,9 @@ def count(found: Mapping[str, Sequence[Cell]]) -> str:
     return f"{flags} flags and variables, {len(verdicts)} cells: {each}."
 
 
-def documented() -> str:
-    return DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-
-
 def generated(found: Mapping[str, Sequence[Cell]]) -> str:
     return f"{count(found)}\n{table(found)}"
 
 
-def write(text: str) -> None:
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    write(generated(seen()))
+    PART.write(generated(seen()))

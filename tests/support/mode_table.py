@@ -1,7 +1,7 @@
 """docs/modes.md: in which parallel and serving modes the plugin was seen running, what only contracts hold,
 and what is refused.
 
-.venv/bin/python -P tests/support/mode_table.py   writes the table; tests/test_modes.py compares it
+.venv/bin/python tests/support/mode_table.py   writes the table; tests/test_modes.py compares it
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from marked_part import MarkedPart
+
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "modes.md"
 FLAGS = ROOT / "docs" / "flags.md"
-BEGIN, END = "<!-- modes -->\n", "<!-- /modes -->"
+PART = MarkedPart(DOCUMENT, "modes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +182,5 @@ def _verdict(mode: Mode) -> str:
     return old if old == new else f"{old}; {new}"
 
 
-def documented() -> str:
-    """The table as it stands in the document."""
-    _, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    return rest.partition(END)[0]
-
-
-def main() -> None:
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    PART.write(table())

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from marked_part import MarkedPart, table_row
 from moe_families import BY_NAME, FAMILIES
 
 DOCS = Path(__file__).parents[2] / "docs"
 SEEN = DOCS / "models.json"
-PAGE = DOCS / "models.md"
-BEGIN, END = "<!-- models -->", "<!-- /models -->"
+PART = MarkedPart(DOCS / "models.md", "models")
 HEAD = (
     "family",
     "vLLM's class",
@@ -47,20 +47,18 @@ def record(seen: Mapping[str, Any]) -> None:
 
 def table() -> str:
     """Between the marks of the page. A family that was never run has a row that says so."""
-    lines = [_line(HEAD), _line(["---"] * len(HEAD))]
+    lines = [table_row(HEAD), table_row(["---"] * len(HEAD))]
     for family in FAMILIES:
         rows = [row for row in _rows() if row["family"] == family.name]
         for row in rows or [{}]:
             head = (f"`{family.name}`", f"`{row['class']}`" if row else "", family.examples)
-            lines.append(_line([*head, *_cells(row)]))
+            lines.append(table_row([*head, *_cells(row)]))
     return "\n".join(lines)
 
 
 def write() -> None:
     """The page, with the table of now."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    PART.write(f"\n{table()}\n\n")
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -82,10 +80,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     elif row["alone"]:
         answers += f", {row['alone']} to those of one rank without the plugin"
     return [row["vllm"], f"{numbers} of {row['of']}", counted, moved, answers]
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """What a server saves."""
 
+from pathlib import Path
+
 import numpy as np
 
+from ep_rebalance.config import ConfigurationError
 from ep_rebalance.load.state import (
     FORMAT,
     FORMAT_VERSION,
     Header,
     ModelIdentity,
     SavedState,
+    read_state,
 )
 from ep_rebalance.placement import Placement
 
@@ -35,3 +39,11 @@ STATE = SavedState(
     quotas_LP=PLACEMENT.even_quotas_LP(),
     load_LE=np.arange(12.0).reshape(3, 4),
 )
+
+
+def saved_generation(path: Path) -> int:
+    """Of a state file; -1 if there is none, or none that can be read."""
+    try:
+        return read_state(path).header.generation
+    except ConfigurationError:
+        return -1
