@@ -19,12 +19,14 @@ class TooManyChanges(Exception):
 
     wait_seconds: until one may pass.
     will_follow: whether the newest such change is carried out then, without being asked for again.
+    retry_seconds: until another may pass, which then is the one after.
     """
 
     def __init__(self, wait_seconds: float, *, will_follow: bool) -> None:
         super().__init__(f"too many changes; one may pass in {wait_seconds:.1f} s")
         self.wait_seconds = wait_seconds
         self.will_follow = will_follow
+        self.retry_seconds = wait_seconds + (SECONDS_PER_CHANGE if will_follow else 0.0)
 
 
 class ChangeLimit:

@@ -161,11 +161,10 @@ def _active(request: Request) -> Served | None:
 
 
 def _too_many(error: TooManyChanges) -> Refused:
-    after = math.ceil(error.wait_seconds)
-    said = (
-        f"the last one asked for is carried out in {after} s" if error.will_follow else "try again"
-    )
-    return Refused(429, f"too many changes; {said}", retry_after=after)
+    said = "try again"
+    if error.will_follow:
+        said = f"the last one asked for is carried out in {math.ceil(error.wait_seconds)} s"
+    return Refused(429, f"too many changes; {said}", retry_after=math.ceil(error.retry_seconds))
 
 
 def _refusal(refused: Refused) -> Response:

@@ -344,6 +344,19 @@ def test_of_a_storm_of_changes_few_reach_the_engine_and_the_last_one_holds(route
     assert engine.told[-1] == last
 
 
+def test_who_heeds_retry_after_is_not_kept_waiting_by_what_is_carried_out_meanwhile():
+    async def refused_then_patient() -> tuple[httpx.Response, httpx.Response]:
+        async with client_of(EngineClient(**ENABLED)) as client:
+            headers = {"authorization": "Bearer operator"}
+            for _ in range(5):
+                refused = await client.post("/ep_rebalance/pause", headers=headers)
+            await asyncio.sleep(float(refused.headers["retry-after"]))
+            return refused, await client.post("/ep_rebalance/pause", headers=headers)
+
+    refused, later = asyncio.run(refused_then_patient())
+    assert (refused.status_code, later.status_code) == (429, 200)
+
+
 @pytest.mark.usefixtures("quick_limit")
 def test_requests_that_are_no_states_are_not_repeated():
     engine = EngineClient(**ENABLED)
