@@ -35,6 +35,8 @@ from serving_model import ModelShape, ensure_model
 from serving_servers import Clock, Engine, Server, Variant, variants
 
 MEMORY = "vllm_eplb_on_cpu.memory.WorkerExtension"
+NUMBA_COUNTS = {"NUMBA_NRT_STATS": "1"}
+"""Without it numba's runtime does not count its blocks."""
 HOUR = 3600.0
 QUESTIONS = 8
 BOOTSTRAPS = 1000
@@ -87,8 +89,9 @@ def soaked_variants(shape: ModelShape) -> dict[str, Variant]:
         title="vLLM alone",
         model=known["observe"].model,
         arguments=("--worker-extension-cls", MEMORY),
+        environment=NUMBA_COUNTS,
     )
-    memory = {vllm_eplb_on_cpu.SWITCH: vllm_eplb_on_cpu.MEMORY}
+    memory = {vllm_eplb_on_cpu.SWITCH: vllm_eplb_on_cpu.MEMORY, **NUMBA_COUNTS}
     with_memory = [replace(known[name], environment=memory) for name in ("observe", "rebalance")]
     return {variant.name: variant for variant in (alone, *with_memory)}
 

@@ -56,8 +56,13 @@ def _mallinfo() -> Any:
 
 
 def _numba_allocations() -> int:
-    """Blocks that numba's runtime has allocated and not freed; 0 where it is not loaded."""
+    """Blocks that numba's runtime has allocated and not freed; 0 where nothing compiled has run yet. It counts
+    only with NUMBA_NRT_STATS=1.
+    """
     from numba.core.runtime import rtsys
 
-    stats = rtsys.get_allocation_stats()
+    try:
+        stats = rtsys.get_allocation_stats()
+    except RuntimeError:  # its runtime has not begun
+        return 0
     return int(stats.alloc - stats.free)

@@ -58,7 +58,7 @@ def _malformed(scene: Scene, number: int, chance: random.Random) -> str:
     return answer[1].decode() if len(answer) > 1 else "closed"
 
 
-@fault("control changes in a storm", "limited; steps do not become slow; the last one holds")
+@fault("control changes in a storm", "limited; the last one holds")
 def control_storm(scene: Scene, seed: int) -> str:
     before = _tokens_per_second(scene)
     end, said = time.monotonic() + STORM_SECONDS, Counter[int]()
