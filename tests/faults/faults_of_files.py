@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from disks import fill
+from disks import fill, hanging_disk
 from fault import fault
 from saved_states import saved_generation
-from scene import Scene, assert_readable
+from scene import MOMENT_SECONDS, Scene, assert_readable
 
 SMALL = "64k"
 
@@ -47,6 +47,26 @@ def state_disk_full(scene: Scene, seed: int) -> str:
     _commits(scene)
     _until_saved(scene)
     return f"saved again at generation {saved_generation(scene.state)}"
+
+
+@fault(
+    "the disk of the state hangs until a save is overdue",
+    "no step waits for it; seen in the status; saved when it goes on",
+)
+def state_disk_hangs(scene: Scene, seed: int) -> str:
+    _commits(scene)
+    scene.state.parent.mkdir(exist_ok=True)
+    with scene.fault("disk hangs"), hanging_disk(scene.state.parent) as fsfreeze:
+        fsfreeze("--freeze")
+        seen = scene.wait_until(lambda s: s["file_faults"]["state"] != "", 2 * MOMENT_SECONDS)
+        scene.serves_on()
+        _commits(scene)
+        fsfreeze("--unfreeze")
+        _until_saved(scene)
+        scene.wait_until(lambda s: s["file_faults"]["state"] == "")
+    _commits(scene)
+    _until_saved(scene)
+    return f"told: {seen['file_faults']['state']}; saved again"
 
 
 @fault("the state's folder is taken away for two migrations", "saved when it is there again")

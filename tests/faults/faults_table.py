@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).parents[2] / "docs"
 SEEN = DOCS / "reliability.json"
 PART = MarkedPart(DOCS / "reliability.md", "faults")
-HEAD = ("fault", "ranks", "promised", "seen", "when", "vLLM", "seed")
+HEAD = ("fault", "ranks", "promised", "seen", "when", "vLLM", "seeds")
 
 WRITES = "FAULTS_TABLE"
 """An environment variable: runs write what they see into the table only if it is set, as by `scripts/test
@@ -29,7 +29,9 @@ faults`.
 
 
 def record(fault: Fault, seen: str, seed: int) -> None:
-    """Take up what was seen, in place of what an earlier run saw of the same fault."""
+    """Take up what was seen, in place of what an earlier run saw of the same fault; the seeds of both stand
+    there.
+    """
     if not os.environ.get(WRITES):
         return
     row = {
@@ -39,10 +41,10 @@ def record(fault: Fault, seen: str, seed: int) -> None:
         "seen": seen,
         "when": date.today().isoformat(),
         "vllm": vllm.__version__,
-        "seed": seed,
     }
-    rows = [r for r in _rows() if (r["fault"], r["ranks"]) != (row["fault"], row["ranks"])]
-    rows.append(row)
+    of_it = [r for r in _rows() if all(r[name] == row[name] for name in ("fault", "ranks"))]
+    seeds = {seed, *(s for r in of_it if r["vllm"] == row["vllm"] for s in r["seeds"])}
+    rows = [r for r in _rows() if r not in of_it] + [row | {"seeds": sorted(seeds)}]
     SEEN.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
     write()
 
@@ -50,8 +52,13 @@ def record(fault: Fault, seen: str, seed: int) -> None:
 def table() -> str:
     """Between the marks of the page."""
     lines = [table_row(HEAD), table_row(["---"] * len(HEAD))]
-    lines += [table_row([str(cell).replace("|", "/") for cell in row.values()]) for row in _rows()]
+    lines += [table_row([_cell(value) for value in row.values()]) for row in _rows()]
     return "\n".join(lines)
+
+
+def _cell(value: str | list[int]) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return text.replace("|", "/")
 
 
 def write() -> None:

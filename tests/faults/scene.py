@@ -20,7 +20,7 @@ import psutil
 import yaml
 from client import Client
 from cpu_server import ServerProcess, free_port
-from engines import PLUGINS, PREPACKED_RELOADS, V032
+from engines import FILE_TRANSFER, PLUGINS, PREPACKED_RELOADS, V032
 from history import Asked, Began, Ended, Happened, History, Read, now
 from metrics_page import samples
 from saved_states import saved_generation
@@ -45,6 +45,8 @@ QUICK: dict[str, Any] = {
 """Settings with which experts move most of the time. A byte budget of 4 kB a step makes a migration long
 enough to be hit in the middle.
 """
+TRANSFER = ("--weight-transfer-config", '{"backend": "ipc"}')
+"""So that weights can be updated as in RL training; they come from a file."""
 QUESTIONS = list(itertools.chain.from_iterable(prompts_by_domain()))
 
 
@@ -151,12 +153,12 @@ class Scene:
         file.write_text(yaml.safe_dump(self.settings()))
         port = free_port()
         variables = {
-            **V032.environment([FAULTS_ON_DEMAND, PREPACKED_RELOADS]),
+            **V032.environment([FAULTS_ON_DEMAND, PREPACKED_RELOADS, FILE_TRANSFER]),
             "VLLM_SERVER_DEV_MODE": "1",
             DEMANDS: str(self.demands),
             **extra,
         }
-        arguments = (*self.layout.arguments, *PLUGIN, "--ep-rebalance-config", str(file))
+        arguments = (*self.layout.arguments, *PLUGIN, "--ep-rebalance-config", str(file), *TRANSFER)
         process = ServerProcess(
             complete(port, *arguments),
             environment(2, variables),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import faults_inside
+import faults_of_engine_calls
 import faults_of_files
 import faults_of_processes
 import faults_of_requests
@@ -21,6 +22,7 @@ from scene import Scenes
 
 MODULES = (
     faults_inside,
+    faults_of_engine_calls,
     faults_of_requests,
     faults_of_files,
     faults_of_processes,

@@ -29,6 +29,24 @@ def room_for(path: Path, more: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@contextlib.contextmanager
+def hanging_disk(folder: Path) -> Iterator[Callable[[str], None]]:
+    """The folder is a file system of its own; what is yielded lets it hang ("--freeze") or go on
+    ("--unfreeze"), as fsfreeze calls it. For root.
+    """
+    image = folder.with_name(f"{folder.name}.img")
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True)
+    try:
+        yield lambda what: subprocess.run(["fsfreeze", what, str(folder)], check=True) and None
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(folder)], capture_output=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        image.unlink()
+
+
 def fill(path: Path) -> None:
     """Write to a file until its disk is full."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
