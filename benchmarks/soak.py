@@ -6,8 +6,9 @@ of them serves and the others stand still. Then rank 0's worker says what it hol
 (USS), what malloc gave out, Python objects, blocks of numba's runtime, threads and descriptors. A fixed set
 of questions is asked in every turn; every answer must stay what it was.
 
-The verdict: growth is the slope over the second half of the turns (Theil-Sen: the median of the slopes of
-all pairs) per hour of serving, with the 95 % interval of a bootstrap over the turns.
+Growth is the slope over the second half of the turns (Theil-Sen: the median of the slopes of all pairs) per
+hour of serving, with the 95 % interval of a bootstrap over the turns. The verdict says of each kind of memory
+by how much the plugin's servers grow faster than the one before them, and whether that differs from nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +171,34 @@ async def soak(options: argparse.Namespace, folder: Path, console: Console) -> l
     return soaked
 
 
-def growth(
-    x_N: NDArray[np.float64], y_N: NDArray[np.float64], rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """(slope, least, most): median of the slopes of all pairs, and its 95 % interval."""
-    slopes = np.array(
-        [_theil_sen(x_N[picked], y_N[picked]) for picked in _resampled(len(x_N), rng)]
-    )
-    least, most = np.nanpercentile(slopes, (2.5, 97.5))
-    return _theil_sen(x_N, y_N), float(least), float(most)
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Per hour. slope: the median of the slopes of all pairs. resampled_B: the same of each resampling."""
+
+    slope: float
+    resampled_B: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, x_N: NDArray[np.float64], y_N: NDArray[np.float64], rng: np.random.Generator
+    ) -> Growth:
+        picks = _resampled(len(x_N), rng)
+        return cls(
+            _theil_sen(x_N, y_N), np.array([_theil_sen(x_N[pick], y_N[pick]) for pick in picks])
+        )
+
+    def __sub__(self, other: Growth) -> Growth:
+        return Growth(self.slope - other.slope, self.resampled_B - other.resampled_B)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """That holds 95 % of the resamplings."""
+        least, most = np.nanpercentile(self.resampled_B, (2.5, 97.5))
+        return float(least), float(most)
+
+    def text(self, unit: str) -> str:
+        least, most = self.interval
+        return f"{self.slope:.3g} {unit} ({least:.3g} to {most:.3g})"
 
 
 def _resampled(size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
@@ -193,28 +214,51 @@ def _theil_sen(x_N: NDArray[np.float64], y_N: NDArray[np.float64]) -> float:
     return float(np.median((y_N[second] - y_N[first])[some] / apart[some]))
 
 
+def _steps(one: Soaked) -> str:
+    """Of vLLM alone nothing times them."""
+    if not any(one.steps):
+        return ""
+    first, second = np.array_split(1e3 * np.array(one.steps), 2)
+    return (
+        f", step {np.median(first):.1f} ms in the first half, {np.median(second):.1f} in the second"
+    )
+
+
+def _growths(one: Soaked, rng: np.random.Generator) -> dict[str, Growth]:
+    """Of each kind of memory, over the second half of the turns."""
+    half = slice(len(one.hours) // 2, None)
+    x_N = np.array(one.hours[half])
+    return {
+        name: Growth.of(x_N, np.array([held[name] for held in one.held[half]]) / scale, rng)
+        for name, (_, _, scale) in SHOWN.items()
+    }
+
+
+def _verdict(more: Growth, unit: str) -> str:
+    least, _ = more.interval
+    if least > 0:
+        return f"grows by {more.text(unit)} an hour more"
+    return f"no growth of its own: {more.text(unit)} an hour"
+
+
 def report(soaked: Sequence[Soaked], console: Console) -> dict[str, Any]:
     """Print the table, and return all that was seen."""
     table = Table("", *(f"{title} per hour" for title, _, _ in SHOWN.values()), title="growth")
-    rng = np.random.default_rng(0)
-    for one in soaked:
-        half = slice(len(one.hours) // 2, None)
-        x_N = np.array(one.hours[half])
-        cells = []
-        for name, (_, unit, scale) in SHOWN.items():
-            y_N = np.array([held[name] for held in one.held[half]]) / scale
-            slope, least, most = growth(x_N, y_N, rng)
-            cells.append(f"{slope:.3g} {unit} ({least:.3g} to {most:.3g})")
+    growths = [_growths(one, np.random.default_rng(0)) for one in soaked]
+    for one, growth in zip(soaked, growths, strict=True):
+        cells = [growth[name].text(unit) for name, (_, unit, _) in SHOWN.items()]
         table.add_row(one.server.variant.title, *cells)
     console.print(table)
+    for (before, slower), (after, faster) in pairwise(zip(soaked, growths, strict=True)):
+        titles = f"{after.server.variant.title} against {before.server.variant.title}"
+        for name, (title, unit, _) in SHOWN.items():
+            console.print(f"{titles}, {title}: {_verdict(faster[name] - slower[name], unit)}")
     for one in soaked:
         same = all(answers == one.answers[0] for answers in one.answers)
         console.print(
             f"{one.server.variant.title}: {one.hours[-1] * 60:.1f} minutes, {one.migrations[-1]} migrations, "
             f"{len(one.answers)} x {QUESTIONS} answers {'all equal' if same else 'NOT ALL EQUAL'}, USS "
-            f"{one.held[0]['uss'] / MEGABYTES:.0f} to {one.held[-1]['uss'] / MEGABYTES:.0f} MB, step "
-            f"{1e3 * np.median(one.steps[: len(one.steps) // 2]):.1f} ms in the first half, "
-            f"{1e3 * np.median(one.steps[len(one.steps) // 2 :]):.1f} in the second"
+            f"{one.held[0]['uss'] / MEGABYTES:.0f} to {one.held[-1]['uss'] / MEGABYTES:.0f} MB{_steps(one)}"
         )
     return {
         one.server.variant.name: {

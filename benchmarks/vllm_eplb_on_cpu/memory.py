@@ -56,8 +56,9 @@ def _mallinfo() -> Any:
 
 
 def _numba_allocations() -> int:
-    """Blocks that numba's runtime has allocated and not freed; 0 where nothing compiled has run yet. It counts
-    only with NUMBA_NRT_STATS=1.
+    """Blocks that numba's runtime has allocated and not freed; 0 where nothing compiled has run yet.
+
+    It counts only with NUMBA_NRT_STATS=1.
     """
     from numba.core.runtime import rtsys
 

@@ -1,4 +1,4 @@
-"""Machines that give a server little, or false: few descriptors, a small /dev/shm, no memory, a wrong clock."""
+"""Machines that give a server little, or what is wrong: few descriptors, no memory, a false clock."""
 
 from __future__ import annotations
 
@@ -55,9 +55,11 @@ def out_of_memory(scene: Scene, seed: int) -> str:
         (group / "memory.limit_in_bytes").write_text(str(used + (64 << 20)))
         with scene.fault("out of memory", refuses=True):
             neighbour = _eats_memory(group)
-            took = scene.ended()
-            neighbour.kill()
-            neighbour.wait()
+            try:
+                took = scene.ended()
+            finally:
+                neighbour.kill()
+                neighbour.wait()
     assert_readable(scene)
     return f"gone after {took:.1f} s"
 
