@@ -21,6 +21,11 @@ MOMENTS = ("before", "during", "after")
 STOP_SECONDS = 45.0
 LOOP = 20
 ENDS = "the server ends, no process is left, the state can be read"
+ENDS_WITH_ITS_CONTAINER = (
+    "vLLM leaves engines and workers behind, with the plugin or without; when the container is gone, the "
+    "state can be read"
+)
+CONTAINER_SECONDS = 5.0
 ENDS_WHEN_ASKED = (
     "the server ends when its clients have hung up, no process is left, the state can be read"
 )
@@ -33,18 +38,24 @@ def _killing(name: str, moment: str) -> None:
         victim = scene.process(name)
         with scene.fault(f"{name} killed", refuses=True):
             spread(seed, 0.3)
+            family = scene.server.process.family()
             victim.kill()
+            if promise == ENDS_WITH_ITS_CONTAINER:
+                time.sleep(CONTAINER_SECONDS)
+                for left in family - {victim}:
+                    left.kill()
             took = scene.ended()
         assert_readable(scene)
         return f"gone after {took:.1f} s"
 
+    promise = ENDS_WITH_ITS_CONTAINER if name == "vllm serve" else ENDS
     layout = DATA_PARALLEL if name in DATA_PARALLEL.processes else TENSOR_PARALLEL
     when = {
         "before": "while no experts move",
         "during": "amid a migration",
         "after": "after a commit",
     }
-    FAULTS.append(Fault(f"SIGKILL of {name}, {when[moment]}", ENDS, layout, kill, 90.0))
+    FAULTS.append(Fault(f"SIGKILL of {name}, {when[moment]}", promise, layout, kill, 90.0))
 
 
 for process in (*DATA_PARALLEL.processes, *(p for p in TENSOR_PARALLEL.processes if "TP" in p)):
