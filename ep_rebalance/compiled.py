@@ -1,16 +1,22 @@
-"""Compilation to machine code: the one module that knows numba."""
+"""Compilation to machine code: the one module that knows numba.
+
+It imports numba, which takes most of a second, when the first compiled function is called.
+"""
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
-import numba
-
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_LOCK = threading.RLock()
 
 
 def compiled(function: Function) -> Function:
@@ -19,10 +25,50 @@ def compiled(function: Function) -> Function:
 
     The machine code is cached on disk, or only in memory if no folder can be written.
     """
+    return cast("Function", Compiled(function))
+
+
+class Compiled:
+    """A function, for numba its dispatcher: compiled functions call each other without the interpreter."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._dispatcher: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self._dispatcher or self.dispatcher)(*arguments)
+
+    @property
+    def dispatcher(self) -> Any:
+        """Numba's."""
+        with _LOCK:  # two of one function would compile it twice
+            if self._dispatcher is None:
+                self._dispatcher = _dispatcher(self._function)
+            return self._dispatcher
+
+
+def _dispatcher(function: Callable[..., Any]) -> Any:
+    numba = _numba()
     try:
-        return cast("Function", numba.njit(nogil=True, cache=True)(function))
+        return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba's, if it finds no folder for its cache
-        return cast("Function", numba.njit(nogil=True)(function))
+        return numba.njit(nogil=True)(function)
+
+
+@functools.cache
+def _numba() -> ModuleType:
+    """The package, which knows what a `Compiled` is."""
+    # In a checkout it lies outside of this folder.
+    shared = find_spec("ep_rebalance.kernels.shared_arithmetic")
+    assert shared is not None
+    assert shared.origin is not None
+    _drop_stale_code(Path(__file__).parent, Path(shared.origin))
+    import numba
+    from numba.extending import typeof_impl
+
+    typeof_impl.register(Compiled, lambda value, _: numba.types.Dispatcher(value.dispatcher))
+    return cast("ModuleType", numba)
 
 
 def _drop_stale_code(folder: Path, constants: Path) -> None:
@@ -39,10 +85,3 @@ def _drop_stale_code(folder: Path, constants: Path) -> None:
         for index in folder.rglob("__pycache__/*.nbi"):
             if index.stat().st_mtime < newest:
                 index.unlink()
-
-
-# In a checkout it lies outside of this folder.
-_shared = find_spec("ep_rebalance.kernels.shared_arithmetic")
-assert _shared is not None
-assert _shared.origin is not None
-_drop_stale_code(Path(__file__).parent, Path(_shared.origin))

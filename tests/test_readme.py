@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ep_rebalance.commands.app import kernel_table, metric_table
+from ep_rebalance.commands.reference import kernel_table, metric_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"

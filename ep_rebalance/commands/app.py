@@ -1,123 +1,104 @@
-"""The `ep-rebalance` command."""
+"""The `ep-rebalance` command.
+
+A command's module is imported when it runs: that of another one may take longer than its work.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from importlib import import_module
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from typer.core import TyperCommand, TyperGroup
 
-from ep_rebalance.commands.advise import advise
-from ep_rebalance.commands.convert import convert
-from ep_rebalance.commands.dashboards import dashboards
-from ep_rebalance.commands.doctor import doctor
-from ep_rebalance.commands.inspection import inspect
-from ep_rebalance.commands.plan import plan
-from ep_rebalance.commands.replay import run_replay
-from ep_rebalance.commands.status import status
-from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.offline.step_time import hardware_table
-from ep_rebalance.telemetry.metrics import METRICS
-from ep_rebalance.version import __version__
+COMMANDS = {
+    "advise": (
+        "advise:advise",
+        "Is expert parallelism worth it for this load, on how many GPUs, with how many redundant experts?",
+    ),
+    "config": (
+        "reference:config",
+        "Every setting with its default and meaning, as YAML that --ep-rebalance-config reads.",
+    ),
+    "convert": (
+        "convert:convert",
+        "Turn recordings of other engines into traces, or write placements for other engines.",
+    ),
+    "dashboards": (
+        "dashboards:dashboards",
+        "Grafana dashboards, alert rules, and examples for containers and Kubernetes.",
+    ),
+    "doctor": (
+        "doctor:doctor",
+        "Can this machine and this vLLM run the plugin? One line for each check, with a remedy.",
+    ),
+    "hardware": (
+        "reference:hardware",
+        "The accelerators that replay and advise know, as YAML to copy and correct.",
+    ),
+    "inspect": (
+        "inspection:inspect",
+        "Show what a trace, a state file or a live server holds.",
+    ),
+    "kernels": (
+        "reference:kernels",
+        "Which quantised experts may move, by vLLM's quantisation methods and expert kernels, as a Markdown "
+        "table.",
+    ),
+    "metrics": (
+        "reference:metrics",
+        "The metrics that the plugin adds to the engine's /metrics, as a Markdown table.",
+    ),
+    "plan": (
+        "plan:plan",
+        "Find the best placement for recorded load, for an engine to start with.",
+    ),
+    "replay": (
+        "replay:run_replay",
+        "Replay recorded load against placement policies: would rebalancing help, and at what cost?",
+    ),
+    "status": (
+        "status:status",
+        "Show what a running server's balancer has done and gained.",
+    ),
+    "version": ("reference:version", "The version of ep-rebalance."),
+}
+"""Of each command, its function below `ep_rebalance.commands`, and the first paragraph of its help."""
+
+
+class Commands(TyperGroup):
+    """Knows of each command no more than its line until it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that is called, its module imported."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else load_command(name), rest
+
+
+def load_command(name: str) -> TyperCommand:
+    """One of COMMANDS, with its options."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(getattr(import_module(f"ep_rebalance.commands.{module}"), function))
+    command = typer.main.get_command(alone)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+def _not_loaded() -> None:
+    """Stands for a command in the list of all."""
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Expert-parallel load balancing for Mixture-of-Experts serving. The balancer itself runs inside the "
     "engine: vllm serve MODEL --enable-expert-parallel --plugin ep_rebalance",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("replay")(run_replay)
-app.command()(advise)
-app.command()(convert)
-app.command()(dashboards)
-app.command()(doctor)
-app.command()(inspect)
-app.command()(plan)
-app.command()(status)
-
-
-@app.command()
-def config(
-    schema: Annotated[
-        bool, typer.Option("--json-schema", help="Print the JSON schema instead.")
-    ] = False,
-) -> None:
-    """Every setting with its default and meaning, as YAML that --ep-rebalance-config reads."""
-    if schema:
-        print(json.dumps(RebalanceConfig.model_json_schema(), indent=2))
-        return
-    print("\n".join(_commented_yaml(RebalanceConfig, indent="")))
-
-
-@app.command()
-def metrics() -> None:
-    """The metrics that the plugin adds to the engine's /metrics, as a Markdown table."""
-    print(metric_table())
-
-
-@app.command()
-def kernels() -> None:
-    """Which quantised experts may move, by vLLM's quantisation methods and expert kernels, as a Markdown
-    table.
-    """
-    print(kernel_table())
-
-
-@app.command()
-def hardware() -> None:
-    """The accelerators that replay and advise know, as YAML to copy and correct."""
-    print(hardware_table(), end="")
-
-
-@app.command()
-def version() -> None:
-    """The version of ep-rebalance."""
-    print(__version__)
-
-
-def metric_table() -> str:
-    """`METRICS` as a Markdown table, which docs/operations.md contains."""
-    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for metric in METRICS:
-        suffix = "_total" if metric.kind == "counter" else ""
-        labels = ", ".join(metric.labels) or "-"
-        rows.append(f"| `{metric.full_name}{suffix}` | {metric.kind} | {labels} | {metric.help} |")
-    return "\n".join(rows)
-
-
-def kernel_table() -> str:
-    """The list of the adapter for vLLM as Markdown; docs/quantisation.md holds this text."""
-    table: str = import_module("ep_rebalance.engines.vllm.quantised_pairs").pair_table()
-    return table
-
-
-def _commented_yaml(model: type[BaseModel], indent: str) -> list[str]:
-    lines = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += ["", f"{indent}# {(field.annotation.__doc__ or '').strip().splitlines()[0]}"]
-            inner = _commented_yaml(field.annotation, indent + "  ")
-            lines += [f"{indent}{name}:{'' if inner else ' {}'}", *inner]
-            continue
-        words = " ".join((field.description or "").split())
-        if words:
-            lines.append(f"{indent}# {words}")
-        lines.append(f"{indent}{name}: {json.dumps(field.default)}{_choices(field)}")
-    return lines
-
-
-def _choices(field: FieldInfo) -> str:
-    schema = field.json_schema_extra
-    values: Any = schema.get("enum", ()) if isinstance(schema, dict) else ()
-    if get_origin(field.annotation) is Literal:
-        values = get_args(field.annotation)
-    if not values:
-        return ""
-    return f"  # one of {', '.join(map(str, values))}"
+for _name, (_, _line) in COMMANDS.items():
+    app.command(_name, help=_line)(_not_loaded)
 
 
 def main() -> None:

@@ -82,8 +82,8 @@ def planner() -> Finding:
 
 def _cache_folder() -> str | None:
     """The folder in which numba keeps compiled code; None if it found none that it can write to."""
-    dispatcher: Any = improve_layer
-    folder: str | None = dispatcher.stats.cache_path
+    compiled: Any = improve_layer
+    folder: str | None = compiled.dispatcher.stats.cache_path
     return folder
 
 

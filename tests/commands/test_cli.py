@@ -12,7 +12,7 @@ from statuses import make_status
 
 from ep_rebalance import __version__
 from ep_rebalance.commands import app as application
-from ep_rebalance.commands.app import kernel_table, metric_table
+from ep_rebalance.commands.reference import kernel_table, metric_table
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.telemetry.metrics import METRICS

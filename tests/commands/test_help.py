@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import typer
 from command_line import run
 
-from ep_rebalance.commands.app import app
-
-GROUP = typer.main.get_command(app)
-COMMANDS = sorted(GROUP.commands)  # type: ignore[attr-defined]
+from ep_rebalance.commands.app import COMMANDS, app, load_command
 
 
 def words(text: str) -> str:
@@ -21,8 +17,8 @@ def words(text: str) -> str:
 
 def texts(name: str) -> Iterator[str]:
     """All that is written of a command and of its parameters."""
-    command = GROUP.commands[name]  # type: ignore[attr-defined]
-    yield command.help
+    command = load_command(name)
+    yield command.help or ""
     for parameter in command.params:
         yield getattr(parameter, "help", None) or ""
         if isinstance(told := getattr(parameter, "show_default", None), str):
@@ -42,7 +38,7 @@ def test_the_help_of_a_command_shows_all_that_is_written(name: str) -> None:
 
 def test_the_help_of_all_shows_all_that_is_written() -> None:
     screen = shown()
-    assert words(GROUP.help or "") in screen
+    assert words(str(app.info.help)) in screen
     for name in COMMANDS:
         assert words(next(texts(name)).partition("\n\n")[0]) in screen
 

@@ -12,6 +12,7 @@ from schedule_reference import plain, schedule_reference, transfers_by_round
 from schedules import scheduled, settings_of_a_schedule, weights_of
 from shapes import random_slots
 
+from ep_rebalance.compiled import Compiled
 from ep_rebalance.migration import Migration, Move, compile_schedule, schedule
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.pace import Pace
@@ -315,10 +316,10 @@ def test_placements_of_other_sizes_are_refused() -> None:
 def signatures() -> dict[str, int]:
     """How many types of arguments each function of a schedule is compiled for."""
     return {
-        name: len(function.signatures)
+        name: len(function.dispatcher.signatures)
         for module in COMPILED
         for name, function in vars(importlib.import_module(module)).items()
-        if hasattr(function, "signatures")
+        if isinstance(function, Compiled)
     }
 
 

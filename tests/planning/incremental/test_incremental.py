@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from shapes import budget_of, problem_of, problems, random_samples, small_roofline
 
 from ep_rebalance import planning
+from ep_rebalance.compiled import Compiled
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.incremental.descent import improve_layer
 from ep_rebalance.planning.incremental.layer import LayerInputs, describe_experts
@@ -206,8 +207,8 @@ def signatures() -> dict[str, int]:
     found = {}
     for info in pkgutil.walk_packages(planning.__path__, f"{planning.__name__}."):
         for name, function in vars(importlib.import_module(info.name)).items():
-            if hasattr(function, "signatures"):
-                found[f"{info.name}.{name}"] = len(function.signatures)
+            if isinstance(function, Compiled):
+                found[f"{info.name}.{name}"] = len(function.dispatcher.signatures)
     return found
 
 
