@@ -26,9 +26,13 @@ def _tell(scene: Scene, route: str, body: dict[str, Any] | None = None, **query:
 
 
 def _update(scene: Scene) -> None:
+    """Requests wait meanwhile: while vLLM loads a layer its weights are nowhere."""
+    file = {"path": str(TINY_MOE / "model.safetensors")}
+    _tell(scene, "pause", mode="keep")
     _tell(scene, "start_weight_update")
-    _tell(scene, "update_weights", {"update_info": {"path": str(TINY_MOE / "model.safetensors")}})
+    _tell(scene, "update_weights", {"update_info": file})
     _tell(scene, "finish_weight_update")
+    _tell(scene, "resume")
 
 
 @fault(

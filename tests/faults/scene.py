@@ -172,9 +172,14 @@ class Scene:
         self._stopped.set()
         for thread in self._threads:
             thread.join()
+        self.discard()
+
+    def discard(self) -> None:
+        """The server of a fault that was not held; the next fault gets another one."""
         if self._server is not None:
-            self._server.close()
-            self._server.process.stop()
+            server, self._server = self._server, None
+            server.process.stop()
+            server.close()
 
     def process(self, name: str) -> psutil.Process:
         """Of the server's, the one whose command line has this name."""

@@ -39,7 +39,11 @@ pytestmark = [*V032.marks, pytest.mark.faults]
 def test_what_is_promised_holds(fault: Fault, scenes: Scenes) -> None:
     scene = scenes.of(fault.layout)
     began = len(list(scene.history))
-    seen = fault.inject(scene, SEED)
+    try:
+        seen = fault.inject(scene, SEED)
+    except BaseException:
+        scene.discard()
+        raise
     told = list(scene.history)[began:]
     assert not violations(told, scene.answers, bound_seconds=fault.bound_seconds)
     record(fault, seen, SEED)
