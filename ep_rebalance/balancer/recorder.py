@@ -17,17 +17,17 @@ from typing import Literal
 from ep_rebalance.config import ConfigurationError, TraceConfig
 from ep_rebalance.load.snapshot import NOTHING_AGREED, Snapshot
 from ep_rebalance.load.trace import (
-    FolderLock,
-    FolderTakenError,
     MigrationEnd,
     Record,
     RecordedPlacement,
     RecordedSnapshot,
     TraceHead,
     TraceWriter,
+    folder_lock,
 )
 from ep_rebalance.migration.served import Served, ServedTokens
 from ep_rebalance.placement import Placement
+from ep_rebalance.process_lock import TakenError
 from ep_rebalance.telemetry.file_health import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -258,9 +258,9 @@ def _writer(config: TraceConfig, folder: Path, head: TraceHead) -> TraceWriter:
             head,
             max_file_bytes=config.max_file_bytes,
             max_bytes=config.max_bytes,
-            lock=FolderLock(folder, _NAME),
+            lock=folder_lock(folder, _NAME),
         )
-    except FolderTakenError as error:
+    except TakenError as error:
         raise ConfigurationError(
             f"{error}, and two recorders would delete each other's files.",
             "name a folder of its own in trace.path for each server, or end the other one.",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ep_rebalance.config import ConfigurationError
 from ep_rebalance.load.state import (
     FORMAT,
     FORMAT_VERSION,
@@ -20,10 +21,12 @@ from ep_rebalance.load.state import (
     ModelIdentity,
     SavedState,
     save_state,
+    state_lock,
     sweep_unfinished,
 )
 from ep_rebalance.load.window import LoadSample, window_load
 from ep_rebalance.migration.served import Served
+from ep_rebalance.process_lock import ProcessLock, TakenError
 from ep_rebalance.telemetry.file_health import Stopwatch
 from ep_rebalance.version import __version__
 
@@ -43,6 +46,8 @@ class StateSaver:
     """Rank 0's.
 
     saved: Unix time of the last save; 0 before the first.
+
+    Raises ConfigurationError if another process saves to the same file.
     """
 
     def __init__(self, path: Path, identity: ModelIdentity) -> None:
@@ -52,6 +57,8 @@ class StateSaver:
         self._wake = threading.Event()
         self._refusal = ""
         self._attempt = Stopwatch()
+        self._lock: ProcessLock | None = None
+        self._hold_at_start()
         sweep_unfinished(path)
         self._thread = threading.Thread(target=self._run, name="ep_rebalance state", daemon=True)
         self._thread.start()
@@ -82,6 +89,7 @@ class StateSaver:
         """Returns whether the state is saved."""
         try:
             with self._attempt:
+                self._hold()
                 save_state(self._path, self._state(due))
         except BaseException as error:  # a thread that ends would save nothing any more
             self._note_refusal(error)
@@ -90,6 +98,23 @@ class StateSaver:
             logger.warning("ep_rebalance: the state is saved again, in %s", self._path)
         self.saved, self._refusal = time.time(), ""
         return True
+
+    def _hold_at_start(self) -> None:
+        try:
+            self._hold()
+        except TakenError as error:
+            raise ConfigurationError(
+                f"{error}, and each would overwrite what the other one saved.",
+                "name a file of its own in state.path for each server, or end the other one.",
+            ) from None
+        except OSError:
+            pass  # a disk that refuses is told when there is something to save
+
+    def _hold(self) -> None:
+        """Hold the lock of the state file. Raises OSError if that is not possible."""
+        if self._lock is None:
+            self._lock = state_lock(self._path)
+        self._lock.renew()
 
     def _note_refusal(self, error: BaseException) -> None:
         before, self._refusal = self._refusal, str(error) or type(error).__name__

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.load.unfinished import sweep, unfinished
 from ep_rebalance.placement import Placement, PlacementError
+from ep_rebalance.process_lock import ProcessLock
 from ep_rebalance.regular_files import REGULAR, kind_of, read_regular
 
 FORMAT = "ep-rebalance-state"
@@ -95,6 +96,14 @@ def save_state(path: Path, state: SavedState) -> None:
         os.fsync(file.fileno())
         os.replace(temporary, target)
     _sync_folder(target.parent)
+
+
+def state_lock(path: Path) -> ProcessLock:
+    """Of the process that saves to `path`. Raises as `ProcessLock` does."""
+    target = _target(path)
+    return ProcessLock(
+        target.with_name(f".{target.name}.lock"), f"saves its state in {str(path)!r}"
+    )
 
 
 def sweep_unfinished(path: Path) -> None:

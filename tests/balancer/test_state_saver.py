@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import run, until
+from disks import run, running, until
 from saved_states import IDENTITY, STATE, saved_generation
 
 from ep_rebalance.balancer import state_saver
 from ep_rebalance.balancer.state_saver import StateSaver
+from ep_rebalance.config import ConfigurationError
 from ep_rebalance.load.state import load_state, save_state
 from ep_rebalance.load.window import LoadSample
 from ep_rebalance.migration.served import Served
@@ -82,7 +83,8 @@ subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
 (folder / "filling").unlink()
 until(lambda: not saver.fault)
 assert saved_generation(path) == 8
-assert [p.name for p in folder.iterdir()] == ["state.npz"], list(folder.iterdir())
+names = sorted(p.name for p in folder.iterdir())
+assert names == [".state.npz.lock", "state.npz"], names
 print("done")
 """
 
@@ -149,3 +151,40 @@ def test_what_a_killed_server_left_is_swept_at_start(tmp_path: Path):
     left.chmod(0o600)
     StateSaver(tmp_path / "state.npz", IDENTITY)
     assert not left.exists()
+
+
+SAVES = """
+import sys, time
+from pathlib import Path
+from test_state_saver import *
+saver = StateSaver(Path(sys.argv[1]), IDENTITY)
+saver.save(SERVED, SAMPLES)
+until(lambda: saver.saved)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_server_with_the_same_file_is_refused(tmp_path: Path):
+    path = tmp_path / "state.npz"
+    link = tmp_path / "link.npz"
+    link.symlink_to(path)
+    with running(SAVES, path) as first:
+        with pytest.raises(ConfigurationError) as refused:
+            StateSaver(link, IDENTITY)
+        for text in (f"process {first.pid} on ", str(link), "state.path"):
+            assert text in str(refused.value)
+    StateSaver(path, IDENTITY)
+
+
+def test_what_another_server_saves_to_meanwhile_is_left_to_it(tmp_path: Path, impatient: None):
+    """The folder was away when the server started, and another server was quicker when it came back."""
+    path = tmp_path / "folder" / "state.npz"
+    saver = StateSaver(path, IDENTITY)
+    path.parent.mkdir()
+    with running(SAVES, path) as other:
+        saver.save(generation(8), SAMPLES)
+        until(lambda: f"process {other.pid} on " in saver.fault)
+        assert saved_generation(path) == SERVED.generation
+    until(lambda: not saver.fault)
+    assert saved_generation(path) == 8

@@ -1,7 +1,7 @@
 """Trace: recorded load on disk, for replays."""
 
 from ep_rebalance.load.trace.error import TraceError
-from ep_rebalance.load.trace.folder import FolderLock, FolderTakenError, check_folder
+from ep_rebalance.load.trace.folder import check_folder, folder_lock
 from ep_rebalance.load.trace.names import SUFFIX
 from ep_rebalance.load.trace.reader import TraceReader, check_same_load, read_records
 from ep_rebalance.load.trace.records import (
@@ -15,8 +15,6 @@ from ep_rebalance.load.trace.writer import TraceWriter
 
 __all__ = [
     "SUFFIX",
-    "FolderLock",
-    "FolderTakenError",
     "MigrationEnd",
     "Record",
     "RecordedPlacement",
@@ -27,5 +25,6 @@ __all__ = [
     "TraceWriter",
     "check_folder",
     "check_same_load",
+    "folder_lock",
     "read_records",
 ]

@@ -14,12 +14,12 @@ from typing import IO
 
 import msgspec
 
-from ep_rebalance.load.trace.folder import FolderLock
 from ep_rebalance.load.trace.head import MAGIC, encode_head
 from ep_rebalance.load.trace.layout import Layout, encode_record
 from ep_rebalance.load.trace.names import SUFFIX, file_name, number_of
 from ep_rebalance.load.trace.records import FORMAT_VERSION, Record, RecordedPlacement, TraceHead
 from ep_rebalance.load.unfinished import sweep, unfinished
+from ep_rebalance.process_lock import ProcessLock
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class TraceWriter:
         *,
         max_file_bytes: int = 256 << 20,
         max_bytes: int = 1 << 30,
-        lock: FolderLock | None = None,
+        lock: ProcessLock | None = None,
     ) -> None:
         self.lost = 0
         self._folder, self._name = folder, name
