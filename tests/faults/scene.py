@@ -232,12 +232,13 @@ class Scene:
     def wait_until(
         self, done: Callable[[dict[str, Any]], bool], seconds: float = MOMENT_SECONDS
     ) -> dict[str, Any]:
-        """The first status of which this holds."""
-        end, status = now() + seconds, {}
+        """The first status of which this holds; the seconds begin when the server has started."""
+        server, status = self.server, {}
+        end = now() + seconds
         while now() < end:
-            self.server.process.check_alive()
+            server.process.check_alive()
             with suppress(httpx.HTTPError):
-                status = self.server.status()
+                status = server.status()
                 if done(status):
                     return status
         raise AssertionError(f"not in {seconds:g} s; status {status}")
