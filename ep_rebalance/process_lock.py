@@ -15,7 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class TakenError(OSError):
-    """Another process holds the lock."""
+    """Another holder has the lock.
+
+    by_this_process: whether it is one of this process, such as what is left of an engine that was replaced.
+    """
+
+    def __init__(self, holder: str, doing: str) -> None:
+        super().__init__(f"{holder} {doing} already")
+        self.by_this_process = holder == _this_process()
 
 
 class ProcessLock:
@@ -23,7 +30,7 @@ class ProcessLock:
 
     path: of the lock file. doing: what its holder does, after "process 7 on host ", for whoever is refused.
 
-    Raises TakenError if another process holds it, OSError if the file cannot be made.
+    Raises TakenError if it is held already, OSError if the file cannot be made.
     """
 
     def __init__(self, path: Path, doing: str) -> None:
@@ -59,7 +66,7 @@ class ProcessLock:
         except BlockingIOError:
             holder = os.read(handle, 256).decode(errors="replace").strip() or "another process"
             os.close(handle)
-            raise TakenError(f"{holder} {self._doing} already") from None
+            raise TakenError(holder, self._doing) from None
         except OSError as error:
             logger.warning(
                 "ep_rebalance: %s cannot be locked (%s): see to it that no other process %s",
@@ -83,9 +90,13 @@ class ProcessLock:
         with contextlib.suppress(OSError):
             handle = os.open(self._path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                os.write(handle, f"{_this_process()}\n".encode())
             finally:
                 os.close(handle)
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _release(lock: weakref.ref[ProcessLock]) -> None:

@@ -112,9 +112,13 @@ class StateSaver:
 
     def _hold(self) -> None:
         """Hold the lock of the state file. Raises OSError if that is not possible."""
-        if self._lock is None:
-            self._lock = state_lock(self._path)
-        self._lock.renew()
+        try:
+            if self._lock is None:
+                self._lock = state_lock(self._path)
+            self._lock.renew()
+        except TakenError as error:
+            if not error.by_this_process:  # an engine that this one replaces saves nothing any more
+                raise
 
     def _note_refusal(self, error: BaseException) -> None:
         before, self._refusal = self._refusal, str(error) or type(error).__name__

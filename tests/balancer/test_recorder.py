@@ -266,7 +266,8 @@ def test_a_second_recorder_is_refused_until_the_first_ones_process_is_killed(
 
 
 def test_a_child_of_the_recorders_process_does_not_keep_the_folder(tmp_path: Path) -> None:
-    program = HOLDER.replace("print(", "import os\nos.fork() or time.sleep(600)\nprint(")
+    # The child says "ready", so that what it does after a fork is done.
+    program = HOLDER.replace("print(", "import os\nos.fork() and time.sleep(600)\nprint(")
     with running(program, tmp_path) as process:
         (child,) = psutil.Process(process.pid).children()
         process.kill()

@@ -188,3 +188,12 @@ def test_what_another_server_saves_to_meanwhile_is_left_to_it(tmp_path: Path, im
         assert saved_generation(path) == SERVED.generation
     until(lambda: not saver.fault)
     assert saved_generation(path) == 8
+
+
+def test_an_engine_that_replaces_another_one_in_its_process_saves(tmp_path: Path):
+    path = tmp_path / "state.npz"
+    for number in (7, 8):
+        saver = StateSaver(path, IDENTITY)
+        saver.save(generation(number), SAMPLES)
+        until(lambda saver=saver: saver.saved)
+        assert saved_generation(path) == number
