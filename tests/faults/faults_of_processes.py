@@ -25,7 +25,12 @@ ENDS_WITH_ITS_CONTAINER = (
     "vLLM leaves engines and workers behind, with the plugin or without; when the container is gone, the "
     "state can be read"
 )
-CONTAINER_SECONDS = 5.0
+STANDS_STILL = (
+    "nobody wakes an engine that has nothing to do, so that requests may wait for ever, with the plugin or "
+    "without; the server ends when it is asked to, no process is left, the state can be read"
+)
+LATER_SECONDS = 5.0
+PROMISES = {"vllm serve": ENDS_WITH_ITS_CONTAINER, "DPCoordinator": STANDS_STILL}
 ENDS_WHEN_ASKED = (
     "the server ends when its clients have hung up, no process is left, the state can be read"
 )
@@ -40,15 +45,18 @@ def _killing(name: str, moment: str) -> None:
             spread(seed, 0.3)
             family = scene.server.process.family()
             victim.kill()
+            if promise != ENDS:
+                time.sleep(LATER_SECONDS)
             if promise == ENDS_WITH_ITS_CONTAINER:
-                time.sleep(CONTAINER_SECONDS)
                 for left in family - {victim}:
                     left.kill()
-            took = scene.ended()
+            elif promise == STANDS_STILL:
+                scene.process("vllm serve").terminate()
+            took = scene.ended(hang_up=promise == STANDS_STILL)
         assert_readable(scene)
         return f"gone after {took:.1f} s"
 
-    promise = ENDS_WITH_ITS_CONTAINER if name == "vllm serve" else ENDS
+    promise = PROMISES.get(name, ENDS)
     layout = DATA_PARALLEL if name in DATA_PARALLEL.processes else TENSOR_PARALLEL
     when = {
         "before": "while no experts move",
