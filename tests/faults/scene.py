@@ -34,6 +34,7 @@ CLIENTS = 4
 READ_SECONDS = 0.5
 MOMENT_SECONDS = 60.0
 END_SECONDS = 60.0
+REFUSED_SECONDS = 180.0
 FAULTS_ON_DEMAND = PLUGINS / "faults_on_demand"
 DEMANDS = "FAULTS_ON_DEMAND"
 
@@ -166,6 +167,20 @@ class Scene:
             enter=enter,
         )
         return process, port
+
+    def refused(self, *, enter: Sequence[str] = ()) -> str:
+        """What a server says that does not come up. Raises AssertionError if it does.
+
+        enter: a command that it runs below.
+        """
+        self.life += 1  # for a log of its own
+        log, (process, _) = self.log, self.launched(enter=enter)
+        self.life -= 1
+        try:
+            assert process.wait(REFUSED_SECONDS) != 0
+        finally:
+            process.stop()
+        return log.read_text(errors="replace")
 
     def stop(self) -> None:
         """The traffic, and the server."""
