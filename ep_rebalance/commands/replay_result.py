@@ -209,9 +209,13 @@ def _best(result: dict[str, Any]) -> str:
 
 
 def _stalls(result: dict[str, Any]) -> str:
-    """How long policies that moved experts stood still for them, which the step times leave out."""
+    """How long policies that moved experts stood still for them, which the step times leave out. If the size
+    of an expert is not known, neither is that.
+    """
     stalls = [
-        f"{row['policy']} {row['stall_seconds']:.3g} s" for row in result["rows"] if row["commits"]
+        f"{row['policy']} {row['ep_size']}+{row['redundant_experts']} {row['stall_seconds']:.3g} s"
+        for row in result["rows"]
+        if row["commits"] and row["redundant_bytes"] is not None
     ]
     return f" Standing still for experts on their way: {', '.join(stalls)}." if stalls else ""
 

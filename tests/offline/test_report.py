@@ -27,10 +27,11 @@ from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot,
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.offline.balancing import PlanMade
 from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
-from ep_rebalance.offline.report import verdicts, write_report
+from ep_rebalance.offline.report import write_report
 from ep_rebalance.offline.report.figures import MAX_POINTS
 from ep_rebalance.offline.report.markup import MAX_COMMITS
 from ep_rebalance.offline.report.sentences import reading_hints
+from ep_rebalance.offline.report.verdict import verdicts
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
@@ -180,9 +181,10 @@ def test_every_scenario_has_a_row(replayed: list[Replayed], report: Path) -> Non
     rows = Page(written(report)).text["tr"]
     for one in replayed:
         scenario = one.scenario
+        redundant = scenario.config.planner.redundant_experts
+        memory = "3.0 kB" if redundant else "0 bytes"
         begin = (
-            f"{scenario.policy}{scenario.topology.num_ranks}"
-            f"{scenario.config.planner.redundant_experts}{one.mean_imbalance:.3f}"
+            f"{scenario.policy}{scenario.topology.num_ranks}{redundant}{memory}{one.mean_imbalance:.3f}"
             f"{one.mean_balancedness:.3f}{1e3 * one.mean_step_seconds:.2f}"
         )
         assert len([row for row in rows if row.startswith(begin)]) == 1
@@ -192,7 +194,7 @@ def test_every_chart_has_a_place_and_a_description(report: Path) -> None:
     page = written(report)
     places = re.findall(r'class="chart" id="([^"]+)" role="img" aria-label="[^"]{20,}"', page)
     assert sorted(places) == sorted(figures_of(page))
-    assert len(places) == 5 * len(SIZES)
+    assert len(places) == 5 * len(SIZES) + 2  # and both frontiers
 
 
 def test_the_verdict_is_of_the_same_size_and_in_the_right_numbers(
@@ -208,6 +210,7 @@ def test_the_verdict_is_of_the_same_size_and_in_the_right_numbers(
         )
         moved = sum(plan.moved for plan in ours.plans)
         assert f"saved {saved:.1f}\xa0% of the step time" in sentence
+        assert re.search(r"\(give or take \d\.\d\xa0%\)", sentence)
         assert f"moved {moved} experts ({moved}.0 kB)" in sentence
         assert sentence.endswith(f"knowing the future would have saved {possible:.1f}\xa0%.")
 
@@ -248,7 +251,7 @@ def test_a_loss_is_called_one(replayed: list[Replayed]) -> None:
     slower = replace(ours, seconds_N=1.02 * none.seconds_N, plans=())
     assert verdicts(HEAD, [slower, none]) == [
         "Rebalancing would have added 2.0\xa0% to the step time against the contiguous placement and "
-        "moved no expert."
+        "moved no expert; 4 redundant experts take 3.0 kB on each rank."
     ]
 
 

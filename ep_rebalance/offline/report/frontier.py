@@ -1,8 +1,8 @@
 """Frontier: of the replays at all sizes, those to choose from.
 
-A replay is on a frontier if no other one on as many ranks is better in one of its two figures and at least as
-good in the other. Balance has two prices: the bytes that are moved, and the memory of redundant experts. Fewer
-ranks are always more even, so replays on other numbers of ranks are not compared.
+A replay is on a frontier if no other one on as many ranks is better in one of its two figures and at least
+as good in the other. Balance has two prices: the bytes that are moved, and the memory of redundant experts.
+Fewer ranks are more even anyway, so that replays on other numbers of ranks are not compared.
 """
 
 from __future__ import annotations
