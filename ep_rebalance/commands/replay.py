@@ -109,13 +109,14 @@ _FailBelowGain = Annotated[
 _Compare = Annotated[
     tuple[Path, Path] | None,
     typer.Option(
+        "--compare",
         metavar="A.json B.json",
         help="Replay nothing, but compare two results of earlier replays, written with --format json: rows "
         "with the same policy, EP size and redundant experts. Takes no trace, and of the other options only "
         "--format and --output.",
     ),
 ]
-_WITH_COMPARE = {"compare_", "format_", "output"}
+_WITH_COMPARE = {"compare_files", "format_", "output"}
 
 
 def run_replay(
@@ -136,7 +137,7 @@ def run_replay(
     jobs: _Jobs = None,
     fail_below_gain: _FailBelowGain = None,
     quiet: Quiet = False,
-    compare_: _Compare = None,
+    compare_files: _Compare = None,
 ) -> None:
     """Replay recorded load against placement policies: would rebalancing help, and at what cost?
 
@@ -145,9 +146,9 @@ def run_replay(
       ep-rebalance replay FOLDER --policy ours --policy vllm --policy none --report report.html
     """
     with explained():
-        if compare_ is not None:
+        if compare_files is not None:
             _refuse_others(context)
-            write(compare(*map(read_result, compare_)), format_, output)
+            write(compare(*map(read_result, compare_files)), format_, output)
             return
         if not traces:
             raise ValueError("name a trace, or a folder of traces")

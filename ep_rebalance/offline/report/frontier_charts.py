@@ -93,6 +93,7 @@ def _markers(found: Sequence[Point], best: Sequence[Point], policy: str) -> dict
     return {
         "type": "scatter",
         "mode": "markers",
+        "cliponaxis": False,  # many cost nothing, and sit on the axis
         "name": policy,
         "meta": {"policy": policy},
         "x": [point.price for point in own],
