@@ -20,11 +20,10 @@ pytestmark = pytest.mark.usefixtures("compiled_planner")
 
 def run(source: str, names: dict[str, Any]) -> Any:
     """Run a cell as Jupyter does. Returns the value of an expression at its end."""
-    tree = ast.parse(source)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "cell", "exec"), names)
-    if last is None:
-        return None
+    *before, last = ast.parse(source).body
+    if not isinstance(last, ast.Expr):
+        before, last = [*before, last], ast.Expr(ast.Constant(None))
+    exec(compile(ast.Module(before, type_ignores=[]), "cell", "exec"), names)
     return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 
 

@@ -8,9 +8,11 @@ def nothing_to_gain(experts: int, ranks: int, redundant: int) -> str:
 
     redundant: slots of a layer beyond one for each expert, on all ranks together.
     """
-    slots = (experts + redundant) // ranks
+    slots, rest = divmod(experts + redundant, ranks)
     if ranks == 1:
         return "one rank computes everything"
+    if rest:  # some ranks have a slot more
+        return ""
     if slots == experts:
         return "every rank holds every expert"
     if slots == 1 and not redundant:

@@ -28,14 +28,13 @@ OTHERS = [(2, 0), (4, 0), (8, 8), (4, 4), (2, 2)]
 def shuffled(ranks: int, redundant: int, random: np.random.Generator) -> Placement:
     """Any placement of these sizes, with each expert at most once on a rank."""
     slots = (EXPERTS + redundant) // ranks
+    if slots == EXPERTS:
+        rows = [random.permutation(EXPERTS) for _ in range(ranks)]
+        return Placement(np.concatenate(rows)[None], EXPERTS, ranks)
     while True:
         experts_P = random.permutation(np.arange(EXPERTS + redundant) % EXPERTS)
-        rows = experts_P.reshape(ranks, slots)
-        if all(len(set(row)) == slots for row in rows.tolist()):
+        if all(len(set(held)) == slots for held in experts_P.reshape(ranks, slots).tolist()):
             return Placement(experts_P[None], EXPERTS, ranks)
-        if slots == EXPERTS:
-            rows = [random.permutation(EXPERTS) for _ in range(ranks)]
-            return Placement(np.concatenate(rows)[None], EXPERTS, ranks)
 
 
 def spread(ranks: int, redundant: int) -> float:
@@ -58,6 +57,10 @@ def test_all_placements_of_a_fixed_layout_are_equally_even(ranks: int, redundant
 def test_in_other_layouts_it_matters_where_experts_sit(ranks: int, redundant: int) -> None:
     assert nothing_to_gain(EXPERTS, ranks, redundant) == ""
     assert spread(ranks, redundant) > 0.05
+
+
+def test_ranks_with_unequally_many_slots_are_not_taken_for_those_with_one_each() -> None:
+    assert nothing_to_gain(EXPERTS + 1, EXPERTS, 0) == ""
 
 
 def planned(problem: Problem) -> Placement:

@@ -29,8 +29,11 @@ from ep_rebalance.offline.balancing import PlanMade
 from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
 from ep_rebalance.offline.report import write_report
 from ep_rebalance.offline.report.figures import MAX_POINTS
+from ep_rebalance.offline.report.frontier import PRICE_TITLES, best_for
 from ep_rebalance.offline.report.markup import MAX_COMMITS
+from ep_rebalance.offline.report.next_step import next_step
 from ep_rebalance.offline.report.sentences import reading_hints
+from ep_rebalance.offline.report.sizes import by_size
 from ep_rebalance.offline.report.verdict import verdicts
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
@@ -244,6 +247,47 @@ def test_any_policies_will_do(
     assert re.match(sentence, verdicts(HEAD, results)[0])
     page = page_of(results, tmp_path)
     assert len(re.findall('class="chart"', page)) == len(figures_of(page))
+
+
+def test_the_page_begins_with_the_verdict_and_what_to_do(
+    replayed: list[Replayed], report: Path
+) -> None:
+    page = Page(written(report))
+    sentences = [*verdicts(HEAD, replayed), next_step(HEAD, replayed).text.replace("`", "")]
+    assert page.text["p"][1 : 1 + len(sentences)] == sentences
+    assert page.text["pre"] == [next_step(HEAD, replayed).command]
+    assert "--ep-rebalance-config.planner.redundant_experts 4" in page.text["pre"][0]
+
+
+def test_the_best_of_all_sizes_are_filled_in_both_charts_and_named_in_the_table(
+    replayed: list[Replayed], report: Path
+) -> None:
+    best = best_for(by_size(HEAD, replayed))
+    page = written(report)
+    for price, title in PRICE_TITLES.items():
+        expected = sorted(
+            (one.scenario.policy, round(one.mean_balancedness, 3))
+            for one, prices in best.items()
+            if price in prices
+        )
+        drawn = [
+            (trace["name"], round(y, 3))
+            for trace in figures_of(page)[f"frontier-{price}"]["data"]
+            if trace["mode"] == "markers"
+            for y, symbol in zip(trace["y"], trace["marker"]["symbol"], strict=True)
+            if symbol == "circle"
+        ]
+        assert sorted(drawn) == expected
+        assert expected
+        assert "hindsight" not in dict(expected)
+        rows = [row for row in Page(page).text["tr"] if title in row]
+        assert len(rows) == len(expected)
+
+
+def test_one_size_has_no_frontier(replayed: list[Replayed], tmp_path: Path) -> None:
+    page = page_of(replayed[:4], tmp_path)
+    assert 'class="frontier"' not in page
+    assert not any(name.startswith("frontier") for name in figures_of(page))
 
 
 def test_a_loss_is_called_one(replayed: list[Replayed]) -> None:
