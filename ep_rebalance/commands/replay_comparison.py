@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from rich.filesize import decimal
@@ -26,19 +26,23 @@ _UNKNOWN = "not told"
 """For what an earlier version did not write."""
 
 
+_Figure = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
 class _Row(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
-    ep_size: int
-    redundant_experts: int
-    imbalance: float
-    balancedness: float
-    step_seconds: float
-    step_time_saved: float | None
-    step_time_saved_error: float | None = None
-    plans: dict[str, int]
-    experts_moved: int
-    bytes_moved: int
-    stall_seconds: float = 0.0
+    ep_size: _Count
+    redundant_experts: _Count
+    imbalance: _Figure
+    balancedness: _Figure
+    step_seconds: _Figure
+    step_time_saved: _Figure | None
+    step_time_saved_error: _Figure | None = None
+    plans: dict[str, _Count]
+    experts_moved: _Count
+    bytes_moved: _Count
+    stall_seconds: _Figure = 0.0
     eplb: dict[str, Any] = {}
 
     @property
@@ -74,10 +78,14 @@ class _Result(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """A result in a file."""
+    """A result in a file.
+
+    circumstances: what it was made of, by dotted key.
+    """
 
     path: Path
-    result: _Result
+    rows: Sequence[_Row]
+    circumstances: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +136,9 @@ def read_result(path: Path) -> Earlier:
             f"{SCHEMA_VERSION}: replay the trace again"
         )
     try:
-        return Earlier(path, msgspec.convert(found, _Result))
-    except msgspec.ValidationError as error:
+        result = msgspec.convert(found, _Result)
+        return Earlier(path, result.rows, result.circumstances())
+    except (msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"{no_result}: {error}") from None
 
 
@@ -138,7 +147,7 @@ def compare(first: Earlier, second: Earlier) -> Shown:
 
     Raises ValueError if no row of one has a partner in the other.
     """
-    rows = [{one.key: one for one in earlier.result.rows} for earlier in (first, second)]
+    rows = [{one.key: one for one in earlier.rows} for earlier in (first, second)]
     keys = [key for key in rows[0] if key in rows[1]]
     alone = [[_name(key) for key in mine if key not in keys] for mine in rows]
     if not keys:
@@ -147,7 +156,7 @@ def compare(first: Earlier, second: Earlier) -> Shown:
             f"{first.path} has {', '.join(alone[0]) or 'no rows'}; {second.path} has "
             f"{', '.join(alone[1]) or 'no rows'}"
         )
-    differing = _differing(first.result.circumstances(), second.result.circumstances())
+    differing = _differing(first.circumstances, second.circumstances)
     pairs = [(rows[0][key], rows[1][key]) for key in keys]
     compared = [_compared(*pair) for pair in pairs]
     result = {
