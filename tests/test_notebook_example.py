@@ -20,9 +20,11 @@ pytestmark = pytest.mark.usefixtures("compiled_planner")
 
 def run(source: str, names: dict[str, Any]) -> Any:
     """Run a cell as Jupyter does. Returns the value of an expression at its end."""
-    *before, last = ast.parse(source).body
+    tree = ast.parse(source)
+    *before, last = tree.body
     if not isinstance(last, ast.Expr):
-        before, last = [*before, last], ast.Expr(ast.Constant(None))
+        exec(compile(tree, "cell", "exec"), names)
+        return None
     exec(compile(ast.Module(before, type_ignores=[]), "cell", "exec"), names)
     return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 

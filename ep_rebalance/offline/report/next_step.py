@@ -64,7 +64,8 @@ def next_step(head: TraceHead, replayed: Sequence[Replayed]) -> NextStep:
     best = _best(options)
     if best is None:
         return NextStep(text=_why_not(max(options, key=lambda option: option.gain.saved)) + more)
-    if any(option.size.redundant > best.size.redundant for option in options):
+    larger = [option.one for option in options if option.size.redundant > best.size.redundant]
+    if larger and not any(Gain.of(one, best.one).sure for one in larger):
         more = f" More redundant experts are not surely faster.{more}"
     return _switch_on(head, best, more)
 
