@@ -1,7 +1,7 @@
 """Expert-parallel load balancer for vLLM.
 
-`Placement`, `plan` and `replay` are for notebooks; a server needs none of them, so that they are loaded
-when they are asked for.
+`Placement`, `plan`, `recorded_tokens` and `replay` are for notebooks; a server needs none of them, so that
+they are loaded when they are asked for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ep_rebalance.version import __version__
 
 if TYPE_CHECKING:
-    from ep_rebalance.offline.notebook import Placement, plan, replay
+    from ep_rebalance.offline.notebook import Placement, plan, recorded_tokens, replay
 
-__all__ = ["Placement", "__version__", "plan", "replay"]
+__all__ = ["Placement", "__version__", "plan", "recorded_tokens", "replay"]
 
 
 def __getattr__(name: str) -> Any:

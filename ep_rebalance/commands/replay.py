@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,10 @@ import typer
 from rich.console import Console
 
 from ep_rebalance.commands.choices import one_of
-from ep_rebalance.commands.options import Quiet, RanksPerNode, Traces
-from ep_rebalance.commands.replay_result import Format, as_json, check_gain, write
+from ep_rebalance.commands.options import Quiet, RanksPerNode
+from ep_rebalance.commands.output import Format, write
+from ep_rebalance.commands.replay_comparison import compare, read_result
+from ep_rebalance.commands.replay_result import as_json, check_gain, shown
 from ep_rebalance.commands.scenarios import assignment, explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.load.trace import read_records
@@ -21,13 +22,17 @@ from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report import check_report, write_report
 from ep_rebalance.offline.scenarios import open_traces, scenario
-from ep_rebalance.offline.step_time import hardware_names
+from ep_rebalance.offline.step_time import hardware_names, load_hardware
 from ep_rebalance.planning.expert_time import ExpertTime
 
 _POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_POLICIES.values())
 _DEFAULT_POLICIES = ("ours", "none", "hindsight")
 
 
+_Traces = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Trace files (*.eptrace), or folders of them.", show_default=False),
+]
 _Policies = Annotated[
     list[str] | None,
     typer.Option(
@@ -81,7 +86,14 @@ _ExpertTimeFraction = Annotated[
         show_default="decision.expert_time_fraction; auto: learned from the trace",
     ),
 ]
-_Format = Annotated[Format | None, typer.Option("--format", show_default="table, json if piped")]
+_Format = Annotated[
+    Format | None,
+    typer.Option(
+        "--format",
+        help="How to print the result. A terminal gets a table, a pipe or a file JSON, unless you choose.",
+        show_default="table, json if piped",
+    ),
+]
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write there, not to stdout.")]
 _Report = Annotated[
     Path | None, typer.Option(help="Also write an HTML page with charts to this file.")
@@ -94,10 +106,22 @@ _FailBelowGain = Annotated[
     float | None,
     typer.Option(help="Exit with 1 if `ours` saves less than this fraction of the step time."),
 ]
+_Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(
+        "--compare",
+        metavar="A.json B.json",
+        help="Replay nothing, but compare two results of earlier replays, written with --format json: rows "
+        "with the same policy, EP size and redundant experts. Takes no trace, and of the other options only "
+        "--format and --output.",
+    ),
+]
+_WITH_COMPARE = {"compare_files", "format_", "output"}
 
 
 def run_replay(
-    traces: Traces,
+    context: typer.Context,
+    traces: _Traces = None,
     policy: _Policies = None,
     ep_size: _EpSizes = None,
     redundant: _Redundant = None,
@@ -113,6 +137,7 @@ def run_replay(
     jobs: _Jobs = None,
     fail_below_gain: _FailBelowGain = None,
     quiet: Quiet = False,
+    compare_files: _Compare = None,
 ) -> None:
     """Replay recorded load against placement policies: would rebalancing help, and at what cost?
 
@@ -121,6 +146,12 @@ def run_replay(
       ep-rebalance replay FOLDER --policy ours --policy vllm --policy none --report report.html
     """
     with explained():
+        if compare_files is not None:
+            _refuse_others(context)
+            write(compare(*map(read_result, compare_files)), format_, output)
+            return
+        if not traces:
+            raise ValueError("name a trace, or a folder of traces")
         if report is not None:
             check_report(report)  # now, rather than after minutes of replaying
         readers = open_traces(traces)
@@ -146,11 +177,35 @@ def run_replay(
             )
         ]  # fmt: skip
         replayed = replay_all(readers, scenarios, jobs=jobs, quiet=quiet)
-    result = as_json(readers, settings, waiting, replayed)
-    write(result, format_ or (Format.TABLE if sys.stdout.isatty() else Format.JSON), output)
+    result = as_json(
+        readers,
+        settings,
+        waiting,
+        replayed,
+        hardware=_figures(hardware),
+        ranks_per_node=ranks_per_node,
+    )
+    write(shown(result), format_, output)
     if report is not None:
         with explained():
             write_report(report, head, replayed)
         Console(stderr=True).print(f"Report: {report}")
     if fail_below_gain is not None:
         check_gain(result, fail_below_gain)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raises ValueError for a trace or an option that a comparison does not look at."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    if others := sorted(given - _WITH_COMPARE):
+        names = ", ".join(name.strip("_").replace("_", "-") for name in others)
+        raise ValueError(f"--compare replays nothing and takes no {names}")
+
+
+def _figures(hardware: str | None) -> dict[str, object] | None:
+    """What steps are modelled on, if they are."""
+    if hardware is None:
+        return None
+    name, figures = load_hardware(hardware)
+    return {"name": name, **figures.model_dump()}

@@ -1,40 +1,30 @@
-"""What `ep-rebalance replay` shows: one JSON-ready result, as a table, JSON or CSV."""
+"""What `ep-rebalance replay` shows: one JSON-ready result, and what of it fits into a table."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
+from ep_rebalance.commands.output import Shown
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load.trace import TraceReader
+from ep_rebalance.load.trace import TraceHead, TraceReader
 from ep_rebalance.offline.eplb_settings import steps_before_first
+from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.report.frontier import PRICE_TITLES, Price, best_for
+from ep_rebalance.offline.report.next_step import next_step
+from ep_rebalance.offline.report.sizes import Size, by_size
+from ep_rebalance.offline.report.verdict import verdicts
 from ep_rebalance.offline.run import Replayed
 from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.version import __version__
 
 SCHEMA_VERSION = 1
 
-
-class Format(StrEnum):
-    """Format of the output."""
-
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
+_FRONTIER_MARKS: Mapping[Price, str] = {"moved": "B", "memory": "M"}
 
 
 def as_json(
@@ -42,22 +32,31 @@ def as_json(
     settings: RebalanceConfig,
     expert_time: ExpertTime,
     replayed: Sequence[Replayed],
+    *,
+    hardware: dict[str, Any] | None = None,
+    ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
     """Everything that is shown, JSON-ready; the table and the CSV contain parts of it.
 
     expert_time: what of a recorded step is taken to wait for experts.
+    hardware: name and figures of the accelerator that steps are modelled on; None if they are not.
+    ranks_per_node: as asked for; None if as recorded.
     """
-    head = readers[0].head
-    baseline = {
-        (r.scenario.topology.num_ranks, r.scenario.config.planner.redundant_experts): r
-        for r in replayed
-        if r.scenario.policy == "none"
-    }
+    head = completed(readers[0].head)
+    sizes = by_size(head, replayed)
+    size_of = {one: size for size in sizes for one in size.results}
+    best, following = best_for(sizes), next_step(head, replayed)
     return {
         "schema_version": SCHEMA_VERSION,
         "plugin_version": __version__,
+        "verdict": {
+            "sentences": [_plain(sentence) for sentence in verdicts(head, replayed)],
+            "next": _plain(following.text),
+            "command": following.command,
+        },
         "trace": {
             "files": [str(reader.path) for reader in readers],
+            "started": head.started,
             "model": head.model,
             "origin": head.origin or "recorded",
             "layers": head.layers,
@@ -68,33 +67,39 @@ def as_json(
             "steps": int(replayed[0].steps_N.sum()),
         },
         "config": settings.as_dict(),
+        "hardware": hardware,
+        "ranks_per_node": ranks_per_node,
         "expert_time": asdict(expert_time),
-        "rows": [_row(one, baseline, head.layer_numbers) for one in replayed],
+        "frontier": {
+            price: [number for number, one in enumerate(replayed) if price in best[one]]
+            for price in PRICE_TITLES
+        },
+        "rows": [_row(head, size_of[one], one) for one in replayed],
     }
 
 
-def _row(
-    one: Replayed, baseline: dict[tuple[int, int], Replayed], moe_layers: list[int]
-) -> dict[str, Any]:
-    scenario = one.scenario
-    size = (scenario.topology.num_ranks, scenario.config.planner.redundant_experts)
-    gain = None
-    if size in baseline:
-        gain = 1.0 - one.mean_step_seconds / baseline[size].mean_step_seconds
+def _plain(sentence: str) -> str:
+    return sentence.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _row(head: TraceHead, size: Size, one: Replayed) -> dict[str, Any]:
+    scenario, gain = one.scenario, size.gain(one)
     outcomes: dict[str, int] = {}
     for plan in one.plans:
         outcomes[plan.outcome] = outcomes.get(plan.outcome, 0) + 1
     return {
         "policy": scenario.policy,
-        "ep_size": size[0],
-        "redundant_experts": size[1],
+        "ep_size": size.ranks,
+        "redundant_experts": size.redundant,
+        "redundant_bytes": size.redundant_bytes,
         "eplb": scenario.eplb.settings.model_dump() if scenario.eplb else {},
         "imbalance": one.mean_imbalance,
         "balancedness": one.mean_balancedness,
         "home_share": one.home_share,
         "node_share": one.node_share,
         "step_seconds": one.mean_step_seconds,
-        "step_time_saved": gain,
+        "step_time_saved": gain.saved if gain else None,
+        "step_time_saved_error": gain.error if gain else None,
         "plans": outcomes,
         "experts_moved": one.moved,
         "bytes_moved": one.moved_bytes,
@@ -108,7 +113,7 @@ def _row(
                 "served_at": plan.served_at,
                 "experts_moved": plan.moved,
                 "bytes": plan.bytes,
-                "layers": [moe_layers[layer] for layer in plan.layers],
+                "layers": [head.layer_numbers[layer] for layer in plan.layers],
                 "stall_seconds": plan.stall_seconds,
                 "serial_transfers": plan.serial_transfers,
                 "predicted_gain": plan.predicted_gain,
@@ -119,24 +124,66 @@ def _row(
     }
 
 
-def write(result: dict[str, Any], format_: Format, output: Path | None) -> None:
-    """Write a result to a file, or to stdout if `output` is None."""
-    if format_ == Format.TABLE:
-        with open(output, "w", encoding="utf-8") if output else _stdout() as file:
-            console = Console(file=file, width=120 if output else None)
-            console.print(_table(result))
-            console.print(_caption(result), style="dim", highlight=False)
-        return
-    text = json.dumps(result, indent=2) + "\n" if format_ == Format.JSON else _csv(result)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        output.write_text(text, encoding="utf-8")
+def shown(result: dict[str, Any]) -> Shown:
+    """A result as every format shows it. The table fits into 80 columns; the rest is in the JSON."""
+    verdict, several = result["verdict"], _several_sizes(result)
+    marks = [_marks(result, number) for number in range(len(result["rows"]))]
+    cells = [_cells(row) for row in result["rows"]]
+    titles = [
+        "policy",
+        "EP",
+        "max",
+        "balance",
+        "home",
+        "node",
+        "step ms",
+        "saved",
+        "plans",
+        "bytes",
+    ]
+    return Shown(
+        result=result,
+        title="Replay",
+        sentences=[*verdict["sentences"], verdict["next"]],
+        command=verdict["command"],
+        titles=[*titles, "best"] if several else titles,
+        texts=("policy", "best"),
+        cells=[[*row, mark] for row, mark in zip(cells, marks, strict=True)] if several else cells,
+        caption=_caption(result),
+        lines=[_line(result, number) for number in range(len(result["rows"]))],
+    )
 
 
-@contextmanager
-def _stdout() -> Iterator[Any]:
-    yield sys.stdout
+def _several_sizes(result: dict[str, Any]) -> bool:
+    return len({(row["ep_size"], row["redundant_experts"]) for row in result["rows"]}) > 1
+
+
+def _marks(result: dict[str, Any], number: int) -> str:
+    best = result["frontier"]
+    return "".join(mark for price, mark in _FRONTIER_MARKS.items() if number in best[price])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    saved, plans = row["step_time_saved"], row["plans"]
+    return [
+        row["policy"],
+        f"{row['ep_size']}+{row['redundant_experts']}",
+        f"{row['imbalance']:.3f}",
+        f"{row['balancedness']:.3f}",
+        f"{row['home_share']:.0%}",
+        f"{row['node_share']:.0%}",
+        f"{1e3 * row['step_seconds']:.1f}",
+        "-" if saved is None else f"{saved:.1%}",
+        f"{plans.get('committed', 0)}/{sum(plans.values())}" if plans else "-",
+        decimal(row["bytes_moved"]) if plans and row["redundant_bytes"] is not None else "-",
+    ]
+
+
+def _line(result: dict[str, Any], number: int) -> dict[str, Any]:
+    row = result["rows"][number]
+    flat = {key: value for key, value in row.items() if not isinstance(value, list | dict)}
+    best = result["frontier"]
+    return flat | {f"best_for_{price}": int(number in best[price]) for price in best}
 
 
 def _caption(result: dict[str, Any]) -> str:
@@ -147,14 +194,28 @@ def _caption(result: dict[str, Any]) -> str:
         "balance: its inverse, mean over layers. home, node: (token, expert) pairs that stay on their rank, "
         "on their node. Every plan is scored on load that it had not seen. Plans: committed / made. "
         f"{waiting.text} of a recorded step is taken to wait for the busiest ranks' experts."
-        f"{_stalls(result)}{_too_short(result)}"
+        f"{_best(result)}{_stalls(result)}{_too_short(result)}"
+    )
+
+
+def _best(result: dict[str, Any]) -> str:
+    """What the last column means."""
+    if not _several_sizes(result):
+        return ""
+    return (
+        " best: no other row of that many ranks has better balance for as few bytes moved (B), or for as "
+        "little redundant memory on a rank (M)."
     )
 
 
 def _stalls(result: dict[str, Any]) -> str:
-    """How long policies that moved experts stood still for them, which the step times leave out."""
+    """How long policies that moved experts stood still for them, which the step times leave out. If the size
+    of an expert is not known, neither is that.
+    """
     stalls = [
-        f"{row['policy']} {row['stall_seconds']:.3g} s" for row in result["rows"] if row["commits"]
+        f"{row['policy']} {row['ep_size']}+{row['redundant_experts']} {row['stall_seconds']:.3g} s"
+        for row in result["rows"]
+        if row["commits"] and row["redundant_bytes"] is not None
     ]
     return f" Standing still for experts on their way: {', '.join(stalls)}." if stalls else ""
 
@@ -167,41 +228,6 @@ def _too_short(result: dict[str, Any]) -> str:
         if row["eplb"] and not row["plans"]
     }
     return "".join(f" {name} acts first after {steps:,} steps." for name, steps in first.items())
-
-
-def _table(result: dict[str, Any]) -> Table:
-    """What fits into 80 columns; the rest is in the JSON."""
-    table = Table(title="Replay", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("policy", "EP", "max", "balance", "home", "node", "step ms", "saved",
-                 "plans", "bytes"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
-    for row in result["rows"]:
-        saved, plans = row["step_time_saved"], row["plans"]
-        table.add_row(
-            row["policy"],
-            f"{row['ep_size']}+{row['redundant_experts']}",
-            f"{row['imbalance']:.3f}",
-            f"{row['balancedness']:.3f}",
-            f"{row['home_share']:.0%}",
-            f"{row['node_share']:.0%}",
-            f"{1e3 * row['step_seconds']:.1f}",
-            "-" if saved is None else f"{saved:.1%}",
-            f"{plans.get('committed', 0)}/{sum(plans.values())}" if plans else "-",
-            decimal(row["bytes_moved"]) if plans else "-",
-        )
-    return table
-
-
-def _csv(result: dict[str, Any]) -> str:
-    rows = [
-        {key: value for key, value in row.items() if not isinstance(value, list | dict)}
-        for row in result["rows"]
-    ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def check_gain(result: dict[str, Any], least: float) -> None:

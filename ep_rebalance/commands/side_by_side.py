@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from ep_rebalance.load.trace import TraceReader, read_records
 from ep_rebalance.offline.model_shape import completed
-from ep_rebalance.offline.run import Replayed, Scenario, replay
+from ep_rebalance.offline.run import Replayed, Scenario, plans, replay
 from ep_rebalance.planning.policies import compile_planner
 
 
@@ -49,9 +49,11 @@ def replay_all(
 
 
 def _replay(paths: list[Path], one: Scenario, advance: Callable[[], None]) -> Replayed:
-    compile_planner()
     readers = [TraceReader(path) for path in paths]
-    return replay(completed(readers[0].head), read_records(readers), one, advance)
+    head = completed(readers[0].head)
+    if plans(head, one):
+        compile_planner()
+    return replay(head, read_records(readers), one, advance)
 
 
 def _replay_in_processes(

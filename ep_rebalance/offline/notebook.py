@@ -1,4 +1,7 @@
-"""Placements and replays from a notebook: `from ep_rebalance import Placement, plan, replay`."""
+"""Placements and replays from a notebook: `from ep_rebalance import Placement, plan, replay`.
+
+examples/notebook.ipynb uses all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ep_rebalance.config_sources import load_config
-from ep_rebalance.load.trace import read_records
+from ep_rebalance.load.trace import RecordedSnapshot, TraceReader, read_records
 from ep_rebalance.load.window import WindowLoad
 from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.peers import place_anew
-from ep_rebalance.offline.run import Replayed
+from ep_rebalance.offline.run import NothingRecorded, Replayed
 from ep_rebalance.offline.run import replay as replay_records
 from ep_rebalance.offline.scenarios import open_traces, scenario
 from ep_rebalance.placement import Placement
@@ -21,7 +24,7 @@ from ep_rebalance.planning.incremental.planner import plan_incremental
 from ep_rebalance.planning.problem import Budget, Problem
 from ep_rebalance.topology import Topology
 
-__all__ = ["Placement", "plan", "replay"]
+__all__ = ["Placement", "plan", "recorded_tokens", "replay"]
 
 
 def plan(
@@ -93,8 +96,7 @@ def replay(
 
     Raises TraceError for a file that is not a trace, ValueError for impossible sizes.
     """
-    paths = [traces] if isinstance(traces, str | Path) else list(traces)
-    readers = open_traces([Path(path) for path in paths])
+    readers = _open(traces)
     head = completed(readers[0].head)
     copies = head.slots - head.experts if redundant is None else redundant
     settings = load_config(head.config)
@@ -102,6 +104,28 @@ def replay(
         head, settings, policy, ranks or head.ep_size, copies, ranks_per_node, eplb=eplb
     )
     return replay_records(head, read_records(readers), chosen)
+
+
+def recorded_tokens(traces: str | Path | Sequence[str | Path]) -> NDArray[np.int64]:
+    """int64 [W, L, E]. The tokens of each expert in each recorded snapshot with tokens, as `plan` takes them.
+
+    traces: files of one server (*.eptrace), or folders of them.
+
+    Raises TraceError for a file that is not a trace, ValueError if no snapshot in them has tokens.
+    """
+    tokens = [
+        record.counts_ALE.sum(axis=0, dtype=np.int64)
+        for record in read_records(_open(traces))
+        if isinstance(record, RecordedSnapshot) and record.counts_ALE.any()
+    ]
+    if not tokens:
+        raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
+    return np.stack(tokens)
+
+
+def _open(traces: str | Path | Sequence[str | Path]) -> list[TraceReader]:
+    paths = [traces] if isinstance(traces, str | Path) else list(traces)
+    return open_traces([Path(path) for path in paths])
 
 
 def _load(tokens: ArrayLike) -> WindowLoad:

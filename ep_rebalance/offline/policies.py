@@ -44,6 +44,8 @@ class ReplayPolicy:
     subject: of the verdict's sentence; "" for what the others are compared with.
     setting: what `planner.policy` calls it, if it plans in the server's loop; else None.
     peer: makes what serves, if it does not plan in the loop; else None.
+    plans: whether a planner of ours, or vLLM's in our loop, finds its placements.
+    foresees: whether it knows the load before it comes, so that no server can do it.
     engine_policy: `module:function` of an engine's own policy (`EnginePolicy`) that the peer runs, or "".
     needs: a package that it needs and ep_rebalance does not, or "".
     """
@@ -54,6 +56,8 @@ class ReplayPolicy:
     subject: str = ""
     setting: str | None = None
     peer: Callable[[Beginning], Serving] | None = None
+    plans: bool = False
+    foresees: bool = False
     engine_policy: str = ""
     needs: str = ""
 
@@ -74,6 +78,7 @@ _OURS = ReplayPolicy(
     line=POLICIES["incremental"].line,
     subject="rebalancing",
     setting="incremental",
+    plans=True,
 )
 
 
@@ -103,6 +108,7 @@ _PEERS = (
         summary="placed once, by the first window of load",
         line=Line("#cc79a7", (10, 3, 3, 3)),
         subject="placing the experts once",
+        plans=True,
         peer=lambda begin: PlacedOnce(begin.contiguous, begin.config, begin.topology),
     ),
     ReplayPolicy(
@@ -122,6 +128,8 @@ _PEERS = (
         name="hindsight",
         summary="knows the load before it comes: a bound that no server can reach",
         line=Line("#009e73", (6, 2, 2, 2, 2, 2)),
+        plans=True,
+        foresees=True,
         peer=lambda begin: Hindsight(begin.contiguous, begin.config.planner, begin.topology),
     ),
 )
@@ -134,6 +142,7 @@ def _in_the_loop(policy: Policy) -> ReplayPolicy:
         line=policy.line,
         subject=f"policy {policy.name}",
         setting=policy.name,
+        plans=True,
         needs=policy.needs,
     )
 

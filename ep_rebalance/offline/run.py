@@ -20,7 +20,8 @@ from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot,
 from ep_rebalance.migration.served import Served
 from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
 from ep_rebalance.offline.eplb_settings import Eplb, import_policy
-from ep_rebalance.offline.peers import AsRecorded, Hindsight, Serving
+from ep_rebalance.offline.layouts import nothing_to_gain
+from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, Serving
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, Beginning
 from ep_rebalance.offline.step_time import (
     MeasuredSteps,
@@ -255,6 +256,13 @@ def _row(
     )
 
 
+def plans(head: TraceHead, scenario: Scenario) -> bool:
+    """Whether a replay makes plans with our planners: not where no placement is better than another."""
+    ranks, redundant = scenario.topology.num_ranks, scenario.config.planner.redundant_experts
+    of_policy = REPLAY_POLICIES[scenario.policy].plans
+    return of_policy and not nothing_to_gain(head.experts, ranks, redundant)
+
+
 def contiguous_placement(head: TraceHead, scenario: Scenario) -> Placement:
     """The placement that the engine would load. Raises ValueError if the slots do not divide by the ranks."""
     ranks, redundant = scenario.topology.num_ranks, scenario.config.planner.redundant_experts
@@ -327,8 +335,9 @@ def _serving(
     as_recorded: bool,
 ) -> Serving:
     loaded = contiguous_placement(head, scenario)
-    peer = REPLAY_POLICIES[scenario.policy].peer
-    if peer is None:
+    policy = REPLAY_POLICIES[scenario.policy]
+    unplanned = policy.plans and not plans(head, scenario)
+    if policy.peer is None:
         served = Served.initial(loaded)
         if (loaded.num_slots, loaded.num_ranks) == (head.slots, head.ep_size):
             served = Served(
@@ -336,8 +345,12 @@ def _serving(
                 quotas_LP=recorded.quotas_LP,
                 generation=recorded.generation,
             )
+        if unplanned:
+            return Contiguous(served.placement)
         return _server(head, scenario, planner, served, loaded, as_recorded)
-    return peer(
+    if unplanned:
+        return Contiguous(loaded)
+    return policy.peer(
         Beginning(
             recorded=recorded.placement,
             contiguous=loaded,

@@ -154,6 +154,25 @@ def test_words_of_the_engine_are_text_and_nothing_else(tab: Tab) -> None:
         assert tab.evaluate("document.title") != "1"
 
 
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [("/var/lib/moe/traces", "/var/lib/moe/traces"), ("it's <b>", "'it'\"'\"'s <b>'")],
+)
+def test_a_server_with_a_trace_names_the_command_for_its_report(
+    tab: Tab, path: str, word: str
+) -> None:
+    status = made_up_status()
+    engine = Engine(made_up_overview(status), {})
+    with page_server(engine) as url:
+        tab.open(url)
+        tab.wait_for(SHOWN)
+        assert tab.evaluate("document.getElementById('trace').hidden")
+        status.config["trace"]["path"] = path  # type: ignore[index]
+        engine.payload = made_up_overview(status)
+        tab.wait_for("!document.getElementById('trace').hidden")
+        assert tab.text("#replay") == f"ep-rebalance replay {word} --report report.html"
+
+
 def test_it_goes_on_with_newer_numbers(tab: Tab) -> None:
     status = made_up_status()
     engine = Engine(made_up_overview(status), {})

@@ -4,6 +4,7 @@ Files that end in a digest, or have checksums, are given the right ones first. O
 first check would ever be reached.
 """
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from safetensors.numpy import save_file
 from saved_states import PLACEMENT, STATE
 from traces import head_of, write_trace
 
+from ep_rebalance.commands.output import Format, write
+from ep_rebalance.commands.replay_comparison import compare, read_result
+from ep_rebalance.commands.replay_result import SCHEMA_VERSION
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import load_config, parse_config_argument, read_config_file
 from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, trace, vllm_ascend
@@ -123,6 +127,23 @@ def _its_own(record: bytes, version: int) -> int:
     return int.from_bytes(record[8:16], "little")
 
 
+def _compared(path: Path) -> object:
+    """A result with itself, in every format."""
+    shown = compare(read_result(path), read_result(path))
+    for form in Format:
+        write(shown, form, path.parent / f"shown.{form}")
+    return shown
+
+
+def _results(folder: Path) -> list[bytes]:
+    figures = ("imbalance", "balancedness", "step_seconds", "step_time_saved", "stall_seconds")
+    sizes = {"ep_size": 4, "redundant_experts": 0, "experts_moved": 3, "bytes_moved": 3000}
+    row = {"policy": "ours", **sizes, **dict.fromkeys(figures, 1.5), "plans": {"committed": 1}}
+    parts = {"trace": {"steps": 1}, "config": {"planner": {"seed": 0}}, "expert_time": {}}
+    whole = {"schema_version": SCHEMA_VERSION, "plugin_version": "0.1.0", **parts, "rows": [row]}
+    return [json.dumps(whole).encode()]
+
+
 READERS = {
     "config": FileReader(
         "config.yaml",
@@ -183,6 +204,7 @@ READERS = {
         (FormatError,),
         _texts(vllm_ascend.placement_text(PLACEMENT, (0, 1, 5))),
     ),
+    "replay-result": FileReader("result.json", _compared, (ValueError,), _results),
     "token-ids": FileReader("a.npz", _load(token_ids.read_load), (FormatError,), _arrays),
 }
 """By the name that `scripts/fuzz --reader` takes."""

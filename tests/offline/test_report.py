@@ -27,10 +27,14 @@ from ep_rebalance.load.trace import Record, RecordedPlacement, RecordedSnapshot,
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.offline.balancing import PlanMade
 from ep_rebalance.offline.generated_load import TIMINGS, generate_steps, synthetic_domains
-from ep_rebalance.offline.report import verdicts, write_report
+from ep_rebalance.offline.report import write_report
 from ep_rebalance.offline.report.figures import MAX_POINTS
+from ep_rebalance.offline.report.frontier import PRICE_TITLES, best_for
 from ep_rebalance.offline.report.markup import MAX_COMMITS
+from ep_rebalance.offline.report.next_step import next_step
 from ep_rebalance.offline.report.sentences import reading_hints
+from ep_rebalance.offline.report.sizes import by_size
+from ep_rebalance.offline.report.verdict import verdicts
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.placement import Placement
@@ -180,9 +184,10 @@ def test_every_scenario_has_a_row(replayed: list[Replayed], report: Path) -> Non
     rows = Page(written(report)).text["tr"]
     for one in replayed:
         scenario = one.scenario
+        redundant = scenario.config.planner.redundant_experts
+        memory = "3.0 kB" if redundant else "0 bytes"
         begin = (
-            f"{scenario.policy}{scenario.topology.num_ranks}"
-            f"{scenario.config.planner.redundant_experts}{one.mean_imbalance:.3f}"
+            f"{scenario.policy}{scenario.topology.num_ranks}{redundant}{memory}{one.mean_imbalance:.3f}"
             f"{one.mean_balancedness:.3f}{1e3 * one.mean_step_seconds:.2f}"
         )
         assert len([row for row in rows if row.startswith(begin)]) == 1
@@ -192,7 +197,7 @@ def test_every_chart_has_a_place_and_a_description(report: Path) -> None:
     page = written(report)
     places = re.findall(r'class="chart" id="([^"]+)" role="img" aria-label="[^"]{20,}"', page)
     assert sorted(places) == sorted(figures_of(page))
-    assert len(places) == 5 * len(SIZES)
+    assert len(places) == 5 * len(SIZES) + 2  # and both frontiers
 
 
 def test_the_verdict_is_of_the_same_size_and_in_the_right_numbers(
@@ -208,6 +213,7 @@ def test_the_verdict_is_of_the_same_size_and_in_the_right_numbers(
         )
         moved = sum(plan.moved for plan in ours.plans)
         assert f"saved {saved:.1f}\xa0% of the step time" in sentence
+        assert re.search(r"\(give or take \d\.\d\xa0%\)", sentence)
         assert f"moved {moved} experts ({moved}.0 kB)" in sentence
         assert sentence.endswith(f"knowing the future would have saved {possible:.1f}\xa0%.")
 
@@ -243,12 +249,53 @@ def test_any_policies_will_do(
     assert len(re.findall('class="chart"', page)) == len(figures_of(page))
 
 
+def test_the_page_begins_with_the_verdict_and_what_to_do(
+    replayed: list[Replayed], report: Path
+) -> None:
+    page = Page(written(report))
+    sentences = [*verdicts(HEAD, replayed), next_step(HEAD, replayed).text.replace("`", "")]
+    assert page.text["p"][1 : 1 + len(sentences)] == sentences
+    assert page.text["pre"] == [next_step(HEAD, replayed).command]
+    assert "--ep-rebalance-config.planner.redundant_experts 4" in page.text["pre"][0]
+
+
+def test_the_best_of_all_sizes_are_filled_in_both_charts_and_named_in_the_table(
+    replayed: list[Replayed], report: Path
+) -> None:
+    best = best_for(by_size(HEAD, replayed))
+    page = written(report)
+    for price, title in PRICE_TITLES.items():
+        expected = sorted(
+            (one.scenario.policy, round(one.mean_balancedness, 3))
+            for one, prices in best.items()
+            if price in prices
+        )
+        drawn = [
+            (trace["name"], round(y, 3))
+            for trace in figures_of(page)[f"frontier-{price}"]["data"]
+            if trace["mode"] == "markers"
+            for y, symbol in zip(trace["y"], trace["marker"]["symbol"], strict=True)
+            if symbol == "circle"
+        ]
+        assert sorted(drawn) == expected
+        assert expected
+        assert "hindsight" not in dict(expected)
+        rows = [row for row in Page(page).text["tr"] if title in row]
+        assert len(rows) == len(expected)
+
+
+def test_one_size_has_no_frontier(replayed: list[Replayed], tmp_path: Path) -> None:
+    page = page_of(replayed[:4], tmp_path)
+    assert 'class="frontier"' not in page
+    assert not any(name.startswith("frontier") for name in figures_of(page))
+
+
 def test_a_loss_is_called_one(replayed: list[Replayed]) -> None:
     ours, none = replayed[:2]
     slower = replace(ours, seconds_N=1.02 * none.seconds_N, plans=())
     assert verdicts(HEAD, [slower, none]) == [
         "Rebalancing would have added 2.0\xa0% to the step time against the contiguous placement and "
-        "moved no expert."
+        "moved no expert; 4 redundant experts take 3.0 kB on each rank."
     ]
 
 

@@ -135,6 +135,18 @@ function showTables({ status, hottest }) {
     `${status.experts} experts in ${status.slots} slots on ${plural(status.ep_size, "rank")}.`);
 }
 
+// The command for a report about the trace, if one is recorded. Each pipeline stage has a folder of its own.
+function showTrace({ config, pp_size: stages }) {
+  const folder = config.trace && config.trace.path;
+  element("trace").hidden = !folder;
+  if (!folder) return;
+  const path = stages > 1 ? folder.replace(/stage-0$/, "stage-NUMBER") : folder;
+  show("replay", `ep-rebalance replay ${quoted(path)} --report report.html`);
+}
+
+// A text as a POSIX shell takes it for one word.
+const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`);
+
 // The course of the imbalance.
 
 function remember(status) {
@@ -299,6 +311,7 @@ function accept(view) {
   document.title = `${activity(view.status, before)[0]} - ep_rebalance`;
   showNow(view.status, before);
   showTables(view);
+  showTrace(view.status);
   remember(view.status);
   draw();
   if (state.cell) choose(state.cell.layer, state.cell.rank);

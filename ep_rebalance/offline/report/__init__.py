@@ -19,6 +19,7 @@ from typing import Any
 
 from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.offline.report.figures import figures_of
+from ep_rebalance.offline.report.frontier_charts import frontier_figures, frontier_section
 from ep_rebalance.offline.report.markup import (
     control_bar,
     fact_list,
@@ -27,9 +28,12 @@ from ep_rebalance.offline.report.markup import (
     policy_key,
     size_section,
     summary_table,
+    verdict_text,
 )
-from ep_rebalance.offline.report.sentences import reading_hints, verdicts
+from ep_rebalance.offline.report.next_step import next_step
+from ep_rebalance.offline.report.sentences import reading_hints
 from ep_rebalance.offline.report.sizes import by_size
+from ep_rebalance.offline.report.verdict import verdicts
 from ep_rebalance.offline.run import Replayed
 
 
@@ -54,14 +58,16 @@ def write_report(path: Path, head: TraceHead, replayed: Sequence[Replayed]) -> N
     page, section = _templates()
     sizes = by_size(head, replayed)
     figures = {f"{name}-{i}": one for i, size in enumerate(sizes) for name, one in figures_of(size)}
+    figures |= frontier_figures(sizes)
     text = page.substitute(
         model=escape(head.model),
         notice=origin_notice(head),
-        verdict="".join(f"<p>{escape(line)}</p>" for line in verdicts(head, replayed)),
+        verdict=verdict_text(verdicts(head, replayed), next_step(head, replayed)),
         facts=fact_list(head, replayed[0]),
         summary=summary_table(sizes),
         colours=policy_colours(),
         policies=policy_key(replayed),
+        frontier=frontier_section(sizes),
         controls=control_bar(sizes, replayed),
         sizes="".join(size_section(section, i, size) for i, size in enumerate(sizes)),
         reading="".join(f"<li>{escape(line)}</li>" for line in reading_hints(head, replayed[0])),

@@ -13,8 +13,11 @@ from rich.filesize import decimal
 
 from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.offline.balancing import PlanMade
+from ep_rebalance.offline.gain import Gain
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report.figures import share_limit
+from ep_rebalance.offline.report.frontier import PRICE_TITLES, best_for
+from ep_rebalance.offline.report.next_step import NextStep
 from ep_rebalance.offline.report.sentences import (
     imbalance_sentence,
     moved_sentence,
@@ -121,11 +124,24 @@ def _row(kinds: Sequence[str], cells: Sequence[str]) -> str:
     return f"<tr>{first}{rest}</tr>"
 
 
+def verdict_text(sentences: Sequence[str], following: NextStep) -> str:
+    command = f"<pre><code>{escape(following.command)}</code></pre>" if following.command else ""
+    lines = [*sentences, following.text]
+    return "".join(f"<p>{_code(escape(line))}</p>" for line in lines) + command
+
+
+def _code(text: str) -> str:
+    """What is between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+
+
 def summary_table(sizes: Sequence[Size]) -> str:
+    """With several sizes also where each replay is on a frontier."""
     columns = {
         "policy": "text",
         "EP": "",
         "redundant": "",
+        "memory for them": "",
         "imbalance": "",
         "balancedness": "",
         "predicted step": "",
@@ -136,26 +152,39 @@ def summary_table(sizes: Sequence[Size]) -> str:
         "standing still": "",
     }
     groups = [[_summary_row(size, one) for one in size.results] for size in sizes]
+    if len(sizes) > 1:
+        columns["best for"] = "text"
+        best = best_for(sizes)
+        for size, rows in zip(sizes, groups, strict=True):
+            for one, row in zip(size.results, rows, strict=True):
+                row.append(", ".join(PRICE_TITLES[price] for price in best[one]) or "-")
     return _table("Each policy over the whole trace", columns, groups)
 
 
 def _summary_row(size: Size, one: Replayed) -> list[str]:
-    saved = size.saved(one)
+    gain, memory = size.gain(one), size.redundant_bytes
     counted = one in size.planned
     plans = Counter(plan.outcome for plan in one.plans)
     return [
         _name(one.scenario.policy),
         str(size.ranks),
         str(size.redundant),
+        "-" if memory is None else decimal(memory),
         f"{one.mean_imbalance:.3f}",
         f"{one.mean_balancedness:.3f}",
         milliseconds(one.mean_step_seconds),
-        "-" if saved is None or one is size.first("none") else percent(saved),
+        "-" if gain is None or one is size.first("none") else _saved(gain),
         escape(", ".join(f"{count} {_plain(name)}" for name, count in plans.items())) or "-",
         f"{one.moved:,}" if counted else "-",
         decimal(one.moved_bytes) if counted and size.bytes_known else "-",
         f"{one.stall_seconds:.2g}\N{NO-BREAK SPACE}s" if counted and size.bytes_known else "-",
     ]
+
+
+def _saved(gain: Gain) -> str:
+    """With two standard errors, if these are known."""
+    error = "" if gain.error is None else f" ± {percent(2 * gain.error)}"
+    return f"{percent(gain.saved)}{error}"
 
 
 def _plain(outcome: str) -> str:
@@ -169,24 +198,24 @@ def size_section(template: Template, number: int, size: Size) -> str:
     return template.substitute(
         number=number,
         label=size.label,
-        imbalance=_chart(f"imbalance-{number}", "Imbalance", caption=imbalance_sentence(size)),
-        step=_chart(f"step-{number}", "Predicted step time", caption=step_sentence(size)),
+        imbalance=chart(f"imbalance-{number}", "Imbalance", caption=imbalance_sentence(size)),
+        step=chart(f"step-{number}", "Predicted step time", caption=step_sentence(size)),
         unit="Bytes" if size.bytes_known else "Experts",
-        moved=_chart(f"moved-{number}", "Sum of moves", caption=moved_sentence(size))
+        moved=chart(f"moved-{number}", "Sum of moves", caption=moved_sentence(size))
         if size.planned
         else still,
         share=escape(share_sentence(size)),
         least=f"{1 - limit:.1f}",
         most=f"{1 + limit:.1f}{' or more' if clipped else ''}",
         maps="".join(
-            _chart(f"share{i}-{number}", "Heat map", title=f"{when}: {one.scenario.policy}")
+            chart(f"share{i}-{number}", "Heat map", title=f"{when}: {one.scenario.policy}")
             for i, (when, one) in enumerate(zip(("Before", "After"), size.extremes, strict=False))
         ),
         changes=_changes(size),
     )
 
 
-def _chart(name: str, what: str, *, title: str = "", caption: str = "") -> str:
+def chart(name: str, what: str, *, title: str = "", caption: str = "") -> str:
     """A place for a chart.
 
     what: the chart shows, for readers who cannot see it.

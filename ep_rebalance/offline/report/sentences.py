@@ -1,71 +1,15 @@
-"""Sentences: the verdict, how to read the report, and what the figures show."""
+"""Sentences: how to read the report, and what the figures show."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from rich.filesize import decimal
 
 from ep_rebalance.load.trace import TraceHead
-from ep_rebalance.offline.policies import REPLAY_POLICIES
-from ep_rebalance.offline.report.sizes import Size, by_size
+from ep_rebalance.offline.report.sizes import Size
 from ep_rebalance.offline.report.words import counted, migrations_of, milliseconds, percent
 from ep_rebalance.offline.run import Replayed
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime
-
-
-def verdicts(head: TraceHead, replayed: Sequence[Replayed]) -> list[str]:
-    """A sentence in plain words for each size."""
-    sizes = by_size(head, replayed)
-    if len(sizes) == 1:
-        return [_verdict(sizes[0])]
-    return [f"{size.label}: {_verdict(size)}" for size in sizes]
-
-
-def _verdict(size: Size) -> str:
-    baseline, hindsight = size.first("none"), size.first("hindsight")
-    served = size.first(*(name for name, policy in REPLAY_POLICIES.items() if policy.subject))
-    clauses = []
-    if served is not None:
-        clauses.append(
-            f"{REPLAY_POLICIES[served.scenario.policy].subject} would have "
-            f"{_effect(size, served)}{_price(size, served)}"
-        )
-    elif baseline is not None:
-        clauses.append(f"as loaded, the busiest rank gets {_times_mean(baseline)}")
-    if hindsight is not None:
-        future = "knowing the future would have"
-        saved = size.saved(hindsight)
-        clauses.append(
-            f"{future} kept the busiest rank at {_times_mean(hindsight)}"
-            if saved is None
-            else f"{future} saved {percent(saved)}"
-        )
-    text = "; ".join(clauses)
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-def _effect(size: Size, one: Replayed) -> str:
-    saved = size.saved(one)
-    if saved is None:
-        return f"kept the busiest rank at {_times_mean(one)}"
-    if round(saved, 3) < 0:
-        return f"added {percent(-saved)} to the step time against the contiguous placement"
-    return f"saved {percent(saved)} of the step time against the contiguous placement"
-
-
-def _price(size: Size, one: Replayed) -> str:
-    if one not in size.planned:
-        return ""
-    if not one.moved:
-        return " and moved no expert"
-    moved_bytes = f" ({decimal(one.moved_bytes)})" if size.bytes_known else ""
-    return f" and moved {counted(one.moved, 'expert')}{moved_bytes}"
-
-
-def _times_mean(one: Replayed) -> str:
-    return f"{one.mean_imbalance:.2f} times the mean load"
 
 
 def reading_hints(head: TraceHead, one: Replayed) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_rebalance.load.trace import TraceHead
+from ep_rebalance.offline.gain import Gain
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report.words import counted
 from ep_rebalance.offline.run import Replayed
@@ -15,20 +16,31 @@ from ep_rebalance.offline.run import Replayed
 class Size:
     """Replays with the same ranks and redundant experts.
 
+    experts: logical experts of a layer.
     moe_layers: the numbers of the layers in the engine's model.
-    bytes_known: whether the size of an expert is known.
+    layer_bytes: one expert of each layer, all layers together; 0 if the size of an expert is not known.
     results: the replays, in the order in which they were asked for.
     """
 
     ranks: int
     redundant: int
+    experts: int
     moe_layers: list[int]
-    bytes_known: bool
+    layer_bytes: int
     results: tuple[Replayed, ...]
 
     @property
     def label(self) -> str:
         return f"EP{self.ranks}, {counted(self.redundant, 'redundant expert')}"
+
+    @property
+    def bytes_known(self) -> bool:
+        return self.layer_bytes > 0
+
+    @property
+    def redundant_bytes(self) -> int | None:
+        """What the redundant experts take on each rank; None if the size of an expert is not known."""
+        return self.redundant * self.layer_bytes // self.ranks if self.bytes_known else None
 
     @property
     def planned(self) -> tuple[Replayed, ...]:
@@ -49,10 +61,10 @@ class Size:
         by_policy = {one.scenario.policy: one for one in self.results}
         return next((by_policy[policy] for policy in policies if policy in by_policy), None)
 
-    def saved(self, one: Replayed) -> float | None:
-        """Fraction of the step time that a replay saves compared with policy `none`; None without that."""
+    def gain(self, one: Replayed) -> Gain | None:
+        """What a replay saves compared with policy `none`; None without that."""
         baseline = self.first("none")
-        return None if baseline is None else 1 - one.mean_step_seconds / baseline.mean_step_seconds
+        return None if baseline is None else Gain.of(one, baseline)
 
 
 def by_size(head: TraceHead, replayed: Sequence[Replayed]) -> list[Size]:
@@ -62,5 +74,8 @@ def by_size(head: TraceHead, replayed: Sequence[Replayed]) -> list[Size]:
         scenario = one.scenario
         key = (scenario.topology.num_ranks, scenario.config.planner.redundant_experts)
         results.setdefault(key, []).append(one)
-    numbers, known = head.layer_numbers, all(head.expert_bytes)
-    return [Size(*key, numbers, known, tuple(same)) for key, same in results.items()]
+    known = sum(head.expert_bytes) if all(head.expert_bytes) else 0
+    return [
+        Size(*key, head.experts, head.layer_numbers, known, tuple(same))
+        for key, same in results.items()
+    ]

@@ -21,6 +21,12 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}\N{NO-BREAK SPACE}ms"
 
 
+def duration(seconds: float) -> str:
+    """Three digits, in milliseconds below a second."""
+    number, unit = (1e3 * seconds, "ms") if seconds < 1.0 else (seconds, "s")
+    return f"{number:.3g}\N{NO-BREAK SPACE}{unit}"
+
+
 def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 

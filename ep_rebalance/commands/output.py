@@ -1,0 +1,124 @@
+"""Output: a result as a table for a terminal, Markdown, JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+class Format(StrEnum):
+    """Format of the output."""
+
+    TABLE = "table"
+    MARKDOWN = "markdown"
+    JSON = "json"
+    CSV = "csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A result, as every format shows it.
+
+    result: all of it, JSON-ready.
+    sentences: what is read first.
+    command: for a shell, below them; "" if there is none.
+    titles: of the columns; those in `texts` hold texts, the others numbers.
+    cells: rows of as many cells as there are titles.
+    groups: how many rows belong together.
+    caption: how to read the columns.
+    lines: what CSV holds, a mapping for each line with the same keys.
+    """
+
+    result: dict[str, Any]
+    title: str
+    sentences: Sequence[str]
+    command: str = ""
+    titles: Sequence[str]
+    texts: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    groups: int = 1
+    caption: str
+    lines: Sequence[dict[str, Any]]
+
+
+def write(shown: Shown, format_: Format | None, output: Path | None) -> None:
+    """Write a result to a file, or to stdout if `output` is None.
+
+    format_: by default a table if stdout is a terminal, else JSON.
+    """
+    chosen = format_ or (Format.TABLE if sys.stdout.isatty() else Format.JSON)
+    with open(output, "w", encoding="utf-8") if output else _stdout() as file:
+        match chosen:
+            case Format.TABLE:
+                _print(shown, Console(file=file, width=120 if output else None))
+            case Format.MARKDOWN:
+                file.write(_markdown(shown))
+            case Format.JSON:
+                file.write(json.dumps(shown.result, indent=2) + "\n")
+            case Format.CSV:
+                file.write(_csv(shown.lines))
+
+
+@contextmanager
+def _stdout() -> Iterator[IO[str]]:
+    yield sys.stdout
+
+
+def _print(shown: Shown, console: Console) -> None:
+    for sentence in shown.sentences:
+        console.print(Text(sentence), highlight=False)
+    if shown.command:
+        console.print(Text(f"\n{shown.command}"), highlight=False, soft_wrap=True)
+    table = Table(title=shown.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in shown.titles:
+        table.add_column(title, justify="left" if title in shown.texts else "right", no_wrap=True)
+    for number, row in enumerate(shown.cells, 1):
+        table.add_row(*map(Text, row), end_section=shown.groups > 1 and not number % shown.groups)
+    console.print(table)
+    console.print(Text(shown.caption), style="dim", highlight=False)
+
+
+_MARKS = re.compile(r"([\\*_\[\]<>|#~])")
+
+
+def _markdown(shown: Shown) -> str:
+    """As GitHub reads it."""
+    parts = [_escaped(sentence) for sentence in shown.sentences]
+    if shown.command:
+        parts.append(f"```\n{shown.command}\n```")
+    rule = ["---" if title in shown.texts else "---:" for title in shown.titles]
+    rows = [map(_escaped, shown.titles), rule, *(map(_escaped, row) for row in shown.cells)]
+    parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    parts.append(_escaped(shown.caption))
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """A text that Markdown shows as it is. Between backticks it does so anyway."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick without a partner
+        return _MARKS.sub(r"\\\1", text).replace("`", "\\`")
+    parts[::2] = [_MARKS.sub(r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
+def _csv(lines: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
