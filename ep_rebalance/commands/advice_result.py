@@ -15,7 +15,7 @@ from rich.table import Table
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import TraceHead
-from ep_rebalance.offline.advice import Advice
+from ep_rebalance.offline.advice import WORTH, Advice
 from ep_rebalance.offline.model_shape import ExpertSize
 from ep_rebalance.offline.statements import Statement
 from ep_rebalance.offline.step_time import Hardware
@@ -106,7 +106,7 @@ def serve_command(model: str, option: Advice) -> str:
     if not option.expert_parallel:
         return f"vllm serve {model} --tensor-parallel-size {option.ranks}"
     words = [f"vllm serve {model} --data-parallel-size {option.ranks} --enable-expert-parallel"]
-    if option.saved > 0.0:
+    if option.saved >= WORTH:
         words.append("--plugin ep_rebalance")
         if option.redundant:
             words.append(f"--ep-rebalance-config.planner.redundant_experts {option.redundant}")

@@ -274,7 +274,7 @@ def _statements(
     yield from statements.about_redundancy(load.head, same)
     yield statements.about_cold_start(ours)
     yield statements.about_vllm_eplb(ours, none, _replayed_eplb(load, machine, readers, chosen))
-    yield statements.about_expert_parallel(best, room)
+    yield statements.about_expert_parallel(best, room, ours)
 
 
 def _replayed_eplb(

@@ -96,9 +96,9 @@ def about_persistence(room: Room) -> Statement:
 def about_hot_experts(head: TraceHead, room: Room) -> Statement:
     """Which experts stay hot?"""
     of = head.layers * head.experts
-    text = (
-        f"{room.hot} of {of} experts have at least twice the mean load of their layer, {room.always_hot} of "
-        f"them in each of the {room.parts} parts."
+    text = f"{room.hot} of {of} experts have at least twice the mean load of their layer"
+    text += (
+        f", {room.always_hot} of them in each of the {room.parts} parts." if room.parts > 1 else "."
     )
     if room.hottest_experts:
         named = ", ".join(
@@ -125,7 +125,8 @@ def about_redundancy(head: TraceHead, options: Sequence[Advice]) -> list[Stateme
         copies = (option.redundant - least.redundant) // option.ranks
         extra = option.extra_bytes - least.extra_bytes
         parts = [
-            f"{copies} more slots in each layer of each of {option.ranks} GPUs take {extra / 1e9:.3g} GB each"
+            f"{copies} more {'slot' if copies == 1 else 'slots'} for each layer on each of {option.ranks} "
+            f"GPUs: {extra / 1e9:.3g} GB a GPU"
         ]
         values: dict[str, float | int | None] = {
             "ranks": option.ranks,
@@ -218,42 +219,61 @@ def about_vllm_eplb(ours: Replayed, none: Replayed, eplb: Replayed | str) -> Sta
     return Statement(question="vllm_eplb", text="; ".join(told) + ".", how=how, values=values)
 
 
-def about_expert_parallel(best: Sequence[Advice], room: Room) -> Statement:
+def about_expert_parallel(best: Sequence[Advice], room: Room, ours: Replayed) -> Statement:
     """Should experts be spread over ranks at all, and should they be moved?
 
     best: all options, the best first.
+    ours: the replay of the best expert-parallel one.
     """
-    parallel = next((option for option in best if option.expert_parallel), None)
-    cut = next((option for option in best if not option.expert_parallel), None)
-    texts = []
-    if parallel and cut:
-        ratio = parallel.tokens_per_second_and_rank / cut.tokens_per_second_and_rank
-        if not parallel.fits and not cut.fits:
-            texts.append("The experts fit on none of these GPUs, cut or whole.")
-        elif best.index(cut) < best.index(parallel):
-            texts.append(
-                f"Do not use expert parallelism here: with every expert cut over {cut.ranks} GPUs each GPU "
-                f"makes {1.0 / ratio - 1.0:.1%} more tokens a second than with the best expert-parallel "
-                f"option ({parallel.ranks} GPUs)."
-            )
-        else:
-            texts.append(
-                f"Expert parallelism on {parallel.ranks} GPUs makes {ratio - 1.0:.1%} more tokens a second "
-                f"for each GPU than experts cut over {cut.ranks} GPUs."
-            )
-    if parallel and parallel.saved < WORTH:
-        passes = room.kept is not None and room.kept < _PASSES
-        reason = ", since the load changes faster than experts can follow" if passes else ""
+    parallel = next(option for option in best if option.expert_parallel)
+    cut = next(option for option in best if not option.expert_parallel)
+    texts = [_spread_or_cut(parallel, cut, cut_is_better=best.index(cut) < best.index(parallel))]
+    if not ours.plans:
         texts.append(
-            f"Moving experts saves {parallel.saved:.1%} of the step{reason}: serve without the plugin, or in "
-            "mode observe."
+            "What moving experts saves of the step is not known: the recording is too short for a plan."
         )
-    elif parallel:
+    elif parallel.saved >= WORTH:
         texts.append(f"Moving experts saves {parallel.saved:.1%} of the step.")
+    else:
+        texts.append(
+            f"Moving experts saves {parallel.saved:.1%} of the step{_why_little(parallel, room)}: serve "
+            "without the plugin, or with it in mode observe."
+        )
     return Statement(
         question="expert_parallel",
         text=" ".join(texts),
         how=f"{_MODELLED} on the recorded load: the busiest rank's experts, and the all-to-all or "
         "all-reduce; trust the order more than the numbers",
-        values={"saved": parallel.saved if parallel else None},
+        values={
+            "saved": parallel.saved if ours.plans else None,
+            "over_cut": parallel.tokens_per_second_and_rank / cut.tokens_per_second_and_rank,
+        },
     )
+
+
+def _spread_or_cut(parallel: Advice, cut: Advice, *, cut_is_better: bool) -> str:
+    ratio = parallel.tokens_per_second_and_rank / cut.tokens_per_second_and_rank
+    if not parallel.fits and not cut.fits:
+        return "The experts fit on none of these GPUs, cut or whole."
+    if not cut_is_better:
+        return (
+            f"Expert parallelism on {parallel.ranks} GPUs makes {ratio - 1.0:+.1%} tokens a second for each "
+            f"GPU, against experts cut over {cut.ranks} GPUs."
+        )
+    if not parallel.fits:
+        return f"Do not use expert parallelism here: only cut over {cut.ranks} GPUs do the experts fit."
+    return (
+        f"Do not use expert parallelism here: with every expert cut over {cut.ranks} GPUs each GPU makes "
+        f"{1.0 / ratio - 1.0:+.1%} tokens a second, against the best expert-parallel option "
+        f"({parallel.ranks} GPUs)."
+    )
+
+
+def _why_little(parallel: Advice, room: Room) -> str:
+    if room.loaded - room.placed < _EVEN:
+        return ", since ranks are even already"
+    if room.kept is not None and room.kept < _PASSES:
+        return ", since the load changes faster than experts can follow"
+    if parallel.phases and all(phase.mostly_reads for phase in parallel.phases):
+        return ", since it mostly reads weights, which takes as long for few tokens as for many"
+    return ""

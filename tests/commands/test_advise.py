@@ -121,6 +121,8 @@ def test_one_snapshot_tells_nothing_of_what_lasts(tmp_path: Path):
     )  # fmt: skip
     assert "not known" in of(found, "persistence")["text"]
     assert "Record longer" in of(found, "persistence")["text"]
+    assert "too short for a plan" in of(found, "expert_parallel")["text"]
+    assert of(found, "expert_parallel")["values"]["saved"] is None
 
 
 def test_hot_experts_beside_cold_ones_are_nothing_to_gain(tmp_path: Path):
@@ -129,7 +131,9 @@ def test_hot_experts_beside_cold_ones_are_nothing_to_gain(tmp_path: Path):
         small(tmp_path, [beside] * 6), *SIZE, "--hardware", "h100-sxm", "--gpus", "4", "--redundant", "0"
     )  # fmt: skip
     assert "nothing to even out" in of(found, "imbalance")["text"]
-    assert "without the plugin" in of(found, "expert_parallel")["text"]
+    told = of(found, "expert_parallel")["text"]
+    assert "even already: serve without the plugin" in told
+    assert not any("--plugin" in row["command"] for row in found["rows"])
 
 
 @pytest.mark.parametrize("name", ["GLM-4.5-Air", "OLMoE-1B-7B", "LFM2-8B-A1B"])

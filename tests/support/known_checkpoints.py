@@ -89,7 +89,7 @@ def _known(
     )
 
 
-def _sizes(layers: int, hidden: int, width: int) -> dict[str, int]:
+def _sizes(layers: int, hidden: int, width: int) -> dict[str, Any]:
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -97,12 +97,12 @@ def _sizes(layers: int, hidden: int, width: int) -> dict[str, int]:
     }
 
 
-def _dense_sizes(layers: int, hidden: int, width: int) -> dict[str, int]:
+def _dense_sizes(layers: int, hidden: int, width: int) -> dict[str, Any]:
     """Where the width of an expert has the name of that of a dense layer."""
     return {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": width}
 
 
-def _routed(experts: int, top_k: int, first: int) -> dict[str, int]:
+def _routed(experts: int, top_k: int, first: int) -> dict[str, Any]:
     """DeepSeek's names."""
     return {
         "n_routed_experts": experts,
@@ -120,13 +120,11 @@ def _qwen(experts: int, top_k: int) -> dict[str, Any]:
     }
 
 
-def _local(experts: int, top_k: int) -> dict[str, int]:
+def _local(experts: int, top_k: int) -> dict[str, Any]:
     """Mixtral's names."""
     return {"num_local_experts": experts, "num_experts_per_tok": top_k}
 
 
-_DEEPSEEK = ("deepseek_v3", "DeepseekV3ForCausalLM")
-_QWEN3 = ("qwen3_moe", "Qwen3MoeForCausalLM")
 _NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 KNOWN: tuple[Known, ...] = (
@@ -138,19 +136,19 @@ KNOWN: tuple[Known, ...] = (
            **_routed(160, 6, 1), **_sizes(60, 5120, 1536), moe_layer_freq=1, kv_lora_rank=512),
     _known("DeepSeek-V2-Lite", (64, 6, 26, 27), "deepseek_v2", "DeepseekV2ForCausalLM",
            **_routed(64, 6, 1), **_sizes(27, 2048, 1408), moe_layer_freq=1, kv_lora_rank=512),
-    _known("DeepSeek-V3", (256, 8, 58, 61), *_DEEPSEEK,
+    _known("DeepSeek-V3", (256, 8, 58, 61), "deepseek_v3", "DeepseekV3ForCausalLM",
            **_routed(256, 8, 3), **_sizes(61, 7168, 2048), moe_layer_freq=1, n_group=8,
            quantization_config=_FP8),
     _known("DeepSeek-V3.2", (256, 8, 58, 61), "deepseek_v32", "DeepseekV32ForCausalLM",
            **_routed(256, 8, 3), **_sizes(61, 7168, 2048), moe_layer_freq=1,
            quantization_config=_FP8),
-    _known("DeepSeek-R1-NVFP4", (256, 8, 58, 61), *_DEEPSEEK,
+    _known("DeepSeek-R1-NVFP4", (256, 8, 58, 61), "deepseek_v3", "DeepseekV3ForCausalLM",
            **_routed(256, 8, 3), **_sizes(61, 7168, 2048), moe_layer_freq=1,
            beside={"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}),
     _known("DeepSeek-VL2", (72, 6, 29, 30), "deepseek_vl_v2", "DeepseekVLV2ForCausalLM",
            language_config={"model_type": "deepseek_v2", **_routed(72, 6, 1),
                             **_sizes(30, 2560, 1536), "moe_layer_freq": 1}),
-    _known("Moonlight-16B-A3B", (64, 6, 26, 27), *_DEEPSEEK,
+    _known("Moonlight-16B-A3B", (64, 6, 26, 27), "deepseek_v3", "DeepseekV3ForCausalLM",
            **_routed(64, 6, 1), **_sizes(27, 2048, 1408), moe_layer_freq=1),
     _known("Kimi-K2", (384, 8, 60, 61), "kimi_k2", "DeepseekV3ForCausalLM",
            **_routed(384, 8, 1), **_sizes(61, 7168, 2048), moe_layer_freq=1,
@@ -171,13 +169,14 @@ KNOWN: tuple[Known, ...] = (
            **_qwen(60, 4), **_sizes(24, 2048, 1408)),
     _known("Qwen2-57B-A14B", (64, 8, 28, 28), "qwen2_moe", "Qwen2MoeForCausalLM",
            **_qwen(64, 8), **_sizes(28, 3584, 2560)),
-    _known("Qwen3-30B-A3B", (128, 8, 48, 48), *_QWEN3, **_qwen(128, 8), **_sizes(48, 2048, 768)),
-    _known("Qwen3-30B-A3B-NVFP4", (128, 8, 48, 48), *_QWEN3,
+    _known("Qwen3-30B-A3B", (128, 8, 48, 48), "qwen3_moe", "Qwen3MoeForCausalLM",
+           **_qwen(128, 8), **_sizes(48, 2048, 768)),
+    _known("Qwen3-30B-A3B-NVFP4", (128, 8, 48, 48), "qwen3_moe", "Qwen3MoeForCausalLM",
            **_qwen(128, 8), **_sizes(48, 2048, 768),
            beside={"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}),
-    _known("Qwen3-235B-A22B-FP8", (128, 8, 94, 94), *_QWEN3,
+    _known("Qwen3-235B-A22B-FP8", (128, 8, 94, 94), "qwen3_moe", "Qwen3MoeForCausalLM",
            **_qwen(128, 8), **_sizes(94, 4096, 1536), quantization_config=_FP8),
-    _known("Qwen3-Coder-480B-A35B", (160, 8, 62, 62), *_QWEN3,
+    _known("Qwen3-Coder-480B-A35B", (160, 8, 62, 62), "qwen3_moe", "Qwen3MoeForCausalLM",
            **_qwen(160, 8), **_sizes(62, 6144, 2560)),
     _known("Qwen3-Next-80B-A3B", (512, 10, 48, 48), "qwen3_next", "Qwen3NextForCausalLM",
            **_qwen(512, 10), **_sizes(48, 2048, 512)),
