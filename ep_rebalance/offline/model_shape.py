@@ -185,6 +185,6 @@ def size_of_checkpoint(checkpoint: Checkpoint, head: TraceHead) -> ExpertSize:
         expert_bytes=int(numbers.expert_parameters * size),
         hidden_size=numbers.hidden_size,
         bytes_per_parameter=size,
-        how=f"{numbers.expert_parameters:,} parameters an expert of {size:.3g} bytes ({weights.source}), "
+        how=f"{numbers.expert_parameters:,} parameters an expert x {size:.3g} bytes ({weights.source}), "
         f"by config.json of {name}",
     )

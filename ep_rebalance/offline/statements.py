@@ -255,16 +255,18 @@ def _spread_or_cut(parallel: Advice, cut: Advice, *, cut_is_better: bool) -> str
     ratio = parallel.tokens_per_second_and_rank / cut.tokens_per_second_and_rank
     if not parallel.fits and not cut.fits:
         return "The experts fit on none of these GPUs, cut or whole."
-    if not cut_is_better:
-        return (
-            f"Expert parallelism on {parallel.ranks} GPUs makes {ratio - 1.0:+.1%} tokens a second for each "
-            f"GPU, against experts cut over {cut.ranks} GPUs."
-        )
+    if not cut.fits:
+        return f"Use expert parallelism on {parallel.ranks} GPUs: cut, the experts do not fit."
     if not parallel.fits:
         return f"Do not use expert parallelism here: only cut over {cut.ranks} GPUs do the experts fit."
+    if not cut_is_better:
+        return (
+            f"Expert parallelism on {parallel.ranks} GPUs makes {ratio - 1.0:.1%} more tokens a second for "
+            f"each GPU than experts cut over {cut.ranks} GPUs."
+        )
     return (
         f"Do not use expert parallelism here: with every expert cut over {cut.ranks} GPUs each GPU makes "
-        f"{1.0 / ratio - 1.0:+.1%} tokens a second, against the best expert-parallel option "
+        f"{1.0 / ratio - 1.0:.1%} more tokens a second than with the best expert-parallel option "
         f"({parallel.ranks} GPUs)."
     )
 
