@@ -4,56 +4,72 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
 
+from ep_rebalance.commands.advice_inputs import named_hardware, with_expert_size
+from ep_rebalance.commands.advice_result import AdviceResult
 from ep_rebalance.commands.options import AsJson, Quiet, Traces
-from ep_rebalance.commands.replay_result import SCHEMA_VERSION
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.load.trace import RecordedSnapshot, TraceHead, TraceReader, read_records
+from ep_rebalance.load.trace import TraceHead, TraceReader, read_records
+from ep_rebalance.offline import statements
 from ep_rebalance.offline.advice import (
     Advice,
     advise_cut_experts,
     advise_expert_parallel,
-    mean_snapshot,
     ranked,
 )
-from ep_rebalance.offline.model_shape import completed
-from ep_rebalance.offline.run import NothingRecorded, Replayed, Scenario
+from ep_rebalance.offline.recording import Recording, sum_up
+from ep_rebalance.offline.room import room_on
+from ep_rebalance.offline.run import Replayed, Scenario
 from ep_rebalance.offline.scenarios import open_traces, scenario
-from ep_rebalance.offline.step_time import ModelledSteps, hardware_names, load_hardware
-from ep_rebalance.version import __version__
+from ep_rebalance.offline.statements import Statement
+from ep_rebalance.offline.step_time import (
+    Hardware,
+    ModelledSteps,
+    hardware_names,
+)
 
 _DEFAULT_GPUS = (8, 16, 32)
 _DEFAULT_REDUNDANT = (0, 1, 2)
 _POLICIES = ("ours", "none")
-_GROUP = 256
-"""How many snapshots are held in memory before they are summed up."""
-
-
-_METHOD = (
-    "home: (token, expert) pairs that stay on their GPU. decode, prefill: how much longer the experts take "
-    "than with no copies, for the tokens of that phase alone, spread over all recorded steps. Modelled: the "
-    "bytes of the experts that get tokens over the memory's bandwidth, or the operations over the peak, "
-    "whichever takes longer. Where decode is above 0, a server that mostly decodes wants fewer copies."
-)
 
 _Hardware = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help=f"Accelerator: {', '.join(hardware_names())}, or a YAML file of its figures."
+        help=f"Accelerator: {', '.join(hardware_names())}, or a YAML file of its figures.",
+        show_default="none; required without --measure",
     ),
+]
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Measure this machine instead: memory bandwidth, a matrix product, links. What cannot be "
+        "measured here is taken from --hardware.",
+    ),
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The recorded model: a folder, its config.json, or a cached name. Tells how large an expert is.",
+        show_default="as recorded, else a known model",
+    ),
+]
+_ExpertBytes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Bytes of one expert of one layer.", show_default="the model's"),
+]
+_HiddenSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Numbers in a token between layers.", show_default="the model's"),
 ]
 _Gpus = Annotated[
     list[int] | None,
@@ -85,7 +101,11 @@ _Jobs = Annotated[int | None, typer.Option(min=1, help="Replays to run at the sa
 
 def advise(
     traces: Traces,
-    hardware: _Hardware,
+    hardware: _Hardware = None,
+    measure: _Measure = False,
+    model: _Model = None,
+    expert_bytes: _ExpertBytes = None,
+    hidden_size: _HiddenSize = None,
     gpus: _Gpus = None,
     redundant: _Redundant = None,
     memory: _Memory = None,
@@ -96,53 +116,66 @@ def advise(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Is expert parallelism worth it for this load, on how many GPUs, with how many redundant experts?
+    """Is there anything to gain from moving experts, and how should this load be served?
 
       ep-rebalance advise load.eptrace --hardware h100-sxm --gpus 8 --gpus 16
 
-    Step times are modelled from the hardware's figures, not measured: trust the ranking more than the
-    numbers.
+    Says first whether ranks are uneven and whether that lasts, then ranks numbers of GPUs and of redundant
+    experts, and experts cut over all GPUs. Each answer says how it was come by. Step times are modelled from
+    the hardware's figures, not measured: trust the ranking more than the numbers.
     """
     with explained():
         readers = open_traces(traces)
-        head = completed(readers[0].head)
+        settings = settings_for(readers[0].head, config, [])
+        sizes = gpus or _DEFAULT_GPUS
+        head, size = with_expert_size(readers[0].head, settings, model, expert_bytes, hidden_size)
+        figures = named_hardware(hardware, measure, needs_nodes=max(sizes) > gpus_per_node)
         load = _Load(
             head=head,
-            settings=settings_for(head, config, []),
-            mean=_summed(head, readers),
+            settings=settings,
+            recording=sum_up(read_records(readers)),
             tokens_per_gpu=tokens_per_gpu,
+            bytes_per_parameter=size.bytes_per_parameter,
         )
         machine = _Machine(
-            hardware=hardware,
+            hardware=figures.figures,
             gpus_per_node=gpus_per_node,
-            memory_bytes=memory * 1e9 if memory else load_hardware(hardware)[1].memory_bytes,
+            memory_bytes=memory * 1e9 if memory else figures.figures.memory_bytes,
         )
-        pairs = _pairs(load, machine, gpus or _DEFAULT_GPUS, redundant or _DEFAULT_REDUNDANT)
+        pairs = _pairs(load, machine, sizes, redundant or _DEFAULT_REDUNDANT)
         every = [one for pair in pairs for one in pair]
-        replayed = replay_all(readers, every, jobs=jobs, quiet=quiet)
+        replayed = replay_all(readers, every, head=head, jobs=jobs, quiet=quiet)
         best = ranked(_options(load, machine, replayed))
+        result = AdviceResult(
+            head=head,
+            settings=settings,
+            size=size,
+            hardware=figures,
+            statements=list(_statements(load, machine, readers, replayed, best)),
+            best=best,
+        )
     if as_json or not sys.stdout.isatty():
-        print(json.dumps(_as_json(head, load.settings, best), indent=2))
+        print(json.dumps(result.as_json(), indent=2))
     else:
-        _print(head, best)
+        result.print()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
     """What is to be served.
 
-    mean: the whole recording as one snapshot.
     tokens_per_gpu: tokens of a step on each GPU; None for as many as each recorded rank had.
     """
 
     head: TraceHead
     settings: RebalanceConfig
-    mean: RecordedSnapshot
+    recording: Recording
     tokens_per_gpu: float | None
+    bytes_per_parameter: float
 
     def factor(self, ranks: int) -> float:
         """Tokens of a step on that many ranks, divided by those of a recorded step."""
-        head, mean = self.head, self.mean
+        head, mean = self.head, self.recording.mean
         recorded = float(mean.counts_ALE.sum()) / (head.layers * head.top_k * mean.steps)
         return (self.tokens_per_gpu or recorded / head.ep_size) * ranks / recorded
 
@@ -151,11 +184,10 @@ class _Load:
 class _Machine:
     """What it is to be served on.
 
-    hardware: a name, or the path of a file.
     memory_bytes: bytes. The memory of a GPU.
     """
 
-    hardware: str
+    hardware: Hardware
     gpus_per_node: int
     memory_bytes: float
 
@@ -184,6 +216,7 @@ def _scenario(load: _Load, machine: _Machine, policy: str, ranks: int, copies: i
         copies,
         machine.gpus_per_node,
         machine.hardware,
+        bytes_per_parameter=load.bytes_per_parameter,
     )
     assert isinstance(one.step_time, ModelledSteps)
     return replace(one, step_time=replace(one.step_time, load_factor=load.factor(ranks)))
@@ -194,7 +227,7 @@ def _options(load: _Load, machine: _Machine, replayed: Sequence[Replayed]) -> li
 
     replayed: ours and none in turn, as in `_pairs`.
     """
-    head, mean, memory = load.head, load.mean, machine.memory_bytes
+    head, mean, memory = load.head, load.recording.mean, machine.memory_bytes
     parallel = [
         advise_expert_parallel(head, mean, ours, none, memory)
         for ours, none in zip(replayed[::2], replayed[1::2], strict=True)
@@ -203,85 +236,54 @@ def _options(load: _Load, machine: _Machine, replayed: Sequence[Replayed]) -> li
     return parallel + [advise_cut_experts(head, mean, one, memory) for one in each.values()]
 
 
-def _print(head: TraceHead, best: list[Advice]) -> None:
-    console = Console()
-    console.print(_table(best))
-    for number, option in enumerate(best, 1):
-        console.print(f"{number:3}. {option.reason}", highlight=False)
-    command = serve_command(head.model, best[0])
-    console.print(_METHOD, style="dim", highlight=False)
-    console.print(f"\nThe best:\n{command}", highlight=False, soft_wrap=True)
-
-
-def serve_command(model: str, option: Advice) -> str:
-    """The command that serves a model as this option says."""
-    if not option.expert_parallel:
-        return f"vllm serve {model} --tensor-parallel-size {option.ranks}"
-    words = [f"vllm serve {model} --data-parallel-size {option.ranks} --enable-expert-parallel"]
-    if option.saved > 0.0:
-        words.append("--plugin ep_rebalance")
-        if option.redundant:
-            words.append(f"--ep-rebalance-config.planner.redundant_experts {option.redundant}")
-    return " ".join(words)
-
-
 def _slots(head: TraceHead, ranks: int, extra: int) -> int | None:
     """Redundant experts if each rank has `extra` more slots than it needs; None if that is impossible."""
     slots = -(-head.experts // ranks) + extra
     return None if slots > head.experts else slots * ranks - head.experts
 
 
-def _summed(head: TraceHead, readers: list[TraceReader]) -> RecordedSnapshot:
-    """All snapshots as one. Memory does not grow with their number."""
-    group: list[RecordedSnapshot] = []
-    for record in read_records(readers):
-        if isinstance(record, RecordedSnapshot) and record.counts_ALE.any():
-            group.append(record)
-            if len(group) == _GROUP:
-                group = [mean_snapshot(head, group)]
-    if not group:
-        raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
-    return mean_snapshot(head, group)
+def _statements(
+    load: _Load,
+    machine: _Machine,
+    readers: Sequence[TraceReader],
+    replayed: Sequence[Replayed],
+    best: Sequence[Advice],
+) -> Iterator[Statement]:
+    """The answers for the best expert-parallel option.
+
+    replayed: ours and none in turn, as in `_pairs`.
+    """
+    chosen = next(option for option in best if option.expert_parallel)
+    ours, none = next(
+        pair
+        for pair in zip(replayed[::2], replayed[1::2], strict=True)
+        if pair[0].scenario.topology.num_ranks == chosen.ranks
+        and pair[0].scenario.config.planner.redundant_experts == chosen.redundant
+    )
+    topology = ours.scenario.topology
+    room = room_on(load.head, load.recording, topology)
+    yield statements.about_imbalance(room)
+    if len(load.recording.phases) > 1:
+        for phase in load.recording.phases:
+            yield statements.about_imbalance(
+                room_on(load.head, load.recording, topology, phase, in_parts=False)
+            )
+    yield statements.about_persistence(room)
+    yield statements.about_hot_experts(load.head, room)
+    same = [option for option in best if option.expert_parallel and option.ranks == chosen.ranks]
+    yield from statements.about_redundancy(load.head, same)
+    yield statements.about_cold_start(ours)
+    yield statements.about_vllm_eplb(ours, none, _replayed_eplb(load, machine, readers, chosen))
+    yield statements.about_expert_parallel(best, room, ours)
 
 
-def _as_json(head: TraceHead, settings: RebalanceConfig, best: list[Advice]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "plugin_version": __version__,
-        "model": head.model,
-        "origin": head.origin or "recorded",
-        "config": settings.as_dict(),
-        "rows": [
-            asdict(option) | {"saved": option.saved, "command": serve_command(head.model, option)}
-            for option in best
-        ],
-    }
-
-
-def _table(best: list[Advice]) -> Table:
-    title = "Options, the best first by tokens/s for each GPU (modelled, not measured)"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("", "GPUs", "experts", "copies", "max/mean", "home", "decode", "prefill", "step ms",
-                 "saved", "tokens/s each", "weights each"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "experts" else "right", no_wrap=True)
-    for number, option in enumerate(best, 1):
-        table.add_row(
-            str(number),
-            str(option.ranks),
-            "parallel" if option.expert_parallel else "cut",
-            str(option.redundant),
-            f"{option.imbalance:.2f}",
-            f"{option.home_share:.0%}" if option.expert_parallel else "-",
-            *(_longer(option, phase) for phase in ("decode", "prefill")),
-            f"{1e3 * option.step_seconds:.1f}",
-            f"{option.saved:.1%}" if option.expert_parallel else "-",
-            f"{option.tokens_per_second_and_rank:,.0f}",
-            decimal(option.weight_bytes) + ("" if option.fits else " !"),
-        )
-    return table
-
-
-def _longer(option: Advice, name: str) -> str:
-    """How much longer the phase's experts take than without redundant ones; "-" if that is not known."""
-    found = [phase for phase in option.phases if phase.phase == name]
-    return f"{found[0].longer:+.1%}" if found and option.extra_bytes else "-"
+def _replayed_eplb(
+    load: _Load, machine: _Machine, readers: Sequence[TraceReader], chosen: Advice
+) -> Replayed | str:
+    """A replay of vLLM's balancer on the same ranks with as many redundant experts, or why there is none."""
+    try:
+        one = _scenario(load, machine, "vllm-eplb", chosen.ranks, chosen.redundant)
+    except ValueError as error:
+        return str(error)
+    (replayed,) = replay_all(readers, [one], head=load.head, quiet=True)
+    return replayed

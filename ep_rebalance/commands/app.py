@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "advise": (
         "advise:advise",
-        "Is expert parallelism worth it for this load, on how many GPUs, with how many redundant experts?",
+        "Is there anything to gain from moving experts, and how should this load be served?",
     ),
     "config": (
         "reference:config",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,11 +16,20 @@ from rich.text import Text
 
 from ep_rebalance.commands.options import ApiKey, AsJson
 from ep_rebalance.diagnosis import machine, model, packages, server, settings
+from ep_rebalance.diagnosis.engine import Engine
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 _VERDICT, _CHECK = 8, 21
 """Widths of the columns, in characters."""
+_LONG = {
+    "processor": "imports torch",
+    "planner": "compiles the planner, which takes up to a minute the first time on a machine",
+    "vLLM": "imports vLLM and checks what the plugin relies on; the answer is kept",
+    "model": "imports vLLM to have it read the model's configuration; the answer is kept",
+    "architecture": "imports vLLM's list of models; the answer is kept",
+}
+"""What checks do that may take seconds."""
 
 
 def doctor(
@@ -36,17 +44,24 @@ def doctor(
         typer.Option("--server", help="Also ask this running server, e.g. http://localhost:8000."),
     ] = "",
     api_key: ApiKey = "",
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Ask vLLM again what it said before, though nothing changed."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Can this machine and this vLLM run the plugin? One line for each check, with a remedy.
 
-    Exits with 1 if there is a problem. Takes some seconds, since it imports vLLM and compiles the planner.
+    Exits with 1 if there is a problem. The first time it takes longer, since it imports vLLM and compiles
+    the planner.
     """
     console, shown = Console(), []
-    for finding in run_checks(_all(model_name, config, server_url, api_key)):
-        shown.append(finding)
-        if not as_json:
-            _print(console, finding)
+    every = _all(model_name, config, server_url, api_key, Engine(fresh=fresh))
+    with console.status("") as status:
+        for finding in run_checks(every, lambda name: status.update(_LONG.get(name, name))):
+            shown.append(finding)
+            if not as_json:
+                _print(console, finding)
     if as_json:
         print(json.dumps([asdict(finding) for finding in shown], indent=2))
     if any(finding.verdict == "problem" for finding in shown):
@@ -54,22 +69,26 @@ def doctor(
 
 
 def _all(
-    model_name: str, config: Path | None, server_url: str, api_key: str
+    model_name: str, config: Path | None, server_url: str, api_key: str, engine: Engine
 ) -> Iterator[tuple[str, Check]]:
     yield from machine.checks()
     yield from packages.checks()
-    yield "vLLM", _engine
+    yield "vLLM", lambda: _engine(engine)
     yield from settings.checks(config)
-    yield from model.checks(model_name, config)
+    yield from model.checks(model_name, config, engine)
     yield from server.checks(server_url, api_key)
 
 
-def _engine() -> Iterable[Finding]:
-    if find_spec("vllm") is None:
+def _engine(engine: Engine) -> Iterable[Finding]:
+    if not engine.installed:
         return [_no_engine()]
-    # By name: engines are a layer above the commands, which may not import them.
-    diagnosis: Any = import_module("ep_rebalance.engines.vllm.diagnosis")
-    return run_checks(diagnosis.checks())
+    answer = engine.findings()
+    found = [Finding(**one) for one in answer.value]
+    if answer.kept_since is None:
+        return found
+    asked = datetime.fromtimestamp(answer.kept_since).astimezone()
+    since = f"as seen {asked:%Y-%m-%d %H:%M}; nothing has changed since"
+    return [replace(finding, found=f"{finding.found} ({since})") for finding in found]
 
 
 def _no_engine() -> Finding:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from ep_rebalance.load.trace import TraceReader, read_records
+from ep_rebalance.load.trace import TraceHead, TraceReader, read_records
 from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.run import Replayed, Scenario, plans, replay
 from ep_rebalance.planning.policies import compile_planner
@@ -24,15 +24,18 @@ def replay_all(
     readers: Sequence[TraceReader],
     scenarios: Sequence[Scenario],
     *,
+    head: TraceHead | None = None,
     jobs: int | None = None,
     quiet: bool = False,
 ) -> list[Replayed]:
     """Replay all scenarios over the same trace, several at the same time, with progress bars on stderr.
 
+    head: of the trace, with what it lacks itself; by default, with the sizes of a known model.
     jobs: how many at the same time; as many as there are cores if None.
     quiet: no progress bars.
     """
     paths = [reader.path for reader in readers]
+    head = head or completed(readers[0].head)
     total = sum(reader.whole_records for reader in readers)
     workers = min(jobs or len(os.sched_getaffinity(0)), len(scenarios))
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -42,22 +45,24 @@ def replay_all(
         tasks = [progress.add_task(one.title, total=total) for one in scenarios]
         if workers == 1:
             return [
-                _replay(paths, one, partial(progress.advance, task))
+                _replay(paths, head, one, partial(progress.advance, task))
                 for one, task in zip(scenarios, tasks, strict=True)
             ]
-        return _replay_in_processes(paths, scenarios, workers, progress, tasks)
+        return _replay_in_processes(paths, head, scenarios, workers, progress, tasks)
 
 
-def _replay(paths: list[Path], one: Scenario, advance: Callable[[], None]) -> Replayed:
-    readers = [TraceReader(path) for path in paths]
-    head = completed(readers[0].head)
+def _replay(
+    paths: list[Path], head: TraceHead, one: Scenario, advance: Callable[[], None]
+) -> Replayed:
     if plans(head, one):
         compile_planner()
+    readers = [TraceReader(path) for path in paths]
     return replay(head, read_records(readers), one, advance)
 
 
 def _replay_in_processes(
     paths: list[Path],
+    head: TraceHead,
     scenarios: Sequence[Scenario],
     workers: int,
     progress: Progress,
@@ -71,7 +76,8 @@ def _replay_in_processes(
         workers, mp_context=context, initializer=_count_in, initargs=(done,)
     ) as pool:
         futures: list[Future[Replayed]] = [
-            pool.submit(_replay_and_count, paths, one, index) for index, one in enumerate(scenarios)
+            pool.submit(_replay_and_count, paths, head, one, index)
+            for index, one in enumerate(scenarios)
         ]
         try:
             while not all(future.done() for future in futures):
@@ -92,8 +98,8 @@ def _count_in(done: Any) -> None:
     _done = done
 
 
-def _replay_and_count(paths: list[Path], one: Scenario, index: int) -> Replayed:
+def _replay_and_count(paths: list[Path], head: TraceHead, one: Scenario, index: int) -> Replayed:
     def advance() -> None:
         _done[index] += 1
 
-    return _replay(paths, one, advance)
+    return _replay(paths, head, one, advance)

@@ -27,12 +27,16 @@ class Finding:
 Check = Callable[[], Finding | Iterable[Finding]]
 
 
-def run_checks(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
+def run_checks(
+    checks: Iterable[tuple[str, Check]], begin: Callable[[str], None] = lambda _: None
+) -> Iterator[Finding]:
     """The findings of all checks. A check that raises becomes a problem with its name.
 
     checks: (name, check) pairs.
+    begin: called with the name of each check before it.
     """
     for name, check in checks:
+        begin(name)
         try:
             found = check()
             yield from [found] if isinstance(found, Finding) else list(found)

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
+from ep_rebalance.offline.layouts import nothing_to_gain
 from ep_rebalance.offline.phases import PhaseStep, phase_steps
 from ep_rebalance.offline.run import Replayed, Scenario
 from ep_rebalance.offline.step_time import ModelledSteps, RankLoad, StepParts
@@ -21,7 +20,7 @@ from ep_rebalance.placement import Placement
 
 _SHARE = 0.4
 """Something that takes more than this fraction of a layer's time is named as what the layer waits for."""
-_WORTH = 0.01
+WORTH = 0.01
 """Rebalancing is called worth it if it saves at least this fraction of the step time."""
 
 
@@ -151,19 +150,6 @@ def ranked(options: Sequence[Advice]) -> list[Advice]:
     return sorted(options, key=lambda a: (not a.fits, -a.tokens_per_second_and_rank))
 
 
-def mean_snapshot(head: TraceHead, snapshots: Sequence[RecordedSnapshot]) -> RecordedSnapshot:
-    """Some snapshots as one, with the sum of their counts and steps."""
-    counts_NALE = np.array([s.counts_ALE for s in snapshots], dtype=np.int64)
-    return RecordedSnapshot(
-        counts_ALE=counts_NALE.sum(axis=0),
-        step=snapshots[-1].step,
-        steps=sum(s.steps for s in snapshots),
-        step_seconds=snapshots[-1].step_seconds,
-        time=snapshots[-1].time,
-        generation=0,
-    )
-
-
 def _times(scenario: Scenario) -> ModelledSteps:
     assert isinstance(scenario.step_time, ModelledSteps)
     return scenario.step_time
@@ -206,8 +192,11 @@ def _contiguous_parts(
 
 
 def _what_rebalancing_does(ours: Replayed, saved: float) -> str:
-    if saved >= _WORTH:
+    if saved >= WORTH:
         return f"rebalancing saves {saved:.1%}"
+    size = ours.scenario.topology.num_ranks, ours.scenario.config.planner.redundant_experts
+    if fixed := nothing_to_gain(ours.replicas_LE.shape[1], *size):
+        return f"rebalancing saves nothing: {fixed}"
     if not ours.plans:
         return "the trace is too short for a migration to end: record longer or let more bytes move"
     return f"rebalancing saves {saved:.1%}: hardly worth it"

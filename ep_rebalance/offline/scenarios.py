@@ -14,7 +14,13 @@ from ep_rebalance.offline.eplb_settings import Eplb, eplb_settings
 from ep_rebalance.offline.model_shape import shape_of
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, ReplayPolicy
 from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
-from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime, load_hardware
+from ep_rebalance.offline.step_time import (
+    Hardware,
+    MeasuredSteps,
+    ModelledSteps,
+    StepTime,
+    load_hardware,
+)
 from ep_rebalance.planning.expert_time import ExpertTime, unlearned
 from ep_rebalance.planning.policies import planner_of
 from ep_rebalance.planning.problem import Planner
@@ -41,9 +47,10 @@ def scenario(
     ranks: int,
     redundant: int,
     ranks_per_node: int | None = None,
-    hardware: str | None = None,
+    hardware: str | Hardware | None = None,
     expert_time: ExpertTime | None = None,
     eplb: Mapping[str, object] | None = None,
+    bytes_per_parameter: float | None = None,
 ) -> Scenario:
     """One way to serve the recorded load. Raises ValueError if it is impossible.
 
@@ -52,10 +59,11 @@ def scenario(
     ranks: EP ranks.
     redundant: slots of a layer beyond one for each expert, on all ranks together.
     ranks_per_node: as recorded by default, or 8.
-    hardware: a row of the table that ships, or a file; None scales the recorded step times.
+    hardware: a row of the table that ships, a file, or its figures; None scales the recorded step times.
     expert_time: what of a step waits for experts; by default, `decision.expert_time_fraction`, and what is
         assumed if that is to be learned.
     eplb: settings of vLLM's balancer, see `EplbSettings`, for policy vllm-eplb.
+    bytes_per_parameter: size of an expert's weights; by default, that of a known model, else the setting's.
     """
     if policy not in REPLAY_POLICIES:
         raise ValueError(f"there is no policy {policy!r}; choose from {', '.join(REPLAY_POLICIES)}")
@@ -70,7 +78,7 @@ def scenario(
         planner=planner,
         config=settings,
         topology=topology,
-        step_time=_step_time(head, settings, topology, hardware, expert_time),
+        step_time=_step_time(head, settings, topology, hardware, expert_time, bytes_per_parameter),
         eplb=_eplb(head, REPLAY_POLICIES[policy], eplb or {}),
     )
     if policy != "recorded":
@@ -137,8 +145,9 @@ def _step_time(
     head: TraceHead,
     settings: RebalanceConfig,
     topology: Topology,
-    hardware: str | None,
+    hardware: str | Hardware | None,
     expert_time: ExpertTime | None,
+    bytes_per_parameter: float | None,
 ) -> StepTime:
     waiting = expert_time or unlearned(settings.decision.expert_time_fraction)
     if hardware is None:
@@ -146,13 +155,15 @@ def _step_time(
     if not all(head.expert_bytes) or not head.hidden_size:
         raise ValueError(
             "the trace does not say how large an expert is (it was converted), and no known model has its "
-            "numbers of layers and experts, so --hardware has nothing to compute with; leave it out"
+            "numbers of layers and experts, so --hardware has nothing to compute with; replay works without "
+            "it, and advise takes --model CONFIG, or --expert-bytes and --hidden-size"
         )
+    known = shape_of(head) or settings.hardware
     return ModelledSteps(
-        hardware=load_hardware(hardware)[1],
+        hardware=load_hardware(hardware)[1] if isinstance(hardware, str) else hardware,
         topology=topology,
         expert_bytes_L=tuple(head.expert_bytes),
-        bytes_per_parameter=(shape_of(head) or settings.hardware).bytes_per_parameter,
+        bytes_per_parameter=bytes_per_parameter or known.bytes_per_parameter,
         hidden_size=head.hidden_size,
         top_k=head.top_k,
         fraction=waiting.fraction,

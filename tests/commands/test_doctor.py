@@ -10,9 +10,9 @@ import yaml
 from command_line import run, server
 from statuses import make_status
 
-from ep_rebalance.commands import doctor as command
 from ep_rebalance.config_sources import load_config
-from ep_rebalance.diagnosis import machine, model, packages
+from ep_rebalance.diagnosis import engine, machine, model, packages
+from ep_rebalance.diagnosis.engine import Engine
 from ep_rebalance.diagnosis.finding import Finding
 from ep_rebalance.engines.vllm import contract
 from ep_rebalance.engines.vllm.contract import Contract
@@ -20,6 +20,12 @@ from ep_rebalance.engines.vllm.seams import router
 from ep_rebalance.telemetry.metrics import encode
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe"
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No answer of vLLM is kept from one test to the next."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def write_config(folder: Path, **changes: object) -> Path:
@@ -41,7 +47,7 @@ def test_this_machine_can_run_the_plugin(tmp_path: Path):
     problems = {name: one for name, one in found.items() if one["verdict"] == "problem"}
     assert problems == {}
     assert code == 0
-    assert found["model"]["found"] == "Qwen3MoeForCausalLM, 16 experts, top 2"
+    assert found["model"]["found"] == "Qwen3MoeForCausalLM, 16 experts, top 2, in all 4 layers"
     assert "contracts hold in 16 seams" in found["seams"]["found"]
     assert found["vLLM"]["verdict"] == "ok"
     assert found["trace.path"]["found"] == str(tmp_path)
@@ -147,7 +153,7 @@ def test_an_engine_that_cannot_be_imported_is_a_problem(monkeypatch: pytest.Monk
     def fails(name: str) -> None:
         raise RuntimeError(f"{name}: undefined symbol")
 
-    monkeypatch.setattr(command, "import_module", fails)
+    monkeypatch.setattr(engine, "import_module", fails)
     code, found = findings()
     assert code == 1
     assert "undefined symbol" in found["vLLM"]["found"]
@@ -286,7 +292,7 @@ def test_code_that_comes_with_a_cached_model_is_not_run(
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
     (found, _) = model.model("someone/own")
-    assert found.found == "Qwen3MoeForCausalLM, 16 experts, top 2"
+    assert found.found == "Qwen3MoeForCausalLM, 16 experts, top 2, in all 4 layers"
 
 
 def test_code_that_cannot_be_kept_is_a_warning(monkeypatch: pytest.MonkeyPatch):
@@ -336,8 +342,8 @@ def test_architectures_are_looked_up_in_the_engine(tmp_path: Path, changes, verd
 
 
 def test_architectures_are_skipped_without_an_engine(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model, "find_spec", lambda _: None)
-    (found,) = model.architecture(str(TINY_MOE))
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    (found,) = model.architecture(str(TINY_MOE), Engine())
     assert (found.verdict, found.found) == ("skipped", "vLLM is not installed")
 
 
@@ -345,11 +351,137 @@ def test_numbers_of_experts_may_be_lists(tmp_path: Path):
     config = {"architectures": ["X"], "moe_num_experts": [64, 64], "moe_k": 6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (found, _) = model.model(str(tmp_path))
-    assert found.found == "X, 64 experts, top 6"
+    assert found.found.startswith("X, 64 experts, top 6, ")
 
 
 def test_a_config_that_holds_no_settings_cannot_be_read(tmp_path: Path):
     (tmp_path / "config.json").write_text("[1]")
     (found,) = model.model(str(tmp_path))
     assert (found.verdict, "holds a list" in found.found) == ("problem", True)
-    assert list(model.architecture(str(tmp_path))) == []
+    assert list(model.architecture(str(tmp_path), Engine())) == []
+
+
+def nested(**settings: object) -> dict[str, object]:
+    return {
+        "model_type": "qwen3_vl_moe",
+        "text_config": {"model_type": "qwen3_vl_moe_text", **settings},
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (nested(num_experts=24, num_experts_per_tok=3, num_hidden_layers=6), "24 experts, top 3, in all 6"),
+        (
+            {
+                "model_type": "qwen3_omni_moe",
+                "thinker_config": {
+                    "model_type": "qwen3_omni_moe_thinker",
+                    "text_config": {"model_type": "qwen3_omni_moe_text", "num_experts": 40,
+                                    "num_experts_per_tok": 5, "num_hidden_layers": 7},
+                },
+            },
+            "40 experts, top 5, in all 7",
+        ),
+        (
+            {
+                "model_type": "gemma4",
+                "text_config": {"model_type": "gemma4_text", "num_experts": 20, "top_k_experts": 3,
+                                "enable_moe_block": True, "num_hidden_layers": 5},
+            },
+            "20 experts, top 3, in all 5",
+        ),
+        (
+            {"model_type": "deepseek_v3", "n_routed_experts": 48, "num_experts_per_tok": 4,
+             "num_hidden_layers": 9, "first_k_dense_replace": 2},
+            "48 experts, top 4, in layers 2 to 8 of 9",
+        ),
+    ],
+    ids=["nested", "nested twice", "other names", "dense first layers"],
+)  # fmt: skip
+@pytest.mark.parametrize("installed", [True, False], ids=["by vLLM", "without vLLM"])
+def test_experts_are_found_whatever_the_configuration_calls_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config, told, installed
+):
+    if not installed:
+        monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["A"], **config}))
+    found, *_ = model.model(str(tmp_path), None, Engine())
+    assert (found.verdict, found.found.partition(", ")[2].startswith(told)) == ("ok", True), found
+
+
+def test_a_top_k_that_nothing_says_is_unknown_with_a_remedy(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], "num_experts": 8}))
+    found, *_ = model.model(str(tmp_path))
+    assert (found.verdict, "top-k unknown" in found.found) == ("warning", True)
+    assert "--top-k" in found.remedy
+    assert "top 0" not in found.found
+
+
+def test_what_vllm_cannot_read_is_read_from_config_json_and_said(tmp_path: Path):
+    config = {"architectures": ["X"], "model_type": "no-such", "num_experts": 8, "moe_k": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, *_ = model.model(str(tmp_path), None, Engine())
+    assert found.verdict == "warning"
+    assert "8 experts, top 2" in found.found
+    assert "vLLM itself cannot read it" in found.found
+
+
+def test_what_vllm_reads_counts_and_a_difference_is_said(tmp_path: Path, monkeypatch):
+    read = {"experts": 12, "top_k": 2, "layers": 4, "hidden_size": 8}
+    monkeypatch.setattr(
+        "ep_rebalance.engines.vllm.diagnosis.numbers_as_served",
+        lambda _: {"numbers": read, "quantisation": None},
+    )
+    found, *_ = model.model(str(write_config(tmp_path)), None, Engine())
+    assert found.verdict == "warning"
+    assert "12 experts" in found.found
+    assert "by config.json there are 16" in found.found
+
+
+# --- answers of vLLM that are kept
+
+
+def test_an_answer_is_kept_until_something_changes(monkeypatch: pytest.MonkeyPatch):
+    _, first = findings()
+    assert "as seen" not in first["seams"]["found"]
+
+    def asked(name: str) -> None:
+        raise AssertionError(f"{name} was imported")
+
+    monkeypatch.setattr(engine, "import_module", asked)
+    code, second = findings()
+    assert code == 0
+    assert second["seams"]["found"].startswith(f"{first['seams']['found']} (as seen ")
+    assert "imported" in findings("--fresh")[1]["vLLM"]["found"]
+    monkeypatch.setenv("VLLM_SOMETHING", "1")
+    assert "imported" in findings()[1]["vLLM"]["found"]
+
+
+def test_an_answer_with_a_problem_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(contract, "SUPPORTED_VERSIONS", ("9.9",))
+        assert findings()[1]["vLLM"]["verdict"] == "problem"
+    assert findings()[1]["vLLM"]["verdict"] == "ok"
+
+
+def test_a_changed_file_of_vllm_is_another_state(tmp_path: Path):
+    (tmp_path / "a.py").write_text("1")
+    before = sorted(engine._files(str(tmp_path)))
+    (tmp_path / "a.py").write_text("12")
+    assert sorted(engine._files(str(tmp_path))) != before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"asked": "now", "value": 1}'])
+def test_a_kept_answer_that_cannot_be_read_is_asked_anew(tmp_path: Path, text: str):
+    file = tmp_path / "answer.json"
+    file.write_text(text)
+    assert engine._read(file) is None
+
+
+def test_where_nothing_can_be_kept_everything_is_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    for _ in range(2):
+        _, found = findings()
+        assert found["vLLM"]["verdict"] == "ok"
+        assert "as seen" not in found["vLLM"]["found"]

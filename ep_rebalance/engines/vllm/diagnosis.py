@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError, QuantisationConfig
-from ep_rebalance.diagnosis.finding import Check, Finding
+from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
 from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.contract import check_version
 from ep_rebalance.engines.vllm.quantised_pairs import MOE_BACKENDS, Pair
@@ -23,6 +24,11 @@ from ep_rebalance.engines.vllm.quantised_schemes import (
 def checks() -> list[tuple[str, Check]]:
     """(name, check) pairs. Running them imports vLLM, which takes seconds."""
     return [("vLLM", engine), ("seams", contracts)]
+
+
+def findings() -> list[dict[str, Any]]:
+    """The findings of all checks, JSON-ready."""
+    return [asdict(finding) for finding in run_checks(checks())]
 
 
 def engine() -> Finding:
@@ -73,6 +79,39 @@ def architecture(names: Sequence[str]) -> Finding:
         found=f"vLLM has no model for {', '.join(names) or 'an unnamed architecture'}",
         remedy="install the plugin that brings it; models run through Transformers were never tried",
     )
+
+
+def architecture_finding(names: Sequence[str]) -> dict[str, Any]:
+    """The finding of `architecture`, JSON-ready."""
+    return asdict(architecture(names))
+
+
+def numbers_as_served(folder: str) -> dict[str, Any]:
+    """What vLLM reads in a configuration, as `ModelConfig.get_model_arch_config` does, JSON-ready.
+
+    folder: that holds config.json. No code that comes with a checkpoint is run.
+
+    `numbers` has the fields of `ModelNumbers` that vLLM knows, None or 0 for what it does not find, and
+    `quantisation` is what it takes for the checkpoint's. Raises what vLLM and transformers raise for a
+    configuration that they cannot read.
+    """
+    # By the module that uses them: imported first, transformers_utils would import itself in a circle.
+    from vllm.config import model
+
+    config = model.get_config(folder, trust_remote_code=False)
+    convertor = model.MODEL_ARCH_CONFIG_CONVERTORS.get(
+        config.model_type, model.ModelArchConfigConvertorBase
+    )
+    read = convertor(config, model.get_hf_text_config(config)).convert()
+    return {
+        "numbers": {
+            "experts": read.num_experts or 0,
+            "top_k": read.num_experts_per_token or None,
+            "layers": read.total_num_hidden_layers or None,
+            "hidden_size": read.hidden_size or None,
+        },
+        "quantisation": read.quantization_config,
+    }
 
 
 def quantisation(
