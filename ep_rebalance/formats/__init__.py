@@ -11,17 +11,29 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from ep_rebalance.formats import sglang, state, tensorrt_llm, token_ids, trace, vllm_ascend
+from ep_rebalance.formats import (
+    arrays,
+    csv_counts,
+    sglang,
+    state,
+    tensorrt_llm,
+    trace,
+    vllm_answers,
+    vllm_ascend,
+)
+from ep_rebalance.formats.contents import FormatError, unread_kind
 from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
-from ep_rebalance.formats.load import ForeignLoad, FormatError
+from ep_rebalance.formats.load import ForeignLoad
 
 _Reader = TypeVar("_Reader")
 
 _ENTRIES = (
     vllm_ascend.FORMAT,
+    vllm_answers.FORMAT,
     sglang.FORMAT,
     tensorrt_llm.FORMAT,
-    token_ids.FORMAT,
+    arrays.FORMAT,
+    csv_counts.FORMAT,
     state.FORMAT,
     trace.FORMAT,
 )
@@ -47,4 +59,12 @@ def _reader_of(path: Path, readers: Sequence[tuple[Format, _Reader]]) -> _Reader
     for one, read in readers:
         if one.recognises(path):
             return read
-    raise FormatError(path, "", f"is none of {', '.join(one.name for one, _ in readers)}")
+    names = ", ".join(one.name for one, _ in readers)
+    if kind := unread_kind(path):
+        raise FormatError(path, "", kind)
+    if any(one.recognises(path) for one in FORMATS.values()):
+        other = (
+            "a placement, which has no load" if readers[0][0].read_load else "load, no placement"
+        )
+        raise FormatError(path, "", f"holds {other}")
+    raise FormatError(path, "", f"is none of {names}; write it as one of these")
