@@ -112,7 +112,7 @@ def _are_ids(array: NDArray[Any], experts: int | None) -> bool:
     if array.dtype.kind not in "iu" or array.shape[-1] > _MAX_TOP_K:
         return False
     if experts is not None:
-        return experts != array.shape[-1]
+        return bool(experts != array.shape[-1])
     different = np.unique(array[:_LOOKED_AT])
     return bool(2 * different.size > int(different[-1]))
 
