@@ -197,7 +197,9 @@ class _Server:
                 f"{url} refuses, {error.code}: {told or error.reason}{remedy}"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"{url} does not answer ({error}); is the server up?") from None
+            raise ValueError(
+                f"{url} does not answer ({getattr(error, 'reason', error)}); is the server up?"
+            ) from None
         if len(data) > _MAX_ANSWER_BYTES:
             raise ValueError(
                 f"{url} answers with more than {_MAX_ANSWER_BYTES} bytes; ask for less"
@@ -218,7 +220,7 @@ def _lines(path: Path) -> list[tuple[str, Any]]:
         try:
             found.append((f"line {number}", json.loads(line) if as_json else line))
         except (ValueError, RecursionError) as error:
-            reason = f"is not JSON ({error}); write a text, messages or a body a line"
+            reason = f"is not JSON ({getattr(error, 'msg', error)}); write a text, messages or a body a line"
             raise FormatError(path, f"line {number}", reason) from None
     if not found:
         raise FormatError(path, "", "holds no prompts; write one a line")

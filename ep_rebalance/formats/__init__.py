@@ -42,6 +42,13 @@ FORMATS: Mapping[str, Format] = MappingProxyType({one.name: one for one in _ENTR
 """By name, in the order in which a file is tried: SGLang's format takes any JSON that is left."""
 
 
+_OTHER = {
+    True: "holds a placement, no load; give a TARGET that is no trace, with --to",
+    False: "holds load, no placement; make a trace of it, and of that a placement by `ep-rebalance plan`",
+}
+"""What to say of a file, by whether load was asked for."""
+
+
 def read_load(path: Path, reading: Reading) -> ForeignLoad:
     """A recording, in the first format that recognises the file. Raises FormatError."""
     readers = [(one, one.read_load) for one in FORMATS.values() if one.read_load]
@@ -59,12 +66,9 @@ def _reader_of(path: Path, readers: Sequence[tuple[Format, _Reader]]) -> _Reader
     for one, read in readers:
         if one.recognises(path):
             return read
-    names = ", ".join(one.name for one, _ in readers)
     if kind := unread_kind(path):
         raise FormatError(path, "", kind)
     if any(one.recognises(path) for one in FORMATS.values()):
-        other = (
-            "a placement, which has no load" if readers[0][0].read_load else "load, no placement"
-        )
-        raise FormatError(path, "", f"holds {other}")
-    raise FormatError(path, "", f"is none of {names}; write it as one of these")
+        raise FormatError(path, "", _OTHER[readers[0][1] == readers[0][0].read_load])
+    names = ", ".join(one.name for one, _ in readers)
+    raise FormatError(path, "", f"is of none of the kinds {names}; write it as one of these")

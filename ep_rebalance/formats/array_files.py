@@ -52,7 +52,7 @@ def _of_numpy(path: Path, file: IO[bytes], keys: str) -> Iterator[tuple[str, NDA
     except FormatError:
         raise
     except Exception as error:  # a dozen kinds for damaged files, OSError among them
-        raise FormatError(path, "", _damaged("numpy.save or numpy.savez", error)) from None
+        raise FormatError(path, "", _damaged("numpy.save or numpy.savez makes", error)) from None
 
 
 def _of_torch(path: Path, file: IO[bytes], keys: str) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -72,7 +72,7 @@ def _of_torch(path: Path, file: IO[bytes], keys: str) -> Iterator[tuple[str, NDA
     except FormatError:
         raise
     except Exception as error:  # pickle, zipfile and torch raise a dozen kinds, OSError too
-        raise FormatError(path, "", _damaged("torch.save, of tensors alone", error)) from None
+        raise FormatError(path, "", _damaged("torch.save makes of tensors", error)) from None
 
 
 def _numbers(tensor: Any) -> NDArray[Any]:
@@ -95,6 +95,6 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _damaged(writer: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"is not what {writer} writes ({reason}); write it so again"
+def _damaged(made: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+    return f"is not what {made} ({reason[:200]}); make it so again"

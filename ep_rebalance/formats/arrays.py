@@ -72,9 +72,14 @@ def _chosen(path: Path, keys: str) -> tuple[list[str], NDArray[Any]]:
         if not found or name == _COUNTS or (name in _IDS and _COUNTS not in found):
             found = {name: array}
     if not names:
+        if keys == "*":
+            raise FormatError(path, "", "holds no array; save arrays of counts or of expert ids")
         raise FormatError(
             path, "", f"holds no array whose name matches {keys!r}; give another --key"
         )
+    if "slots_LP" in names:
+        reason = "is a state file: a placement, no load; give a TARGET that is no trace, with --to"
+        raise FormatError(path, "", reason)
     ((first, array),) = found.items()
     if first == _COUNTS or first in _IDS:
         return [first], array
@@ -85,10 +90,8 @@ def _axes_of(path: Path, name: str, array: NDArray[Any], reading: Reading) -> tu
     """(axes, note for the user) of an array: a word of AXES, its letters in the order of the array."""
     if reading.axes:
         if len(reading.axes) != array.ndim:
-            reason = (
-                f"has shape {array.shape}, and --axes {reading.axes} names {len(reading.axes)} axes"
-            )
-            raise FormatError(path, name, reason)
+            reason = f"has shape {array.shape}, and --axes {reading.axes} names {len(reading.axes)}"
+            raise FormatError(path, name, f"{reason}; give each a letter")
         return reading.axes, ""
     if name == _COUNTS:
         return ("LE", "WLE")[array.ndim > 2], ""  # `counts_of` refuses other numbers of axes

@@ -142,7 +142,7 @@ def unread_kind(path: Path) -> str:
     """What a file is that no format reads, and what to do; "" if that is not known."""
     first = beginning(path, 16)
     if not first:
-        return "is a folder" if path.is_dir() else "is empty"
+        return f"is {'a folder' if path.is_dir() else 'empty'}; name a file that holds something"
     for magic, kind, remedy in _UNREAD:
         if first.startswith(magic):
             return f"is {kind}: {remedy}"

@@ -69,9 +69,17 @@ class Reading:
             numbers = tuple(range(first, first + layers))
         for before, number in pairwise((-1, *numbers)):
             if number <= before:
-                raise FormatError(path, "", f"has layer {number} behind layer {before}")
+                raise FormatError(
+                    path,
+                    "",
+                    f"has layer {number} behind layer {before}; number each once, from 0 on",
+                )
             if number >= MAX_LAYERS:
-                raise FormatError(path, "", f"has layer {number}, beyond the {MAX_LAYERS} read")
+                raise FormatError(
+                    path,
+                    "",
+                    f"has layer {number}, and {MAX_LAYERS - 1} is the last that is read; mend it",
+                )
         return numbers
 
     def numbered(
@@ -87,9 +95,10 @@ class Reading:
     def check_experts(self, path: Path, place: str, experts: int) -> None:
         """Raises FormatError if a file has another number of experts than was given."""
         if self.experts not in (None, experts):
-            raise FormatError(
-                path, place, f"has {experts} experts a layer, not the {self.experts} given"
+            reason = (
+                f"has {experts} experts a layer, not the {self.experts} of --experts or --model"
             )
+            raise FormatError(path, place, f"{reason}; leave these out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,10 +53,13 @@ class ForeignLoad:
         return replace(self, notes=self.notes + notes)
 
 
-def counts_of(path: Path, place: str, value: Any) -> NDArray[np.int64]:
+def counts_of(
+    path: Path, place: str, value: Any, meaning: str = "a number of tokens"
+) -> NDArray[np.int64]:
     """int64 [snapshots, L, E], from nested lists or arrays of that shape, or of one snapshot's.
 
     place: where `value` lies in the file.
+    meaning: of a number, for errors.
 
     Raises FormatError that names the first number that cannot be a count.
     """
@@ -66,14 +69,14 @@ def counts_of(path: Path, place: str, value: Any) -> NDArray[np.int64]:
     try:
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise FormatError(path, place, "is not an array of numbers, or is ragged") from None
+        raise FormatError(path, *_fault(place, value)) from None
     if numbers.ndim == 2:
         numbers = numbers[None]
     if numbers.ndim != 3 or 0 in numbers.shape:
         raise FormatError(
             path,
             place,
-            f"has shape {numbers.shape}, not [layers][experts] or [steps][layers][experts]",
+            f"has shape {numbers.shape}; write rows of layers, or of snapshots and layers",
         )
     wrong = ~(np.isfinite(numbers) & (numbers >= 0) & (numbers == np.floor(numbers)))
     wrong |= numbers >= 2.0**53  # where float64 begins to skip numbers
@@ -81,8 +84,28 @@ def counts_of(path: Path, place: str, value: Any) -> NDArray[np.int64]:
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
         # The index in the file, which lacks that of the snapshot if there is only one.
         where = "".join(f"[{i}]" for i in index[3 - np.ndim(value) :])
-        raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, not a number of tokens")
+        raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, not {meaning}; mend it")
     return numbers.astype(np.int64)
+
+
+def _fault(place: str, value: Any) -> tuple[str, str]:
+    """(place, reason) of the first thing for which nested lists are no array of numbers."""
+    if not isinstance(value, list):
+        return place, f"is {str(value)[:40]!r}, not a number; mend it"
+    for index, row in enumerate(value):
+        if _length(row) != _length(value[0]):
+            held = f"has {_length(row)} numbers" if isinstance(row, list) else "is no row"
+            return f"{place}[{index}]", f"{held}, unlike those before it; make all alike"
+    for index, row in enumerate(value):
+        try:
+            np.asarray(row, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError):
+            return _fault(f"{place}[{index}]", row)
+    return place, "has rows of different depths; make all alike"
+
+
+def _length(row: Any) -> int | None:
+    return len(row) if isinstance(row, list) else None
 
 
 def slots_of(path: Path, place: str, value: Any) -> NDArray[np.int64]:
@@ -90,9 +113,10 @@ def slots_of(path: Path, place: str, value: Any) -> NDArray[np.int64]:
 
     Raises FormatError that names the first number that cannot be an expert's.
     """
-    found_1LP = counts_of(path, place, value)
+    found_1LP = counts_of(path, place, value, "an expert's number")
     if np.ndim(value) != 2:
-        raise FormatError(path, place, f"has {np.ndim(value)} dimensions, not [layers][slots]")
+        reason = f"has {np.ndim(value)} dimensions; write rows of slots, one for each layer"
+        raise FormatError(path, place, reason)
     slots_LP: NDArray[np.int64] = found_1LP[0]
     return slots_LP
 

@@ -67,11 +67,13 @@ def _read_json(path: Path) -> Any:
         place = f"line {error.lineno}, column {error.colno}"
         raise FormatError(path, place, f"is not JSON ({error.msg}); write it anew") from None
     except RecursionError:
-        raise FormatError(path, "", "is nested too deeply to be counts or a placement") from None
+        raise FormatError(
+            path, "", "is nested too deeply; write rows of numbers, one for each layer"
+        ) from None
     except FormatError:
         raise
-    except ValueError as error:  # a number of too many digits
-        raise FormatError(path, "", f"is not JSON ({error}); write it anew") from None
+    except ValueError:  # a number of too many digits
+        raise FormatError(path, "", "has a number of thousands of digits; write it anew") from None
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from ep_rebalance.formats.contents import beginning
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.formats.contents import FormatError, beginning
 from ep_rebalance.formats.format import Format, NumberedPlacement, Reading, Writing
 from ep_rebalance.formats.slots import told_repeats
 from ep_rebalance.load.state import SavedState, read_state, save_state
@@ -21,8 +22,17 @@ def recognises(path: Path) -> bool:
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     """The saved placement."""
-    state = read_state(path)
+    state = saved_state(path)
     return reading.numbered(path, state.placement, state.header.identity.moe_layers)
+
+
+def saved_state(path: Path) -> SavedState:
+    """As `read_state`, but its errors are those of a file that somebody named. Raises FormatError."""
+    try:
+        return read_state(path)
+    except ConfigurationError as error:
+        reason = error.reason.rstrip(".").removeprefix(f"the state file {str(path)!r} ")
+        raise FormatError(path, "", f"{reason}; name another file") from None
 
 
 def write_placement(
@@ -43,7 +53,7 @@ def _state(placement: Placement, like: Path | None) -> SavedState:
             "a state file holds no placement in which a rank has an expert twice; `ep-rebalance plan` makes "
             "one without"
         )
-    saved = read_state(like)
+    saved = saved_state(like)
     theirs = saved.placement
     sizes = (placement.slots_LP.shape, placement.num_experts, placement.num_ranks)
     if sizes != (theirs.slots_LP.shape, theirs.num_experts, theirs.num_ranks):

@@ -58,8 +58,8 @@ def read_load(folder: Path, reading: Reading) -> ForeignLoad:
         top_k = int(meta["num_experts_per_token"])
     except FormatError:
         raise
-    except (RecursionError, KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = f"has no num_experts_per_token ({error}); copy the whole EXPERT_STATISTIC_PATH"
+    except (RecursionError, KeyError, TypeError, ValueError, OverflowError):
+        reason = "has no num_experts_per_token; copy the whole EXPERT_STATISTIC_PATH"
         raise FormatError(folder / META, "", reason) from None
     counts = _summed(folder)
     iterations, layers = ({key[part] for key in counts} for part in (0, 1))
@@ -152,7 +152,7 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     except (FormatError, OSError):
         raise
     except Exception as error:  # ValueError, AttributeError and RecursionError beside PyYAML's own
-        raise FormatError(path, "", f"is not YAML ({error}); write it anew") from None
+        raise FormatError(path, "", f"is not YAML ({_told(error)}); write it anew") from None
     rows = found.get(_ROWS) if isinstance(found, dict) else None
     if not isinstance(rows, dict) or not rows:
         reason = f"holds no {_ROWS}; `ep-rebalance plan --to tensorrt-llm` writes them"
@@ -168,6 +168,13 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
             path, "num_slots", f"is not the {slots_LP.shape[1]} of the layers; mend it"
         )
     return reading.numbered(path, placement_of(path, _ROWS, slots_LP, num_ranks), layers)
+
+
+def _told(error: Exception) -> str:
+    """PyYAML's errors are several lines long."""
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    return where + (str(getattr(error, "problem", "")) or str(error).partition("\n")[0])
 
 
 FORMAT = Format(

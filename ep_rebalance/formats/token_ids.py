@@ -74,8 +74,8 @@ def load_of_tokens(path: Path, source: Source, reading: Reading, origin: str) ->
     Raises FormatError for ids that cannot be, and where more than half of all tokens are left out.
     """
     seen = _seen(path, source)
-    kept, notes = layers_with_experts(path, "its ids", np.asarray(seen.used_L), reading)
-    experts, padding, told = _experts(path, seen, reading.experts)
+    kept, notes = layers_with_experts(path, "", np.asarray(seen.used_L), reading)
+    experts, padding, told = _experts(path, source, seen, reading.experts)
     if len(kept) * experts > _MAX_COUNTS:
         raise FormatError(
             path,
@@ -135,10 +135,16 @@ def _check(path: Path, part: Tokens, seen: _Seen) -> None:
         reason = f"has shape {ids_TLK.shape}, unlike [T, {seen.layers}, {seen.top_k}] before it"
         raise FormatError(path, part.name, f"{reason}; choose arrays with --key")
     if ids_TLK.min() < -1 or ids_TLK.max() >= _MAX_EXPERTS:
-        reason = (
-            f"has expert ids {ids_TLK.min()} to {ids_TLK.max()}, not from -1 to {_MAX_EXPERTS - 1}"
-        )
-        raise FormatError(path, part.name, f"{reason}; are these ids?")
+        place, found = _first(part, (ids_TLK < -1) | (ids_TLK >= _MAX_EXPERTS))
+        reason = f"is {found}, and ids are from -1 to {_MAX_EXPERTS - 1}"
+        raise FormatError(path, place, f"{reason}; choose arrays of ids with --key")
+
+
+def _first(part: Tokens, wrong_TLK: NDArray[np.bool_]) -> tuple[str, int]:
+    """(place, id) of the first of these."""
+    token, layer, column = (int(index) for index in np.argwhere(wrong_TLK)[0])
+    found = int(part.ids_TLK[token, layer, column])
+    return f"{part.name}, token {token}, layer {layer}, place {column},", found
 
 
 def _parts(ids_TLK: NDArray[Any]) -> Iterator[NDArray[np.int64]]:
@@ -148,19 +154,21 @@ def _parts(ids_TLK: NDArray[Any]) -> Iterator[NDArray[np.int64]]:
 
 
 def _experts(
-    path: Path, seen: _Seen, given: int | None
+    path: Path, source: Source, seen: _Seen, given: int | None
 ) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
     """(experts of a layer, ids that are padding, notes)."""
     found = np.flatnonzero(seen.ids_N) - 1
     largest = int(found[-1])
     if given is not None:
         padding = (-1, given, *([seen.unsigned_max] if seen.unsigned_max >= given else []))
-        beyond = [int(number) for number in found if number >= given and number not in padding]
-        if beyond:
+        beyond = np.setdiff1d(found[found >= given], padding)
+        if beyond.size:
+            parts = ((part, np.isin(part.ids_TLK, beyond)) for part in source())
+            place, number = next(_first(*one) for one in parts if one[1].any())
             reason = (
-                f"has expert id {beyond[0]}, beyond the {given} experts given; give the model's"
+                f"is expert {number}, beyond the {given} experts given; give the model's number"
             )
-            raise FormatError(path, "", reason)
+            raise FormatError(path, place, reason)
         return given, padding, ()
     if (
         largest > 0

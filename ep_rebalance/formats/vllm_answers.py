@@ -51,7 +51,8 @@ def tokens_of(answer: Any, name: str) -> list[Tokens]:
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
     if not isinstance(choices, list) or not choices:
         raise NoRoutedExperts(
-            f"{name} is no answer of vLLM's /v1/completions or /v1/chat/completions"
+            f"{name} is no answer of vLLM's /v1/completions or /v1/chat/completions; save answers as they "
+            "come"
         )
     ids = [_ids(choice, f"{name}, choice {place}") for place, choice in enumerate(choices)]
     prompt, cached = _prompt(answer, [len(ids_TLK) for ids_TLK in ids])
@@ -79,9 +80,13 @@ def _ids(choice: Any, name: str) -> NDArray[Any]:
         ids = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
     except Exception as error:  # numpy raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NoRoutedExperts(f"{name}: {FIELD} is no array in base64 ({reason})") from None
+        raise NoRoutedExperts(
+            f"{name}: {FIELD} is no array in base64 ({reason}); save answers whole"
+        ) from None
     if not isinstance(ids, np.ndarray) or ids.ndim != 3:
-        raise NoRoutedExperts(f"{name}: {FIELD} is no array [tokens, layers, top-k]")
+        raise NoRoutedExperts(
+            f"{name}: {FIELD} is no array [tokens, layers, top-k]; save answers whole"
+        )
     return ids
 
 
@@ -158,7 +163,8 @@ def _decoded(path: Path, place: str, text: str | bytes) -> Any:
     try:
         return json.loads(text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(path, place, f"is not JSON ({error}); save one answer a line") from None
+        told = getattr(error, "msg", "nested too deeply, or a number of thousands of digits")
+        raise FormatError(path, place, f"is not JSON ({told}); save one answer a line") from None
 
 
 FORMAT = Format(

@@ -80,12 +80,12 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     try:
         found = msgspec.json.decode(read_text(path), type=_ExpertMap)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise FormatError(path, "", f"is not an expert map ({error})") from None
+        raise FormatError(path, "", f"is not an expert map ({error}); write it anew") from None
     if not found.layer_list or len(found.layer_list) != found.moe_layer_count:
         raise FormatError(
             path,
             "moe_layer_count",
-            f"is {found.moe_layer_count}, for {len(found.layer_list)} layers",
+            f"is {found.moe_layer_count}, for {len(found.layer_list)} layers; mend it",
         )
     ranks = found.layer_list[0].device_count
     rows = []

@@ -81,7 +81,7 @@ def test_dense_layers_get_the_trivial_row():
     [
         ("a.json", "{", "not JSON"),
         ("a.json", "[" * 100_000, "a.json"),
-        ("a.json", '{"physical_to_logical_map": [[0, 1], [0]]}', "ragged"),
+        ("a.json", '{"physical_to_logical_map": [[0, 1], [0]]}', "_map[1] has 1 numbers"),
         ("a.json", '{"physical_to_logical_map": [[[0, 1]], [[1, 0]]]}', "3 dimensions"),
         ("a.yaml", "initial_global_assignments: {0: [[0, 1]], 1: [[1, 0]]}", "3 dimensions"),
         ("a.json", '{"physical_to_logical_map": [[0, 5], [1, 0]]}', "no slot holds expert"),
@@ -98,7 +98,11 @@ def test_dense_layers_get_the_trivial_row():
         ("a.yaml", "2026-13-01", "not YAML"),
         ("a.yaml", "!!timestamp none", "not YAML"),
         ("a.yaml", "[" * 100_000, "not YAML"),
-        ("a.json", '{"physical_to_logical_map": [[1' + "0" * 5000 + "]]}", "not JSON"),
+        (
+            "a.json",
+            '{"physical_to_logical_map": [[1' + "0" * 5000 + "]]}",
+            "number of thousands of digits",
+        ),
         ("a.json", '{"physical_to_logical_map": [[0, 2147483646]]}', "no slot holds expert 1"),
         (
             "a.json",
@@ -289,7 +293,7 @@ class _Payload:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.json", '{"logical_count": [[1, 2], [3]]}', "ragged"),
+        ("a.json", '{"logical_count": [[1, 2], [3]]}', "logical_count[1] has 1 numbers"),
         ("a.json", '{"logical_count": [[1, 2], [3, -4]]}', "logical_count[1][1] is -4"),
         ("a.json", '{"logical_count": [[1, 2.5]]}', "[0][1] is 2.5"),
         (
@@ -301,7 +305,7 @@ class _Payload:
         ("a.json", '{"logical_count": [[1, NaN]]}', "is nan"),
         ("a.json", '{"logical_count": [[0, 0]]}', "no layer with tokens"),
         ("a.json", '{"logical_count": 7}', "has shape ()"),
-        ("a.json", '{"logical_count": [["x"]]}', "not an array of numbers"),
+        ("a.json", '{"logical_count": [["x"]]}', "[0][0] is 'x', not a number"),
         ("a.json", '{"other": 1}', "no logical_count"),
         ("a.json", "[1]", "is a list; name it"),
         ("a.pt", b"PK\x03\x04 nothing", "not what torch.save"),

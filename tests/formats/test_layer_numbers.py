@@ -103,7 +103,7 @@ def test_rows_of_layers_with_experts_alone_are_numbered_by_the_option(tmp_path: 
     [
         ((3, 3), "layer 3 behind layer 3"),
         ((-1, 2), "layer -1 behind"),
-        ((1, 4096), "layer 4096, beyond"),
+        ((1, 4096), "layer 4096, and 4095 is the last"),
     ],
 )
 def test_numbers_that_no_layers_have_are_refused(tmp_path: Path, layers, words: str):

@@ -104,7 +104,10 @@ def test_without_a_number_of_experts_an_odd_one_is_warned_of(tmp_path: Path):
 
 
 def test_ids_beyond_the_experts_given_are_refused(tmp_path: Path):
-    with pytest.raises(FormatError, match="id 17, beyond the 16 experts given"):
+    with pytest.raises(
+        FormatError,
+        match=r"array, token \d+, layer \d, place \d, is expert \d+, beyond the 16 experts",
+    ):
         read(tmp_path, ids(), experts=16)
 
 
@@ -170,7 +173,7 @@ def test_what_may_be_counts_or_ids_is_not_guessed(tmp_path: Path, axes: str):
     if axes == "WLE":
         assert (counted(read(tmp_path, array, axes=axes)) == array.sum(axis=0)).all()
         return
-    words = {"": "may be counts or expert ids", "TK": "names 2 axes", "TLK": None}[axes]
+    words = {"": "may be counts or expert ids", "TK": "names 2; give each", "TLK": None}[axes]
     if words is None:
         assert read(tmp_path, array, axes=axes).top_k == 8
         return
