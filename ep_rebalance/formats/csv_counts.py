@@ -15,6 +15,7 @@ import numpy as np
 
 from ep_rebalance.formats.contents import FormatError, read_text, suffix_of
 from ep_rebalance.formats.format import MAX_LAYERS, Format, Reading
+from ep_rebalance.formats.layer_counts import layers_with_experts
 from ep_rebalance.formats.load import MAX_COUNTS, ForeignLoad
 
 _COLUMNS = ("layer", "expert", "count")
@@ -40,8 +41,8 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
             where = f"layer {row['layer']}, expert {row['expert']}"
             raise FormatError(path, f"line {line}", f"has {where} again; add such lines up")
         cells[cell] = row["count"]
-    if not any(cells.values()):
-        raise FormatError(path, "", "holds no tokens; record while the server has traffic")
+    if not cells:
+        raise FormatError(path, "", "holds no counts; write lines of layer, expert and count")
     snapshots, layers, experts = (sorted({cell[part] for cell in cells}) for part in range(3))
     num_experts = experts[-1] + 1
     if reading.experts is not None and num_experts <= reading.experts:
@@ -54,13 +55,14 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
     for (snapshot, layer, expert), count in cells.items():
         place = np.searchsorted(snapshots, snapshot), np.searchsorted(layers, layer), expert
         counts_WLE[place] = count
+    kept, notes = layers_with_experts(path, "", counts_WLE.any(axis=(0, 2)), layers)
     return ForeignLoad(
-        counts=list(counts_WLE),
-        layers=len(layers),
+        counts=list(counts_WLE[:, kept]),
+        layers=len(kept),
         experts=num_experts,
-        moe_layers=reading.numbers_of(path, len(layers), layers),
+        moe_layers=reading.numbers_of(path, len(kept), [layers[place] for place in kept]),
         origin=f"converted from {path.name}",
-        notes=_gaps(experts),
+        notes=notes + _gaps(experts),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading, told
@@ -26,9 +28,7 @@ def load_of_counts(
     counts_WLE = counts_of(path, place, value)
     layers, experts = counts_WLE.shape[1:]
     reading.check_experts(path, place, experts)
-    moe_layers, notes = layers_with_experts(
-        path, place, np.asarray(counts_WLE.any(axis=(0, 2))), reading
-    )
+    moe_layers, notes = layers_with_experts(path, place, counts_WLE.any(axis=(0, 2)))
     kept = moe_layers if len(moe_layers) < layers else None
     return ForeignLoad(
         counts=list(counts_WLE if kept is None else counts_WLE[:, kept]),
@@ -41,26 +41,26 @@ def load_of_counts(
 
 
 def layers_with_experts(
-    path: Path, place: str, used_L: Any, reading: Reading
+    path: Path, place: str, used_L: NDArray[np.bool_], numbers: Sequence[int] = ()
 ) -> tuple[list[int], tuple[str, ...]]:
     """(places of the layers with experts, notes on the others).
 
-    used_L: bool [L], whether a layer has tokens.
+    used_L: whether a layer has tokens.
+    numbers: of the layers; () if their places are their numbers.
 
     Raises FormatError if there are none.
     """
-    used = np.flatnonzero(used_L).tolist()
-    unused = np.flatnonzero(~used_L).tolist()
+    used, unused = np.flatnonzero(used_L).tolist(), np.flatnonzero(~used_L).tolist()
     if not used:
-        raise FormatError(
-            path, place, "has no layer with tokens; record while the server has traffic"
-        )
+        reason = "has no layer with tokens; record while the server has traffic"
+        raise FormatError(path, place, reason)
     if not unused:
         return used, ()
+    names = numbers or range(len(used_L))
     note = (
-        f"layers {told(unused)} have no tokens and are left out, as layers without experts; "
-        f"the others keep their numbers, {told(used)}"
+        f"layers {told([names[layer] for layer in unused])} have no tokens and are left out, as layers "
+        f"without experts; the others keep their numbers, {told([names[layer] for layer in used])}"
     )
     if unused[-1] > used[-1]:
-        note += f"; SGLang's file of the placement needs --layers {len(used_L)}"
+        note += f"; SGLang's file of the placement needs --layers {names[unused[-1]] + 1}"
     return used, (note,)

@@ -74,7 +74,7 @@ def load_of_tokens(path: Path, source: Source, reading: Reading, origin: str) ->
     Raises FormatError for ids that cannot be, and where more than half of all tokens are left out.
     """
     seen = _seen(path, source)
-    kept, notes = layers_with_experts(path, "", np.asarray(seen.used_L), reading)
+    kept, notes = layers_with_experts(path, "", np.asarray(seen.used_L))
     experts, padding, told = _experts(path, source, seen, reading.experts)
     if len(kept) * experts > _MAX_COUNTS:
         raise FormatError(

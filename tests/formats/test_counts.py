@@ -86,6 +86,16 @@ def test_lines_of_several_snapshots_are_sorted(tmp_path: Path):
     assert second.counts_ALE[0].tolist() == [[0, 4, 0, 0]]
 
 
+def test_layers_of_lines_without_tokens_are_left_out_and_named(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("3,0,0\n3,1,0\n5,0,4\n5,1,6\n7,0,0\n")
+    load = csv_counts.read_load(path, Reading())
+    assert load.moe_layers == (5,)
+    assert [counts.tolist() for counts in load.counts] == [[[4, 6]]]
+    assert "layers 3, 7 have no tokens" in load.notes[0]
+    assert "needs --layers 8" in load.notes[0]
+
+
 def test_experts_without_a_line_are_named(tmp_path: Path):
     path = tmp_path / "a.csv"
     path.write_text("0,0,5\n0,3,5\n")
@@ -169,9 +179,9 @@ def test_damaged_gzip_is_refused_by_its_name(tmp_path: Path):
         ),
         ("layer,expert,count\n1,2\n", "line 2 has 2 fields, for 3 columns"),
         ("1,2,3,4\n", "line 1 has 4 numbers"),
-        ("layer,expert,count\n1,2,0\n", "holds no tokens"),
+        ("layer,expert,count\n1,2,0\n", "no layer with tokens"),
         ('layer,expert,count\n1,"2,3\n', "is not CSV"),
-        ("", "holds no tokens"),
+        ("", "holds no counts"),
     ],
 )
 def test_malformed_csv_is_refused_with_its_line(tmp_path: Path, content: str, words: str):
