@@ -55,7 +55,7 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
     for (snapshot, layer, expert), count in cells.items():
         place = np.searchsorted(snapshots, snapshot), np.searchsorted(layers, layer), expert
         counts_WLE[place] = count
-    kept, notes = layers_with_experts(path, "", counts_WLE.any(axis=(0, 2)), layers)
+    kept, notes = layers_with_experts(path, "", np.asarray(counts_WLE.any(axis=(0, 2))), layers)
     return ForeignLoad(
         counts=list(counts_WLE[:, kept]),
         layers=len(kept),

@@ -28,7 +28,7 @@ def load_of_counts(
     counts_WLE = counts_of(path, place, value)
     layers, experts = counts_WLE.shape[1:]
     reading.check_experts(path, place, experts)
-    moe_layers, notes = layers_with_experts(path, place, counts_WLE.any(axis=(0, 2)))
+    moe_layers, notes = layers_with_experts(path, place, np.asarray(counts_WLE.any(axis=(0, 2))))
     kept = moe_layers if len(moe_layers) < layers else None
     return ForeignLoad(
         counts=list(counts_WLE if kept is None else counts_WLE[:, kept]),
