@@ -15,8 +15,7 @@ from saved_states import IDENTITY
 from ep_rebalance.api.auth import own_key
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import parse_config_argument, read_config_file
-from ep_rebalance.formats.format import beginning
-from ep_rebalance.formats.load import read_text
+from ep_rebalance.formats.contents import beginning, read_text
 from ep_rebalance.load.state import check_writable, load_state, read_state
 from ep_rebalance.load.trace import TraceReader, check_folder
 from ep_rebalance.regular_files import REGULAR, kind_of, read_regular

@@ -54,6 +54,10 @@ COMMANDS = {
         "plan:plan",
         "Find the best placement for recorded load, for an engine to start with.",
     ),
+    "record": (
+        "record:record",
+        "Record a running vLLM without the plugin: send it prompts, and count the experts of its answers.",
+    ),
     "replay": (
         "replay:run_replay",
         "Replay recorded load against placement policies: would rebalancing help, and at what cost?",

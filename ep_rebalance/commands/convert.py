@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +15,13 @@ from ep_rebalance.commands.choices import one_of
 from ep_rebalance.commands.options import FirstMoeLayer, ModelLayers
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.formats import FORMATS, read_load, read_placement
-from ep_rebalance.formats.format import Reading, Writing
-from ep_rebalance.formats.load import ForeignLoad, FormatError, sampled, write_trace
+from ep_rebalance.formats.contents import FormatError
+from ep_rebalance.formats.format import AXES, Reading, Writing
+from ep_rebalance.formats.load import ForeignLoad, sampled, write_trace
+from ep_rebalance.formats.slots import told_repeats
 from ep_rebalance.load.trace import SUFFIX
 from ep_rebalance.load.window import PHASES
-from ep_rebalance.offline.model_shape import SHAPES
+from ep_rebalance.offline.model_shape import SHAPES, ModelShape
 from ep_rebalance.placement import Placement
 
 TARGETS = one_of(name for name, one in FORMATS.items() if one.write_placement)
@@ -43,7 +46,25 @@ _To = Annotated[
 _TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts per token, if the file does not say.")
 ]
-_Model = Annotated[str, typer.Option(help="Name for the trace.", show_default="the file's")]
+_Model = Annotated[
+    str,
+    typer.Option(
+        help=f"Name for the trace; {', '.join(SHAPES)} also say how many experts there are.",
+        show_default="the file's",
+    ),
+]
+_Experts = Annotated[
+    int | None,
+    typer.Option(min=1, help="Experts of a layer, where ids and lines of CSV leave it open."),
+]
+_Axes = Annotated[
+    str,
+    typer.Option(
+        help=f"What the axes of arrays are, in their order: the letters of {', '.join(AXES)} (T tokens, L "
+        "layers, K top-k, E experts, W snapshots).",
+        show_default="guessed if certain",
+    ),
+]
 _Phase = Annotated[str, typer.Option(help="The phase of the tokens: prefill or decode.")]
 _TokensPerSnapshot = Annotated[
     int, typer.Option(min=1, help="Tokens of a snapshot, if they are recorded one by one or drawn.")
@@ -79,9 +100,11 @@ def convert(
     steps_per_snapshot: _StepsPerSnapshot = 16,
     seed: _Seed = 0,
     key: _Key = "*",
+    experts: _Experts = None,
+    axes: _Axes = "",
     ep_size: _EpSize = None,
     layers: ModelLayers = None,
-    first_moe_layer: FirstMoeLayer = 0,
+    first_moe_layer: FirstMoeLayer = None,
     like: _Like = None,
 ) -> None:
     """Turn recordings of other engines into traces, or write placements for other engines.
@@ -92,18 +115,23 @@ def convert(
     with explained():
         if phase not in PHASES:
             raise ValueError(f"--phase {phase} is not one of {', '.join(PHASES)}")
+        check_axes(axes)
         reading = Reading(
             num_ranks=ep_size,
             first_moe_layer=first_moe_layer,
             tokens_per_snapshot=tokens_per_snapshot,
             keys=key,
+            axes=axes,
+            experts=experts_of(model, experts),
         )
         if target.suffix == SUFFIX:
-            load, known = _load(source, reading, top_k, snapshots=sample, seed=seed)
+            load, known = _load(source, reading, top_k, model, snapshots=sample, seed=seed)
+            tell(load.notes)
             count = write_trace(
                 _shown(load, sample),
                 target,
-                model=model or source.stem,
+                source=source,
+                model=model or source.name.split(".")[0],
                 top_k=known,
                 phase=phase,
                 steps_per_snapshot=steps_per_snapshot,
@@ -115,24 +143,59 @@ def convert(
                 f"TARGET {target} is not a *{SUFFIX}; say for which engine it is with --to"
             )
         placement, moe_layers = read_placement(source, reading)
+        tell(filter(None, [told_repeats(placement)]))
         write_placement(target, placement, moe_layers, to, Writing(layers=layers, like=like))
 
 
+def check_axes(axes: str) -> None:
+    """Raises ValueError for what names no axes of an array."""
+    if axes and axes not in {"".join(order) for word in AXES for order in permutations(word)}:
+        raise ValueError(
+            f"--axes {axes} is no order of the letters {', '.join(AXES)}; write e.g. --axes TLK"
+        )
+
+
+def experts_of(model: str, given: int | None) -> int | None:
+    """Experts of a layer: the given number, else that of a known model. Raises ValueError if both differ."""
+    shape = _shape(model)
+    if shape is None:
+        return given
+    if given not in (None, shape.experts):
+        raise ValueError(f"--experts {given}: {model} has {shape.experts}; leave out one of both")
+    return shape.experts
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Say on stderr what was left out or taken for granted."""
+    for note in notes:
+        typer.echo(f"ep-rebalance: note: {note}", err=True)
+
+
+def _shape(model: str) -> ModelShape | None:
+    return next((s for name, s in SHAPES.items() if model.lower() in (name, s.title.lower())), None)
+
+
 def _load(
-    source: Path, reading: Reading, top_k: int | None, *, snapshots: int, seed: int
+    source: Path, reading: Reading, top_k: int | None, model: str, *, snapshots: int, seed: int
 ) -> tuple[ForeignLoad, int]:
     """(recording, top-k). With `snapshots`, that many are drawn from the recording's sum."""
     load = read_load(source, reading)
-    known = _top_k(source, load, top_k)
+    known = _top_k(source, load, top_k, model)
     if not snapshots:
         return load, known
     tokens = reading.tokens_per_snapshot
     return sampled(load, snapshots=snapshots, tokens=tokens, top_k=known, seed=seed), known
 
 
-def _top_k(source: Path, load: ForeignLoad, given: int | None) -> int:
+def _top_k(source: Path, load: ForeignLoad, given: int | None, model: str) -> int:
     """The top-k that the file holds, else the given one, else that of a known model with these sizes."""
-    sizes = (load.layers, load.experts)
+    named, sizes = _shape(model), (load.layers, load.experts)
+    if named is not None and given is None:
+        given = named.top_k
+    if None not in (load.top_k, given) and load.top_k != given:
+        raise FormatError(
+            source, "", f"has {load.top_k} experts for each token, not {given}; leave out --top-k"
+        )
     guessed = [s.top_k for s in SHAPES.values() if (s.layers, s.experts) == sizes]
     known = [top_k for top_k in (load.top_k, given, *guessed) if top_k is not None]
     if not known:

@@ -23,7 +23,7 @@ from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.commands.status import status_table
 from ep_rebalance.diagnosis.server import NoStatus, fetch_status
 from ep_rebalance.formats import state, trace
-from ep_rebalance.load.state import SavedState, read_state
+from ep_rebalance.load.state import SavedState
 from ep_rebalance.load.trace import TraceReader, read_records
 from ep_rebalance.offline.scenarios import open_traces
 from ep_rebalance.offline.summary import Summary, summarise
@@ -75,7 +75,7 @@ def _read(path: Path) -> tuple[dict[str, Any], RenderableType]:
     if path.is_dir() or trace.FORMAT.recognises(path):
         return _trace(open_traces([path]))
     if state.FORMAT.recognises(path):
-        return _state(read_state(path))
+        return _state(state.saved_state(path))
     return _trace([TraceReader(path)])
 
 

@@ -20,10 +20,11 @@ ModelLayers = Annotated[
     int | None, typer.Option(min=1, help="Layers of the model, dense ones included (SGLang).")
 ]
 FirstMoeLayer = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=0,
         help="The model's number of the first layer with experts, where the file does not say.",
+        show_default="the file's, else 0",
     ),
 ]
 ApiKey = Annotated[str, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")]

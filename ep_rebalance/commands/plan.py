@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ep_rebalance.commands.convert import TARGETS, write_placement
+from ep_rebalance.commands.convert import TARGETS, tell, write_placement
 from ep_rebalance.commands.options import FirstMoeLayer, ModelLayers, RanksPerNode, Traces
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.formats.format import Reading, Writing
@@ -20,6 +20,11 @@ from ep_rebalance.offline.peers import place_anew
 from ep_rebalance.offline.run import NothingRecorded, contiguous_placement
 from ep_rebalance.offline.scenarios import open_traces, scenario
 from ep_rebalance.placement import Placement, imbalance_L
+
+_NUMBERED = (
+    "the trace does not number its layers, so they are taken for 0 to {last} of the model; if its first "
+    "layers have no experts, give --first-moe-layer"
+)
 
 
 def plan(
@@ -34,7 +39,7 @@ def plan(
     ] = None,
     ranks_per_node: RanksPerNode = None,
     layers: ModelLayers = None,
-    first_moe_layer: FirstMoeLayer = 0,
+    first_moe_layer: FirstMoeLayer = None,
     like: Annotated[
         Path | None,
         typer.Option(
@@ -54,13 +59,15 @@ def plan(
             raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
         copies = head.slots - head.experts if redundant is None else redundant
         settings = settings_for(head, None, [])
+        reading = Reading(first_moe_layer=first_moe_layer)
+        # Before the planner's work, so that a contradiction is told at once.
+        if not reading.numbers_of(traces[0], head.layers, head.moe_layers):
+            tell([_NUMBERED.format(last=head.layers - 1)])
         one = scenario(head, settings, "static", ranks, copies, ranks_per_node)
         contiguous = contiguous_placement(head, one)
         load = _remembered(read_records(readers))
         placement = place_anew(load, contiguous, one.topology)
-        _, moe_layers = Reading(first_moe_layer=first_moe_layer).numbered(
-            placement, head.moe_layers
-        )
+        _, moe_layers = reading.numbered(traces[0], placement, head.moe_layers)
         write_placement(output, placement, moe_layers, to, Writing(layers=layers, like=like))
         typer.echo(
             f"imbalance on this load: {_imbalance(contiguous, load):.3f} contiguous, "

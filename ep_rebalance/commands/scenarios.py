@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,21 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (TraceError, NothingRecorded, ConfigurationError, ValueError, OSError) as error:
-        typer.echo(f"ep-rebalance: {error}", err=True)
+        typer.echo(f"ep-rebalance: {_told(error)}", err=True)
         raise typer.Exit(2) from None
+
+
+def _told(error: Exception) -> str:
+    """What the error says; of the system's, in our order and with a remedy for the usual ones."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error).removeprefix("ep_rebalance: ")
+    remedies = {
+        errno.ENOENT: "there is no such file or folder; look at the path",
+        errno.EACCES: "this user may not open it; change its rights, or run as another user",
+    }
+    if error.errno == errno.EINVAL:  # of regular_files.py
+        return f"{error.filename}: {error.strerror}; write what it holds into one"
+    return f"{error.filename}: {remedies.get(error.errno or 0, error.strerror)}"
 
 
 def settings_for(head: TraceHead, file: Path | None, assignments: Sequence[str]) -> RebalanceConfig:

@@ -11,23 +11,42 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from ep_rebalance.formats import sglang, state, tensorrt_llm, token_ids, trace, vllm_ascend
+from ep_rebalance.formats import (
+    arrays,
+    csv_counts,
+    sglang,
+    state,
+    tensorrt_llm,
+    trace,
+    vllm_answers,
+    vllm_ascend,
+)
+from ep_rebalance.formats.contents import FormatError, unread_kind
 from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
-from ep_rebalance.formats.load import ForeignLoad, FormatError
+from ep_rebalance.formats.load import ForeignLoad
 
 _Reader = TypeVar("_Reader")
 
 _ENTRIES = (
     vllm_ascend.FORMAT,
+    vllm_answers.FORMAT,
     sglang.FORMAT,
     tensorrt_llm.FORMAT,
-    token_ids.FORMAT,
+    arrays.FORMAT,
+    csv_counts.FORMAT,
     state.FORMAT,
     trace.FORMAT,
 )
 
 FORMATS: Mapping[str, Format] = MappingProxyType({one.name: one for one in _ENTRIES})
 """By name, in the order in which a file is tried: SGLang's format takes any JSON that is left."""
+
+
+_OTHER = {
+    True: "holds a placement, no load; give a TARGET that is no trace, with --to",
+    False: "holds load, no placement; make a trace of it, and of that a placement by `ep-rebalance plan`",
+}
+"""What to say of a file, by whether load was asked for."""
 
 
 def read_load(path: Path, reading: Reading) -> ForeignLoad:
@@ -47,4 +66,9 @@ def _reader_of(path: Path, readers: Sequence[tuple[Format, _Reader]]) -> _Reader
     for one, read in readers:
         if one.recognises(path):
             return read
-    raise FormatError(path, "", f"is none of {', '.join(one.name for one, _ in readers)}")
+    if kind := unread_kind(path):
+        raise FormatError(path, "", kind)
+    if any(one.recognises(path) for one in FORMATS.values()):
+        raise FormatError(path, "", _OTHER[readers[0][1] == readers[0][0].read_load])
+    names = ", ".join(one.name for one, _ in readers)
+    raise FormatError(path, "", f"is of none of the kinds {names}; write it as one of these")

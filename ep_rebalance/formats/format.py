@@ -6,11 +6,19 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from ep_rebalance.formats.load import ForeignLoad, FormatError
+from ep_rebalance.formats.contents import FormatError
+from ep_rebalance.formats.load import ForeignLoad
 from ep_rebalance.placement import Placement
-from ep_rebalance.regular_files import open_regular
+
+AXES = ("LE", "WLE", "TK", "TLK")
+"""What arrays may hold: counts of layers and experts, of windows too; or expert ids by token, layer and place
+in the token's top-k. The letters may come in any order.
+"""
+MAX_LAYERS = 4096
+"""Of a model: the last number is below it. SGLang's files have a row for each."""
 
 NumberedPlacement = tuple[Placement, tuple[int, ...]]
 """A placement, and the numbers that its layers have in the model."""
@@ -18,18 +26,22 @@ NumberedPlacement = tuple[Placement, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a reader is told, in case the file does not say it.
+    """What a reader is told, in case the file does not say it. What contradicts a file is refused.
 
     num_ranks: EP ranks of a placement; None if they were not given.
-    first_moe_layer: the model's number of a placement's first layer.
+    first_moe_layer: the model's number of the first layer with experts; None if it was not given.
     tokens_per_snapshot: tokens. For load that comes token by token.
     keys: a pattern for the names of the arrays to read.
+    axes: what the axes of arrays are, letters of `AXES`; "" to guess.
+    experts: logical experts of a layer; None if they were not given.
     """
 
     num_ranks: int | None = None
-    first_moe_layer: int = 0
+    first_moe_layer: int | None = None
     tokens_per_snapshot: int = 4096
     keys: str = "*"
+    axes: str = ""
+    experts: int | None = None
 
     def ranks_of(self, path: Path) -> int:
         """The number of ranks. Raises FormatError if it was not given."""
@@ -37,10 +49,56 @@ class Reading:
             raise FormatError(path, "", "does not say how many ranks there are; give --ep-size")
         return self.num_ranks
 
-    def numbered(self, placement: Placement, moe_layers: Sequence[int] = ()) -> NumberedPlacement:
-        """A placement whose layers have these numbers; from `first_moe_layer` on, without a gap, if ()."""
+    def numbers_of(self, path: Path, layers: int, found: Sequence[int] = ()) -> tuple[int, ...]:
+        """The numbers that layers have in the model; () if neither the file nor an argument tells.
+
+        found: those that the file tells.
+
+        Raises FormatError if they contradict the argument, do not rise, or are beyond all models.
+        """
         first = self.first_moe_layer
-        return placement, tuple(moe_layers or range(first, first + placement.num_layers))
+        if first is not None and found and found[0] != first:
+            raise FormatError(
+                path,
+                "",
+                f"numbers its layers with experts {told(found)}, which --first-moe-layer {first} "
+                "contradicts; leave it out",
+            )
+        numbers = tuple(found)
+        if not numbers and first is not None:
+            numbers = tuple(range(first, first + layers))
+        for before, number in pairwise((-1, *numbers)):
+            if number <= before:
+                raise FormatError(
+                    path,
+                    "",
+                    f"has layer {number} behind layer {before}; number each once, from 0 on",
+                )
+            if number >= MAX_LAYERS:
+                raise FormatError(
+                    path,
+                    "",
+                    f"has layer {number}, and {MAX_LAYERS - 1} is the last that is read; mend it",
+                )
+        return numbers
+
+    def numbered(
+        self, path: Path, placement: Placement, found: Sequence[int] = ()
+    ) -> NumberedPlacement:
+        """A placement with the numbers of its layers: those of the file, else from `first_moe_layer` on.
+
+        Raises FormatError as `numbers_of` does.
+        """
+        numbers = self.numbers_of(path, placement.num_layers, found)
+        return placement, numbers or tuple(range(placement.num_layers))
+
+    def check_experts(self, path: Path, place: str, experts: int) -> None:
+        """Raises FormatError if a file has another number of experts than was given."""
+        if self.experts not in (None, experts):
+            reason = (
+                f"has {experts} experts a layer, not the {self.experts} of --experts or --model"
+            )
+            raise FormatError(path, place, f"{reason}; leave these out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +134,6 @@ class Format:
     write_placement: Callable[[Path, Placement, Sequence[int], Writing], None] | None = None
 
 
-def beginning(path: Path, length: int) -> bytes:
-    """The first `length` bytes of a file; b"" for a folder."""
-    if path.is_dir():
-        return b""
-    with open_regular(path) as file:
-        return file.read(length)
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a file, or replace it, atomically."""
     handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
@@ -94,3 +144,11 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def told(numbers: Sequence[int]) -> str:
+    """Rising numbers in a text: "3 to 60", or "1, 3, 5, 7"."""
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    shown = ", ".join(map(str, numbers[:12]))
+    return shown if len(numbers) <= 12 else f"{shown}, ... {numbers[-1]}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,76 +14,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceHead, TraceWriter
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import Placement
-from ep_rebalance.regular_files import open_regular
 from ep_rebalance.version import __version__
 
-MAX_TEXT_BYTES = 256 << 20
-MAX_ARRAY_BYTES = 4 << 30
 MAX_COUNTS = 1 << 28
 """Of a recording whose counts are all in memory at a time: 17,000 snapshots of 61 layers of 256 experts."""
-
-
-class FormatError(ValueError):
-    """A file is not what it should be. The text names the file, the place and the reason."""
-
-    def __init__(self, path: Path, place: str, reason: str) -> None:
-        super().__init__(f"{path}: {place + ' ' if place else ''}{reason}")
+_MAX_COUNT = 2**32 - 1
+"""Tokens of an expert in one snapshot of a trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignLoad:
     """A recording.
 
-    counts: uint32 [L, E] for each snapshot, tokens. Read from the file as they are iterated over.
+    counts: int64 [L, E] for each snapshot, or [A, L, E] where the file tells phases; tokens. Read from the
+        file as they are iterated over.
     layers: L.
     experts: E.
     moe_layers: L numbers, those that the layers have in the engine's model; () if the file does not say.
     origin: where it comes from, a sentence for the trace.
     top_k: experts per token; None if the file does not say.
+    notes: sentences on what was left out or taken for granted.
     """
 
-    counts: Iterable[NDArray[np.uint32]]
+    counts: Iterable[NDArray[np.int64]]
     layers: int
     experts: int
     moe_layers: tuple[int, ...]
     origin: str
     top_k: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def with_notes(self, notes: tuple[str, ...]) -> ForeignLoad:
+        """The same with further notes."""
+        return replace(self, notes=self.notes + notes)
 
 
-def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """A file's text. Raises FormatError if it is too large or not UTF-8, OSError if it cannot be read."""
-    _check_size(path, max_bytes)
-    try:
-        with open_regular(path) as file:
-            return file.read().decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(path, f"byte {error.start}", "is not UTF-8 text") from None
-
-
-def check_array_size(path: Path) -> None:
-    """Raises FormatError for a file whose arrays would be too large for memory."""
-    _check_size(path, MAX_ARRAY_BYTES)
-
-
-def check_unpacked_size(path: Path, archive: zipfile.ZipFile) -> None:
-    """The same for what a compressed file would become; no more than it declares is unpacked."""
-    size = sum(part.file_size for part in archive.infolist())
-    if size > MAX_ARRAY_BYTES:
-        raise FormatError(path, "", f"unpacks to {size} bytes, more than {MAX_ARRAY_BYTES}")
-
-
-def _check_size(path: Path, most: int) -> None:
-    if (size := path.stat().st_size) > most:
-        raise FormatError(path, "", f"has {size} bytes, more than the {most} that are read")
-
-
-def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
-    """uint32 [snapshots, L, E], from nested lists or arrays of that shape, or of one snapshot's.
+def counts_of(
+    path: Path, place: str, value: Any, meaning: str = "a number of tokens"
+) -> NDArray[np.int64]:
+    """int64 [snapshots, L, E], from nested lists or arrays of that shape, or of one snapshot's.
 
     place: where `value` lies in the file.
+    meaning: of a number, for errors.
 
     Raises FormatError that names the first number that cannot be a count.
     """
@@ -93,34 +69,55 @@ def counts_of(path: Path, place: str, value: Any) -> NDArray[np.uint32]:
     try:
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise FormatError(path, place, "is not an array of numbers, or is ragged") from None
+        raise FormatError(path, *_fault(place, value)) from None
     if numbers.ndim == 2:
         numbers = numbers[None]
     if numbers.ndim != 3 or 0 in numbers.shape:
         raise FormatError(
             path,
             place,
-            f"has shape {numbers.shape}, not [layers][experts] or [steps][layers][experts]",
+            f"has shape {numbers.shape}; write rows of layers, or of snapshots and layers",
         )
     wrong = ~(np.isfinite(numbers) & (numbers >= 0) & (numbers == np.floor(numbers)))
-    wrong |= numbers >= 2.0**32
+    wrong |= numbers >= 2.0**53  # where float64 begins to skip numbers
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
         # The index in the file, which lacks that of the snapshot if there is only one.
         where = "".join(f"[{i}]" for i in index[3 - np.ndim(value) :])
-        raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, not a number of tokens")
-    return numbers.astype(np.uint32)
+        raise FormatError(path, f"{place}{where}", f"is {numbers[index]:g}, not {meaning}; mend it")
+    return numbers.astype(np.int64)
 
 
-def slots_of(path: Path, place: str, value: Any) -> NDArray[np.int32]:
-    """int32 [L, P], from nested lists or an array of that shape. place: where `value` lies in the file.
+def _fault(place: str, value: Any) -> tuple[str, str]:
+    """(place, reason) of the first thing for which nested lists are no array of numbers."""
+    if not isinstance(value, list):
+        return place, f"is {str(value)[:40]!r}, not a number; mend it"
+    for index, row in enumerate(value):
+        if _length(row) != _length(value[0]):
+            held = f"has {_length(row)} numbers" if isinstance(row, list) else "is no row"
+            return f"{place}[{index}]", f"{held}, unlike those before it; make all alike"
+    for index, row in enumerate(value):
+        try:
+            np.asarray(row, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError):
+            return _fault(f"{place}[{index}]", row)
+    return place, "has rows of different depths; make all alike"
+
+
+def _length(row: Any) -> int | None:
+    return len(row) if isinstance(row, list) else None
+
+
+def slots_of(path: Path, place: str, value: Any) -> NDArray[np.int64]:
+    """int64 [L, P], from nested lists or an array of that shape. place: where `value` lies in the file.
 
     Raises FormatError that names the first number that cannot be an expert's.
     """
-    found_1LP = counts_of(path, place, value)
+    found_1LP = counts_of(path, place, value, "an expert's number")
     if np.ndim(value) != 2:
-        raise FormatError(path, place, f"has {np.ndim(value)} dimensions, not [layers][slots]")
-    slots_LP: NDArray[np.int32] = found_1LP[0].astype(np.int32)
+        reason = f"has {np.ndim(value)} dimensions; write rows of slots, one for each layer"
+        raise FormatError(path, place, reason)
+    slots_LP: NDArray[np.int64] = found_1LP[0]
     return slots_LP
 
 
@@ -132,11 +129,14 @@ def sampled(
     snapshots: how many.
     tokens: tokens of each.
     """
-    total_LE = np.sum([counts.astype(np.float64) for counts in load.counts], axis=0)
-    shares_LE = total_LE / np.maximum(total_LE.sum(axis=1, keepdims=True), 1.0)
+    total = functools.reduce(np.add, load.counts)  # [L, E] or [A, L, E]
+    by_layer = np.atleast_3d(np.moveaxis(total, -2, 0)).reshape(load.layers, -1)
+    shares = by_layer / np.maximum(by_layer.sum(axis=1, keepdims=True), 1)
     draw = np.random.default_rng(seed)
+    shape = (load.layers, *total.shape[:-2], load.experts)
     drawn = (
-        draw.multinomial(tokens * top_k, shares_LE).astype(np.uint32) for _ in range(snapshots)
+        np.moveaxis(draw.multinomial(tokens * top_k, shares).reshape(shape), 0, -2)
+        for _ in range(snapshots)
     )
     origin = f"{load.origin}; sampled, {tokens} tokens a snapshot, seed {seed}"
     return replace(load, counts=drawn, origin=origin)
@@ -146,6 +146,7 @@ def write_trace(
     load: ForeignLoad,
     path: Path,
     *,
+    source: Path,
     model: str,
     top_k: int,
     phase: str,
@@ -153,10 +154,11 @@ def write_trace(
 ) -> int:
     """Replace `path` by a trace on one rank with contiguous experts. Returns the number of snapshots.
 
-    phase: the phase that all tokens are counted in.
+    source: where the recording comes from, for errors.
+    phase: the phase that all tokens are counted in, where the recording does not tell phases.
     steps_per_snapshot: engine steps that each snapshot is said to cover.
 
-    Raises FormatError for an empty recording, OSError if the folder cannot be written.
+    Raises FormatError for an empty recording and too large counts, OSError if the folder cannot be written.
     """
     head = TraceHead(
         model=model,
@@ -181,12 +183,12 @@ def write_trace(
         writer = TraceWriter(Path(folder), "load", head, max_file_bytes=1 << 50, max_bytes=1 << 51)
         writer.write(_contiguous(head))
         count = 0
-        for record in _snapshots(load, phase, steps_per_snapshot):
+        for record in _snapshots(load, source, phase, steps_per_snapshot):
             writer.write(record)
             count += 1
         writer.close()
         if not count:
-            raise FormatError(path, "", f"would be empty: {load.origin} holds no load")
+            raise FormatError(source, "", "holds no tokens; record while the server has traffic")
         os.replace(writer.files()[0], path)
     return count
 
@@ -200,10 +202,13 @@ def _contiguous(head: TraceHead) -> RecordedPlacement:
     )
 
 
-def _snapshots(load: ForeignLoad, phase: str, steps: int) -> Iterator[RecordedSnapshot]:
-    for number, counts_LE in enumerate(load.counts):
-        counts_ALE = np.zeros((len(PHASES), *counts_LE.shape), dtype=np.uint32)
-        counts_ALE[PHASES.index(phase)] = counts_LE
+def _snapshots(
+    load: ForeignLoad, source: Path, phase: str, steps: int
+) -> Iterator[RecordedSnapshot]:
+    for number, counts in enumerate(load.counts):
+        _check_fits(load, source, number, counts)
+        counts_ALE = np.zeros((len(PHASES), load.layers, load.experts), dtype=np.uint32)
+        counts_ALE[... if counts.ndim == 3 else PHASES.index(phase)] = counts
         yield RecordedSnapshot(
             counts_ALE=counts_ALE,
             step=steps * (number + 1),
@@ -212,3 +217,16 @@ def _snapshots(load: ForeignLoad, phase: str, steps: int) -> Iterator[RecordedSn
             time=float(number),
             generation=0,
         )
+
+
+def _check_fits(load: ForeignLoad, source: Path, number: int, counts: NDArray[np.int64]) -> None:
+    if counts.max() <= _MAX_COUNT:
+        return
+    *_, layer, expert = np.unravel_index(counts.argmax(), counts.shape)
+    layer_number = load.moe_layers[layer] if load.moe_layers else layer
+    raise FormatError(
+        source,
+        f"snapshot {number}, layer {layer_number}, expert {expert}",
+        f"has {counts.max()} tokens, more than the {_MAX_COUNT} that a trace holds of a snapshot; draw "
+        "smaller ones with --sample 200",
+    )

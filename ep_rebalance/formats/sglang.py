@@ -8,7 +8,6 @@ for every layer of the model; a dense layer's is zeros in a recording, and trivi
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,59 +15,48 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.formats.contents import FormatError, beginning, read_text, suffix_of
 from ep_rebalance.formats.format import (
     Format,
     NumberedPlacement,
     Reading,
     Writing,
-    beginning,
     replace_text,
 )
-from ep_rebalance.formats.load import (
-    ForeignLoad,
-    FormatError,
-    check_array_size,
-    check_unpacked_size,
-    counts_of,
-    read_text,
-    slots_of,
-)
-from ep_rebalance.placement import Placement, PlacementError
+from ep_rebalance.formats.layer_counts import load_of_counts
+from ep_rebalance.formats.load import ForeignLoad, slots_of
+from ep_rebalance.formats.slots import placement_of
+from ep_rebalance.placement import Placement
+
+_MAP = "physical_to_logical_map"
 
 
 def recognises(path: Path) -> bool:
-    """Recognises any JSON, and files of tensors."""
-    return path.suffix in (".json", ".pt") or beginning(path, 1) == b"{"
-
-
-def read_load(path: Path, reading: Reading) -> ForeignLoad:
-    """`logical_count` of a JSON file, or of a `.pt` recording in the modes stat and stat_approx.
-
-    Raises FormatError for anything else, recordings of single passes and tokens included.
-    """
-    counts_SLE = counts_of(path, "logical_count", _logical_count(path))
-    moe = np.flatnonzero(counts_SLE.any(axis=(0, 2)))
-    if not moe.size:
-        raise FormatError(path, "logical_count", "is all zero")
-    return ForeignLoad(
-        counts=list(counts_SLE[:, moe]),
-        layers=len(moe),
-        experts=counts_SLE.shape[2],
-        moe_layers=tuple(int(layer) for layer in moe),
-        origin=f"converted from SGLang's {path.name}",
+    """Recognises any JSON."""
+    return (
+        suffix_of(path) == ".json" or beginning(path, 8).removeprefix(b"\xef\xbb\xbf")[:1] == b"{"
     )
 
 
-def _logical_count(path: Path) -> Any:
-    found = _read_pt(path) if path.suffix == ".pt" else _read_json(path)
-    if isinstance(found, dict) and "logical_count" in found:
-        return found["logical_count"]
+def read_load(path: Path, reading: Reading) -> ForeignLoad:
+    """`logical_count` of a JSON file. Raises FormatError for anything else. arrays.py reads it in `.pt`."""
+    found = _read_json(path)
+    if not isinstance(found, dict) or "logical_count" not in found:
+        raise FormatError(path, "", _without_counts(found))
+    origin = f"converted from SGLang's {path.name}"
+    return load_of_counts(path, "logical_count", found["logical_count"], reading, origin)
+
+
+def _without_counts(found: Any) -> str:
+    """What JSON holds instead, and what to do."""
+    if isinstance(found, dict) and (_MAP in found or "layer_list" in found):
+        return "holds a placement, no load; give a TARGET that is no trace, with --to"
+    if isinstance(found, list):
+        return 'is a list; name it, as in {"logical_count": [layers of counts of experts]}'
     held = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
-    raise FormatError(
-        path,
-        "",
-        f"holds {held[:200]}, no logical_count; record with "
-        "--expert-distribution-recorder-mode stat",
+    return (
+        f"holds {held[:200] or 'nothing'}, no logical_count; record with "
+        "--expert-distribution-recorder-mode stat"
     )
 
 
@@ -76,40 +64,16 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise FormatError(path, f"line {error.lineno}", f"is not JSON ({error.msg})") from None
+        place = f"line {error.lineno}, column {error.colno}"
+        raise FormatError(path, place, f"is not JSON ({error.msg}); write it anew") from None
     except RecursionError:
-        raise FormatError(path, "", "is nested too deeply") from None
+        raise FormatError(
+            path, "", "is nested too deeply; write rows of numbers, one for each layer"
+        ) from None
     except FormatError:
         raise
-    except ValueError as error:  # a number of too many digits
-        raise FormatError(path, "", f"is not JSON ({error})") from None
-
-
-def _read_pt(path: Path) -> Any:
-    """Tensors become lists of numbers. Needs torch."""
-    check_array_size(path)
-    try:
-        import torch
-    except ImportError:
-        raise FormatError(path, "", "needs torch, which is not installed here") from None
-    with path.open("rb") as file:
-        try:
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    check_unpacked_size(path, archive)
-            file.seek(0)
-            found = torch.load(file, weights_only=True, map_location="cpu")
-        except FormatError:
-            raise
-        except Exception as error:  # pickle, zipfile and torch raise a dozen kinds, OSError too
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FormatError(path, "", f"is not a recording of tensors alone ({reason})") from None
-    if not isinstance(found, dict):
-        return found
-    return {
-        name: value.numpy() if isinstance(value, torch.Tensor) else value
-        for name, value in found.items()
-    }
+    except ValueError:  # a number of too many digits
+        raise FormatError(path, "", "has a number of thousands of digits; write it anew") from None
 
 
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
@@ -118,14 +82,14 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     """
     num_ranks = reading.ranks_of(path)
     found = _read_json(path)
-    if not isinstance(found, dict) or "physical_to_logical_map" not in found:
-        raise FormatError(path, "", "holds no physical_to_logical_map")
-    slots_LP = slots_of(path, "physical_to_logical_map", found["physical_to_logical_map"])
-    try:
-        placement = Placement(slots_LP, int(slots_LP.max()) + 1, num_ranks)
-    except PlacementError as error:
-        raise FormatError(path, "physical_to_logical_map", str(error)) from None
-    return reading.numbered(placement)
+    if not isinstance(found, dict) or _MAP not in found:
+        held = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        reason = (
+            f"holds {held[:200] or 'nothing'}, no {_MAP}; `ep-rebalance plan` makes a placement"
+        )
+        raise FormatError(path, "", reason)
+    slots_LP = slots_of(path, _MAP, found[_MAP])
+    return reading.numbered(path, placement_of(path, _MAP, slots_LP, num_ranks))
 
 
 def write_placement(
@@ -134,7 +98,10 @@ def write_placement(
     """Write all layers of the model. Raises ValueError if it has fewer than the placement reaches."""
     least = moe_layers[-1] + 1
     if writing.layers is not None and writing.layers < least:
-        raise ValueError(f"--layers {writing.layers}: the placement reaches layer {least - 1}")
+        raise ValueError(
+            f"--layers {writing.layers}: the placement reaches layer {least - 1}; give --layers {least} "
+            "or more"
+        )
     replace_text(path, placement_text(placement, moe_layers, writing.layers or least))
 
 
@@ -155,7 +122,7 @@ def placement_text(placement: Placement, moe_layers: Sequence[int], num_layers: 
 
 FORMAT = Format(
     name="sglang",
-    summary="SGLang's logical_count in JSON or .pt, or its --init-expert-location",
+    summary="SGLang's logical_count in JSON, or its --init-expert-location",
     recognises=recognises,
     read_load=read_load,
     read_placement=read_placement,

@@ -14,9 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from ep_rebalance.formats.contents import (
+    MAX_ARRAY_BYTES,
+    FormatError,
+    open_contents,
+    read_text,
+    suffix_of,
+)
 from ep_rebalance.formats.format import (
     Format,
     NumberedPlacement,
@@ -24,17 +32,12 @@ from ep_rebalance.formats.format import (
     Writing,
     replace_text,
 )
-from ep_rebalance.formats.load import (
-    ForeignLoad,
-    FormatError,
-    check_array_size,
-    counts_of,
-    read_text,
-    slots_of,
-)
-from ep_rebalance.placement import Placement, PlacementError
+from ep_rebalance.formats.load import ForeignLoad, counts_of, slots_of
+from ep_rebalance.formats.slots import placement_of
+from ep_rebalance.placement import Placement
 
 META = "meta_info.json"
+_ROWS = "initial_global_assignments"
 _MAX_YAML_BYTES = 16 << 20
 """A thousand slots in each of a hundred layers are half a megabyte; PyYAML reads it in seconds."""
 _RANK_FILE = re.compile(r"rank\d+\.safetensors")
@@ -43,7 +46,7 @@ _KEY = re.compile(r"([0-9]{1,18})_([0-9]{1,18})")
 
 def recognises(path: Path) -> bool:
     """Recognises folders (statistics) and YAML files (a placement)."""
-    return path.is_dir() or path.suffix in (".yaml", ".yml")
+    return path.is_dir() or suffix_of(path) in (".yaml", ".yml")
 
 
 def read_load(folder: Path, reading: Reading) -> ForeignLoad:
@@ -55,16 +58,20 @@ def read_load(folder: Path, reading: Reading) -> ForeignLoad:
         top_k = int(meta["num_experts_per_token"])
     except FormatError:
         raise
-    except (RecursionError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(folder / META, "", f"has no num_experts_per_token ({error})") from None
+    except (RecursionError, KeyError, TypeError, ValueError, OverflowError):
+        reason = "has no num_experts_per_token; copy the whole EXPERT_STATISTIC_PATH"
+        raise FormatError(folder / META, "", reason) from None
     counts = _summed(folder)
     iterations, layers = ({key[part] for key in counts} for part in (0, 1))
     if len(counts) != len(iterations) * len(layers):
-        raise FormatError(folder, "", "lacks layers in some iterations")
-    moe_layers = tuple(sorted(layers))
+        raise FormatError(
+            folder, "", "lacks layers in some iterations; copy the files of all ranks"
+        )
+    moe_layers = reading.numbers_of(folder, len(layers), sorted(layers))
     counts_SLE = counts_of(
         folder, "counts", [[counts[i, layer] for layer in moe_layers] for i in sorted(iterations)]
     )
+    reading.check_experts(folder, "counts", counts_SLE.shape[2])
     return ForeignLoad(
         counts=list(counts_SLE),
         layers=len(moe_layers),
@@ -80,31 +87,35 @@ def _summed(folder: Path) -> dict[tuple[int, int], NDArray[Any]]:
     files = [path for path in sorted(folder.iterdir()) if _RANK_FILE.fullmatch(path.name)]
     counts: dict[tuple[int, int], NDArray[Any]] = {}
     for path in files:
-        check_array_size(path)
         for name, counts_E in _tensors(path).items():
             match = _KEY.fullmatch(name)
             if match is None:
-                raise FormatError(path, name, "is not named ITERATION_LAYER")
+                raise FormatError(
+                    path, name, "is not named ITERATION_LAYER; copy the files as written"
+                )
             key = int(match[1]), int(match[2])
             if key in counts and counts[key].shape != counts_E.shape:
                 raise FormatError(path, name, f"has {counts_E.shape} counts, unlike other ranks")
-            counts[key] = counts_E + counts.get(key, 0)
+            # Wider: counts of a long recording fill 32 bits on each rank, and their sum would wrap around.
+            whole = counts_E.dtype.kind in "iu"
+            counts[key] = counts_E.astype(np.int64 if whole else np.float64) + counts.get(key, 0)
     if not counts:
-        raise FormatError(folder, "", "holds no rankN.safetensors with counts")
+        reason = "holds no rankN.safetensors with counts; name TensorRT-LLM's EXPERT_STATISTIC_PATH"
+        raise FormatError(folder, "", reason)
     return counts
 
 
 def _tensors(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load
     except ImportError:
-        raise FormatError(path, "", "needs safetensors, which is not installed here") from None
+        raise FormatError(path, "", "needs safetensors: `pip install safetensors`") from None
+    with open_contents(path, MAX_ARRAY_BYTES) as file:
+        data = file.read()
     try:
-        found: dict[str, NDArray[Any]] = load_file(path)
-    except OSError:
-        raise
+        found: dict[str, NDArray[Any]] = load(data)
     except Exception as error:  # safetensors has an exception of its own
-        raise FormatError(path, "", f"is not a file of tensors ({error})") from None
+        raise FormatError(path, "", f"is not a file of tensors ({error}); copy it again") from None
     return found
 
 
@@ -141,21 +152,29 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     except (FormatError, OSError):
         raise
     except Exception as error:  # ValueError, AttributeError and RecursionError beside PyYAML's own
-        raise FormatError(path, "", f"is not YAML ({error})") from None
-    rows = found.get("initial_global_assignments") if isinstance(found, dict) else None
+        raise FormatError(path, "", f"is not YAML ({_told(error)}); write it anew") from None
+    rows = found.get(_ROWS) if isinstance(found, dict) else None
     if not isinstance(rows, dict) or not rows:
-        raise FormatError(path, "", "holds no initial_global_assignments")
+        reason = f"holds no {_ROWS}; `ep-rebalance plan --to tensorrt-llm` writes them"
+        raise FormatError(path, "", reason)
     if not all(isinstance(layer, int) for layer in rows):
-        raise FormatError(path, "initial_global_assignments", "is not by layer number")
+        raise FormatError(
+            path, _ROWS, "is not by layer number; give each row its layer's, as in 3: [0, 1]"
+        )
     layers = tuple(sorted(rows))
-    slots_LP = slots_of(path, "initial_global_assignments", [rows[layer] for layer in layers])
+    slots_LP = slots_of(path, _ROWS, [rows[layer] for layer in layers])
     if found.get("num_slots", slots_LP.shape[1]) != slots_LP.shape[1]:
-        raise FormatError(path, "num_slots", f"is not the {slots_LP.shape[1]} slots of the layers")
-    try:
-        placement = Placement(slots_LP, int(slots_LP.max()) + 1, num_ranks)
-    except PlacementError as error:
-        raise FormatError(path, "initial_global_assignments", str(error)) from None
-    return placement, layers
+        raise FormatError(
+            path, "num_slots", f"is not the {slots_LP.shape[1]} of the layers; mend it"
+        )
+    return reading.numbered(path, placement_of(path, _ROWS, slots_LP, num_ranks), layers)
+
+
+def _told(error: Exception) -> str:
+    """PyYAML's errors are several lines long."""
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    return where + (str(getattr(error, "problem", "")) or str(error).partition("\n")[0])
 
 
 FORMAT = Format(

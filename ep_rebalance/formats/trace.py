@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
-from ep_rebalance.formats.load import FormatError
 from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
 
 
@@ -22,8 +22,10 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     reader = TraceReader(path)
     changes = [record for record in reader if isinstance(record, RecordedPlacement)]
     if not changes:
-        raise FormatError(path, "", "holds no placement: its writer died before the first record")
-    return reading.numbered(changes[-1].placement, reader.head.moe_layers)
+        raise FormatError(
+            path, "", "holds no placement: its writer died at once; take another file"
+        )
+    return reading.numbered(path, changes[-1].placement, reader.head.moe_layers)
 
 
 FORMAT = Format(

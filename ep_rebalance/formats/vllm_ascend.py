@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from ep_rebalance.formats.contents import FormatError, read_text, suffix_of
 from ep_rebalance.formats.format import (
     Format,
     NumberedPlacement,
@@ -19,8 +20,9 @@ from ep_rebalance.formats.format import (
     Writing,
     replace_text,
 )
-from ep_rebalance.formats.load import FormatError, read_text, slots_of
-from ep_rebalance.placement import Placement, PlacementError
+from ep_rebalance.formats.load import slots_of
+from ep_rebalance.formats.slots import placement_of
+from ep_rebalance.placement import Placement
 
 
 class _Device(msgspec.Struct):
@@ -41,7 +43,7 @@ class _ExpertMap(msgspec.Struct):
 
 def recognises(path: Path) -> bool:
     """Recognises JSON that lists devices."""
-    return path.suffix == ".json" and '"device_expert"' in read_text(path)
+    return suffix_of(path) == ".json" and '"device_expert"' in read_text(path)
 
 
 def write_placement(
@@ -78,31 +80,28 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     try:
         found = msgspec.json.decode(read_text(path), type=_ExpertMap)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise FormatError(path, "", f"is not an expert map ({error})") from None
+        raise FormatError(path, "", f"is not an expert map ({error}); write it anew") from None
     if not found.layer_list or len(found.layer_list) != found.moe_layer_count:
         raise FormatError(
             path,
             "moe_layer_count",
-            f"is {found.moe_layer_count}, for {len(found.layer_list)} layers",
+            f"is {found.moe_layer_count}, for {len(found.layer_list)} layers; mend it",
         )
+    ranks = found.layer_list[0].device_count
     rows = []
-    for layer in found.layer_list:
+    for layer in sorted(found.layer_list, key=lambda layer: layer.layer_id):
         devices = sorted(layer.device_list, key=lambda device: device.device_id)
         numbers = list(range(len(devices)))
-        if len(devices) != layer.device_count or [d.device_id for d in devices] != numbers:
+        if len(devices) != ranks or [d.device_id for d in devices] != numbers:
             raise FormatError(
                 path,
                 f"layer {layer.layer_id}",
-                f"does not list devices 0..{layer.device_count - 1}",
+                f"does not list devices 0..{ranks - 1}, each once; write it anew",
             )
         rows.append([expert for device in devices for expert in device.device_expert])
     slots_LP = slots_of(path, "device_expert", rows)
-    ranks = found.layer_list[0].device_count
-    try:
-        placement = Placement(slots_LP, int(slots_LP.max()) + 1, ranks)
-    except PlacementError as error:
-        raise FormatError(path, "", str(error)) from None
-    return placement, tuple(layer.layer_id for layer in found.layer_list)
+    placement = placement_of(path, "device_expert", slots_LP, ranks)
+    return reading.numbered(path, placement, sorted(layer.layer_id for layer in found.layer_list))
 
 
 FORMAT = Format(

@@ -20,10 +20,16 @@ from saved_states import PLACEMENT, STATE
 from shapes import placements
 from traces import head_of, records_of, write_trace
 
-import ep_rebalance.formats.load as foreign_load
-from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, trace, vllm_ascend
+from ep_rebalance.formats import (
+    arrays,
+    contents,
+    sglang,
+    tensorrt_llm,
+    trace,
+    vllm_ascend,
+)
+from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading
-from ep_rebalance.formats.load import FormatError
 from ep_rebalance.load.state import read_state, save_state
 from ep_rebalance.load.trace import RecordedSnapshot, TraceReader
 from ep_rebalance.load.trace.head import encode_head
@@ -75,7 +81,7 @@ def test_dense_layers_get_the_trivial_row():
     [
         ("a.json", "{", "not JSON"),
         ("a.json", "[" * 100_000, "a.json"),
-        ("a.json", '{"physical_to_logical_map": [[0, 1], [0]]}', "ragged"),
+        ("a.json", '{"physical_to_logical_map": [[0, 1], [0]]}', "_map[1] has 1 numbers"),
         ("a.json", '{"physical_to_logical_map": [[[0, 1]], [[1, 0]]]}', "3 dimensions"),
         ("a.yaml", "initial_global_assignments: {0: [[0, 1]], 1: [[1, 0]]}", "3 dimensions"),
         ("a.json", '{"physical_to_logical_map": [[0, 5], [1, 0]]}', "no slot holds expert"),
@@ -89,11 +95,14 @@ def test_dense_layers_get_the_trivial_row():
         ("a.yaml", "initial_global_assignments: {a: [0]}", "not by layer number"),
         ("a.yaml", "num_slots: 3\ninitial_global_assignments: {0: [0, 1]}", "num_slots"),
         ("a.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
-        ("a.yaml", "initial_global_assignments: {0: [0, 0]}", "twice"),
         ("a.yaml", "2026-13-01", "not YAML"),
         ("a.yaml", "!!timestamp none", "not YAML"),
         ("a.yaml", "[" * 100_000, "not YAML"),
-        ("a.json", '{"physical_to_logical_map": [[1' + "0" * 5000 + "]]}", "not JSON"),
+        (
+            "a.json",
+            '{"physical_to_logical_map": [[1' + "0" * 5000 + "]]}",
+            "number of thousands of digits",
+        ),
         ("a.json", '{"physical_to_logical_map": [[0, 2147483646]]}', "no slot holds expert 1"),
         (
             "a.json",
@@ -101,7 +110,8 @@ def test_dense_layers_get_the_trivial_row():
             '"device_list": [{"device_id": 0, "device_expert": [0]}]}]}',
             "does not list devices",
         ),
-        ("a.json", b"\xff\xfe", "not UTF-8"),
+        ("a.json", b"\xff\xff", "not UTF-8"),
+        ("a.json", "{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
     ],
 )
 def test_malformed_placements_are_refused(tmp_path: Path, name: str, content, words: str):
@@ -140,7 +150,7 @@ def test_every_source_of_a_placement_reaches_every_target(tmp_path: Path):
     wrong = run(
         "convert", str(trace), str(tmp_path / "c.npz"), "--to", "state", "--like", str(state)
     )
-    assert "layers and slots" in wrong.stderr
+    assert "is for 3 layers, 6 slots, 2 ranks" in wrong.stderr
     assert "--like" in run("convert", str(trace), str(tmp_path / "c.npz"), "--to", "state").stderr
     assert "--to" in run("convert", str(trace), str(tmp_path / "c.json")).stderr
 
@@ -245,15 +255,16 @@ def test_malformed_statistics_are_refused(tmp_path: Path, name: str, content: by
 def test_expert_ids_are_counted_in_order(tmp_path_factory, lengths: list[int], size: int):
     draw = np.random.default_rng(sum(lengths))
     parts = {
-        f"k{n}": draw.integers(0, 6, (count, 3, 2), np.uint8) for n, count in enumerate(lengths)
+        f"k{n}": draw.permuted(np.tile(np.uint8(range(6)), (count, 3, 1)), axis=2)[..., :2]
+        for n, count in enumerate(lengths)
     }
     path = tmp_path_factory.mktemp("ids") / "ids.npz"
     np.savez(path, **parts)
-    load = token_ids.read_load(path, Reading(tokens_per_snapshot=size))
+    load = arrays.read_load(path, Reading(tokens_per_snapshot=size, experts=6))
     joined = np.concatenate(list(parts.values()))
     counts = list(load.counts)
-    assert (load.top_k, load.layers, load.experts) == (2, 3, joined.max() + 1)
-    assert len(counts) == len(joined) // size
+    assert (load.top_k, load.layers, load.experts) == (2, 3, 6)
+    assert len(counts) == (len(joined) // size or 1)
     for number, counts_LE in enumerate(counts):
         ids = joined[number * size : (number + 1) * size]
         for layer in range(3):
@@ -282,19 +293,24 @@ class _Payload:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.json", '{"logical_count": [[1, 2], [3]]}', "ragged"),
+        ("a.json", '{"logical_count": [[1, 2], [3]]}', "logical_count[1] has 1 numbers"),
         ("a.json", '{"logical_count": [[1, 2], [3, -4]]}', "logical_count[1][1] is -4"),
         ("a.json", '{"logical_count": [[1, 2.5]]}', "[0][1] is 2.5"),
-        ("a.json", '{"logical_count": [[[1, 4294967296]]]}', "[0][0][1] is 4.29497e+09"),
+        (
+            "a.json",
+            '{"logical_count": [[[1, 4294967296]]]}',
+            "layer 0, expert 1 has 4294967296 tokens",
+        ),
+        ("a.json", '{"logical_count": [[[1, 1e16]]]}', "[0][0][1] is 1e+16"),
         ("a.json", '{"logical_count": [[1, NaN]]}', "is nan"),
-        ("a.json", '{"logical_count": [[0, 0]]}', "all zero"),
+        ("a.json", '{"logical_count": [[0, 0]]}', "no layer with tokens"),
         ("a.json", '{"logical_count": 7}', "has shape ()"),
-        ("a.json", '{"logical_count": [["x"]]}', "not an array of numbers"),
+        ("a.json", '{"logical_count": [["x"]]}', "[0][0] is 'x', not a number"),
         ("a.json", '{"other": 1}', "no logical_count"),
-        ("a.json", "[1]", "no logical_count"),
-        ("a.pt", b"PK\x03\x04 nothing", "not a recording"),
-        ("a.npz", b"PK\x03\x04 nothing", "not a file of arrays"),
-        ("a.npy", b"\x93NUMPY", "not a file of arrays"),
+        ("a.json", "[1]", "is a list; name it"),
+        ("a.pt", b"PK\x03\x04 nothing", "not what torch.save"),
+        ("a.npz", b"PK\x03\x04 nothing", "not what numpy.save"),
+        ("a.npy", b"\x93NUMPY", "not what numpy.save"),
     ],
 )
 def test_malformed_recordings_are_refused(tmp_path: Path, name: str, content, words: str):
@@ -318,25 +334,26 @@ def bomb(path: Path) -> Path:
 
 
 def test_what_would_unpack_beyond_all_bounds_is_not_unpacked(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(foreign_load, "MAX_ARRAY_BYTES", 1 << 30)
+    monkeypatch.setattr(contents, "MAX_ARRAY_BYTES", 1 << 30)
     for path in (bomb(tmp_path / "a.npz"), bomb(tmp_path / "a.pt")):
-        read = sglang.read_load if path.suffix == ".pt" else token_ids.read_load
         with pytest.raises(FormatError, match="unpacks to 4294967280 bytes"):
-            read(path, Reading())
+            arrays.read_load(path, Reading())
 
 
 def test_a_tensor_that_repeats_a_few_bytes_without_end_is_refused(tmp_path: Path):
     path = tmp_path / "a.pt"
     torch.save({"logical_count": torch.zeros(1).expand(1 << 14, 1 << 10, 1 << 10)}, path)
-    with pytest.raises(FormatError, match="more than 268435456 counts"):
-        sglang.read_load(path, Reading())
+    with pytest.raises(
+        FormatError, match=r"logical_count has shape .*, more than 4294967296 bytes"
+    ):
+        arrays.read_load(path, Reading())
 
 
 def test_layers_and_experts_that_no_model_has_are_not_counted(tmp_path: Path):
     path = tmp_path / "a.npy"
-    np.save(path, np.full((1, 1 << 20, 1), 60_000, np.uint16))
-    with pytest.raises(FormatError, match="1048576 layers of 60001 experts"):
-        token_ids.read_load(path, Reading())
+    np.save(path, np.full((1, 1 << 20, 1), 59_999, np.uint16))
+    with pytest.raises(FormatError, match="1048576 layers of 60000 experts"):
+        arrays.read_load(path, Reading(axes="TLK"))
 
 
 def test_yaml_that_would_take_minutes_is_not_read(tmp_path: Path):
@@ -378,7 +395,7 @@ def test_arrays_that_are_no_expert_ids_are_refused(tmp_path: Path, array: np.nda
     path = tmp_path / "ids.npy"
     np.save(path, array)
     with pytest.raises(FormatError, match=r"ids\.npy"):
-        token_ids.read_load(path, Reading())
+        arrays.read_load(path, Reading())
 
 
 @pytest.mark.skipif("EP_REBALANCE_DATA" not in os.environ, reason="needs EP_REBALANCE_DATA")

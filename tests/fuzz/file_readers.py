@@ -4,6 +4,9 @@ Files that end in a digest, or have checksums, are given the right ones first. O
 first check would ever be reached.
 """
 
+import base64
+import gzip
+import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -22,9 +25,18 @@ from ep_rebalance.commands.replay_comparison import compare, read_result
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import load_config, parse_config_argument, read_config_file
-from ep_rebalance.formats import sglang, tensorrt_llm, token_ids, trace, vllm_ascend
+from ep_rebalance.formats import (
+    arrays,
+    csv_counts,
+    sglang,
+    tensorrt_llm,
+    trace,
+    vllm_answers,
+    vllm_ascend,
+)
+from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading
-from ep_rebalance.formats.load import ForeignLoad, FormatError
+from ep_rebalance.formats.load import ForeignLoad
 from ep_rebalance.load import state
 from ep_rebalance.load.state import read_state, save_state
 from ep_rebalance.load.trace import TraceError, TraceReader
@@ -70,17 +82,39 @@ def _texts(*texts: str) -> Callable[[Path], list[bytes]]:
     return lambda folder: [text.encode() for text in texts]
 
 
+IDS_TLK = np.arange(48, dtype=np.uint8).reshape(8, 3, 2) % 5
+
+
 def _tensors(folder: Path) -> list[bytes]:
-    torch.save({"logical_count": torch.arange(24).view(2, 4, 3)}, folder / "seed.pt")
-    return [(folder / "seed.pt").read_bytes()]
+    """Of counts and ids, in mappings, lists and alone."""
+    ids = torch.from_numpy(IDS_TLK)
+    held = [{"logical_count": torch.arange(24).view(2, 4, 3)}, {"routed_experts": ids}, [ids], ids]
+    for number, value in enumerate(held):
+        torch.save(value, folder / f"{number}.pt")
+    return [(folder / f"{number}.pt").read_bytes() for number in range(len(held))]
 
 
 def _arrays(folder: Path) -> list[bytes]:
-    ids_TLK = np.arange(48, dtype=np.uint8).reshape(8, 3, 2) % 5
-    np.save(folder / "one.npy", ids_TLK)
-    np.savez(folder / "two.npz", a=ids_TLK, b=ids_TLK.astype(np.int64))
-    np.savez_compressed(folder / "three.npz", a=ids_TLK)
-    return [(folder / name).read_bytes() for name in ("one.npy", "two.npz", "three.npz")]
+    np.save(folder / "one.npy", IDS_TLK)
+    np.savez(folder / "two.npz", a=IDS_TLK, b=IDS_TLK.astype(np.int64))
+    np.savez_compressed(folder / "three.npz", a=IDS_TLK)
+    np.savez(folder / "four.npz", rank=0, logical_count=np.arange(12).reshape(4, 3))
+    names = ("one.npy", "two.npz", "three.npz", "four.npz")
+    return [(folder / name).read_bytes() for name in names]
+
+
+def _packed(seeds: Callable[[Path], list[bytes]]) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [gzip.compress(seed) for seed in seeds(folder)]
+
+
+def _answers(folder: Path) -> list[bytes]:
+    buffer = io.BytesIO()
+    np.save(buffer, IDS_TLK)
+    choice = {"index": 0, "routed_experts": base64.b64encode(buffer.getvalue()).decode()}
+    usage = {"prompt_tokens": 6, "completion_tokens": 3}
+    usage["prompt_tokens_details"] = {"cached_tokens": 2}
+    answer = json.dumps({"choices": [choice], "usage": usage}).encode()
+    return [answer, answer + b"\n" + answer + b"\n"]
 
 
 def _statistics(path: Path) -> object:
@@ -179,7 +213,20 @@ READERS = {
             '{"logical_count": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]}', '{"logical_count": [[1]]}'
         ),
     ),
-    "sglang-tensors": FileReader("a.pt", _load(sglang.read_load), (FormatError,), _tensors),
+    "sglang-packed": FileReader(
+        "a.json.gz",
+        _load(sglang.read_load),
+        (FormatError,),
+        _packed(_texts('{"logical_count": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]}')),
+    ),
+    "tensors": FileReader("a.pt", _load(arrays.read_load), (FormatError,), _tensors),
+    "csv": FileReader(
+        "a.csv",
+        _load(csv_counts.read_load),
+        (FormatError,),
+        _texts("layer,expert,count\n3,0,7\n3,1,9\n5,1,4\n", "0;1;2\n1;0;3\n"),
+    ),
+    "vllm-answers": FileReader("a.jsonl", _load(vllm_answers.read_load), (FormatError,), _answers),
     "sglang-placement": FileReader(
         "a.json",
         _placement(sglang.read_placement),
@@ -205,7 +252,10 @@ READERS = {
         _texts(vllm_ascend.placement_text(PLACEMENT, (0, 1, 5))),
     ),
     "replay-result": FileReader("result.json", _compared, (ValueError,), _results),
-    "token-ids": FileReader("a.npz", _load(token_ids.read_load), (FormatError,), _arrays),
+    "arrays": FileReader("a.npz", _load(arrays.read_load), (FormatError,), _arrays),
+    "arrays-packed": FileReader(
+        "a.npz.gz", _load(arrays.read_load), (FormatError,), _packed(_arrays)
+    ),
 }
 """By the name that `scripts/fuzz --reader` takes."""
 

@@ -56,7 +56,7 @@ form = Format(
         top_k=2,
     ),
     read_placement=lambda path, reading: reading.numbered(
-        Placement(np.loadtxt(path, dtype=np.int32, ndmin=2), 4, reading.ranks_of(path))
+        path, Placement(np.loadtxt(path, dtype=np.int32, ndmin=2), 4, reading.ranks_of(path))
     ),
     write_placement=lambda path, placement, moe_layers, writing: replace_text(
         path, "".join(" ".join(map(str, row)) + "\\n" for row in placement.slots_LP.tolist())

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checksum_of_head
-from ep_rebalance.load.trace.error import TraceError
+from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError
 from ep_rebalance.load.trace.records import FORMAT, FORMAT_VERSION, TraceHead
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.topology import LINKS
@@ -41,14 +41,14 @@ def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
         )
     length, checksum = (int(word) for word in np.frombuffer(start, "<u8", 2, 8))
     if length > _MAX_HEAD_BYTES or length % 8:
-        raise TraceError(path, 8, f"a head of {length} bytes")
+        raise TraceError(path, 8, f"a head of {length} bytes cannot be; {COPY_AGAIN}")
     text = file.read(length)
     if len(text) < length:
-        raise TraceError(path, 24, "the head is cut off")
+        raise TraceError(path, 24, f"the head is cut off; {COPY_AGAIN}")
     whole = checksum == checksum_of_head(text)
     # The version, which says how the checksum is made, lies in the text that is not trusted yet.
     if not whole and checksum != version_1_checksum_of_head(text):
-        raise TraceError(path, 24, "the head's checksum is wrong")
+        raise TraceError(path, 24, f"the head's checksum is wrong; {COPY_AGAIN}")
     try:
         head = msgspec.json.decode(text, type=TraceHead)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

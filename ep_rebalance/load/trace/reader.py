@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ep_rebalance.load.trace.checksums import checksum_of_record
-from ep_rebalance.load.trace.error import TraceError
+from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError
 from ep_rebalance.load.trace.head import read_head
 from ep_rebalance.load.trace.layout import Layout, decode_record
 from ep_rebalance.load.trace.names import place_in_sequence
@@ -63,13 +63,17 @@ class TraceReader:
         kind = int.from_bytes(data[at : at + 8], "little")
         layout = self._layout.of_kind(kind)
         if layout is None:
-            raise TraceError(self.path, offset + at, f"a record of the unknown kind {kind}")
+            raise TraceError(
+                self.path, offset + at, f"a record of the unknown kind {kind}; {COPY_AGAIN}"
+            )
         if len(data) - at < layout.itemsize:
             return None
         checksum = int.from_bytes(data[at + 8 : at + 16], "little")
         whole = data[at : at + layout.itemsize]
         if checksum_of_record(whole, self.head.version) != checksum:
-            raise TraceError(self.path, offset + at, "the record's checksum is wrong")
+            raise TraceError(
+                self.path, offset + at, f"the record's checksum is wrong; {COPY_AGAIN}"
+            )
         record: np.void = np.frombuffer(whole, layout)[0]
         return record
 
