@@ -85,7 +85,7 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
             "moe_layer_count",
             f"is {found.moe_layer_count}, for {len(found.layer_list)} layers",
         )
-    rows = []
+    rows, ranks = [], found.layer_list[0].device_count
     for layer in found.layer_list:
         devices = sorted(layer.device_list, key=lambda device: device.device_id)
         numbers = list(range(len(devices)))
@@ -95,9 +95,14 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
                 f"layer {layer.layer_id}",
                 f"does not list devices 0..{layer.device_count - 1}",
             )
+        if layer.device_count != ranks or len({len(d.device_expert) for d in devices}) > 1:
+            raise FormatError(
+                path,
+                f"layer {layer.layer_id}",
+                f"does not give {ranks} devices equally many experts",
+            )
         rows.append([expert for device in devices for expert in device.device_expert])
     slots_LP = slots_of(path, "device_expert", rows)
-    ranks = found.layer_list[0].device_count
     try:
         placement = Placement(slots_LP, int(slots_LP.max()) + 1, ranks)
     except PlacementError as error:

@@ -44,6 +44,7 @@ class ReplayPolicy:
     subject: of the verdict's sentence; "" for what the others are compared with.
     setting: what `planner.policy` calls it, if it plans in the server's loop; else None.
     peer: makes what serves, if it does not plan in the loop; else None.
+    as_loaded: whether experts stay where an engine put them, so that ranks may have unequally many slots.
     engine_policy: `module:function` of an engine's own policy (`EnginePolicy`) that the peer runs, or "".
     needs: a package that it needs and ep_rebalance does not, or "".
     """
@@ -54,6 +55,7 @@ class ReplayPolicy:
     subject: str = ""
     setting: str | None = None
     peer: Callable[[Beginning], Serving] | None = None
+    as_loaded: bool = False
     engine_policy: str = ""
     needs: str = ""
 
@@ -110,6 +112,7 @@ _PEERS = (
         summary="as the engine loads the experts (contiguous), nothing moves",
         line=POLICIES["none"].line,
         peer=lambda begin: Contiguous(begin.contiguous),
+        as_loaded=True,
     ),
     ReplayPolicy(
         name="recorded",
@@ -117,6 +120,7 @@ _PEERS = (
         line=Line("light-dark(#3b9bd6, #56b4e9)", (16, 4)),
         subject="serving as recorded",
         peer=lambda begin: AsRecorded(begin.recorded, begin.config),
+        as_loaded=True,
     ),
     ReplayPolicy(
         name="hindsight",

@@ -101,6 +101,12 @@ def test_dense_layers_get_the_trivial_row():
             '"device_list": [{"device_id": 0, "device_expert": [0]}]}]}',
             "does not list devices",
         ),
+        (
+            "a.json",
+            '{"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_count": 2, "device_list": '
+            '[{"device_id": 0, "device_expert": [0]}, {"device_id": 1, "device_expert": [1, 2, 3]}]}]}',
+            "does not give 2 devices equally many experts",
+        ),
         ("a.json", b"\xff\xfe", "not UTF-8"),
     ],
 )
