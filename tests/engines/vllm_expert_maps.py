@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import (
 from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids
 
 SIZES = [(experts, ranks) for ranks in (2, 3, 4, 7) for experts in (3, 7, 8, 16, 17, 60)]
+"""vLLM deals out no fewer experts than there are ranks: it ends with an error."""
 
 
 def slots_of(experts: int, ranks: int, strategy: str) -> list[list[int]]:
@@ -27,17 +28,21 @@ def slots_of(experts: int, ranks: int, strategy: str) -> list[list[int]]:
     return found
 
 
-def dealt_slots(experts: int, ranks: int) -> list[int]:
-    """The slot of each expert, by the tables for DeepEP."""
-    dealt = object.__new__(ExpertMapManager)
-    dealt.num_fused_shared_experts, dealt.global_num_experts = 0, experts
-    dealt._local_num_experts = -(-experts // ranks)
+def dealt(experts: int, ranks: int) -> dict[str, list]:
+    """The experts of each rank, and the slot of each expert by the tables for DeepEP."""
+    manager = object.__new__(ExpertMapManager)
+    manager.num_fused_shared_experts, manager.global_num_experts = 0, experts
+    manager._local_num_experts = -(-experts // ranks)
 
     class Parallel:
         ep_size, ep_rank = ranks, 0
 
-    dealt.moe_parallel_config = Parallel()
-    return dealt._init_round_robin_expert_routing_tables()[0].tolist()
+    manager.moe_parallel_config = Parallel()
+    slots_E, _, _ = manager._init_round_robin_expert_routing_tables()
+    return {
+        "round_robin": slots_of(experts, ranks, "round_robin"),
+        "dealt_slots": slots_E.tolist(),
+    }
 
 
 def main() -> None:
@@ -46,9 +51,8 @@ def main() -> None:
             "experts": experts,
             "ranks": ranks,
             "linear": slots_of(experts, ranks, "linear"),
-            "round_robin": slots_of(experts, ranks, "round_robin"),
-            "dealt_slots": dealt_slots(experts, ranks),
         }
+        | (dealt(experts, ranks) if experts >= ranks else {})
         for experts, ranks in SIZES
     ]
     sys.stdout.write(json.dumps({"vllm": vllm.__version__, "maps": told}) + "\n")
