@@ -179,6 +179,16 @@ def test_our_all_to_all_is_refused_where_experts_were_dealt_out(joined, monkeypa
     joined(eager({"mode": "observe", "data_plane": {"all_to_all": "engine"}}))
 
 
+def test_a_rank_without_experts_says_nothing_of_their_size(vllm):
+    """As with fewer experts than ranks, which vLLM serves where none is to move."""
+    from ep_rebalance.engines.vllm.movable_experts import listed_bytes
+
+    experts = Layer().routed_experts
+    assert listed_bytes(experts) == 12
+    experts.up, experts.local_num_experts = torch.nn.Parameter(torch.zeros(0, 3)), 0
+    assert listed_bytes(experts) == 0
+
+
 def test_a_kernel_that_routes_by_itself_is_refused_before_its_tensors_are_read(joined, monkeypatch):
     monkeypatch.setattr(Layer, "is_monolithic", True)
     with pytest.raises(ConfigurationError, match="routes tokens by itself"):

@@ -45,7 +45,6 @@ def forward(
         num_experts=experts,
         moe_parallel_config=SimpleNamespace(is_sequence_parallel=False),
         skip_final_all_reduce=summed,
-        device="cpu",
     )
     layer = AllToAllPrepareAndFinalize(moe, RebalanceConfig.model_validate({"data_plane": plane}))
     rows, _, _, ids, _ = layer.prepare(

@@ -106,7 +106,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         self._elsewhere = int(first_R1[rank + 1]) % moe.num_experts
         self._levelled_P: torch.Tensor | None = None
         if slots_R.min() < slots_per_rank:
-            self._levelled_P = _levelled(first_R1, slots_per_rank, moe.device)
+            self._levelled_P = _levelled(first_R1, slots_per_rank)
         self._all_to_all: AllToAll = make_all_to_all(
             config,
             group=get_ep_group().device_group,
@@ -161,7 +161,7 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         """
         hidden, weights, slots = (self._share(t) for t in (a1, topk_weights, topk_ids))
         if self._levelled_P is not None:
-            slots = torch.where(slots < 0, slots, self._levelled_P[slots.clamp(min=0)])
+            slots = self._level(self._levelled_P, slots)
         if apply_router_weight_on_input:
             hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
         self._dispatched = self._all_to_all.dispatch(hidden, slots, weights)
@@ -197,6 +197,11 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         own = share[: len(dispatched.weights_TK)]
         self._all_to_all.combine(dispatched, outputs, own)
         output.copy_(self._tensor_group.all_gather(share, 0)[: len(output)])
+
+    def _level(self, levelled_P: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+        # At the first call, and not while the model is loaded: a sleeping engine gives such memory back.
+        self._levelled_P = levelled_P = levelled_P.to(slots_TK.device)
+        return torch.where(slots_TK < 0, slots_TK, levelled_P[slots_TK.clamp(min=0)])
 
     def _as_the_experts_take_them(
         self, dispatched: Dispatched
@@ -238,15 +243,13 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         return rows[start : start + size]
 
 
-def _levelled(
-    first_R1: NDArray[np.int64], slots_per_rank: int, device: torch.device
-) -> torch.Tensor:
+def _levelled(first_R1: NDArray[np.int64], slots_per_rank: int) -> torch.Tensor:
     """int32 [P], what number each slot would have if all ranks had as many as the fullest: our all-to-all
     takes slot `p` to rank `p // S`.
     """
     gap_R = slots_per_rank * np.arange(len(first_R1) - 1) - first_R1[:-1]
     levelled_P = np.arange(first_R1[-1]) + np.repeat(gap_R, np.diff(first_R1))
-    return torch.from_numpy(levelled_P.astype(np.int32)).to(device)
+    return torch.from_numpy(levelled_P.astype(np.int32))
 
 
 @functools.cache
