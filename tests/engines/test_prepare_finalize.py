@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from routed_steps import EXPERTS, compute_expert, make_step, reference
 from vllm_groups import IMPORT_SECONDS, join
 
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.placement import first_slots_R1
 
 
 def expert_map(experts: int, rank: int) -> torch.Tensor:
@@ -86,12 +88,25 @@ def test_a_model_that_sums_over_ranks_gets_every_result_once(two_ranks: Ranks, t
 @pytest.mark.parametrize(
     "plane", [{"buffers": "exact"}, {"buffers": "fixed", "capacity_factor": 0.3}]
 )
-@pytest.mark.parametrize("experts", [11, 3])
+@pytest.mark.parametrize("experts", [9, 5, 3])
 def test_tokens_find_experts_that_do_not_divide_by_the_ranks(four_ranks: Ranks, experts, plane):
-    """With three experts one of the ranks has none."""
+    """As nine do on ranks that have 3, 2, 2 and 2 of them. With three, one of the ranks has none."""
     given = (8, "single pairs", plane, False, experts)
     for out_TH, expected in four_ranks.run(forward, *given, timeout=IMPORT_SECONDS):
         assert torch.equal(out_TH, expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7])
+def test_slots_are_numbered_as_if_all_ranks_had_as_many_as_the_fullest(vllm, ranks):
+    from ep_rebalance.engines.vllm.seams.prepare_finalize import _levelled
+
+    for experts in range(1, 5 * ranks):
+        first_R1 = first_slots_R1(experts, ranks)
+        counts_R = np.diff(first_R1)
+        rank_P = np.repeat(np.arange(ranks), counts_R)
+        numbers_P = _levelled(first_R1, counts_R.max()).numpy()
+        assert (numbers_P // counts_R.max() == rank_P).all()
+        assert (numbers_P % counts_R.max() == np.arange(experts) - first_R1[rank_P]).all()
 
 
 def prepare_for_8_bit_kernels(rank: int) -> tuple:
