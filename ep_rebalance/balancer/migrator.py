@@ -125,7 +125,7 @@ class Migrator:
                 staging_slots=self.staging_slots,
                 audit=self.audit,
             )
-            counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
+        counts.set_dispatch(range(placement.num_layers), placement, self.served.quotas_LP)
 
     def warm_up(self) -> None:
         """Collective, before serving; see `RoundExchange.warm_up`."""
