@@ -1,7 +1,9 @@
 """Placement: which logical expert sits in each slot. The only owner of the placement invariants.
 
-Slot `p` belongs to rank `p // S`, as in vLLM's linear expert placement
-(vllm/model_executor/layers/fused_moe/expert_map_manager.py).
+Slots lie on the ranks in their order, as in vLLM's linear expert placement (`determine_expert_map` in
+vllm/model_executor/layers/fused_moe/expert_map_manager.py). All ranks have the same number: slot `p` is on
+rank `p // S`. Only a placement without redundant slots may leave some over, and nothing of it ever moves:
+`first_slots_R1` says what each rank then has.
 
 Capitals at the end of an array's name are its axes, in order: `load_LE` is [L, E].
 
@@ -10,7 +12,7 @@ Capitals at the end of an array's name are its axes, in order: `load_LE` is [L, 
     E  logical experts
     P  slots, counted over all ranks
     R  expert-parallel ranks
-    S  slots of one rank: S = P / R
+    S  slots of one rank, where all have as many: S = P / R
     C  replicas of one expert, or how many it has
     W  samples of the load window, oldest first
     T  tokens of this rank
@@ -53,7 +55,7 @@ class Placement:
     slots_LP: int32 [L, P]. Read-only.
 
     In every layer each expert has at least one slot and at most `max_replicas`, and no rank holds an expert
-    twice; all ranks have the same number of slots. Raises PlacementError otherwise.
+    twice; the ranks can share the slots, see `can_be_shared`. Raises PlacementError otherwise.
     """
 
     slots_LP: NDArray[np.int32]
@@ -66,7 +68,7 @@ class Placement:
             raise PlacementError(f"slots must be whole numbers, got {slots_LP.dtype}")
         if slots_LP.ndim != 2 or 0 in slots_LP.shape:
             raise PlacementError(f"slots must be [layers, slots], got shape {slots_LP.shape}")
-        if self.num_ranks < 1 or slots_LP.shape[1] % self.num_ranks:
+        if not can_be_shared(slots_LP.shape[1], self.num_experts, self.num_ranks):
             raise PlacementError(
                 f"{slots_LP.shape[1]} slots cannot be shared evenly by {self.num_ranks} ranks"
             )
@@ -94,6 +96,8 @@ class Placement:
         self._check_replicas(slots_LP, counts_LE)
 
     def _check_replicas(self, slots_LP: NDArray[np.integer], counts_LE: NDArray[np.int32]) -> None:
+        if slots_LP.shape[1] == self.num_experts:
+            return  # each has its one slot, and ranks may have unequally many
         sorted_LRS = np.sort(slots_LP.reshape(len(slots_LP), self.num_ranks, -1), axis=2)
         twice_N3 = np.argwhere(sorted_LRS[:, :, 1:] == sorted_LRS[:, :, :-1])
         if twice_N3.size:
@@ -123,7 +127,7 @@ class Placement:
         """Expert `e` on rank `e % R`, as loaded with vLLM's
         `--expert-placement-strategy round_robin`.
         """
-        slots_P = np.arange(num_experts, dtype=np.int32).reshape(-1, num_ranks).T.ravel()
+        slots_P = np.argsort(np.arange(num_experts) % num_ranks, kind="stable").astype(np.int32)
         return cls(np.tile(slots_P, (num_layers, 1)), num_experts, num_ranks)
 
     def __eq__(self, other: object) -> bool:
@@ -145,7 +149,39 @@ class Placement:
 
     @property
     def slots_per_rank(self) -> int:
+        """Raises PlacementError if ranks have unequally many. Whatever moves experts asks for it."""
+        if self.num_slots % self.num_ranks:
+            raise PlacementError(
+                f"{self.num_slots} slots cannot be shared evenly by {self.num_ranks} ranks, so no expert can "
+                "be moved; redundant experts make them even"
+            )
         return self.num_slots // self.num_ranks
+
+    @property
+    def first_slots_R1(self) -> NDArray[np.int64]:
+        """int64 [R + 1], see `first_slots_R1`."""
+        return first_slots_R1(self.num_slots, self.num_ranks)
+
+    def rank_of(self, slots: int | NDArray[np.integer]) -> NDArray[np.int64]:
+        """int64, the rank of each slot."""
+        ranks: NDArray[np.int64] = np.searchsorted(self.first_slots_R1[1:], slots, side="right")
+        return ranks
+
+    def rank_sums_LR(self, values_LP: NDArray[np.float64]) -> NDArray[np.float64]:
+        """float64 [..., L, R], sums over the slots of each rank.
+
+        values_LP: float64 [..., L, P].
+        """
+        leading, fuller = values_LP.shape[:-1], self.num_slots % self.num_ranks
+        split = int(self.first_slots_R1[fuller])
+        parts = (values_LP[..., :split], fuller), (values_LP[..., split:], self.num_ranks - fuller)
+        # The ranks of a part have equally many slots, perhaps none.
+        sums = [
+            part.reshape(*leading, ranks, part.shape[-1] // ranks).sum(axis=-1)
+            for part, ranks in parts
+            if ranks
+        ]
+        return np.concatenate(sums, axis=-1)
 
     @property
     def num_redundant(self) -> int:
@@ -232,10 +268,7 @@ class Placement:
         quotas_LP: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
         """float64 [..., L, R], tokens that each rank computes; arguments as in `slot_load_LP`."""
-        slot_load = self.slot_load_LP(load_LE, quotas_LP)
-        by_rank = slot_load.reshape(*slot_load.shape[:-1], self.num_ranks, self.slots_per_rank)
-        load: NDArray[np.float64] = by_rank.sum(axis=-1)
-        return load
+        return self.rank_sums_LR(self.slot_load_LP(load_LE, quotas_LP))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,6 +279,22 @@ class RepeatingPlacement(Placement):
 
     def _check_replicas(self, slots_LP: NDArray[np.integer], counts_LE: NDArray[np.int32]) -> None:
         """Repeats are allowed, and any number."""
+
+
+def can_be_shared(num_slots: int, num_experts: int, num_ranks: int) -> bool:
+    """Whether ranks can hold so many slots: equally many each, or one for each expert and no other."""
+    return num_ranks > 0 and (num_slots == num_experts or num_slots % num_ranks == 0)
+
+
+def first_slots_R1(num_slots: int, num_ranks: int) -> NDArray[np.int64]:
+    """int64 [R + 1], the first slot of each rank, and where those of the last one end.
+
+    Slots that are left over go to the first ranks, one to each.
+    """
+    each, left_over = divmod(num_slots, num_ranks)
+    rank_R1 = np.arange(num_ranks + 1)
+    first_R1: NDArray[np.int64] = rank_R1 * each + np.minimum(rank_R1, left_over)
+    return first_R1
 
 
 def _max_replicas(num_slots: int, num_experts: int, num_ranks: int) -> int:

@@ -27,7 +27,9 @@ MOST_REPLICAS = 16
 
 
 class Ranks(NamedTuple):
-    """total: EP ranks. slots: of each. source: number of that which brings these tokens."""
+    """total: EP ranks. slots: of each; 0 where nothing is poured. source: number of that which brings these
+    tokens.
+    """
 
     total: int
     slots: int

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import SEEDS, placements
 
-from ep_rebalance.placement import REPLICA_BOUND, Placement, PlacementError, imbalance_L
+from ep_rebalance.placement import (
+    REPLICA_BOUND,
+    Placement,
+    PlacementError,
+    can_be_shared,
+    first_slots_R1,
+    imbalance_L,
+)
 
 
 def test_contiguous_is_what_vllm_loads() -> None:
@@ -18,13 +26,15 @@ def test_contiguous_is_what_vllm_loads() -> None:
 def test_round_robin_deals_experts_out_to_the_ranks() -> None:
     placement = Placement.round_robin(num_layers=1, num_experts=6, num_ranks=2)
     assert placement.slots_LP.tolist() == [[0, 2, 4, 1, 3, 5]]
+    uneven = Placement.round_robin(num_layers=1, num_experts=7, num_ranks=3)
+    assert uneven.slots_LP.tolist() == [[0, 3, 6, 1, 4, 2, 5]]
 
 
 @pytest.mark.parametrize(
     ("slots", "num_experts", "num_ranks", "message"),
     [
         ([0, 1, 2, 3], 4, 2, "must be"),
-        ([[0, 1, 2]], 3, 2, "evenly"),
+        ([[0, 1, 2, 0, 1]], 3, 2, "evenly"),
         ([[0, 1, 2, 4]], 4, 2, "0..3"),
         ([[0, -1, 1, 2]], 3, 2, "0..2"),
         ([[0, 1, 2, 1]], 4, 2, "no slot holds expert 3"),
@@ -107,3 +117,55 @@ def test_rank_load_keeps_every_token(ranks: int, experts: int, redundant: int) -
         return
     load_LE = np.arange(experts)[None]
     assert placement.rank_load_LR(load_LE).sum() == pytest.approx(load_LE.sum())
+
+
+# --- ranks that have unequally many slots
+
+
+@given(slots=st.integers(1, 40), ranks=st.integers(1, 12))
+def test_every_slot_is_on_one_rank_and_the_first_ranks_have_what_is_left_over(
+    slots: int, ranks: int
+) -> None:
+    first_R1 = first_slots_R1(slots, ranks)
+    counts_R = np.diff(first_R1)
+    assert (first_R1[0], first_R1[-1], len(counts_R)) == (0, slots, ranks)
+    assert (np.sort(counts_R)[::-1] == counts_R).all()
+    assert counts_R.max() - counts_R.min() <= 1
+    if slots % ranks == 0:
+        assert (first_R1 == np.arange(ranks + 1) * (slots // ranks)).all()
+
+
+@given(experts=st.integers(1, 40), ranks=st.integers(1, 12), dealt=st.booleans(), seed=SEEDS)
+def test_a_rank_has_the_load_of_the_experts_that_it_holds(
+    experts: int, ranks: int, dealt: bool, seed: int
+) -> None:
+    make = Placement.round_robin if dealt else Placement.contiguous
+    placement = make(num_layers=2, num_experts=experts, num_ranks=ranks)
+    load_NLE = np.random.default_rng(seed).integers(0, 1000, (3, 2, experts))
+    load_NLR = placement.rank_load_LR(load_NLE)
+    held = [
+        placement.slots_LP[0, placement.rank_of(np.arange(experts)) == rank]
+        for rank in range(ranks)
+    ]
+    assert sorted(np.concatenate(held)) == list(range(experts))
+    expected = np.stack([load_NLE[..., own].sum(-1) for own in held], axis=-1)
+    assert (load_NLR == expected).all()
+    assert (load_NLR.sum(-1) == load_NLE.sum(-1)).all()
+
+
+@given(placements())
+def test_sums_over_equal_ranks_are_what_they_were(placement: Placement) -> None:
+    """To the last bit."""
+    values_LP = np.random.default_rng(0).random((3, *placement.slots_LP.shape))
+    by_rank = values_LP.reshape(*values_LP.shape[:-1], placement.num_ranks, -1)
+    assert (placement.rank_sums_LR(values_LP) == by_rank.sum(-1)).all()
+
+
+def test_only_slots_without_redundant_ones_may_be_left_over() -> None:
+    assert [can_be_shared(slots, 5, 2) for slots in (4, 5, 6, 7)] == [True, True, True, False]
+    assert not can_be_shared(5, 5, 0)
+    uneven = Placement.contiguous(num_layers=1, num_experts=5, num_ranks=2)
+    assert uneven.max_replicas == 1
+    with pytest.raises(PlacementError, match="5 slots cannot be shared evenly by 2 ranks") as no:
+        _ = uneven.slots_per_rank
+    assert "redundant experts make them even" in str(no.value)

@@ -91,7 +91,7 @@ class Auditor:
                 layer=layer,
                 expert=int(experts_P[slot]),
                 slot=slot,
-                ep_rank=slot // placement.slots_per_rank,
+                ep_rank=int(placement.rank_of(slot)),
                 source=source,
             )
         )

@@ -212,13 +212,20 @@ def _shown(load: ForeignLoad, total: int) -> ForeignLoad:
 def write_placement(
     target: Path, placement: Placement, moe_layers: Sequence[int], to: str, writing: Writing
 ) -> None:
-    """Write a placement and say so on stderr. Raises ValueError for what does not fit.
+    """Write a placement and say so on stderr. Raises ValueError for what does not fit, and for ranks with
+    unequally many slots, which no engine starts with.
 
     moe_layers: the numbers that the placement's layers have in the model.
     to: the format, one of TARGETS.
     """
     write = FORMATS[to].write_placement
     assert write is not None
+    if placement.num_slots % placement.num_ranks:
+        raise ValueError(
+            f"{placement.num_slots} slots do not divide by {placement.num_ranks} ranks, and no engine starts "
+            f"with such a placement; `ep-rebalance plan TRACE --redundant "
+            f"{-placement.num_slots % placement.num_ranks}` makes one with as many slots on every rank"
+        )
     write(target, placement, moe_layers, writing)
     typer.echo(
         f"{target}: {placement.num_layers} layers, {placement.num_slots} slots on "

@@ -98,6 +98,12 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
                 f"layer {layer.layer_id}",
                 f"does not list devices 0..{ranks - 1}, each once; write it anew",
             )
+        if len({len(device.device_expert) for device in devices}) > 1:
+            raise FormatError(
+                path,
+                f"layer {layer.layer_id}",
+                f"does not give {ranks} devices equally many experts; write it anew",
+            )
         rows.append([expert for device in devices for expert in device.device_expert])
     slots_LP = slots_of(path, "device_expert", rows)
     placement = placement_of(path, "device_expert", slots_LP, ranks)

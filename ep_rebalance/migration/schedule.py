@@ -140,7 +140,8 @@ def _layers_in_order(
     first: those that come before the others.
     """
     changed_LP = source.slots_LP != target.slots_LP
-    arrivals_LR = changed_LP.reshape(source.num_layers, source.num_ranks, -1).sum(axis=2)
+    by_rank = source.num_layers, source.num_ranks, source.slots_per_rank
+    arrivals_LR = changed_LP.reshape(by_rank).sum(axis=2)
     most_L = arrivals_LR.max(axis=1)
     for layer in np.flatnonzero(most_L > staging_slots).tolist():
         raise ValueError(

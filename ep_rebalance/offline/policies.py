@@ -46,6 +46,7 @@ class ReplayPolicy:
     peer: makes what serves, if it does not plan in the loop; else None.
     plans: whether a planner of ours, or vLLM's in our loop, finds its placements.
     foresees: whether it knows the load before it comes, so that no server can do it.
+    as_loaded: whether experts stay where an engine put them, so that ranks may have unequally many slots.
     engine_policy: `module:function` of an engine's own policy (`EnginePolicy`) that the peer runs, or "".
     needs: a package that it needs and ep_rebalance does not, or "".
     """
@@ -58,6 +59,7 @@ class ReplayPolicy:
     peer: Callable[[Beginning], Serving] | None = None
     plans: bool = False
     foresees: bool = False
+    as_loaded: bool = False
     engine_policy: str = ""
     needs: str = ""
 
@@ -116,6 +118,7 @@ _PEERS = (
         summary="as the engine loads the experts (contiguous), nothing moves",
         line=POLICIES["none"].line,
         peer=lambda begin: Contiguous(begin.contiguous),
+        as_loaded=True,
     ),
     ReplayPolicy(
         name="recorded",
@@ -123,6 +126,7 @@ _PEERS = (
         line=Line("light-dark(#3b9bd6, #56b4e9)", (16, 4)),
         subject="serving as recorded",
         peer=lambda begin: AsRecorded(begin.recorded, begin.config),
+        as_loaded=True,
     ),
     ReplayPolicy(
         name="hindsight",

@@ -31,7 +31,7 @@ from ep_rebalance.offline.step_time import (
 )
 from ep_rebalance.offline.traffic import Traffic
 from ep_rebalance.offline.vllm_eplb import VllmEplb
-from ep_rebalance.placement import Placement, imbalance_L
+from ep_rebalance.placement import Placement, can_be_shared, imbalance_L
 from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.planning.proposal import Proposer
@@ -264,13 +264,19 @@ def plans(head: TraceHead, scenario: Scenario) -> bool:
 
 
 def contiguous_placement(head: TraceHead, scenario: Scenario) -> Placement:
-    """The placement that the engine would load. Raises ValueError if the slots do not divide by the ranks."""
+    """The placement that the engine would load. Raises ValueError if the ranks cannot share its slots, or not
+    evenly where the policy moves experts.
+    """
     ranks, redundant = scenario.topology.num_ranks, scenario.config.planner.redundant_experts
-    if (head.experts + redundant) % ranks or (head.experts + redundant) // ranks > head.experts:
-        least = -(-head.experts // ranks) * ranks - head.experts
+    slots, stays = head.experts + redundant, REPLAY_POLICIES[scenario.policy].as_loaded
+    shared = can_be_shared(slots, head.experts, ranks) and (stays or slots % ranks == 0)
+    if not shared or slots // ranks > head.experts:
+        least = -head.experts % ranks
+        loaded = ", ".join(name for name, policy in REPLAY_POLICIES.items() if policy.as_loaded)
         raise ValueError(
-            f"{head.experts} experts and {redundant} redundant ones do not divide by {ranks} ranks; "
-            f"possible are {least}, {least + ranks}, {least + 2 * ranks}, ..."
+            f"{head.experts} experts and {redundant} redundant ones do not divide by {ranks} ranks; possible "
+            f"are {least}, {least + ranks}, {least + 2 * ranks}, ... redundant ones, or another number of "
+            f"ranks. Policies that move nothing ({loaded}) also serve without redundant ones"
         )
     return Placement.contiguous(
         num_layers=head.layers,

@@ -47,6 +47,7 @@ class Traffic:
             np.array(counts_LE, dtype=np.float64),
             np.array(placement.slots_LP),
             np.array(quotas_LP, dtype=np.float64),
+            placement.rank_of(np.arange(placement.num_slots)),
             np.array(topology.node_of_rank, dtype=np.int64),
         )
         return cls(topology=topology, home_LR=home_LR, near_LR=near_LR, far_LR=far_LR)
@@ -99,11 +100,12 @@ def _flows(
     load_LE: NDArray[np.float64],
     slots_LP: NDArray[np.int32],
     quotas_LP: NDArray[np.float64],
+    rank_P: NDArray[np.int64],
     node_R: NDArray[np.int64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """(home_LR, near_LR, far_LR), as in `Traffic`."""
     layers, num_ranks, num_experts = len(load_LE), node_R.size, load_LE.shape[1]
-    slots_per_rank, num_nodes = slots_LP.shape[1] // num_ranks, node_R.max() + 1
+    num_nodes = node_R.max() + 1
     share = 1.0 / num_ranks
     share_N = np.zeros(num_nodes)
     for node in node_R:
@@ -112,14 +114,14 @@ def _flows(
     far_LR = np.zeros((layers, num_ranks))
     for layer in range(layers):
         slots_P = slots_LP[layer]
-        quota_P = _rank_quotas(slots_P, quotas_LP[layer], slots_per_rank, num_experts)
+        quota_P = _rank_quotas(slots_P, quotas_LP[layer], rank_P, num_experts)
         quota_NE, kept_NE = np.zeros((num_nodes, num_experts)), np.zeros((num_nodes, num_experts))
         for slot in range(slots_P.size):
-            node = node_R[slot // slots_per_rank]
+            node = node_R[rank_P[slot]]
             quota_NE[node, slots_P[slot]] += quota_P[slot]
             kept_NE[node, slots_P[slot]] += min(quota_P[slot], share)
         for slot in range(slots_P.size):
-            rank, expert, quota = slot // slots_per_rank, slots_P[slot], quota_P[slot]
+            rank, expert, quota = rank_P[slot], slots_P[slot], quota_P[slot]
             node, load = node_R[rank], load_LE[layer, expert]
             kept = min(quota, share)
             # What its sources have left fills what capacity is left on the node.
@@ -136,7 +138,7 @@ def _flows(
 def _rank_quotas(
     slots_P: NDArray[np.int32],
     quotas_P: NDArray[np.float64],
-    slots_per_rank: int,
+    rank_P: NDArray[np.int64],
     num_experts: int,
 ) -> NDArray[np.float64]:
     """float64 [P], what the rank of a slot has of its expert; 0 for the second slot of the same expert there,
@@ -145,7 +147,7 @@ def _rank_quotas(
     quota_P, first_E = np.zeros(slots_P.size), np.full(num_experts, -1)
     for slot in range(slots_P.size):
         expert = slots_P[slot]
-        if first_E[expert] < slot // slots_per_rank * slots_per_rank:
+        if first_E[expert] < 0 or rank_P[first_E[expert]] != rank_P[slot]:
             first_E[expert] = slot
         quota_P[first_E[expert]] += quotas_P[slot]
     return quota_P

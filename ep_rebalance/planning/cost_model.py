@@ -95,10 +95,9 @@ class RooflineCost:
         self, load: WindowLoad, placement: Placement, quotas_LP: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         tokens_WLP = placement.slot_load_LP(_per_step(load), quotas_LP)
-        by_rank = (*tokens_WLP.shape[:2], placement.num_ranks, placement.slots_per_rank)
         # Reading and computing overlap over all experts of a rank, not expert by expert.
         slower_WLR = np.maximum(
-            self.read_cost(tokens_WLP).reshape(by_rank).sum(3), tokens_WLP.reshape(by_rank).sum(3)
+            placement.rank_sums_LR(self.read_cost(tokens_WLP)), placement.rank_sums_LR(tokens_WLP)
         )
         cost_WLR: NDArray[np.float64] = slower_WLR * load.steps_W[:, None, None]
         return cost_WLR

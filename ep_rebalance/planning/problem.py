@@ -36,6 +36,8 @@ class Problem:
         costs to compute it.
     seed: for planners that break ties at random.
     threads: how many layers to plan at the same time; the plan does not depend on it.
+
+    Raises PlacementError if ranks have unequally many slots: planners take all for alike.
     """
 
     load: WindowLoad
@@ -46,6 +48,9 @@ class Problem:
     internode_token_price: float = 0.0
     seed: int = 0
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        _ = self.current.slots_per_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ def split_quotas(
     quotas_LP = placement.even_quotas_LP()
     if placement.num_redundant:
         load = np.array(load_LE, dtype=np.float64)
-        _pour_layers(load, np.array(placement.slots_LP), placement.num_ranks, quotas_LP)
+        _pour_layers(load, np.array(placement.slots_LP), placement.first_slots_R1, quotas_LP)
     return quotas_LP
 
 
@@ -54,8 +54,9 @@ def split_by_own_counts(
     load = np.array(load_LE, dtype=np.float64)
     own_LP = np.array(quotas_LP, dtype=np.float64)
     if placement.num_redundant:
+        first_R1 = placement.first_slots_R1
         for load_E, slots_P, own_P in zip(load, np.array(placement.slots_LP), own_LP, strict=True):
-            pour_step(load_E, slots_P, placement.num_ranks, own_P)
+            pour_step(load_E, slots_P, first_R1, own_P)
     return own_LP
 
 
@@ -63,24 +64,25 @@ def split_by_own_counts(
 def _pour_layers(
     load_LE: NDArray[np.float64],
     slots_LP: NDArray[np.int32],
-    num_ranks: int,
+    first_R1: NDArray[np.int64],
     quotas_LP: NDArray[np.float64],
 ) -> None:
     for layer in range(slots_LP.shape[0]):
-        _pour_layer(load_LE[layer], slots_LP[layer], num_ranks, quotas_LP[layer])
+        _pour_layer(load_LE[layer], slots_LP[layer], first_R1, quotas_LP[layer])
 
 
 @compiled
 def _pour_layer(
     load_E: NDArray[np.float64],
     slots_P: NDArray[np.int32],
-    num_ranks: int,
+    first_R1: NDArray[np.int64],
     quotas_P: NDArray[np.float64],
 ) -> None:
     """Improve `quotas_P` in place: split one expert at a time anew while the others stay."""
-    slots_per_rank = slots_P.size // num_ranks
+    num_ranks = first_R1.size - 1
+    slots_per_rank = first_R1[1]  # of all ranks, or no expert has a second slot
     rank_load_R = np.empty(num_ranks)
-    sum_ranks(load_E, slots_P, quotas_P, rank_load_R)
+    sum_ranks(load_E, slots_P, quotas_P, first_R1, rank_load_R)
     replicated, slots, first = _replicated(load_E, slots_P)
     smallest_change = _TOLERANCE * rank_load_R.sum() / num_ranks
     for _ in range(_MAX_SWEEPS):
@@ -97,16 +99,17 @@ def _pour_layer(
 def pour_step(
     load_E: NDArray[np.float64],
     slots_P: NDArray[np.int32],
-    num_ranks: int,
+    first_R1: NDArray[np.int64],
     quotas_P: NDArray[np.float64],
 ) -> None:
     """Improve one layer's quotas in place, for a load of which nothing else is known; in microseconds.
 
-    load_E: tokens. quotas_P: those to begin with.
+    load_E: tokens. first_R1: `Placement.first_slots_R1`. quotas_P: those to begin with.
     """
-    slots_per_rank = slots_P.size // num_ranks
+    num_ranks = first_R1.size - 1
+    slots_per_rank = first_R1[1]
     rank_load_R = np.empty(num_ranks)
-    sum_ranks(load_E, slots_P, quotas_P, rank_load_R)
+    sum_ranks(load_E, slots_P, quotas_P, first_R1, rank_load_R)
     replicated, slots, first = _replicated(load_E, slots_P)
     smallest_change = _OWN_TOLERANCE * rank_load_R.sum() / num_ranks
     for _ in range(MOST_SWEEPS):
@@ -122,14 +125,14 @@ def sum_ranks(
     load_E: NDArray[np.float64] | NDArray[np.int64],
     slots_P: NDArray[np.int32] | NDArray[np.uint32],
     quotas_P: NDArray[np.float64],
+    first_R1: NDArray[np.int64],
     load_R: NDArray[np.float64],
 ) -> None:
     """Fill `load_R` with what each rank gets of one layer's tokens."""
     # load_R[r] = sum over the slots p of rank r of load_E[slots_P[p]] * quotas_P[p]
-    slots = len(slots_P) // len(load_R)
     for rank in range(len(load_R)):
         tokens = 0.0
-        for slot in range(rank * slots, (rank + 1) * slots):
+        for slot in range(first_R1[rank], first_R1[rank + 1]):
             tokens += load_E[slots_P[slot]] * quotas_P[slot]
         load_R[rank] = tokens
 

@@ -59,12 +59,13 @@ def choose_sources(
 
     An expert is fetched from its nearest replica in `source`: on the rank itself, else on its node,
     else on another. Of several equally near it is the one whose rank has the fewest bytes to send so
-    far.
+    far. Raises PlacementError if ranks have unequally many slots.
     """
     columns_7F = _nearest(
         source.slots_LP,
         target.slots_LP,
         source.num_experts,
+        source.slots_per_rank,
         np.array(layers, dtype=np.int64),
         np.array(topology.node_of_rank, dtype=np.int64),
         np.array(expert_bytes_L, dtype=np.int64),
@@ -86,12 +87,12 @@ def _nearest(
     source_LP: NDArray[np.int32],
     target_LP: NDArray[np.int32],
     num_experts: int,
+    slots_per_rank: int,
     layers: IntArray,
     node_R: IntArray,
     expert_bytes_L: IntArray,
 ) -> IntArray:
     """The fields of `Fetches` in their order, [7, F]."""
-    slots_per_rank = source_LP.shape[1] // node_R.size
     sent_bytes_R = np.zeros(node_R.size, np.int64)
     columns_7F = np.empty((7, _changes(source_LP, target_LP, layers)), np.int64)
     fetch = 0

@@ -88,7 +88,7 @@ class RoutingTables:
         self._ground_LR = torch.zeros(layers, placement.num_ranks, dtype=torch.int32, device=device)
         self.ranks = Ranks(
             total=placement.num_ranks,
-            slots=placement.slots_per_rank,
+            slots=placement.slots_per_rank if self._rows else 0,
             source=topology.source_of_rank[rank],
         )
         self.pours = tuple(

@@ -48,8 +48,10 @@ def dispatch_thresholds(
     shape = len(chosen), placement.num_experts, placement.max_replicas
     slots = np.full(shape, -1, dtype=np.int32)
     thresholds = np.full(shape, HASH_RANGE, dtype=np.int32)
-    source_R = np.array(topology.source_of_rank, dtype=np.int64)
     _set_slots(placement.slots_LP[chosen], slots)
+    if not placement.num_redundant:
+        return slots, thresholds  # each expert has its one slot, and ranks may have unequally many
+    source_R = np.array(topology.source_of_rank, dtype=np.int64)
     _set_thresholds(
         slots,
         np.ascontiguousarray(quotas_LP[chosen], dtype=np.float64),

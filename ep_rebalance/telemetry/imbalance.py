@@ -191,15 +191,23 @@ class BalanceThread:
 class _Slots(NamedTuple):
     """A placement and its quotas in writable arrays of their own.
 
+    first_R1: int64 [R + 1]. `Placement.first_slots_R1`.
+
     Numba compiles another variant for read-only arrays, and would do so while the engine serves.
     """
 
     slots_LP: NDArray[np.uint32]
     quotas_LP: NDArray[np.float64]
+    first_R1: NDArray[np.int64]
 
     @classmethod
     def of(cls, served: Served) -> _Slots:
-        return cls(served.placement.slots_LP.astype(np.uint32), served.quotas_LP.copy())
+        placement = served.placement
+        return cls(
+            placement.slots_LP.astype(np.uint32),
+            served.quotas_LP.copy(),
+            placement.first_slots_R1,
+        )
 
 
 class _Sums(NamedTuple):
@@ -234,8 +242,8 @@ def _add_snapshot(
     loaded.
     """
     tokens_ALE, recent_LE, recent_LR, rank_tokens_LR, busiest_KL, mean_KL = sums
-    slots_LP, quotas_LP = served
-    loaded_LP, loaded_quotas_LP = loaded
+    slots_LP, quotas_LP, first_R1 = served
+    loaded_LP, loaded_quotas_LP, loaded_first_R1 = loaded
     phases, layers, experts = counts_ALE.shape
     kinds, ranks = len(busiest_KL), recent_LR.shape[1]
     load_E, load_KR = np.empty(experts), np.zeros((kinds, ranks))
@@ -250,13 +258,19 @@ def _add_snapshot(
                 load_E[expert] += counts_ALE[phase, layer, expert]
         quotas_P[:] = quotas_LP[layer]
         if by_own_counts:
-            pour_step(load_E, slots_LP[layer], ranks, quotas_P)
+            pour_step(load_E, slots_LP[layer], first_R1, quotas_P)
         for phase in range(phases):
             counts_E = counts_ALE[phase, layer]
-            sum_ranks(counts_E, slots_LP[layer], quotas_P, load_KR[_PHASES + phase])
+            sum_ranks(counts_E, slots_LP[layer], quotas_P, first_R1, load_KR[_PHASES + phase])
             # Ranks' loads are linear in the tokens, so those of the phases add up.
             load_KR[_SERVED] += load_KR[_PHASES + phase]
-        sum_ranks(load_E, loaded_LP[layer], loaded_quotas_LP[layer], load_KR[_CONTIGUOUS])
+        sum_ranks(
+            load_E,
+            loaded_LP[layer],
+            loaded_quotas_LP[layer],
+            loaded_first_R1,
+            load_KR[_CONTIGUOUS],
+        )
         _fade_in(recent_LE[layer], load_E, fade_K[_SERVED])
         _fade_in(recent_LR[layer], load_KR[_SERVED], fade_K[_SERVED])
         for rank in range(ranks):

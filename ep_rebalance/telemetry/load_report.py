@@ -19,7 +19,8 @@ class LayerLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     layer: its number in the engine's model.
     tokens: E numbers for each phase, tokens. A token counts once for each of its experts.
-    slots: P numbers. The logical expert in each slot, rank by rank.
+    slots: P numbers. The logical expert in each slot, rank by rank: equally many on each, but for mode
+        observe, in which the first ranks have one more each if some are left over.
     quotas: P numbers. The share of its expert's tokens that each slot receives.
     """
 

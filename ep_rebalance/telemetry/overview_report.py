@@ -103,4 +103,4 @@ def hottest_first(experts: Iterable[HotExpert]) -> list[HotExpert]:
 
 def _ranks_of(placement: Placement, layer: np.intp, expert: np.intp) -> list[int]:
     slots = np.flatnonzero(placement.slots_LP[layer] == expert)
-    return sorted(set((slots // placement.slots_per_rank).tolist()))
+    return sorted(set(placement.rank_of(slots).tolist()))

@@ -396,14 +396,33 @@ def test_more_slots_on_a_rank_than_experts_are_refused(create):
     )
 
 
-def test_experts_that_do_not_divide_cannot_be_observed(create):
+def test_experts_that_do_not_divide_can_be_observed(create):
+    config = create({"mode": "observe"}, tensor_parallel_size=4)
+    assert not config.parallel_config.enable_eplb
     assert_refused(
         create,
         [f"{EXPERTS} experts", "do not divide by 4 ranks"],
-        [],
-        {"mode": "observe"},
+        ["set planner.redundant_experts to 2, 6, 10, ...", "mode=observe"],
+        {"mode": "static", "state": {"path": "state.npz"}},
         tensor_parallel_size=4,
     )
+
+
+def test_a_drafters_experts_need_not_divide_where_nothing_moves(vllm):
+    from types import SimpleNamespace
+
+    from ep_rebalance.engines.vllm import checks
+
+    draft = SimpleNamespace(get_num_experts=lambda: EXPERTS + 1)
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method="eagle3", draft_model_config=draft),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=2, prefill_context_parallel_size=1, data_parallel_size=1
+        ),
+    )
+    checks._check_drafter(config, load_config({"mode": "observe"}))
+    with pytest.raises(ConfigurationError, match="the drafter's"):
+        checks._check_drafter(config, load_config({}))
 
 
 def test_a_dense_model_is_refused(create, tmp_path):

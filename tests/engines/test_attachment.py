@@ -68,6 +68,10 @@ def test_experts_that_were_dealt_out_round_robin_are_shown_where_they_are(attach
     assert dealt.slots_LP.tolist() == [[0, 2, 1, 3]]
     loaded = attachment._loaded_placement(model(layer()), config)
     assert loaded.slots_LP.tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ConfigurationError, match="round_robin") as raised:
+        attachment._refuse_dealt_out(model(layer(strategy="round_robin")))
+    assert "data_plane.all_to_all=engine" in raised.value.remedy
+    attachment._refuse_dealt_out(model(layer()))
 
 
 def test_a_drafter_stays_in_place_also_in_a_stage_without_experts(attachment, monkeypatch):
@@ -165,6 +169,24 @@ def test_routers_of_a_joined_model_count_the_tokens_of_a_step(joined, mode):
     counted = json.loads(attached.session.load())["layers"]
     assert [layer["tokens"] for layer in counted] == [{"prefill": [1, 1], "decode": [2, 2]}] * 2
     assert hasattr(layers[0].router.eplb_state, "expert_load_view") == (mode == "rebalance")
+
+
+def test_our_all_to_all_is_refused_where_experts_were_dealt_out(joined, monkeypatch):
+    """It would take their tokens to other ranks. On CPU it is the default."""
+    monkeypatch.setattr(Layer, "expert_placement_strategy", "round_robin")
+    with pytest.raises(ConfigurationError, match="linear placement"):
+        joined(eager({"mode": "observe"}))
+    joined(eager({"mode": "observe", "data_plane": {"all_to_all": "engine"}}))
+
+
+def test_a_rank_without_experts_says_nothing_of_their_size(vllm):
+    """As with fewer experts than ranks, which vLLM serves where none is to move."""
+    from ep_rebalance.engines.vllm.movable_experts import listed_bytes
+
+    experts = Layer().routed_experts
+    assert listed_bytes(experts) == 12
+    experts.up, experts.local_num_experts = torch.nn.Parameter(torch.zeros(0, 3)), 0
+    assert listed_bytes(experts) == 0
 
 
 def test_a_kernel_that_routes_by_itself_is_refused_before_its_tensors_are_read(joined, monkeypatch):

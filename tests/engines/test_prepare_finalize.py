@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,9 +12,25 @@ from routed_steps import EXPERTS, compute_expert, make_step, reference
 from vllm_groups import IMPORT_SECONDS, join
 
 from ep_rebalance.config import RebalanceConfig
+from ep_rebalance.placement import first_slots_R1
 
 
-def forward(rank: int, tokens: int, padded: str | None, plane: dict, summed: bool = False) -> tuple:
+def expert_map(experts: int, rank: int) -> torch.Tensor:
+    """vLLM's own: the local slot of each expert, -1 where it is on another rank."""
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    _, found, _ = determine_expert_map(dist.get_world_size(), rank, experts)
+    return found
+
+
+def forward(
+    rank: int,
+    tokens: int,
+    padded: str | None,
+    plane: dict,
+    summed: bool = False,
+    experts: int = EXPERTS,
+) -> tuple:
     """(output, reference) of a step whose tokens all ranks hold.
 
     summed: whether the model sums outputs over ranks itself.
@@ -21,20 +38,19 @@ def forward(rank: int, tokens: int, padded: str | None, plane: dict, summed: boo
     from ep_rebalance.engines.vllm.seams.prepare_finalize import AllToAllPrepareAndFinalize
 
     join(rank)
-    size = dist.get_world_size()
-    per_rank = EXPERTS // size
-    placement = [list(range(r * per_rank, (r + 1) * per_rank)) for r in range(size)]
-    step = make_step(0, tokens, TOP_K, torch.float32, placement, EXPERTS, seed=tokens)
+    maps = [expert_map(experts, r) for r in range(dist.get_world_size())]
+    placement = [(found >= 0).nonzero().flatten().tolist() for found in maps]
+    step = make_step(0, tokens, TOP_K, torch.float32, placement, experts, seed=tokens)
     if padded is not None:
         step = with_padding(step, is_padding(padded, 0, tokens))
     moe = SimpleNamespace(
-        num_experts=EXPERTS,
+        num_experts=experts,
         moe_parallel_config=SimpleNamespace(is_sequence_parallel=False),
         skip_final_all_reduce=summed,
     )
     layer = AllToAllPrepareAndFinalize(moe, RebalanceConfig.model_validate({"data_plane": plane}))
     rows, _, _, ids, _ = layer.prepare(
-        step.hidden_TH, step.weights_TK, step.slots_TK, EXPERTS, None, False, None
+        step.hidden_TH, step.weights_TK, step.slots_TK, experts, None, False, None
     )
     outputs = torch.empty_like(rows)
     for n, (slot,) in enumerate(ids.tolist()):
@@ -42,6 +58,10 @@ def forward(rank: int, tokens: int, padded: str | None, plane: dict, summed: boo
     out_TH = torch.full_like(step.hidden_TH, torch.nan)
     layer.finalize(out_TH, outputs, step.weights_TK, step.slots_TK, False, None)
     assert layer.output_is_reduced() is not summed
+    # What kernels on GPUs are told: a local slot by its number over all ranks, and one that is not here.
+    own = torch.arange(len(placement[rank]))
+    assert torch.equal(maps[rank][own + layer._first_slot], own.int())
+    assert maps[rank][layer._elsewhere] == -1
     return out_TH, reference(step)
 
 
@@ -63,6 +83,30 @@ def test_a_model_that_sums_over_ranks_gets_every_result_once(two_ranks: Ranks, t
     (first_TH, expected), (second_TH, _) = told
     assert torch.equal(first_TH + second_TH, expected)
     assert not (first_TH * second_TH).any()
+
+
+@pytest.mark.parametrize(
+    "plane", [{"buffers": "exact"}, {"buffers": "fixed", "capacity_factor": 0.3}]
+)
+@pytest.mark.parametrize("experts", [9, 5, 3])
+def test_tokens_find_experts_that_do_not_divide_by_the_ranks(four_ranks: Ranks, experts, plane):
+    """As nine do on ranks that have 3, 2, 2 and 2 of them. With three, one of the ranks has none."""
+    given = (8, "single pairs", plane, False, experts)
+    for out_TH, expected in four_ranks.run(forward, *given, timeout=IMPORT_SECONDS):
+        assert torch.equal(out_TH, expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7])
+def test_slots_are_numbered_as_if_all_ranks_had_as_many_as_the_fullest(vllm, ranks):
+    from ep_rebalance.engines.vllm.seams.prepare_finalize import _levelled
+
+    for experts in range(1, 5 * ranks):
+        first_R1 = first_slots_R1(experts, ranks)
+        counts_R = np.diff(first_R1)
+        rank_P = np.repeat(np.arange(ranks), counts_R)
+        numbers_P = _levelled(first_R1, counts_R.max()).numpy()
+        assert (numbers_P // counts_R.max() == rank_P).all()
+        assert (numbers_P % counts_R.max() == np.arange(experts) - first_R1[rank_P]).all()
 
 
 def prepare_for_8_bit_kernels(rank: int) -> tuple:

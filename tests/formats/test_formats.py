@@ -112,6 +112,12 @@ def test_dense_layers_get_the_trivial_row():
         ),
         ("a.json", b"\xff\xff", "not UTF-8"),
         ("a.json", "{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        (
+            "a.json",
+            '{"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_count": 2, "device_list": '
+            '[{"device_id": 0, "device_expert": [0]}, {"device_id": 1, "device_expert": [1, 2, 3]}]}]}',
+            "does not give 2 devices equally many experts",
+        ),
     ],
 )
 def test_malformed_placements_are_refused(tmp_path: Path, name: str, content, words: str):

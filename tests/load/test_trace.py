@@ -309,6 +309,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ({"format": "other"}, "format 'other'"),
         ({"layers": 0}, "cannot be"),
         ({"slots": 9}, "cannot be"),
+        ({"slots": 9, "experts": 7}, "cannot be"),
         ({"slots": 6}, "cannot be"),
         ({"layers": 10**6, "experts": 10**6, "slots": 10**6}, "records of"),
         ({"node_of_rank": [0]}, "lists"),

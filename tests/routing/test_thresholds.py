@@ -191,3 +191,19 @@ def test_only_the_layers_asked_for_are_worked_out() -> None:
     second = dispatch_thresholds(placement, [1], quotas_LP, topology=one_node, rank=0)
     for both, alone in zip(whole, second, strict=True):
         assert (both[1:] == alone).all()
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(5, 2), (9, 4), (8, 2)])
+def test_an_expert_without_a_second_slot_goes_to_its_own(experts: int, ranks: int) -> None:
+    """Also where ranks have unequally many."""
+    placement = Placement.round_robin(num_layers=2, num_experts=experts, num_ranks=ranks)
+    slots_LEC, thresholds_LEC = dispatch_thresholds(
+        placement,
+        [0, 1],
+        placement.even_quotas_LP(),
+        topology=Topology.single_node(ranks),
+        rank=0,
+    )
+    assert (thresholds_LEC == HASH_RANGE).all()
+    for slots_P, slots_E in zip(placement.slots_LP, slots_LEC[:, :, 0], strict=True):
+        assert slots_P[slots_E].tolist() == list(range(experts))

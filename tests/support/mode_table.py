@@ -76,16 +76,23 @@ MODES = (
     Mode(
         "Experts dealt out round robin",
         "--expert-placement-strategy round_robin",
-        contracts=("test_experts_that_were_dealt_out_round_robin_are_shown_where_they_are",),
-        limits="vLLM does so without redundant experts in mode `observe` alone.",
+        contracts=(
+            "test_experts_that_were_dealt_out_round_robin_are_shown_where_they_are",
+            "test_our_all_to_all_is_refused_where_experts_were_dealt_out",
+        ),
+        limits="vLLM does so without redundant experts in mode `observe` alone. Our all-to-all, the default "
+        "on CPU, is then refused.",
     ),
     Mode(
         "Experts that do not divide by the ranks",
+        servers=("test_experts_that_do_not_divide_are_counted_exactly_and_answer_rightly",),
         contracts=(
             "test_redundant_experts_that_do_not_divide_are_refused_with_those_that_do",
-            "test_experts_that_do_not_divide_cannot_be_observed",
+            "test_experts_that_do_not_divide_can_be_observed",
+            "test_each_slot_is_on_the_rank_that_holds_it",
+            "test_tokens_find_experts_that_do_not_divide_by_the_ranks",
         ),
-        limits="Refused in every mode; the error names the redundant experts that make it even.",
+        limits="In mode `observe` alone. Others refuse it, and name the redundant experts that make it even.",
     ),
     Mode(
         "A drafter with experts",

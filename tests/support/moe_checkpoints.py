@@ -159,7 +159,7 @@ def _mark_domains(embedding_VH: torch.Tensor) -> None:
 
 def _routers(weights: Mapping[str, torch.Tensor], family: Family) -> Iterator[torch.Tensor]:
     """[E, H] of each MoE layer, in their order."""
-    experts = EXPERTS + family.zero_experts
+    experts = family.experts + family.zero_experts
     found = [
         weight
         for name, weight in weights.items()

@@ -29,6 +29,7 @@ class Family:
     architecture: of released checkpoints, where transformers has another name for its class.
     embedding_scale: by which the model multiplies its embeddings.
     tensors: of its checkpoints, by name and with their shapes, where transformers has no class for it.
+    experts: of a layer, as `settings` have them.
     zero_experts: those that compute nothing and have no weights.
     layers: all that have numbers, those without experts too.
     ungrouped_sigmoid: whether it routes as vLLM's router for CPU does only with the plugin of that name.
@@ -46,6 +47,7 @@ class Family:
     architecture: str = ""
     embedding_scale: float = 1.0
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: int = EXPERTS
     zero_experts: int = 0
     ungrouped_sigmoid: bool = False
     dtype: str = "float32"

@@ -83,6 +83,26 @@ def test_tokens_of_ranks_are_those_that_the_placement_gives_them(snapshots, repl
     assert (balance.tokens_ALE == sum(snapshots)).all()
 
 
+@given(st.lists(arrays(np.int64, (2, 2, 5), elements=st.integers(0, 1000)), min_size=1, max_size=3))
+def test_ranks_with_unequally_many_experts_get_the_tokens_of_their_own(snapshots):
+    """Three on the first rank, two on the second."""
+    loaded = Placement.contiguous(num_layers=2, num_experts=5, num_ranks=2)
+    balance = RankBalance(loaded)
+    for counts_ALE in snapshots:
+        balance.add(counts_ALE, Served.initial(loaded))
+    loads = [counts.sum(0) for counts in snapshots]
+    loads_NLR = np.array([[load[:, :3].sum(1), load[:, 3:].sum(1)] for load in loads]).swapaxes(
+        1, 2
+    )
+    assert (balance.rank_tokens_LR == loads_NLR.sum(0)).all()
+    busiest = int(loads_NLR.max(2).sum())
+    assert balance.busiest_tokens == {"served": busiest, "contiguous": busiest}
+    assert balance.served.of_layers() == balance.contiguous.of_layers()
+    status = initial_status(config=RebalanceConfig(), model="m", placement=loaded, top_k=2)
+    for hot in overview(status, balance.recent_LR, balance.recent_LE, loaded).hottest:
+        assert hot.ranks == [int(hot.expert >= 3)]
+
+
 @given(st.lists(COUNTS, min_size=1, max_size=5))
 def test_counters_add_up_all_snapshots(snapshots):
     balance = RankBalance(LOADED)

@@ -168,10 +168,11 @@ def _check_sleep(model: Any, config: RebalanceConfig) -> None:
 
 def _check_drafter(vllm_config: Any, config: RebalanceConfig) -> None:
     """vLLM gives the drafter's MoE layers as many redundant slots as the target's, though nothing uses
-    them; with dspark they may get none, so nothing has to divide.
+    them; with dspark they may get none, so nothing has to divide. Nor has it in mode observe, where no model
+    has any.
     """
     speculative = vllm_config.speculative_config
-    if getattr(speculative, "method", None) == "dspark":
+    if config.mode == "observe" or getattr(speculative, "method", None) == "dspark":
         return
     draft = None if speculative is None else speculative.draft_model_config
     experts = 0 if draft is None else draft.get_num_experts()
@@ -190,14 +191,12 @@ def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
     if experts < 1:
         raise no_experts(model.model)
     redundant = config.planner.redundant_experts
-    if (experts + redundant) % ranks:
+    if config.mode != "observe" and (experts + redundant) % ranks:
         fitting = -(-experts // ranks) * ranks - experts
         choices = f"{fitting}, {fitting + ranks}, {fitting + 2 * ranks}, ..."
         raise ConfigurationError(
             f"{experts} experts + planner.redundant_experts={redundant} do not divide by {ranks} ranks.",
-            f"use a number of ranks that divides {experts}."
-            if config.mode == "observe"
-            else f"set planner.redundant_experts to {choices}",
+            f"set planner.redundant_experts to {choices}, or use mode=observe.",
         )
     if (experts + redundant) // ranks > experts:
         raise ConfigurationError(

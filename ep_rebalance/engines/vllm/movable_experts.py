@@ -106,8 +106,10 @@ def movable_experts(
 
 
 def listed_bytes(experts: Any) -> int:
-    """Bytes of one expert of a layer, by its parameters."""
+    """Bytes of one expert of a layer, by its parameters; 0 on a rank that has none."""
     local = experts.local_num_experts
+    if not local:
+        return 0
     tensors = [p for p in experts.parameters() if p.ndim and len(p) == local]
     return sum(tensor.nbytes // local for tensor in tensors)
 

@@ -12,6 +12,7 @@ from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checks
 from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError
 from ep_rebalance.load.trace.records import FORMAT, FORMAT_VERSION, TraceHead
 from ep_rebalance.load.window import PHASES
+from ep_rebalance.placement import can_be_shared
 from ep_rebalance.topology import LINKS
 
 READABLE_VERSIONS = (1, FORMAT_VERSION)
@@ -78,7 +79,8 @@ def _fault(head: TraceHead) -> str:
             f"versions 1 to {FORMAT_VERSION}, so use the one that wrote it ({head.plugin_version})"
         )
     sizes = (head.layers, head.experts, head.top_k, head.ep_size, head.slots)
-    if min(sizes) < 1 or head.slots % head.ep_size or head.slots < head.experts:
+    shared = can_be_shared(head.slots, head.experts, head.ep_size)
+    if min(sizes) < 1 or not shared or head.slots < head.experts:
         return (
             f"{head.layers} layers, {head.experts} experts, top {head.top_k}, {head.slots} slots on "
             f"{head.ep_size} ranks cannot be"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.engines.port import EngineModel, Session
+from ep_rebalance.engines.vllm.data_plane import carries_tokens
 from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
 from ep_rebalance.engines.vllm.movable_experts import (
     MovableExperts,
@@ -57,6 +58,8 @@ class Attachment:
         shares = _tokens_are_shared(target)
         for layer in target.moe_layers:
             _refuse_unseen_routing(layer)
+        if carries_tokens(config):
+            _refuse_dealt_out(target)
         experts: MovableExperts | None = None
         if config.mode != "observe":
             for layer in target.moe_layers:
@@ -140,7 +143,7 @@ def _loaded_placement(model: MoeModel, vllm_config: Any) -> Placement:
     # Not `num_moe_layers`: some models compute it from their configuration, and it is too large where
     # only every second layer has experts (vllm/model_executor/models/deepseek_v2.py).
     layers, ranks = len(model.moe_layers), ep_group().world_size
-    if any(layer.expert_placement_strategy == "round_robin" for layer in model.moe_layers):
+    if _dealt_out(model):
         return Placement.round_robin(
             num_layers=layers, num_experts=model.num_logical_experts, num_ranks=ranks
         )
@@ -150,6 +153,11 @@ def _loaded_placement(model: MoeModel, vllm_config: Any) -> Placement:
         num_ranks=ranks,
         num_redundant=vllm_config.parallel_config.eplb_config.num_redundant_experts,
     )
+
+
+def _dealt_out(model: MoeModel) -> bool:
+    """Whether vLLM's loader has put expert `e` on rank `e % R`."""
+    return any(layer.expert_placement_strategy == "round_robin" for layer in model.moe_layers)
 
 
 def _tokens_are_shared(model: MoeModel) -> bool:
@@ -183,4 +191,14 @@ def _refuse_unseen_routing(layer: Any) -> None:
             f"({type(layer.routed_experts.quant_method).__name__}) routes tokens by itself, so nothing "
             "can be counted.",
             "choose another kernel with --moe-backend, or serve without --plugin ep_rebalance.",
+        )
+
+
+def _refuse_dealt_out(model: MoeModel) -> None:
+    """Our all-to-all takes ids for slots of the linear placement."""
+    if _dealt_out(model):
+        raise ConfigurationError(
+            "--expert-placement-strategy round_robin: our all-to-all sends tokens to where linear placement "
+            "has their experts.",
+            "drop it, or set data_plane.all_to_all=engine.",
         )

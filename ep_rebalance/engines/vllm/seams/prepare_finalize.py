@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from numpy.typing import NDArray
 
 from ep_rebalance.all_to_all import AllToAll, Dispatched, NodeGroups, make_all_to_all
 from ep_rebalance.config import RebalanceConfig
@@ -24,6 +26,7 @@ from ep_rebalance.engines.vllm.engine_config import active_config
 from ep_rebalance.engines.vllm.parallel import ranks_per_node
 from ep_rebalance.engines.vllm.seams.cpu_experts import take_local_ids
 from ep_rebalance.engines.vllm.seams.experts import GroupedExperts
+from ep_rebalance.placement import first_slots_R1
 
 _NAME = "maybe_make_prepare_finalize"
 _HOME = "vllm.model_executor.layers.fused_moe.all2all_utils"
@@ -94,10 +97,16 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         self._tensor_group = tensor_group if shared else None
         self._summed_by_model: bool = shared and moe.skip_final_all_reduce
         self._ranks: int = get_ep_group().world_size
-        slots_per_rank = moe.num_experts // self._ranks
-        self._first_slot: int = get_ep_group().rank_in_group * slots_per_rank
+        rank: int = get_ep_group().rank_in_group
+        first_R1 = first_slots_R1(moe.num_experts, self._ranks)
+        slots_R = np.diff(first_R1)
+        slots_per_rank = int(slots_R.max())
+        self._first_slot = int(first_R1[rank])
         # A slot of the next rank, which this rank's `expert_map` has as -1: kernels skip it.
-        self._elsewhere: int = (self._first_slot + slots_per_rank) % moe.num_experts
+        self._elsewhere = int(first_R1[rank + 1]) % moe.num_experts
+        self._levelled_P: torch.Tensor | None = None
+        if slots_R.min() < slots_per_rank:
+            self._levelled_P = _levelled(first_R1, slots_per_rank)
         self._all_to_all: AllToAll = make_all_to_all(
             config,
             group=get_ep_group().device_group,
@@ -151,6 +160,8 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         the layer.
         """
         hidden, weights, slots = (self._share(t) for t in (a1, topk_weights, topk_ids))
+        if self._levelled_P is not None:
+            slots = self._level(self._levelled_P, slots)
         if apply_router_weight_on_input:
             hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
         self._dispatched = self._all_to_all.dispatch(hidden, slots, weights)
@@ -186,6 +197,11 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         own = share[: len(dispatched.weights_TK)]
         self._all_to_all.combine(dispatched, outputs, own)
         output.copy_(self._tensor_group.all_gather(share, 0)[: len(output)])
+
+    def _level(self, levelled_P: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+        # At the first call, and not while the model is loaded: a sleeping engine gives such memory back.
+        self._levelled_P = levelled_P = levelled_P.to(slots_TK.device)
+        return torch.where(slots_TK < 0, slots_TK, levelled_P[slots_TK.clamp(min=0)])
 
     def _as_the_experts_take_them(
         self, dispatched: Dispatched
@@ -225,6 +241,15 @@ class AllToAllPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         size = self._share_size(len(rows))
         start = self._tensor_group.rank_in_group * size
         return rows[start : start + size]
+
+
+def _levelled(first_R1: NDArray[np.int64], slots_per_rank: int) -> torch.Tensor:
+    """int32 [P], what number each slot would have if all ranks had as many as the fullest: our all-to-all
+    takes slot `p` to rank `p // S`.
+    """
+    gap_R = slots_per_rank * np.arange(len(first_R1) - 1) - first_R1[:-1]
+    levelled_P = np.arange(first_R1[-1]) + np.repeat(gap_R, np.diff(first_R1))
+    return torch.from_numpy(levelled_P.astype(np.int32))
 
 
 @functools.cache
