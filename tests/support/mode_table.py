@@ -92,6 +92,9 @@ MODES = (
         servers=(
             "test_with_a_drafter_answers_are_those_without",
             "test_with_a_drafter_only_the_targets_tokens_are_counted",
+            "test_each_row_of_the_drafter_is_counted_once",
+            "test_every_draft_is_accepted_before_and_after_experts_of_both_have_moved",
+            "test_answers_and_accepted_drafts_stay_when_experts_of_both_have_moved",
         ),
         contracts=(
             "test_both_answer_as_alone_and_each_token_of_either_is_counted_once",
