@@ -20,6 +20,7 @@ LEAST_BYTES_PER_STEP = 4096
 
 Mode = Literal["observe", "static", "rebalance"]
 PhaseChoice = Literal["all", "prefill", "decode"]
+Drafter = Literal["pinned", "balanced"]
 
 
 class ConfigurationError(ValueError):
@@ -376,6 +377,11 @@ class RebalanceConfig(_Section):
     """`observe` only counts and reports; `static` serves a saved placement; `rebalance` also moves
     experts.
     """
+    drafter: Drafter = "pinned"
+    """What becomes of the experts of a drafter (a draft model, or multi-token prediction layers), whose load
+    is counted apart. `pinned` leaves them in the slots into which they were loaded; `balanced` also moves
+    them, by plans of their own and with staging memory of their own.
+    """
     attach: AttachConfig = AttachConfig()
     window: WindowConfig = WindowConfig()
     planner: PlannerConfig = PlannerConfig()
@@ -425,7 +431,7 @@ class RebalanceConfig(_Section):
         return self.model_copy(update={"dispatch": dispatch})
 
     def of_stage(self, stage: PipelineStage) -> RebalanceConfig:
-        """With files of its own for one of several pipeline stages."""
+        """With files of its own for one of several pipeline stages, or for the drafter."""
         update: dict[str, Any] = {}
         if self.trace.path is not None:
             update["trace"] = self.trace.model_copy(update={"path": stage.folder(self.trace.path)})

@@ -1,6 +1,7 @@
 """Pipeline: the stages that an engine serves one after another, each with some of the model's layers.
 
-Each has EP ranks of its own, and so its own balancer, which knows nothing of the others.
+Each has EP ranks of its own, and so its own balancer, which knows nothing of the others. A drafter, which
+runs on the last stage's ranks, has one too.
 """
 
 from __future__ import annotations
@@ -11,15 +12,26 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class PipelineStage:
-    """The stage of pipeline-parallel rank `pp_rank`, of `pp_size` stages."""
+    """The stage of pipeline-parallel rank `pp_rank`, of `pp_size` stages.
+
+    drafter: whether it is the drafter that runs there, and not the stage itself.
+    """
 
     pp_rank: int = 0
     pp_size: int = 1
+    drafter: bool = False
 
     @property
     def label(self) -> str:
         """Its name in log lines and file names; "" if it is the only stage."""
+        if self.drafter:
+            return "drafter"
         return "" if self.pp_size == 1 else f"stage-{self.pp_rank}"
+
+    @property
+    def spoken(self) -> str:
+        """What a log line begins with: two balancers of one process write there."""
+        return "drafter: " if self.drafter else ""
 
     def folder(self, path: str) -> str:
         """Where it keeps what a server keeps in the folder `path`."""
@@ -37,3 +49,4 @@ class PipelineStage:
 
 
 ONLY_STAGE = PipelineStage()
+DRAFTER = PipelineStage(drafter=True)

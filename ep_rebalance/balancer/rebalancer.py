@@ -389,4 +389,5 @@ def _journal(config: RebalanceConfig, model: EngineModel, rank: int) -> Journal:
         top_k=top_k,
         rank=rank,
         by_own_counts=config.dispatch.by_own_counts,
+        spoken=model.pipeline_stage.spoken,
     )

@@ -31,6 +31,7 @@ from ep_rebalance.planning.policies import own_planners, planner_of
 from ep_rebalance.planning.problem import Planner
 from ep_rebalance.policies import POLICIES
 from ep_rebalance.routing.device_tables import RoutingTables
+from ep_rebalance.telemetry.load_report import ExpertLoad
 from ep_rebalance.telemetry.metrics import encode
 from ep_rebalance.version import __version__
 
@@ -50,6 +51,8 @@ class Session:
         config = config.on_device(model.device.type).of_stage(model.pipeline_stage)
         self.config = config
         self._moves_experts = config.mode != "observe"
+        # Where nothing moves, ids are slots; but the copies that an engine loaded also have to be reached.
+        self._dispatches = self._moves_experts or model.placement.num_redundant > 0
         self._rank = dist.get_rank(model.group)
         _check_slots(config, model)
         if self._moves_experts:
@@ -88,7 +91,8 @@ class Session:
             self._take_checksums()
         placement = self._model.placement
         logger.info(
-            "ep_rebalance: mode %s, %d MoE layers, %d experts in %d slots on %d ranks",
+            "ep_rebalance: %smode %s, %d MoE layers, %d experts in %d slots on %d ranks",
+            self._model.pipeline_stage.spoken,
             self.config.mode,
             placement.num_layers,
             placement.num_experts,
@@ -97,7 +101,8 @@ class Session:
         )
         if self._moves_experts:
             logger.info(
-                "ep_rebalance: %.0f MiB reserved for moving experts, %d of them staged at once",
+                "ep_rebalance: %s%.0f MiB reserved for moving experts, %d of them staged at once",
+                self._model.pipeline_stage.spoken,
                 self.rebalancer.migrator.reserved_bytes / 2**20,
                 self.rebalancer.migrator.staging_slots,
             )
@@ -121,9 +126,12 @@ class Session:
         started: seconds. When its preparation began, by `time.perf_counter()`; now if None.
         continues: whether the engine has had work all the time since the previous step.
         """
+        self._note_begin(started, continues)
+        self._counts.mark_tokens(phases_T)
+
+    def _note_begin(self, started: float | None, continues: bool) -> None:
         self._started = time.perf_counter() if started is None else started
         self._continues = continues
-        self._counts.mark_tokens(phases_T)
 
     def route(
         self,
@@ -139,9 +147,9 @@ class Session:
         end_token: the first of these tokens that is not among these rows, however many they are: those
             beyond it are padding. None if there is none.
 
-        In mode observe the ids are returned as they are. Never waits for the device.
+        In mode observe the ids are returned as they are, if no expert has a copy. Never waits for the device.
         """
-        if self._moves_experts:
+        if self._dispatches:
             return self._counts.route(layer, topk_ids_TK, first_token, end_token)
         self._counts.count(layer, topk_ids_TK, first_token, end_token)
         return topk_ids_TK
@@ -236,7 +244,11 @@ class Session:
 
     def load(self) -> bytes:
         """The encoded load of every expert."""
-        return encode(self.rebalancer.journal.load(self.rebalancer.served))
+        return encode(self.expert_load())
+
+    def expert_load(self) -> ExpertLoad:
+        """The load of every expert."""
+        return self.rebalancer.journal.load(self.rebalancer.served)
 
     def ask(self, action: Action) -> str | None:
         """Take an operator's request; see `Rebalancer.ask`."""

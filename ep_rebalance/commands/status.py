@@ -61,7 +61,19 @@ def status_table(answer: dict[str, Any]) -> Table:
         if why:
             table.add_row(f"{file} not written", why)
     table.add_row("last word", answer["message"] or answer["last_decision"])
+    if drafter := answer.get("drafter"):
+        table.add_row("drafter", _told_drafter(drafter))
+    if why := answer.get("uncounted_drafter"):
+        table.add_row("drafter", f"not counted: {why}")
     return table
+
+
+def _told_drafter(answer: dict[str, Any]) -> str:
+    """The status of a drafter, in a line."""
+    now, before = (answer["overall_imbalance"].get(name) for name in ("served", "contiguous"))
+    moved = sum(answer["migrated_experts"].values())
+    balance = "no traffic yet" if now is None else f"imbalance {now:.3f}, without us {before:.3f}"
+    return f"{balance}; {moved} experts moved"
 
 
 def _told_expert_time(answer: dict[str, Any]) -> str:

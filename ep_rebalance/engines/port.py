@@ -7,6 +7,7 @@
 | a step's tokens are known | `session.begin_step(phases_T)`, with PREFILL or DECODE for each token |
 | a router chose top-k experts | `slots_TK = session.route(layer, ids_TK)`; tokens go to these slots |
 | the forward pass was issued | `session.end_step()`, also in steps without tokens of this rank |
+| the model has a drafter | `Sessions` has one more session, see there and `DraftSession` |
 | a loader wrote experts | `session.weights_replaced(layers)`, before the next step |
 | the memory of weights is given back | `session.before_weights_go()`, before it is |
 | slots are to be saved | refuse it while `session.has_moved_experts` |
@@ -19,15 +20,20 @@ here so that adapters depend on this module alone.
 """
 
 from ep_rebalance.balancer.ahead_of_time import compile_in_background
+from ep_rebalance.balancer.draft_session import DraftSession, drafter_settings
 from ep_rebalance.balancer.engine_model import EngineModel, ExpertTensors
 from ep_rebalance.balancer.session import Session
+from ep_rebalance.balancer.sessions import Sessions
 from ep_rebalance.kernels.shared_arithmetic import DECODE, PREFILL
 
 __all__ = [
     "DECODE",
     "PREFILL",
+    "DraftSession",
     "EngineModel",
     "ExpertTensors",
     "Session",
+    "Sessions",
     "compile_in_background",
+    "drafter_settings",
 ]

@@ -112,7 +112,7 @@ class RoutingTables:
         self.phase_T = self._step[_OFFSET_BYTES:]
         self._max_tokens = max_tokens
         self._steps, self._marked = 0, 0
-        self._counts_here = counts_here
+        self.counts_here = counts_here
         self._told_of_overflow = False
         self._topology, self._rank = topology, rank
 
@@ -268,7 +268,7 @@ class RoutingTables:
         return self.phase_T[first : max(stop, first)]
 
     def _countable(self, phases_T: NDArray[np.integer]) -> NDArray[np.integer]:
-        if not self._counts_here:
+        if not self.counts_here:
             return phases_T[:0]
         if len(phases_T) > self._max_tokens and not self._told_of_overflow:
             self._told_of_overflow = True

@@ -75,6 +75,7 @@ class Journal:
     contiguous: what the engine loaded.
     top_k: experts per token.
     by_own_counts: see `RankBalance`.
+    spoken: what a log line begins with.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class Journal:
         top_k: int,
         rank: int,
         by_own_counts: bool = False,
+        spoken: str = "",
     ) -> None:
         self.status = status
+        self._spoken = spoken
         self._balance = BalanceThread(RankBalance(contiguous, by_own_counts=by_own_counts))
         self._rank = rank
         self._pairs_per_token = top_k * contiguous.num_layers
@@ -161,7 +164,8 @@ class Journal:
             self._write(event)
         except Exception:
             self._errors["metrics"] += 1
-            logger.exception("ep_rebalance: %s is missing in the status", type(event).__name__)
+            name = type(event).__name__
+            logger.exception("ep_rebalance: %s%s is missing in the status", self._spoken, name)
 
     def _write(self, event: Event) -> None:
         status = self.status
@@ -301,7 +305,7 @@ class Journal:
             "the engine replaced its weights; experts are served as it loaded them"
         )
         if self._rank == 0:
-            logger.warning("ep_rebalance: %s", self.status.message)
+            logger.warning("ep_rebalance: %s%s", self._spoken, self.status.message)
 
     def _count(self, outcome: PlanOutcome, reason: str) -> None:
         """Count and log what became of a plan."""
@@ -309,9 +313,13 @@ class Journal:
         self.status.message = reason
         if self._rank == 0:
             level = logging.WARNING if outcome in ("abandoned", "failed") else logging.INFO
-            generation = self.status.generation
             logger.log(
-                level, "ep_rebalance: plan %s, generation %d: %s", outcome, generation, reason
+                level,
+                "ep_rebalance: %splan %s, generation %d: %s",
+                self._spoken,
+                outcome,
+                self.status.generation,
+                reason,
             )
 
     def _note_corruption(self, event: SlotCorrupted) -> None:
@@ -335,19 +343,23 @@ class Journal:
             f"{event.ep_rank}; {done}"
         )
         if self._rank in (0, event.ep_rank):
-            logger.error("ep_rebalance: %s", status.message)
+            logger.error("ep_rebalance: %s%s", self._spoken, status.message)
 
     def _note_error(self, stage: Stage, reason: str) -> None:
         """Count it, and log the first of its stage: others may follow with every snapshot."""
         self._errors[stage] += 1
         if self._errors[stage] == 1:
             logger.error(
-                "ep_rebalance rank %d: refused in the stage %s: %s", self._rank, stage, reason
+                "ep_rebalance rank %d: %srefused in the stage %s: %s",
+                self._rank,
+                self._spoken,
+                stage,
+                reason,
             )
 
     def _note_stuck(self, reason: str) -> None:
         if not self.status.stuck and self._rank == 0:
-            logger.error("ep_rebalance: stuck: %s", reason)
+            logger.error("ep_rebalance: %sstuck: %s", self._spoken, reason)
         self.status.stuck = 1
         self.status.message = reason
 

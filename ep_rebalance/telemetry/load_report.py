@@ -35,6 +35,7 @@ class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     started: Unix time at which counting began.
     generation: of the placement that is served.
+    drafter: the same of its drafter; None if that has no experts.
     """
 
     model: str
@@ -42,6 +43,7 @@ class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     ep_size: int
     layers: list[LayerLoad]
+    drafter: ExpertLoad | None = None
 
 
 def expert_load(status: Status, tokens_ALE: NDArray[np.int64], served: Served) -> ExpertLoad:

@@ -469,6 +469,8 @@ class Status(msgspec.Struct, kw_only=True):
     file_faults: why `trace` or `state` cannot be written; "" if it can.
     reported_timestamp: Unix time at which this status was made.
     message: the latest news: what became of a plan, a reload of weights, or why it is stuck.
+    drafter: the status of its drafter, which has a balancer of its own; None if that has no experts.
+    uncounted_drafter: why the experts of a drafter are not counted either; "" if they are.
     """
 
     started: float
@@ -535,6 +537,8 @@ class Status(msgspec.Struct, kw_only=True):
     file_failing: dict[str, int] = {}
     state_saved_timestamp: float = 0.0
     message: str = ""
+    drafter: Status | None = None
+    uncounted_drafter: str = ""
 
 
 def encode(answer: msgspec.Struct) -> bytes:

@@ -40,12 +40,14 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     rank_load: [L][columns]. Recent tokens of a rank over the mean of its layer; [] before the first tokens.
     ranks_per_column: neighbouring ranks of which a column of `rank_load` has the busiest; 1 up to 256 ranks.
     hottest: the hottest expert first; [] before the first tokens.
+    drafter: the same of its drafter; None if that has no experts.
     """
 
     status: Status
     rank_load: list[list[float]]
     hottest: list[HotExpert]
     ranks_per_column: int = 1
+    drafter: Overview | None = None
 
 
 def overview(

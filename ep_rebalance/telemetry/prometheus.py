@@ -20,6 +20,10 @@ from ep_rebalance.telemetry.metrics import METRICS, Metric, Observations, Status
 logger = logging.getLogger(__name__)
 
 COMMON_LABELS = ("model_name", "engine")
+DRAFTER_NAME = "{} (draft)"
+"""The `model_name` of a drafter, as vLLM's own balancer names it. So whatever is summed up by model keeps the
+two apart.
+"""
 _DEFAULTS = MetricsConfig()
 
 
@@ -47,21 +51,31 @@ class Exporter:
         names = (*self._common, "pp_rank") if self._by_stage else tuple(self._common)
         self._instruments = {metric: _create(metric, names, registry) for metric in shown(config)}
         self._stages: dict[int, _StageSeries] = {}
+        self._drafter: _StageSeries | None = None
 
     def update(self, status: Status) -> None:
-        """Show the status of a stage. The first stage that has experts comes first."""
+        """Show the status of a stage, and of a drafter in it. The first stage with experts comes first."""
         if status.pp_rank not in self._stages:
             self._stages[status.pp_rank] = self._series_of(status.pp_rank)
         self._stages[status.pp_rank].update(status)
+        if status.drafter is not None:
+            self._drafter = self._drafter or self._series_of_drafter(status.pp_rank)
+            self._drafter.update(status.drafter)
 
     def _series_of(self, pp_rank: int) -> _StageSeries:
         shown_here = {m: i for m, i in self._instruments.items() if not (m.once and self._stages)}
-        stage = {"pp_rank": str(pp_rank)} if self._by_stage else {}
-        return _StageSeries(shown_here, self._common | stage)
+        return _StageSeries(shown_here, self._common | self._stage(pp_rank))
+
+    def _series_of_drafter(self, pp_rank: int) -> _StageSeries:
+        name = {"model_name": DRAFTER_NAME.format(self._common["model_name"])}
+        return _StageSeries(self._instruments, self._common | name | self._stage(pp_rank))
+
+    def _stage(self, pp_rank: int) -> dict[str, str]:
+        return {"pp_rank": str(pp_rank)} if self._by_stage else {}
 
 
 class _StageSeries:
-    """The series of one pipeline stage.
+    """The series of one pipeline stage, or of the drafter.
 
     common: the labels that all of them have.
     """

@@ -1,4 +1,5 @@
-"""The reports of all pipeline stages as one: of the whole model, as if a single balancer had made it.
+"""The reports of all pipeline stages as one: of the whole model, as if a single balancer had made it. A
+drafter is no part of it; its report goes along.
 
 Layers have the model's own numbers, so those of the stages follow one another. Each token passes all stages;
 so do all requests, which wait for each stage's busiest rank in turn.
@@ -69,6 +70,7 @@ def whole_overview(stages: Sequence[Overview]) -> Overview:
         rank_load=[row for stage in stages for row in stage.rank_load] if seen else [],
         ranks_per_column=stages[0].ranks_per_column,
         hottest=hottest_first(hottest)[:HOTTEST],
+        drafter=stages[-1].drafter,
     )
 
 
@@ -81,6 +83,7 @@ def whole_load(stages: Sequence[ExpertLoad]) -> ExpertLoad:
         stages[0],
         generation=max(stage.generation for stage in stages),
         layers=[layer for stage in stages for layer in stage.layers],
+        drafter=stages[-1].drafter,
     )
 
 
@@ -95,6 +98,10 @@ _WHOLE: dict[type, Callable[[list[Any]], Any]] = {
 
 def _of_first(values: list[Any], stages: Sequence[Status]) -> Any:
     return values[0]
+
+
+def _of_last(values: list[Any], stages: Sequence[Status]) -> Any:
+    return values[-1]
 
 
 def _least(values: list[Any], stages: Sequence[Status]) -> Any:
@@ -190,6 +197,7 @@ def _keys(values: list[dict[str, Any]]) -> list[str]:
 
 _FIELDS: dict[Rule, str] = {
     _of_first: "info model experts ep_size slots config pp_rank pp_size steps phase_tokens weight_reloads",
+    _of_last: "drafter uncounted_drafter",
     _least: "started reported_timestamp expert_time_learned state_saved_timestamp",
     _most: "generation step_seconds self_test_seconds last_commit_timestamp migrating paused stuck",
     _sum: "layers snapshots quota_changes moves_planned moves_done lost_trace_records audited_slots"

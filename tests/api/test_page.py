@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import uvicorn
@@ -21,7 +22,7 @@ from statuses import make_status
 from ep_rebalance.engines.vllm.endpoint import create_endpoint_plugin
 from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.metrics import Commit, Status, encode
-from ep_rebalance.telemetry.overview_report import overview
+from ep_rebalance.telemetry.overview_report import Overview, overview
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -140,6 +141,32 @@ def test_it_shows_what_the_engine_reports(tab: Tab) -> None:
         assert "layer 0, rank 0, 1.50 times" in tab.text("#map-words")
         assert {request.removeprefix(url) for request in tab.requests} <= {"", "overview", "data:,"}
         assert tab.messages == []
+
+
+def test_a_drafter_is_shown_apart(tab: Tab) -> None:
+    status = made_up_status()
+    with page_server(Engine(made_up_overview(status), {})) as url:
+        tab.open(url)
+        tab.wait_for(SHOWN)
+        assert tab.evaluate("document.getElementById('drafter').hidden")
+    drafter = make_status()
+    drafter.info["mode"] = "observe"
+    drafter.overall_imbalance = {"served": 1.75, "contiguous": 1.75}
+    drafter.contiguous_imbalance, drafter.moe_layers = [1.5, 1.25], [61, 62]
+    both = msgspec.structs.replace(
+        msgspec.json.decode(made_up_overview(status), type=Overview),
+        drafter=msgspec.json.decode(made_up_overview(drafter), type=Overview),
+    )
+    with page_server(Engine(encode(both), {})) as url:
+        tab.open(url)
+        tab.wait_for(SHOWN)
+        words = tab.evaluate("document.getElementById('drafter-words').textContent")
+        assert "Imbalance 1.750" in words
+        assert "8 tokens" in words
+        assert "stay where they were loaded" in words
+        rows = tab.evaluate("document.getElementById('drafter-layers').innerText")
+        assert rows.split() == ["61", "1.500", "1.500", "62", "1.250", "1.250"]
+        assert "1.125" in tab.evaluate("document.getElementById('served').textContent")
 
 
 def test_words_of_the_engine_are_text_and_nothing_else(tab: Tab) -> None:

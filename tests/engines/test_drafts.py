@@ -50,14 +50,17 @@ class Wrapper:
 @pytest.mark.parametrize("name", ["drafter", "speculator"])
 @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper])
 def test_a_drafter_is_found_in_either_runner_with_or_without_graphs(vllm, name, wrap):
-    from ep_rebalance.engines.vllm.seams.drafts import draft_model
+    from ep_rebalance.engines.vllm.seams.drafts import find_drafter
 
     model = torch.nn.Linear(1, 1)
-    assert draft_model(SimpleNamespace(**{name: SimpleNamespace(model=wrap(model))})) is model
+    proposer = SimpleNamespace(model=wrap(model))
+    found = find_drafter(SimpleNamespace(**{name: proposer}))
+    assert found.proposer is proposer
+    assert found.model is model
 
 
 def test_no_drafter_is_found_where_there_is_none(vllm):
-    from ep_rebalance.engines.vllm.seams.drafts import draft_model
+    from ep_rebalance.engines.vllm.seams.drafts import find_drafter
 
-    assert draft_model(SimpleNamespace(speculator=None)) is None
-    assert draft_model(SimpleNamespace(drafter=object())) is None
+    assert find_drafter(SimpleNamespace(speculator=None)) is None
+    assert find_drafter(SimpleNamespace(drafter=object())) is None

@@ -17,11 +17,12 @@ class Calls:
     busy: bool = False
 
     @property
-    def session(self):
+    def sessions(self):
         return self
 
-    def begin_step(self, phases_T, *, started, continues):
+    def begin_step(self, phases_T, tokens_R, *, started, continues):
         self.busy = True
+        self.requests = tokens_R.tolist()
         self.steps.append((phases_T.tolist(), continues))
 
     def end_step(self):

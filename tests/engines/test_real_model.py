@@ -96,11 +96,11 @@ def serve(rank: int, folder: str):
     join(rank)
     model, attached = attach(folder)
     before = fingerprints(model)
-    session = attached.session
+    session = attached.sessions.target
     ids_TK = torch.tensor([[0, 1]] * (TOKENS // 2) + [[0, 2]] * (TOKENS // 2), dtype=torch.int32)
     phases_T = np.ones(TOKENS, dtype=np.int8)
     for _ in range(STEPS):
-        attached.begin_step(phases_T, started=0.0, continues=True)
+        attached.begin_step(phases_T, np.array([TOKENS]), started=0.0, continues=True)
         for layer in model.moe_layers:
             layer.router._ep_rebalance_route(ids_TK)
         session.end_step()

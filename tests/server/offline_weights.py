@@ -1,5 +1,6 @@
 """A process of its own for test_weights.py: two tensor-parallel ranks that speculate with the same model
-as their drafter, whose weights are replaced while experts are spread out and while they move.
+as their drafter, whose experts move too. Weights of the target are replaced while experts are spread out and
+while they move.
 
     python offline_weights.py MODEL FOLDER QUESTIONS.json
 
@@ -22,6 +23,7 @@ SETTINGS = {
     "planner": {"interval_snapshots": 3},
     "decision": {"min_gain": 0.0, "min_gain_over_cost": 0.0},
     "migration": {"max_bytes_per_step": 16 << 10},
+    "drafter": "balanced",
 }
 NORM = "model.norm.weight"
 EXPERT = re.compile(r"(?<=\.experts\.)\d+")
@@ -71,6 +73,7 @@ class Server:
             },
             weight_transfer_config={"backend": "ipc"},
             additional_config={"ep_rebalance": SETTINGS},
+            disable_log_stats=False,
         )
 
     def answers(self) -> list[list[int]]:
@@ -80,6 +83,18 @@ class Server:
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = json.loads(self._llm.collective_rpc("ep_rebalance_status")[0])
         return status
+
+    def accepted(self) -> dict[str, int]:
+        """Drafts of all questions, and those that were accepted, by vLLM's own metrics."""
+        before = self._drafts()
+        self.answers()
+        after = self._drafts()
+        return {name: after[name] - before[name] for name in after}
+
+    def _drafts(self) -> dict[str, int]:
+        told = {metric.name: metric for metric in self._llm.get_metrics()}
+        names = ("draft_tokens", "accepted_tokens")
+        return {name: told[f"vllm:spec_decode_num_{name}"].value for name in names}
 
     def prefill(self) -> dict[str, int]:
         """Prefill tokens of all questions: those that were counted, and those that there are.
@@ -128,6 +143,8 @@ def run(server: Server) -> dict[str, Any]:
     server.ask("pause")
     told["original"] = server.answers()
     told["prefill"] = server.prefill()
+    told["drafted"] = server.status()
+    told["accepted"] = server.accepted()
     for variant in ("experts", "norm"):
         server.update(variant)
         told[f"{variant}, unmoved"] = server.answers()
@@ -136,7 +153,11 @@ def run(server: Server) -> dict[str, Any]:
     told["original, unmoved"] = server.answers()
     server.ask("resume")
     server.spread_out()
+    told["spread"] = server.drive_until(
+        lambda s: s["drafter"]["generation"] and not s["drafter"]["migrating"]
+    )
     told["original, moved"] = server.answers()
+    told["accepted, moved"] = server.accepted()
 
     told["before update"] = server.drive_until(lambda s: s["migrating"])
     server.update("experts")

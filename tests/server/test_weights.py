@@ -59,6 +59,38 @@ def test_with_a_drafter_only_the_targets_tokens_are_counted(told: dict[str, Any]
     assert told["prefill"]["counted"] == told["prefill"]["there"]
 
 
+def test_each_row_of_the_drafter_is_counted_once(
+    told: dict[str, Any], questions: list[str]
+) -> None:
+    """The first pass has a row more than the target for each request, the second one row for each."""
+    target, drafter = (one["phase_tokens"] for one in (told["drafted"], told["drafted"]["drafter"]))
+    requests = 2 * (len(questions) + 1)
+    assert drafter["prefill"] == target["prefill"] + requests
+    steps, rest = divmod(target["decode"], 3)  # of a request: a token and two drafts
+    assert rest == 0
+    assert drafter["decode"] == target["decode"] + 2 * steps + requests
+
+
+def test_every_draft_is_accepted_before_and_after_experts_of_both_have_moved(
+    told: dict[str, Any],
+) -> None:
+    """The drafter is the same model."""
+    moved = told["spread"]
+    assert sum(moved["migrated_experts"].values()) > 0
+    assert sum(moved["drafter"]["migrated_experts"].values()) > 0
+    assert told["accepted, moved"] == told["accepted"]
+    assert told["accepted"]["accepted_tokens"] > 0
+
+
+def test_new_weights_of_the_target_leave_the_drafters_experts_where_they_are(
+    told: dict[str, Any],
+) -> None:
+    drafters = [told[when]["drafter"] for when in ("spread", "after update", "after reload")]
+    assert [drafter["weight_reloads"] for drafter in drafters] == [0, 0, 0]
+    generations = [drafter["generation"] for drafter in drafters]
+    assert generations == sorted(generations)
+
+
 def test_the_weights_of_the_test_give_other_answers(told: dict[str, Any]) -> None:
     variants = ("original, unmoved", "experts, unmoved", "norm, unmoved")
     assert len({str(told[variant]) for variant in variants}) == len(variants)

@@ -99,9 +99,18 @@ MODES = (
         servers=(
             "test_with_a_drafter_answers_are_those_without",
             "test_with_a_drafter_only_the_targets_tokens_are_counted",
+            "test_each_row_of_the_drafter_is_counted_once",
+            "test_every_draft_is_accepted_before_and_after_experts_of_both_have_moved",
+            "test_answers_and_accepted_drafts_stay_when_experts_of_both_have_moved",
         ),
-        limits="Its experts, and those of multi-token prediction layers, stay where they were loaded and are "
-        "not counted.",
+        contracts=(
+            "test_both_answer_as_alone_and_each_token_of_either_is_counted_once",
+            "test_what_a_graph_holds_of_later_passes_marks_the_requests_of_each_replay",
+            "test_a_v2_speculator_tells_the_tokens_of_a_pass",
+            "test_an_mtp_layer_in_its_proposer_is_counted_apart_and_its_experts_move_whole",
+        ),
+        limits="[Counted apart](operations.md#drafters), and pinned or balanced by `drafter`; neither in a "
+        "pipeline whose last stage has no MoE layers. Graphs of its passes were not run.",
     ),
     Mode(
         "Asynchronous scheduling",

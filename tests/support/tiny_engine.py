@@ -4,6 +4,7 @@ Ranks have tokens of their own (data parallelism) and share out the experts. Eve
 checkpoint, as if it lay on disk. `alone` is the same model in one process.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from ep_rebalance.all_to_all import make_all_to_all
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.engines.port import EngineModel, Session
 from ep_rebalance.load.state import ModelIdentity
+from ep_rebalance.pipeline import ONLY_STAGE, PipelineStage
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
@@ -73,10 +75,18 @@ def alone(checkpoint: Checkpoint, hidden_TH: torch.Tensor) -> tuple[torch.Tensor
 class TinyEngine:
     """One rank. ranks_per_source: those that are given the same tokens. reads: times that the session
     asked for the expert tensors. half_loaded: whether it has none to show. refusal: why they may not move.
+    make, stage: of its session.
     """
 
     def __init__(
-        self, rank: int, config: RebalanceConfig, checkpoint: Checkpoint, ranks_per_source: int = 1
+        self,
+        rank: int,
+        config: RebalanceConfig,
+        checkpoint: Checkpoint,
+        ranks_per_source: int = 1,
+        *,
+        make: Callable[[RebalanceConfig, EngineModel], Session] = Session,
+        stage: PipelineStage = ONLY_STAGE,
     ) -> None:
         group, ranks = dist.group.WORLD, dist.get_world_size()
         self.placement = Placement.contiguous(
@@ -112,8 +122,9 @@ class TinyEngine:
             topology=Topology(node_of_rank=(0,) * ranks, ranks_per_source=ranks_per_source),
             device=torch.device("cpu"),
             max_tokens=MAX_TOKENS,
+            pipeline_stage=stage,
         )
-        self.session = Session(config, model)
+        self.session = make(config, model)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Write every slot with the expert of the loaded placement."""
@@ -126,9 +137,14 @@ class TinyEngine:
         """One forward pass: [T, H]. Every rank takes part, with tokens or without."""
         if len(hidden_TH):
             self.session.begin_step(phases_T)
+        hidden_TH = self.forward(hidden_TH)
+        self.session.end_step()
+        return hidden_TH
+
+    def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """[T, H]. Its tokens are those of the step that the session knows."""
         for layer in range(LAYERS):
             hidden_TH = hidden_TH + self._experts(layer, hidden_TH)
-        self.session.end_step()
         return hidden_TH
 
     def _experts(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:

@@ -231,6 +231,30 @@ def test_what_all_stages_count_is_shown_by_the_first_with_experts(with_experts: 
     assert shown("ep_rebalance_placement_generation") == each
 
 
+@pytest.mark.parametrize("pp_size", [1, 2])
+def test_a_drafter_has_series_of_its_own_and_is_in_none_of_its_targets(pp_size: int):
+    registry = CollectorRegistry()
+    exporter = Exporter(model_name="m", pp_size=pp_size, registry=registry)
+    stages = [make_status() for _ in range(pp_size)]
+    for pp_rank, stage in enumerate(stages):
+        stage.pp_rank, stage.pp_size = pp_rank, pp_size
+    drafter = stages[-1].drafter = make_status()
+    drafter.rank_tokens, drafter.phase_tokens = [3, 4], {"prefill": 9, "decode": 1}
+    for _ in range(2):
+        for stage in stages:
+            exporter.update(stage)
+    stage_labels = {"pp_rank": str(pp_size - 1)} if pp_size > 1 else {}
+
+    def value(name: str, model: str, **labels: str) -> float | None:
+        labels = {"model_name": model, "engine": "0", **stage_labels, **labels}
+        return registry.get_sample_value(f"ep_rebalance_{name}", labels)
+
+    assert value("rank_tokens_total", "m", ep_rank="1") == 20
+    assert value("rank_tokens_total", "m (draft)", ep_rank="1") == 4
+    # What all stages of the target count alike, the drafter counts for itself.
+    assert value("phase_tokens_total", "m (draft)", phase="prefill") == 9
+
+
 SEVERAL_SERVERS = """
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from statuses import make_status

@@ -114,6 +114,21 @@ def test_a_report_of_one_stage_is_left_as_it_is(stages):
     assert whole_report([payload], Status) is payload
 
 
+def test_the_drafter_of_the_last_stage_goes_along_and_is_in_no_sum(stages):
+    alone = whole_status(stages)
+    drafter = stages[1].drafter = stage_status(1, [5], rank_tokens=[7, 7])
+    stages[1].uncounted_drafter = "a reason"
+    whole = whole_status(stages)
+    assert (whole.drafter, whole.uncounted_drafter) == (drafter, "a reason")
+    assert (whole.rank_tokens, whole.moe_layers) == (alone.rank_tokens, alone.moe_layers)
+    loads = [
+        ExpertLoad(model="m", started=1.0, generation=0, ep_size=2, layers=[], drafter=drafts)
+        for drafts in (None, ExpertLoad(model="d", started=1.0, generation=0, ep_size=2, layers=[]))
+    ]
+    whole_load = whole_report([encode(load) for load in loads], ExpertLoad)
+    assert msgspec.json.decode(whole_load, type=ExpertLoad).drafter == loads[1].drafter
+
+
 def test_reports_of_all_stages_become_one(stages):
     whole = decode(whole_report([encode(stage) for stage in stages], Status))
     assert whole == whole_status(stages)

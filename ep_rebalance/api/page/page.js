@@ -10,7 +10,7 @@ const state = { key: "", view: null, course: [], cell: null, timer: 0, asking: f
 
 // What is shown, as text.
 
-const ratio = (value) => (value === undefined ? "no traffic yet" : value.toFixed(3));
+const ratio = (value) => (value == null ? "no traffic yet" : value.toFixed(3));
 const percent = (part) => `${(100 * part).toFixed(1)} %`;
 const sum = (numbers) => Object.values(numbers).reduce((a, b) => a + b, 0);
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
@@ -146,6 +146,25 @@ function showTrace({ config, pp_size: stages }) {
 
 // A text as a POSIX shell takes it for one word.
 const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`);
+
+// The drafter has layers, tokens and plans of its own, of which none is in what else the page shows.
+function showDrafter(drafter, uncounted) {
+  element("drafter").hidden = !drafter && !uncounted;
+  element("drafter-box").hidden = !drafter;
+  if (uncounted) show("drafter-words", `Its experts stay where they were loaded and are not counted: ${uncounted}`);
+  if (!drafter) return;
+  const { status } = drafter;
+  const { served, contiguous } = status.overall_imbalance;
+  const tokens = `${sum(status.phase_tokens).toLocaleString("en")} tokens passed each of its layers, on average`;
+  const pinned = status.info.mode === "observe";
+  const moves = pinned ? "Its experts stay where they were loaded."
+    : `${plural(sum(status.migrated_experts), "expert")} moved, generation ${status.generation}. ${status.message || status.last_decision}`;
+  show("drafter-words", `Imbalance ${ratio(served)}, without rebalancing ${ratio(contiguous)}; ${tokens}. ${moves}`);
+  const layers = status.moe_layers.map((number, row) => [
+    number, ratio(status.imbalance[row]), ratio(status.contiguous_imbalance[row]),
+  ]);
+  fill("drafter-layers", layers, { count: 3, text: [] }, "no layers");
+}
 
 // The course of the imbalance.
 
@@ -312,6 +331,7 @@ function accept(view) {
   showNow(view.status, before);
   showTables(view);
   showTrace(view.status);
+  showDrafter(view.drafter, view.status.uncounted_drafter);
   remember(view.status);
   draw();
   if (state.cell) choose(state.cell.layer, state.cell.rank);

@@ -11,7 +11,8 @@
 | seams/worker, rank_agreement, attachment | settings agreed on; model and drafter attached | worker |
 | seams/expert_loads, weights | tell us which weights were loaded or replaced | worker |
 | seams/model_runner | calls us when a step's inputs are ready, and after each step | worker |
-| seams/router, drafts | count logical expert ids and turn them into slots; drafters' stay | worker |
+| seams/router, drafts | count logical expert ids and turn them into slots; find a drafter's model | worker |
+| seams/draft_passes | a drafter tells which rows of each pass are tokens | worker |
 | seams/quantised_layers, quantised_pairs | have quantised layers built that may move | worker |
 | seams/eplb_state | keeps vLLM's own balancer out | worker |
 | seams/prepare_finalize, data_plane | tokens to the experts and back by our all-to-all | worker |

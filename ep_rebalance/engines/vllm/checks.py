@@ -15,12 +15,17 @@ from ep_rebalance.api.auth import own_key
 from ep_rebalance.config import ConfigurationError, MetricsConfig, RebalanceConfig
 from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.data_plane import check_data_plane
-from ep_rebalance.engines.vllm.engine_config import ep_size, model_identity, no_experts
+from ep_rebalance.engines.vllm.engine_config import (
+    drafter_experts,
+    ep_size,
+    model_identity,
+    no_experts,
+)
 from ep_rebalance.engines.vllm.parallel import tells_ubatches
 from ep_rebalance.engines.vllm.quantised_schemes import refuse_schemes, schemes_of
-from ep_rebalance.load.state import check_writable, load_state
+from ep_rebalance.load.state import ModelIdentity, check_writable, load_state
 from ep_rebalance.load.trace import check_folder
-from ep_rebalance.pipeline import PipelineStage
+from ep_rebalance.pipeline import DRAFTER, PipelineStage
 
 
 def check(vllm_config: Any, config: RebalanceConfig) -> None:
@@ -167,15 +172,13 @@ def _check_sleep(model: Any, config: RebalanceConfig) -> None:
 
 
 def _check_drafter(vllm_config: Any, config: RebalanceConfig) -> None:
-    """vLLM gives the drafter's MoE layers as many redundant slots as the target's, though nothing uses
-    them; with dspark they may get none, so nothing has to divide. Nor has it in mode observe, where no model
-    has any.
+    """A drafter that shares the target's configuration gets as many redundant slots; with dspark it may get
+    none, so nothing has to divide. Nor has it in mode observe, where no model has any.
     """
-    speculative = vllm_config.speculative_config
-    if config.mode == "observe" or getattr(speculative, "method", None) == "dspark":
+    method = getattr(vllm_config.speculative_config, "method", None)
+    if config.mode == "observe" or method == "dspark":
         return
-    draft = None if speculative is None else speculative.draft_model_config
-    experts = 0 if draft is None else draft.get_num_experts()
+    experts = drafter_experts(vllm_config)
     ranks = ep_size(vllm_config.parallel_config)
     if experts and (experts + config.planner.redundant_experts) % ranks:
         raise ConfigurationError(
@@ -231,29 +234,50 @@ def _check_metrics(vllm_config: Any, metrics: MetricsConfig) -> None:
     model = vllm_config.model_config
     layers, experts = model.get_total_num_hidden_layers(), model.get_num_experts()
     ranks = ep_size(vllm_config.parallel_config)
+    drafted = drafter_experts(vllm_config)
+    draft_layers = 0
+    if drafted:
+        draft_layers = (
+            vllm_config.speculative_config.draft_model_config.get_total_num_hidden_layers()
+        )
     wide = {
-        "expert_tokens": (metrics.expert_tokens, experts, "experts", "GET /ep_rebalance/load"),
+        "expert_tokens": (
+            metrics.expert_tokens,
+            (experts, drafted),
+            "experts",
+            "GET /ep_rebalance/load",
+        ),
         "layer_rank_tokens": (
             metrics.layer_rank_tokens,
-            ranks,
+            (ranks, ranks),
             "ranks",
             "the page at /ep_rebalance/",
         ),
     }
-    for name, (wanted, number, things, instead) in wide.items():
-        if wanted and layers * number > metrics.max_series:
+    for name, (wanted, (number, of_drafter), things, instead) in wide.items():
+        series = layers * number + draft_layers * of_drafter
+        if wanted and series > metrics.max_series:
+            beside = (
+                f" and {of_drafter} in each of {draft_layers} of the drafter's" if drafted else ""
+            )
             raise ConfigurationError(
-                f"metrics.{name} would make up to {layers * number} time series, for {number} {things} "
-                f"in each of {layers} layers; metrics.max_series={metrics.max_series}.",
+                f"metrics.{name} would make up to {series} time series, for {number} {things} "
+                f"in each of {layers} layers{beside}; metrics.max_series={metrics.max_series}.",
                 f"drop metrics.{name} and read {instead}, or raise metrics.max_series.",
             )
+
+
+def _stages(vllm_config: Any) -> list[PipelineStage]:
+    """All that keep files of their own: the pipeline's, and a drafter that has experts."""
+    stages = PipelineStage.every(vllm_config.parallel_config.pipeline_parallel_size)
+    return [*stages, DRAFTER] if drafter_experts(vllm_config) else stages
 
 
 def _check_trace(vllm_config: Any, config: RebalanceConfig) -> None:
     if config.trace.path is None:
         return
     check_folder(config.trace.path)
-    for stage in PipelineStage.every(vllm_config.parallel_config.pipeline_parallel_size):
+    for stage in _stages(vllm_config):
         folder = stage.folder(config.trace.path)
         if os.path.lexists(folder):  # otherwise the stage makes it
             check_folder(folder)
@@ -262,13 +286,27 @@ def _check_trace(vllm_config: Any, config: RebalanceConfig) -> None:
 def _check_state(vllm_config: Any, config: RebalanceConfig) -> None:
     if config.state.path is None or config.mode == "observe":
         return
-    for stage in PipelineStage.every(vllm_config.parallel_config.pipeline_parallel_size):
+    for stage in _stages(vllm_config):
+        if stage.drafter and config.drafter == "pinned":
+            continue  # it has no state
         path = Path(stage.file(config.state.path))
         if config.mode == "rebalance":
             check_writable(path)
-        state = load_state(path, model_identity(vllm_config, config))
+        state = load_state(path, _identity(vllm_config, config, stage))
         if state is None and config.mode == "static":
             raise ConfigurationError(
                 f"mode=static serves the placement in {str(path)!r}, and there is no such file.",
                 "serve once in mode rebalance with this state.path, or correct the path.",
             )
+
+
+def _identity(vllm_config: Any, config: RebalanceConfig, stage: PipelineStage) -> ModelIdentity:
+    """What a stage's saved placement must match."""
+    if not stage.drafter:
+        return model_identity(vllm_config, config)
+    speculative = vllm_config.speculative_config
+    # A model of its own is configured without `enable_eplb`, and so gets no redundant slots.
+    redundant = 0 if speculative.method == "draft_model" else config.planner.redundant_experts
+    planner = config.planner.model_copy(update={"redundant_experts": redundant})
+    settings = config.model_copy(update={"planner": planner})
+    return model_identity(vllm_config, settings, model_config=speculative.draft_model_config)

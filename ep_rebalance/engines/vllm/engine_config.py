@@ -21,25 +21,37 @@ def active_config(vllm_config: Any) -> RebalanceConfig:
 
 
 def model_identity(
-    vllm_config: Any, config: RebalanceConfig, moe_layers: tuple[int, ...] = ()
+    vllm_config: Any,
+    config: RebalanceConfig,
+    moe_layers: tuple[int, ...] = (),
+    model_config: Any = None,
 ) -> ModelIdentity:
     """What a saved placement must match. The hash leaves out where the checkpoint lies and what wrote it,
     so that a copy of it counts as the same model.
 
     moe_layers: the numbers of the layers that it is about; () before the model is loaded.
+    model_config: of the drafter, if it is the model in question.
     """
-    settings = vllm_config.model_config.hf_text_config.to_dict()
+    model = vllm_config.model_config if model_config is None else model_config
+    settings = model.hf_text_config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         settings.pop(volatile, None)
     text = json.dumps(settings, sort_keys=True, default=str)
     return ModelIdentity(
-        model=vllm_config.model_config.model,
+        model=model.model,
         config_hash=hashlib.sha256(text.encode()).hexdigest(),
-        experts=vllm_config.model_config.get_num_experts(),
+        experts=model.get_num_experts(),
         ep_size=ep_size(vllm_config.parallel_config),
         redundant_experts=config.planner.redundant_experts,
         moe_layers=moe_layers,
     )
+
+
+def drafter_experts(vllm_config: Any) -> int:
+    """Experts of each MoE layer of the drafter; 0 if there is none, or it is dense."""
+    speculative = vllm_config.speculative_config
+    draft = None if speculative is None else speculative.draft_model_config
+    return 0 if draft is None else int(draft.get_num_experts())
 
 
 def ep_size(parallel: Any) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ep_rebalance.balancer.control import Action
-from ep_rebalance.engines.port import Session
+from ep_rebalance.engines.port import Sessions
 from ep_rebalance.engines.vllm import seams
 from ep_rebalance.engines.vllm.log_output import share_vllm_log
 from ep_rebalance.engines.vllm.parallel import tensor_group
@@ -31,30 +31,30 @@ class WorkerExtension:
 
     def ep_rebalance_status(self) -> bytes:
         """The encoded status."""
-        return b"" if (session := self._reporting()) is None else session.status()
+        return b"" if (sessions := self._reporting()) is None else sessions.status()
 
     def ep_rebalance_load(self) -> bytes:
         """The encoded load of every expert since the start."""
-        return b"" if (session := self._reporting()) is None else session.load()
+        return b"" if (sessions := self._reporting()) is None else sessions.load()
 
     def ep_rebalance_overview(self) -> bytes:
         """The encoded overview, as our page shows it."""
-        return b"" if (session := self._reporting()) is None else session.overview()
+        return b"" if (sessions := self._reporting()) is None else sessions.overview()
 
     def ep_rebalance_ask(self, action: Action) -> str | None:
         """Pause, resume or plan now. Returns "" or why not; None from all but EP rank 0 of each stage."""
         attachment = attachment_of(self.model_runner)
-        return None if attachment is None else attachment.session.ask(action)
+        return None if attachment is None else attachment.sessions.ask(action)
 
     def ep_rebalance_record(self, on: bool) -> bool:
         """Switch the recording of the trace. Returns False on ranks that have no recorder."""
         attachment = attachment_of(self.model_runner)
-        return attachment is not None and attachment.session.record(on)
+        return attachment is not None and attachment.sessions.record(on)
 
     def ep_rebalance_record_answer(self) -> str | None:
         """What came of the last of these calls, see `Session.record_answer`."""
         attachment = attachment_of(self.model_runner)
-        return None if attachment is None else attachment.session.record_answer()
+        return None if attachment is None else attachment.sessions.record_answer()
 
     def ep_rebalance_step_times(self) -> list[tuple[float, float, bool]]:
         """When each of this rank's steps since the last call began and ended (`time.perf_counter`),
@@ -63,12 +63,12 @@ class WorkerExtension:
         attachment = attachment_of(self.model_runner)
         if attachment is None:
             return []
-        times = attachment.session.rebalancer.step_times.take_recent()
+        times = attachment.sessions.target.rebalancer.step_times.take_recent()
         return [(time.began, time.ended, time.migrated) for time in times]
 
-    def _reporting(self) -> Session | None:
+    def _reporting(self) -> Sessions | None:
         attachment = attachment_of(self.model_runner)
-        return None if attachment is None or tensor_group().rank_in_group else attachment.session
+        return None if attachment is None or tensor_group().rank_in_group else attachment.sessions
 
 
 def _install() -> None:

@@ -12,6 +12,7 @@ def of_workers() -> tuple[ModuleType, ...]:
     """The seams that are installed in a worker, in the order of installation."""
     from ep_rebalance.engines.vllm.seams import (
         cpu_experts,
+        draft_passes,
         eplb_state,
         expert_loads,
         experts,
@@ -31,6 +32,7 @@ def of_workers() -> tuple[ModuleType, ...]:
         expert_loads,
         weights,
         model_runner,
+        draft_passes,
         experts,
         cpu_experts,
         prepare_finalize,

@@ -1,14 +1,15 @@
-"""Experts that are not balanced: those of a drafter, and of layers that the model does not list.
+"""A drafter's model, and MoE layers that no session counts, such as those that a model does not list.
 
 Why: with `enable_eplb` the router of every MoE layer, also in drafters and multi-token-prediction
 layers, insists on a state (vllm/model_executor/layers/fused_moe/router/base_router.py,
-`_validate_eplb_state`). Experts of such layers stay in the slots that they were loaded into, where slot
-`e` holds expert `e`, and are not counted with the target's.
+`_validate_eplb_state`). Experts of layers without a session stay in the slots that they were loaded into,
+where slot `e` holds expert `e`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ep_rebalance.engines.vllm.contract import Contract
 from ep_rebalance.engines.vllm.seams import router
 
 CONTRACTS = (
+    Contract("vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.ep_size"),
     Contract("vllm.model_executor.layers.fused_moe.runner.moe_runner_interface:MoERunnerInterface"),
     Contract(
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._validate_eplb_state"
@@ -24,11 +26,22 @@ CONTRACTS = (
 )
 
 
-def draft_model(runner: Any) -> Any | None:
-    """The drafter's model, without a wrapper for CUDA graphs; None if there is no drafter."""
-    # `drafter` is the attribute of a V1 runner, `speculator` that of a V2 runner.
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """proposer: a V1 runner's `drafter`, or a V2 runner's `speculator`.
+
+    model: without a wrapper for CUDA graphs.
+    """
+
+    proposer: Any
+    model: torch.nn.Module
+
+
+def find_drafter(runner: Any) -> Drafter | None:
+    """None if there is none that has a model."""
     for name in ("drafter", "speculator"):
-        model = getattr(getattr(runner, name, None), "model", None)
+        proposer = getattr(runner, name, None)
+        model = getattr(proposer, "model", None)
         if (
             model is not None
             and not isinstance(model, torch.nn.Module)
@@ -36,12 +49,12 @@ def draft_model(runner: Any) -> Any | None:
         ):
             model = model.unwrap()
         if isinstance(model, torch.nn.Module):
-            return model
+            return Drafter(proposer, model)
     return None
 
 
 def leave_in_place(model: Any, device: torch.device, listed: tuple[Any, ...] = ()) -> int:
-    """Let all MoE layers of `model` except `listed` route as they were loaded. Returns how many."""
+    """Let MoE layers of `model` except `listed` route as they were loaded, uncounted. Returns how many."""
     layers = [layer for layer in moe_layers_of(model) if layer not in listed]
     for layer in layers:
         if layer.router.eplb_state is not None:

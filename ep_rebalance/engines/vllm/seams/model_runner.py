@@ -62,6 +62,7 @@ def _mark_tokens_v1(
         in_prompt = computed < batch.num_prompt_tokens[:requests]
         attachment.begin_step(
             _phases(in_prompt, num_scheduled_tokens),
+            num_scheduled_tokens,
             started=time.perf_counter(),
             continues=_continues(scheduler_output),
         )
@@ -80,6 +81,7 @@ def _mark_tokens_v2(
         # (vllm/v1/worker/gpu/input_batch.py).
         attachment.begin_step(
             phases_T[: batch.num_tokens],
+            batch.num_scheduled_tokens,
             started=started,
             continues=_continues(scheduler_output),
         )
@@ -100,14 +102,14 @@ def _step_v1(
 ) -> None:
     attachment = attachment_of(runner)
     if attachment is not None and is_dummy and not is_profile:
-        attachment.session.end_step()
+        attachment.sessions.end_step()
 
 
 def _end_busy_step_v1(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     output = original(runner, *args, **kwargs)
     attachment = attachment_of(runner)
-    if attachment is not None and attachment.session.busy:
-        attachment.session.end_step()
+    if attachment is not None and attachment.sessions.busy:
+        attachment.sessions.end_step()
     return output
 
 
@@ -125,4 +127,4 @@ def _step_v2(
     """Leaves out steps that warm kernels up, in which vLLM suppresses its own balancer too."""
     attachment = attachment_of(controller)
     if attachment is not None and not is_profile and not controller.suppressed:
-        attachment.session.end_step()
+        attachment.sessions.end_step()

@@ -54,6 +54,11 @@ class MoeModel:
         numbers = tuple(self._number(layer.layer_name) for layer in self.moe_layers)
         return numbers if all(one < next_ for one, next_ in pairwise(numbers)) else ()
 
+    @property
+    def slots(self) -> int:
+        """Of each layer, over all ranks. Raises ConfigurationError if they differ."""
+        return _alike(self.name, "num_experts", self.moe_layers)
+
     def _number(self, layer_name: str) -> int:
         numbers = [int(part) for part in layer_name.split(".") if part.isdecimal()]
         if len(numbers) != 1:
@@ -105,7 +110,7 @@ def refuse_unlike(model: MoeModel, redundant_experts: int) -> None:
     """Raises ConfigurationError unless every layer has slots for all experts and the redundant ones, and
     chooses equally many."""
     _alike(model.name, "experts_per_token", model.moe_layers)
-    slots = _alike(model.name, "num_experts", model.moe_layers)
+    slots = model.slots
     if slots == model.num_logical_experts and redundant_experts:
         raise ConfigurationError(
             f"planner.redundant_experts={redundant_experts}: vLLM's {model.name} makes no room for redundant "

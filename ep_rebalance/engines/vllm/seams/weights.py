@@ -70,7 +70,7 @@ def _discard(original: Callable[..., Any], worker: Any, tags: tuple[str, ...]) -
 
 
 def _update_weights(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    """Backends that do not load through the model are refused at start. A drafter's experts never move."""
+    """Backends that do not load through the model are refused at start. It may be the drafter's update."""
     try:
         return original(worker, *args, **kwargs)
     finally:
@@ -85,19 +85,21 @@ def _reload_weights(
     weights_path: str | None = None,
     is_checkpoint_format: bool = True,
 ) -> Any:
-    """Weights in the kernel's format are copied without the loader, so they count as loads of all layers."""
+    """Weights in the kernel's format are copied without the loader: they count as loads of all layers of the
+    target, whose they are.
+    """
     try:
         return original(runner, weights_iterator, weights_path, is_checkpoint_format)
     finally:
         if is_checkpoint_format:
             _loaded(runner)
-        else:
-            _replaced(runner)
+        elif attachment := attachment_of(runner):
+            attachment.target_replaced()
 
 
 def _save(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
     attachment = attachment_of(worker.model_runner)
-    if attachment is not None and attachment.session.has_moved_experts:
+    if attachment is not None and attachment.sessions.has_moved_experts:
         raise RuntimeError(
             "ep_rebalance: experts have moved, and whoever reads the saved slots would mix them up. "
             "Remedy: save before serving, or with mode=observe."
@@ -107,7 +109,7 @@ def _save(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) 
 
 def _going(runner: Any) -> None:
     if attachment := attachment_of(runner):
-        attachment.session.before_weights_go()
+        attachment.sessions.before_weights_go()
 
 
 def _loaded(runner: Any) -> None:
