@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
+from ep_rebalance.checkpoint import numbers_of, read_checkpoint
 from ep_rebalance.commands.choices import one_of
 from ep_rebalance.commands.options import FirstMoeLayer, ModelLayers
 from ep_rebalance.commands.scenarios import explained
@@ -21,7 +23,7 @@ from ep_rebalance.formats.load import ForeignLoad, sampled, write_trace
 from ep_rebalance.formats.slots import told_repeats
 from ep_rebalance.load.trace import SUFFIX
 from ep_rebalance.load.window import PHASES
-from ep_rebalance.offline.model_shape import SHAPES, ModelShape
+from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
 
 TARGETS = one_of(name for name, one in FORMATS.items() if one.write_placement)
@@ -49,7 +51,8 @@ _TopK = Annotated[
 _Model = Annotated[
     str,
     typer.Option(
-        help=f"Name for the trace; {', '.join(SHAPES)} also say how many experts there are.",
+        help="Name for the trace. A folder with config.json also says how many experts there are, and so do "
+        f"{', '.join(SHAPES)}.",
         show_default="the file's",
     ),
 ]
@@ -156,13 +159,11 @@ def check_axes(axes: str) -> None:
 
 
 def experts_of(model: str, given: int | None) -> int | None:
-    """Experts of a layer: the given number, else that of a known model. Raises ValueError if both differ."""
-    shape = _shape(model)
-    if shape is None:
-        return given
-    if given not in (None, shape.experts):
-        raise ValueError(f"--experts {given}: {model} has {shape.experts}; leave out one of both")
-    return shape.experts
+    """Experts of a layer: the given number, else that of a model. Raises ValueError if both differ."""
+    told = _told(model).experts
+    if given is not None and told not in (None, given):
+        raise ValueError(f"--experts {given}: {model} has {told}; leave out one of both")
+    return told if given is None else given
 
 
 def tell(notes: Iterable[str]) -> None:
@@ -171,8 +172,23 @@ def tell(notes: Iterable[str]) -> None:
         typer.echo(f"ep-rebalance: note: {note}", err=True)
 
 
-def _shape(model: str) -> ModelShape | None:
-    return next((s for name, s in SHAPES.items() if model.lower() in (name, s.title.lower())), None)
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a model's name says; None where it does not."""
+
+    experts: int | None = None
+    top_k: int | None = None
+
+
+def _told(model: str) -> _Told:
+    """Of a known model, or of a checkpoint's files. Raises ConfigurationError if these cannot be read."""
+    for name, shape in SHAPES.items():
+        if model.lower() in (name, shape.title.lower()):
+            return _Told(shape.experts, shape.top_k)
+    if model and Path(model).exists():
+        numbers = numbers_of(read_checkpoint(model).config)
+        return _Told(numbers.experts or None, numbers.top_k)
+    return _Told()
 
 
 def _load(
@@ -189,9 +205,7 @@ def _load(
 
 def _top_k(source: Path, load: ForeignLoad, given: int | None, model: str) -> int:
     """The top-k that the file holds, else the given one, else that of a known model with these sizes."""
-    named, sizes = _shape(model), (load.layers, load.experts)
-    if named is not None and given is None:
-        given = named.top_k
+    given, sizes = given or _told(model).top_k, (load.layers, load.experts)
     if None not in (load.top_k, given) and load.top_k != given:
         raise FormatError(
             source, "", f"has {load.top_k} experts for each token, not {given}; leave out --top-k"

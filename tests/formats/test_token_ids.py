@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ep_rebalance.formats import arrays
 from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import ForeignLoad
+from ep_rebalance.load.trace import TraceReader
 
 TOKENS, LAYERS, EXPERTS, TOP_K = 400, 3, 24, 4
 
@@ -120,6 +122,22 @@ def test_the_number_of_experts_comes_from_a_known_model(tmp_path: Path):
     done = run("convert", str(path), str(target), "--model", "gpt-oss-20b", "--experts", "24")
     assert "gpt-oss-20b has 32" in done.stderr
     done = run("convert", str(path), str(target), "--model", "deepseek-v3")
+    assert "has 4 experts for each token, not 8" in done.stderr
+
+
+def test_the_number_of_experts_comes_from_a_checkpoint(tmp_path: Path):
+    path, target = tmp_path / "ids.npy", tmp_path / "load.eptrace"
+    array = ids()
+    array[:10, :, 3] = EXPERTS
+    np.save(path, array)
+    config = {"model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("convert", str(path), str(target), "--model", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert "30 places of other tokens hold padding" in done.stderr
+    assert TraceReader(target).head.experts == EXPERTS
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 8}))
+    done = run("convert", str(path), str(target), "--model", str(tmp_path))
     assert "has 4 experts for each token, not 8" in done.stderr
 
 
