@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def replay_all(
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal
+    if any(plans(head, one) for one in scenarios):
+        _compile(console, hidden)
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         tasks = [progress.add_task(one.title, total=total) for one in scenarios]
         if workers == 1:
@@ -49,6 +52,13 @@ def replay_all(
                 for one, task in zip(scenarios, tasks, strict=True)
             ]
         return _replay_in_processes(paths, head, scenarios, workers, progress, tasks)
+
+
+def _compile(console: Console, hidden: bool) -> None:
+    """Here and once, so that no process of a replay has to; a minute if it was never done before."""
+    told = nullcontext() if hidden else console.status("compiling the planner, once and for all")
+    with told:
+        compile_planner()
 
 
 def _replay(
