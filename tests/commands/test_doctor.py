@@ -48,7 +48,7 @@ def test_this_machine_can_run_the_plugin(tmp_path: Path):
     assert problems == {}
     assert code == 0
     assert found["model"]["found"] == "Qwen3MoeForCausalLM, 16 experts, top 2, in all 4 layers"
-    assert "contracts hold in 16 seams" in found["seams"]["found"]
+    assert "contracts hold in 17 seams" in found["seams"]["found"]
     assert found["vLLM"]["verdict"] == "ok"
     assert found["trace.path"]["found"] == str(tmp_path)
 

@@ -166,7 +166,7 @@ def test_files_that_are_no_traces_are_one_sentence(tmp_path: Path):
     other = tmp_path / "x.eptrace"
     other.write_text("{}")
     assert "byte 0: this is not a trace" in run("replay", str(other)).stderr
-    assert "No such file" in run("replay", str(tmp_path / "none.eptrace")).stderr
+    assert "there is no such file" in run("replay", str(tmp_path / "none.eptrace")).stderr
 
 
 def test_processes_start_from_the_command(folder: Path):
