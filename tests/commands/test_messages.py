@@ -67,7 +67,9 @@ def statistics(meta: str, **tensors: np.ndarray) -> Callable[[Path], object]:
 
 
 def trace(**changes: Any) -> Callable[[Path], object]:
-    return lambda path: write_trace(path.parent, head_of(**changes), 2).rename(path)
+    """Without settings, of which new ones would put records elsewhere."""
+    head = head_of(**{"config": {}} | changes)
+    return lambda path: write_trace(path.parent, head, 2).rename(path)
 
 
 def damaged(at: int) -> Callable[[Path], object]:
