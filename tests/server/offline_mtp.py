@@ -1,18 +1,18 @@
-"""A process of its own for test_mtp.py, in which a small model drafts with its own MTP layer: first by one
-rank without the plugin, then by two tensor-parallel ranks whose experts move.
+"""A process of its own for test_mtp.py, in which two tensor-parallel ranks serve a small model that drafts
+with its own MTP layer, while experts of both move.
 
     python offline_mtp.py MODEL
 
-Prints one JSON line of each, and SECOND between them.
+Prints one JSON line.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 from typing import Any
 
-from offline_model import CORES, SECOND, SETTINGS, Engine, forked
+from offline_model import SETTINGS, Engine
 
 MOST_ROUNDS, DRAFTED = 60, 2
 SPECULATIVE = {"method": "mtp", "num_speculative_tokens": DRAFTED}
@@ -33,12 +33,6 @@ def singly(engine: Engine) -> dict[str, Any]:
     answers = engine.single_answers()
     after = accepted(engine)
     return {"answers": answers, "drafts": {name: after[name] - before[name] for name in after}}
-
-
-def alone(model: str) -> dict[str, Any]:
-    os.environ[CORES] = os.environ[CORES].partition("|")[0]
-    engine = Engine(model, "float32", speculative_config=SPECULATIVE, disable_log_stats=False)
-    return {"before": singly(engine)}
 
 
 def together(model: str) -> dict[str, Any]:
@@ -68,12 +62,7 @@ def together(model: str) -> dict[str, Any]:
 
 
 def main(model: str) -> None:
-    import vllm.v1.worker.cpu_worker  # noqa: F401  (nothing that makes threads before the fork)
-
-    forked(lambda: alone(model))
-    sys.stdout.write(f"{SECOND}\n")
-    sys.stdout.flush()
-    forked(lambda: together(model))
+    sys.stdout.write(f"{json.dumps(together(model))}\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from engines import ROOT, V032
 from moe_checkpoints import write_checkpoint
 from moe_families import EXPERTS, FAMILIES, TOP_K
 from mtp_checkpoints import add_mtp_layer
-from offline_model import LENGTHS, SECOND
+from offline_model import FLUSH, LENGTHS
 
 pytestmark = V032.marks
 
@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).with_name("offline_mtp.py")
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script told: `alone` and `ours`, and the number of the MTP `layer`."""
+    """What the script told, as `ours`, and the number of the MTP `layer`."""
     folder = write_checkpoint(FAMILY, tmp_path_factory.mktemp("mtp") / FAMILY.name)
     layer = add_mtp_layer(folder)
     process = subprocess.Popen(
@@ -49,19 +49,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    told = [
-        [json.loads(line) for line in part.splitlines() if line.startswith('{"before"')]
-        for part in output.partition(SECOND)[::2]
-    ]
-    assert all(told), output[-6000:]
-    return {"alone": told[0][0], "ours": told[1][0], "layer": layer}
-
-
-def test_answers_and_accepted_drafts_are_those_of_one_rank(served: dict[str, Any]) -> None:
-    alone, ours = served["alone"]["before"], served["ours"]
-    assert ours["before"]["answers"] == alone["answers"]
-    assert ours["before"]["drafts"] == alone["drafts"]
-    assert alone["drafts"]["drafts"] > 0
+    told = [json.loads(line) for line in output.splitlines() if line.startswith('{"before"')]
+    assert told, output[-6000:]
+    return {"ours": told[0], "layer": layer}
 
 
 def test_answers_and_accepted_drafts_stay_when_experts_of_both_have_moved(
@@ -71,6 +61,7 @@ def test_answers_and_accepted_drafts_stay_when_experts_of_both_have_moved(
     assert sum(ours["status"]["migrated_experts"].values()) > 0
     assert sum(ours["status"]["drafter"]["migrated_experts"].values()) > 0
     assert ours["after"] == ours["before"]
+    assert ours["before"]["drafts"]["accepted_tokens"] > 0
 
 
 def test_rows_of_the_mtp_layer_are_counted_once_for_each_expert(served: dict[str, Any]) -> None:
@@ -82,8 +73,7 @@ def test_rows_of_the_mtp_layer_are_counted_once_for_each_expert(served: dict[str
         {phase: sum(layer["tokens"][phase]) / TOP_K for phase in ("prefill", "decode")}
         for layer in (counted[0], drafted)
     )
-    prompts = sum(sum(LENGTHS) for _ in range(2))
-    assert target["prefill"] > prompts
+    assert target["prefill"] == 2 * sum(LENGTHS) + len(FLUSH[0])
     # The first pass takes the target's rows, the second one of each request: of a prompt, and of each batch
     # of a token and two drafts.
     assert drafter["prefill"] == target["prefill"]
