@@ -183,7 +183,7 @@ def test_a_trace_that_is_too_short_is_said_to_be(tmp_path: Path, monkeypatch) ->
     done = run("replay", str(trace), *options, COLUMNS="200")
     assert "vllm-eplb acts first after 750 steps." in done.stdout
     done = run("replay", str(trace), *options, "--eplb", "step_interval=80", COLUMNS="200")
-    assert "Standing still for experts on their way: vllm-eplb 0 s." in done.stdout
+    assert "Standing still for experts on their way: vllm-eplb 2+2 0 s." in done.stdout
     assert "acts first" not in done.stdout
 
 
