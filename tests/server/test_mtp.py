@@ -1,7 +1,7 @@
 """A model of DeepSeek-V3's kind drafts with its own MTP layer, whose experts are counted and moved apart.
 
-Its answers are compared with its own alone: with such a layer, vLLM 0.32 on one CPU answers otherwise than without
-it, also without the plugin (from the second token on).
+They are compared with its own answers alone: with such a layer, vLLM 0.32 on one CPU answers otherwise than
+without it, also without the plugin (from the second token on).
 """
 
 from __future__ import annotations
