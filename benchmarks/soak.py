@@ -4,7 +4,8 @@ vLLM alone, with the plugin in mode observe, and with the plugin that rebalances
 ranks; alone it has no expert parallelism, which vLLM's own experts for CPUs do not have. In each turn one
 of them serves and the others stand still. Then rank 0's worker says what it holds: memory that is its own
 (USS), what malloc gave out, Python objects, blocks of numba's runtime, threads and descriptors. A fixed set
-of questions is asked in every turn; every answer must stay what it was.
+of questions is asked in every turn; every answer must stay what it was. Ctrl-C ends it early, with what was
+seen until then.
 
 Growth is the slope over the second half of the turns (Theil-Sen: the median of the slopes of all pairs) per
 hour of serving, with the 95 % interval of a bootstrap over the turns. The verdict says of each kind of memory
@@ -42,6 +43,7 @@ NUMBA_COUNTS = {"NUMBA_NRT_STATS": "1"}
 HOUR = 3600.0
 QUESTIONS = 8
 BOOTSTRAPS = 1000
+FEWEST_TURNS = 4
 MEGABYTES = 1e6
 SHOWN = {
     "uss": ("USS", "MB", MEGABYTES),
@@ -103,11 +105,13 @@ async def serve_turn(soaked: Soaked, loop: ClosedLoop, seconds: float) -> None:
     server = soaked.server
     server.resume()
     await loop.run(seconds)
-    soaked.answers.append(await ask_questions(server, soaked.load))
-    soaked.held.append(await server.call("ep_benchmark_memory"))
+    answers = await ask_questions(server, soaked.load)
+    held = await server.call("ep_benchmark_memory")
     with_plugin = server.variant.name != "alone"
     status = await server.report("status") if with_plugin else {}
     times = await server.call("ep_rebalance_step_times") if with_plugin else []
+    soaked.answers.append(answers)
+    soaked.held.append(held)
     soaked.migrations.append(status["plans"]["committed"] if status else 0)
     soaked.steps.append(
         float(np.median([end - began for began, end, _ in times])) if times else 0.0
@@ -154,7 +158,7 @@ async def soak(options: argparse.Namespace, folder: Path, console: Console) -> l
             )
             await loops[-1].__aenter__()
             one.server.pause()
-        rounds = max(4, round(60 * options.minutes / options.turn / len(soaked)))
+        rounds = max(FEWEST_TURNS, round(60 * options.minutes / options.turn / len(soaked)))
         with Progress(console=console) as progress:
             task = progress.add_task("turns", total=rounds * len(soaked))
             for turn in range(rounds):
@@ -162,6 +166,10 @@ async def soak(options: argparse.Namespace, folder: Path, console: Console) -> l
                     loop.shift(loads[turn % len(loads)])
                     await serve_turn(one, loop, options.turn)
                     progress.advance(task)
+    except asyncio.CancelledError:  # by Ctrl-C
+        if min((len(one.hours) for one in soaked), default=0) < FEWEST_TURNS:
+            raise
+        console.print("interrupted: this is what was seen until now")
     finally:
         for one, loop in zip(soaked, loops, strict=False):
             one.server.resume()

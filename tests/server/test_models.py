@@ -94,6 +94,24 @@ def served(engine: Engine, family: Family, folder: Path, traces: Path) -> tuple[
     return Run(one), Run(two)
 
 
+def told_of_expert_parallelism(engine: Engine, folder: Path) -> str:
+    """What vLLM writes that is to make a configuration with it, without the plugin."""
+    program = (
+        "import sys; from vllm import EngineArgs; EngineArgs(model=sys.argv[1], tensor_parallel_size=2, "
+        "enable_expert_parallel=True).create_engine_config()"
+    )
+    environment = {**os.environ, **cpu_environment(2), **engine.environment([])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
 @pytest.mark.parametrize(("family", "engine"), cases())
 def test_a_model_of_the_family_is_counted_and_moved_and_answers_as_before(
     family: Family, engine: Engine, tmp_path: Path
@@ -113,6 +131,10 @@ def test_a_model_of_the_family_is_counted_and_moved_and_answers_as_before(
     if family.limits.get(engine.name):
         assert re.search(family.limits[engine.name], ours.reason), ours.output[-6000:]
         assert re.search(family.limits[engine.name], alone.reason), alone.output[-6000:]
+    elif pattern := family.parallel_limits.get(engine.name):
+        assert re.search(pattern, ours.reason), ours.output[-6000:]
+        assert re.search(pattern, told_of_expert_parallelism(engine, folder))
+        seen["engine_alone"] = True
     else:
         assert ours.told, ours.output[-6000:]
         assert_served(family, ours.told, traces)

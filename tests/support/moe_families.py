@@ -35,6 +35,7 @@ class Family:
     ungrouped_sigmoid: whether it routes as vLLM's router for CPU does only with the plugin of that name.
     limits: by release of vLLM, a pattern of the error with which it ends on CPU, with this package or
         without.
+    parallel_limits: the same of expert parallelism, which vLLM's own configuration refuses.
     dtype: to serve it in. With float32, answers hang less on the order of sums.
     """
 
@@ -53,6 +54,7 @@ class Family:
     dtype: str = "float32"
     layers: int = LAYERS
     limits: Mapping[str, str] = field(default_factory=dict)
+    parallel_limits: Mapping[str, str] = field(default_factory=dict)
 
 
 _LATENT = {
@@ -505,6 +507,9 @@ FAMILIES = (
         name="dbrx",
         model_type="dbrx",
         examples="DBRX",
+        parallel_limits=dict.fromkeys(
+            RELEASES, "Number of experts in the model must be greater than 0"
+        ),
         settings={
             "d_model": HIDDEN,
             "n_heads": HEADS,
