@@ -67,11 +67,13 @@ def drafter_settings(
     """
     waiting = config.decision.expert_time_fraction
     fraction = (ASSUMED_FRACTION if waiting == "auto" else waiting) * work_share
-    pinned = config.drafter == "pinned"
+    mode = "observe" if config.drafter == "pinned" else config.mode
+    # Mode observe asks for no copies, and settings in a trace have to be such as a server takes.
+    wanted = 0 if mode == "observe" else redundant_experts
     return config.model_copy(
         update={
-            "mode": "observe" if pinned else config.mode,
-            "planner": config.planner.model_copy(update={"redundant_experts": redundant_experts}),
+            "mode": mode,
+            "planner": config.planner.model_copy(update={"redundant_experts": wanted}),
             "decision": config.decision.model_copy(update={"expert_time_fraction": fraction}),
         }
     )

@@ -51,13 +51,11 @@ class Rank:
     @classmethod
     def start(cls, rank, setting, settings):
         config = eager({"drafter": setting}, settings)
-        drafts = drafter_settings(
-            config, redundant_experts=config.planner.redundant_experts, work_share=1.0
-        )
-        target = TinyEngine(rank, config, Checkpoint.of(1))
         redundant = config.planner.redundant_experts
-        drafter = TinyEngine(rank, drafts, Checkpoint.of(2), make=DraftSession, stage=DRAFTER)
-        assert drafter.placement.num_redundant == redundant
+        drafts = drafter_settings(config, redundant_experts=redundant, work_share=1.0)
+        target = TinyEngine(rank, config, Checkpoint.of(1))
+        kind = {"make": DraftSession, "stage": DRAFTER, "redundant": redundant}
+        drafter = TinyEngine(rank, drafts, Checkpoint.of(2), **kind)
         sessions = Sessions(target.session, drafter.session)
         for session in sessions.both:
             session.rebalancer._jobs.thread._thread = Inline(max_workers=1)
@@ -188,7 +186,9 @@ def test_a_pinned_drafter_is_observed_and_a_balanced_one_is_served_in_the_mode_o
     ):
         settings = {"mode": mode, "drafter": setting, "state": {"path": "s.npz"}}
         config = drafter_settings(load_config(settings), redundant_experts=3, work_share=0.5)
-        assert (config.mode, config.planner.redundant_experts) == (expected, 3)
+        redundant = 0 if expected == "observe" else 3
+        assert (config.mode, config.planner.redundant_experts) == (expected, redundant)
+        assert load_config(config.as_dict()) == config  # as who reads its trace does
 
 
 def test_what_waits_for_a_drafters_experts_is_its_share_of_what_waits_for_experts():

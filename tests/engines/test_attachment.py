@@ -345,3 +345,51 @@ def test_a_dense_drafter_has_no_session(joined):
     attached, _ = joined(eager({"drafter": "balanced"}), Proposer(torch.nn.Linear(1, 1)))
     status = json.loads(attached.sessions.status())
     assert (status["drafter"], status["uncounted_drafter"]) == (None, "")
+
+
+def test_a_drafter_with_copies_that_nothing_was_loaded_into_is_not_counted(joined):
+    from ep_rebalance.engines.vllm.seams import expert_loads
+
+    class Copied(Layer):
+        moe_config = SimpleNamespace(**{**vars(Layer.moe_config), "num_experts": 4})
+
+    drafter = moe_module(Copied())
+    drafter.slots = 4
+    (layer,) = drafter.moe_layers
+    for expert in (0, 1):
+        expert_loads._count(
+            lambda *_, **__: None, layer.routed_experts, "w2", 0.0, shard_id="w2", expert_id=expert
+        )
+    attached, _ = joined(eager(), Proposer(drafter))
+    assert "loads no copies" in json.loads(attached.sessions.status())["uncounted_drafter"]
+    assert torch.equal(layer.router._ep_rebalance_route(ROW), ROW)
+    with pytest.raises(ConfigurationError, match="loads no copies"):
+        joined(eager({"drafter": "balanced"}), Proposer(drafter))
+
+
+def test_slots_of_a_drafter_that_ranks_cannot_share_are_refused(joined_model):
+    told = SimpleNamespace(name="Drafter", num_logical_experts=5)
+    for slots in (5, 6):
+        told.slots = slots
+        joined_model._refuse_unshared(told)
+    told.slots = 7
+    with pytest.raises(ConfigurationError, match="7 slots of Drafter for 5 experts"):
+        joined_model._refuse_unshared(told)
+
+
+def test_a_drafter_serves_beside_experts_that_are_in_no_parameters(
+    joined, joined_model, monkeypatch
+):
+    monkeypatch.setattr(joined_model, "listed_bytes", lambda _: 0)
+    attached, _ = joined(eager(), Proposer(moe_module(Layer())))
+    # Two passes of one layer beside two layers of the target.
+    assert attached.sessions.drafter.config.decision.expert_time_fraction == pytest.approx(0.25)
+
+
+def test_a_drafter_that_lists_no_layers_in_a_pipeline_serves_uncounted(
+    joined, joined_model, monkeypatch
+):
+    monkeypatch.setattr(joined_model, "moe_model", lambda _: None)
+    attached, _ = joined(eager(), Proposer(moe_module(Layer())))
+    status = json.loads(attached.sessions.status())
+    assert "does not list its MoE layers" in status["uncounted_drafter"]

@@ -78,3 +78,14 @@ def test_series_of_a_drafter_are_counted_too(checks):
     with pytest.raises(ConfigurationError, match="up to 76 time series") as raised:
         check(75, experts=8)
     assert "8 in each of 2 of the drafter's" in raised.value.reason
+
+
+def test_a_drafter_without_a_model_has_no_experts_though_vllm_names_the_targets(checks, tmp_path):
+    vllm_config = speculating("ngram")
+    target = vllm_config.model_config
+    vllm_config.speculative_config = SimpleNamespace(
+        method="ngram", draft_model_config=target, target_model_config=target
+    )
+    assert [stage.label for stage in checks._stages(vllm_config)] == [""]
+    metrics = load_config({"metrics": {"expert_tokens": True, "max_series": 60}}).metrics
+    checks._check_metrics(vllm_config, metrics)

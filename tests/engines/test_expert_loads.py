@@ -49,3 +49,15 @@ def test_what_other_models_load_is_not_theirs(loads):
     target = watch(layers[:1])
     load(1)
     assert target.written() == ()
+
+
+def test_slots_that_the_loader_left_out_are_known(vllm):
+    from ep_rebalance.engines.vllm.seams import expert_loads
+
+    experts = type("Experts", (), {})()
+    assert not expert_loads.left_out(experts, range(2))  # another loader may have written it
+    expert_loads._count(lambda *_: None, experts, "w2", 0.0, "w2_weight", "w2", 0)
+    assert not expert_loads.left_out(experts, range(1))
+    assert expert_loads.left_out(experts, range(2))
+    expert_loads._count(lambda *_, **__: None, experts, "w2", 0.0, expert_id=1)
+    assert not expert_loads.left_out(experts, range(2))

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from balanced_engine import EAGER
+from moe_checkpoints import write_checkpoint
+from moe_families import FAMILIES
+from mtp_checkpoints import add_mtp_layer
 from ranks import Ranks
 from test_real_model import EXPERTS, MODEL, TOP_K, fingerprints
 from vllm_groups import IMPORT_SECONDS, join
@@ -29,17 +32,13 @@ DRAFTING = {
 }
 
 
-def attach(folder: str):
-    """(the target, the proposer, and their attachment) on one of two tensor-parallel ranks."""
-    from vllm.config import set_current_vllm_config
+def engine(folder: str, settings: dict, **arguments):
+    """The configuration of one of two tensor-parallel ranks, in which the adapter is installed."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
-    from vllm.v1.spec_decode.eagle import EagleProposer
 
     from ep_rebalance.engines.vllm import register
     from ep_rebalance.engines.vllm.seams import cpu_experts, expert_loads, prepare_finalize
     from ep_rebalance.engines.vllm.seams.activation import allow_balancing
-    from ep_rebalance.engines.vllm.seams.attachment import Attachment
 
     register()
     vllm_config = EngineArgs(
@@ -47,17 +46,39 @@ def attach(folder: str):
         skip_tokenizer_init=True,
         enable_expert_parallel=True,
         tensor_parallel_size=dist.get_world_size(),
-        load_format="dummy",
         speculative_config={"method": "mtp", "num_speculative_tokens": DRAFTS},
-        additional_config={"ep_rebalance": {**EAGER, "drafter": "balanced"}},
+        additional_config={"ep_rebalance": settings},
+        **arguments,
     ).create_engine_config()
     allow_balancing()  # as in a worker, like what follows: the drafter's configuration is made anew
     cpu_experts.install()  # vLLM's kernel takes ids of other ranks for its own
     prepare_finalize.install()
+    expert_loads.install()
+    return vllm_config
+
+
+def loaded(vllm_config):
+    """The target and its proposer."""
+    from vllm.model_executor.model_loader import get_model
+    from vllm.v1.spec_decode.eagle import EagleProposer
+
+    model = get_model(vllm_config=vllm_config)
+    proposer = EagleProposer(vllm_config, torch.device("cpu"))
+    proposer.load_model(model)
+    return model, proposer
+
+
+def attach(folder: str):
+    """(the target, the proposer, and their attachment) on one of two tensor-parallel ranks."""
+    from vllm.config import set_current_vllm_config
+
+    from ep_rebalance.engines.vllm.seams import expert_loads
+    from ep_rebalance.engines.vllm.seams.attachment import Attachment
+
+    settings = {**EAGER, "drafter": "balanced"}
+    vllm_config = engine(folder, settings, load_format="dummy")
     with set_current_vllm_config(vllm_config):
-        model = get_model(vllm_config=vllm_config)
-        proposer = EagleProposer(vllm_config, torch.device("cpu"))
-        proposer.load_model(model)
+        model, proposer = loaded(vllm_config)
         generator = torch.Generator().manual_seed(dist.get_rank())
         for layer in [*model.moe_layers, *proposer.model.moe_layers]:
             for weights in layer.get_expert_weights():  # dummy weights are equal on all ranks
@@ -116,3 +137,34 @@ def test_an_mtp_layer_in_its_proposer_is_counted_apart_and_its_experts_move_whol
     assert len(set(loaded)) == EXPERTS
     assert drafted["slots"] != list(range(EXPERTS))
     assert mine_after + theirs_after[0] == [loaded[expert] for expert in drafted["slots"]]
+
+
+def serve_with_copies(rank: int, folder: str):
+    """(what the status says of the drafter, and how it routes experts of which vLLM has made copies)."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    join(rank)
+    from vllm.config import set_current_vllm_config
+
+    from ep_rebalance.engines.vllm.seams.attachment import Attachment
+
+    settings = {**EAGER, "planner": {**EAGER["planner"], "redundant_experts": 2}}
+    vllm_config = engine(folder, settings)
+    with set_current_vllm_config(vllm_config):
+        model, proposer = loaded(vllm_config)
+        runner = SimpleNamespace(get_model=lambda: model, drafter=proposer)
+        attached = Attachment.create(runner, vllm_config, torch.device("cpu"))
+    status = json.loads(attached.sessions.status())
+    rows = torch.tensor([[0, 1]] * 64, dtype=torch.int32)
+    (drafted,) = proposer.model.moe_layers
+    return status["uncounted_drafter"], drafted.router._ep_rebalance_route(rows).unique().tolist()
+
+
+def test_no_token_goes_to_copies_that_an_mtp_layer_makes_and_does_not_load(
+    two_ranks: Ranks, tmp_path: Path, compiled_planner: None
+):
+    (family,) = (family for family in FAMILIES if family.name == "deepseek_v3")
+    folder = write_checkpoint(family, tmp_path / family.name)
+    add_mtp_layer(folder)
+    for uncounted, slots in two_ranks.run(serve_with_copies, str(folder), timeout=IMPORT_SECONDS):
+        assert "DeepSeekMTP makes redundant slots and loads no copies" in uncounted
+        assert slots == [0, 1]

@@ -75,7 +75,7 @@ def alone(checkpoint: Checkpoint, hidden_TH: torch.Tensor) -> tuple[torch.Tensor
 class TinyEngine:
     """One rank. ranks_per_source: those that are given the same tokens. reads: times that the session
     asked for the expert tensors. half_loaded: whether it has none to show. refusal: why they may not move.
-    make, stage: of its session.
+    make, stage: of its session. redundant: slots beyond one for each expert, if others than are configured.
     """
 
     def __init__(
@@ -87,13 +87,16 @@ class TinyEngine:
         *,
         make: Callable[[RebalanceConfig, EngineModel], Session] = Session,
         stage: PipelineStage = ONLY_STAGE,
+        redundant: int | None = None,
     ) -> None:
+        if redundant is None:
+            redundant = config.planner.redundant_experts
         group, ranks = dist.group.WORLD, dist.get_world_size()
         self.placement = Placement.contiguous(
             num_layers=LAYERS,
             num_experts=EXPERTS,
             num_ranks=ranks,
-            num_redundant=config.planner.redundant_experts,
+            num_redundant=redundant,
         )
         slots = self.placement.slots_per_rank
         self._mine_LS = self.placement.slots_LP[:, rank * slots : (rank + 1) * slots]
@@ -109,7 +112,7 @@ class TinyEngine:
             config_hash="tiny",
             experts=EXPERTS,
             ep_size=ranks,
-            redundant_experts=config.planner.redundant_experts,
+            redundant_experts=redundant,
         )
         model = EngineModel(
             engine="tiny 1",

@@ -51,7 +51,10 @@ def drafter_experts(vllm_config: Any) -> int:
     """Experts of each MoE layer of the drafter; 0 if there is none, or it is dense."""
     speculative = vllm_config.speculative_config
     draft = None if speculative is None else speculative.draft_model_config
-    return 0 if draft is None else int(draft.get_num_experts())
+    # Where no model drafts (`ngram`, `custom_class`), vLLM has the target's configuration there.
+    if draft is None or draft is getattr(speculative, "target_model_config", None):
+        return 0
+    return int(draft.get_num_experts())
 
 
 def ep_size(parallel: Any) -> int:

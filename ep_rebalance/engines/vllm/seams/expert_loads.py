@@ -8,7 +8,7 @@ an update leaves out keeps them where they were moved to. Can go when vLLM notif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ep_rebalance.engines.vllm.contract import Contract, resolve
@@ -19,6 +19,9 @@ _EXPERTS = "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts"
 CONTRACTS = (Contract(f"{_EXPERTS}.weight_loader", ("param", "loaded_weight", "expert_id")),)
 
 _ATTRIBUTE = "ep_rebalance_loads"
+_SLOTS = "ep_rebalance_loaded_slots"
+_EXPERT_ID = 4
+"""Where a caller of `weight_loader` that names no arguments has it."""
 _all_loads = 0
 """Calls for all layers of this process. A step looks at this first: it is one comparison."""
 
@@ -33,7 +36,16 @@ def _count(original: Callable[..., Any], experts: Any, *args: Any, **kwargs: Any
     # Counted before it runs: a loader that raises may have written part of the layer.
     _all_loads += 1
     setattr(experts, _ATTRIBUTE, getattr(experts, _ATTRIBUTE, 0) + 1)
+    slot = kwargs.get("expert_id", args[_EXPERT_ID] if len(args) > _EXPERT_ID else None)
+    if slot is not None:
+        vars(experts).setdefault(_SLOTS, set()).add(slot)
     return original(experts, *args, **kwargs)
+
+
+def left_out(experts: Any, slots: Iterable[int]) -> bool:
+    """Whether vLLM's loader wrote some slots of a layer and never one of these."""
+    loaded = getattr(experts, _SLOTS, None)
+    return loaded is not None and not loaded.issuperset(slots)
 
 
 class ExpertLoads:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.engines.port import DraftSession, EngineModel, Session, drafter_settings
@@ -25,10 +26,10 @@ from ep_rebalance.engines.vllm.parallel import (
 )
 from ep_rebalance.engines.vllm.seams import draft_passes, router
 from ep_rebalance.engines.vllm.seams.drafts import Drafter, leave_in_place, satisfy_validation
-from ep_rebalance.engines.vllm.seams.expert_loads import ExpertLoads
+from ep_rebalance.engines.vllm.seams.expert_loads import ExpertLoads, left_out
 from ep_rebalance.engines.vllm.seams.moe_layers import MoeModel, moe_model, refuse_unlike
 from ep_rebalance.pipeline import PipelineStage
-from ep_rebalance.placement import Placement
+from ep_rebalance.placement import Placement, can_be_shared, first_slots_R1
 from ep_rebalance.telemetry.self_test import NOT_TRIED
 
 AnySession = TypeVar("AnySession", bound=Session)
@@ -101,6 +102,9 @@ def _loaded_drafter(moe: MoeModel, vllm_config: Any) -> LoadedModel:
             f"experts of {moe.name} are not spread over the EP ranks: expert parallelism is off for it.",
             "serve it with the target's parallelism.",
         )
+    _refuse_unshared(moe)
+    if redundant:
+        _refuse_without_copies(moe)
     speculative = vllm_config.speculative_config
     drafted = vllm_config.scheduler_config.max_num_seqs * (1 + speculative.num_speculative_tokens)
     return LoadedModel(
@@ -110,6 +114,43 @@ def _loaded_drafter(moe: MoeModel, vllm_config: Any) -> LoadedModel:
         max_tokens=_most_rows(vllm_config) + drafted,
         stage=replace(pipeline_stage(), drafter=True),
     )
+
+
+def _refuse_unshared(moe: MoeModel) -> None:
+    ranks = ep_group().world_size
+    if not can_be_shared(moe.slots, moe.num_logical_experts, ranks):
+        raise ConfigurationError(
+            f"{moe.slots} slots of {moe.name} for {moe.num_logical_experts} experts do not divide by {ranks} "
+            "ranks.",
+            "set drafter=pinned.",
+        )
+
+
+def _refuse_without_copies(moe: MoeModel) -> None:
+    """Some models make redundant slots in their MTP layers and load nothing into them
+    (vllm/model_executor/models/deepseek_mtp.py, glm4_moe_mtp.py). Collective.
+    """
+    group = ep_group()
+    first, stop = first_slots_R1(moe.slots, group.world_size)[group.rank_in_group :][:2].tolist()
+    own = range(first, stop)
+    empty_R = [False] * group.world_size
+    ours = any(left_out(layer.routed_experts, own) for layer in moe.moe_layers)
+    dist.all_gather_object(empty_R, ours, group=group.cpu_group)
+    if any(empty_R):
+        raise ConfigurationError(
+            f"vLLM's {moe.name} makes redundant slots and loads no copies of experts into them.",
+            "set drafter=pinned.",
+        )
+
+
+def _work_share(passes: int, drafter: LoadedModel, target: LoadedModel) -> float:
+    """0 to 1, the drafter's part of what experts do in a step: by the bytes that they read or, on a rank that
+    has none or where kernels keep them out of the parameters, by layers.
+    """
+    ours, theirs = drafter.bytes_read, target.bytes_read
+    if not ours or not theirs:
+        ours, theirs = len(drafter.moe.moe_layers), len(target.moe.moe_layers)
+    return passes * ours / (passes * ours + theirs)
 
 
 def _most_rows(vllm_config: Any) -> int:
@@ -127,14 +168,16 @@ def join_drafter(
     Raises ConfigurationError, the same on all ranks, for what cannot be counted, or moved if it is to be.
     """
     moe = moe_model(drafter.model)
-    assert moe is not None, "it has MoE layers"
+    if moe is None:
+        raise ConfigurationError(
+            f"{type(drafter.model).__name__} does not list its MoE layers.", "set drafter=pinned."
+        )
     loaded = _loaded_drafter(moe, vllm_config)
     passes = vllm_config.speculative_config.num_speculative_tokens
-    work = passes * loaded.bytes_read
     config = drafter_settings(
         active_config(vllm_config),
         redundant_experts=loaded.redundant,
-        work_share=work / (work + target.bytes_read),
+        work_share=_work_share(passes, loaded, target),
     )
     draft_passes.refuse_untold(drafter.proposer)
     session, joined = join(DraftSession, config, loaded, vllm_config, device)
