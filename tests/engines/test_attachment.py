@@ -367,6 +367,37 @@ def test_a_drafter_with_copies_that_nothing_was_loaded_into_is_not_counted(joine
         joined(eager({"drafter": "balanced"}), Proposer(drafter))
 
 
+def test_a_target_with_copies_that_nothing_was_loaded_into_is_refused(joined, joined_model):
+    """As of a checkpoint with one tensor for all experts of a layer."""
+    from ep_rebalance.engines.vllm.seams import expert_loads
+
+    class Copied(Layer):
+        moe_config = SimpleNamespace(**{**vars(Layer.moe_config), "num_experts": 4})
+
+    target = moe_module(Copied())
+    target.slots = 4
+    (layer,) = target.moe_layers
+    engine = SimpleNamespace(
+        model_config=None, scheduler_config=SimpleNamespace(max_num_batched_tokens=16)
+    )
+
+    def load(*slots):
+        for slot in slots:
+            expert_loads._count(lambda *_, **__: None, layer.routed_experts, expert_id=slot)
+
+    def loaded():
+        return joined_model.loaded_target(
+            target, engine, eager({"planner": {"redundant_experts": 2}})
+        )
+
+    load(0, 1)
+    with pytest.raises(ConfigurationError, match="loads no copies") as refused:
+        loaded()
+    assert "planner.redundant_experts=0" in refused.value.remedy
+    load(2, 3)
+    assert loaded().redundant == 2
+
+
 def test_slots_of_a_drafter_that_ranks_cannot_share_are_refused(joined_model):
     told = SimpleNamespace(name="Drafter", num_logical_experts=5)
     for slots in (5, 6):

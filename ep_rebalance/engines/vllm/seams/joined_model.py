@@ -82,11 +82,15 @@ class LoadedModel:
 
 
 def loaded_target(moe: MoeModel, vllm_config: Any, config: RebalanceConfig) -> LoadedModel:
-    refuse_unlike(moe, config.planner.redundant_experts)
+    """Collective. Raises ConfigurationError, the same on all ranks, for slots that cannot be served."""
+    redundant = config.planner.redundant_experts
+    refuse_unlike(moe, redundant)
+    if redundant:
+        _refuse_without_copies(moe, "set planner.redundant_experts=0: experts still move.")
     return LoadedModel(
         moe=moe,
         config=vllm_config.model_config,
-        redundant=config.planner.redundant_experts,
+        redundant=redundant,
         max_tokens=_most_rows(vllm_config),
         stage=pipeline_stage(),
     )
@@ -104,7 +108,7 @@ def _loaded_drafter(moe: MoeModel, vllm_config: Any) -> LoadedModel:
         )
     _refuse_unshared(moe)
     if redundant:
-        _refuse_without_copies(moe)
+        _refuse_without_copies(moe, "set drafter=pinned.")
     speculative = vllm_config.speculative_config
     drafted = vllm_config.scheduler_config.max_num_seqs * (1 + speculative.num_speculative_tokens)
     return LoadedModel(
@@ -126,8 +130,9 @@ def _refuse_unshared(moe: MoeModel) -> None:
         )
 
 
-def _refuse_without_copies(moe: MoeModel) -> None:
-    """Some models make redundant slots in their MTP layers and load nothing into them
+def _refuse_without_copies(moe: MoeModel, remedy: str) -> None:
+    """Into redundant slots vLLM loads nothing from checkpoints with one tensor for all experts of a layer
+    (vllm/model_executor/layers/fused_moe/routed_experts.py, `load_weights`), nor do some MTP layers from any
     (vllm/model_executor/models/deepseek_mtp.py, glm4_moe_mtp.py). Collective.
     """
     group = ep_group()
@@ -139,7 +144,7 @@ def _refuse_without_copies(moe: MoeModel) -> None:
     if any(empty_R):
         raise ConfigurationError(
             f"vLLM's {moe.name} makes redundant slots and loads no copies of experts into them.",
-            "set drafter=pinned.",
+            remedy,
         )
 
 
