@@ -63,6 +63,7 @@ class Server:
             str(model),
             dtype="float32",
             max_model_len=1024,
+            max_num_batched_tokens=16384,  # no prompt is cut: a drafter has a row more for each part
             tensor_parallel_size=2,
             enable_expert_parallel=True,
             enable_prefix_caching=False,
