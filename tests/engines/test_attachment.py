@@ -341,6 +341,13 @@ def test_a_drafter_whose_loads_nobody_saw_is_not_balanced(joined):
         joined(eager({"drafter": "balanced"}), Proposer(moe_module(Layer())))
 
 
+def test_a_drafter_whose_trace_cannot_be_written_ends_the_start(joined, tmp_path):
+    """Only the rank that writes it knows: without its session, it would leave the others waiting."""
+    (tmp_path / "drafter").write_text("in the place of a folder")
+    with pytest.raises(ConfigurationError, match=r"trace\.path"):
+        joined(eager({"trace": {"path": str(tmp_path)}}), Proposer(moe_module(Layer())))
+
+
 def test_a_dense_drafter_has_no_session(joined):
     attached, _ = joined(eager({"drafter": "balanced"}), Proposer(torch.nn.Linear(1, 1)))
     status = json.loads(attached.sessions.status())

@@ -10,14 +10,22 @@ import torch
 from numpy.typing import NDArray
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
-from ep_rebalance.engines.port import Session, Sessions
+from ep_rebalance.engines.port import DraftSession, Session, Sessions
 from ep_rebalance.engines.vllm.engine_config import active_config
-from ep_rebalance.engines.vllm.seams.drafts import find_drafter, leave_in_place, moe_layers_of
+from ep_rebalance.engines.vllm.seams.drafts import (
+    Drafter,
+    find_drafter,
+    leave_in_place,
+    moe_layers_of,
+)
 from ep_rebalance.engines.vllm.seams.joined_model import (
     JoinedModel,
+    LoadedModel,
     join,
     join_drafter,
     loaded_target,
+    prepare,
+    prepare_drafter,
 )
 from ep_rebalance.engines.vllm.seams.moe_layers import moe_model
 
@@ -52,16 +60,9 @@ class Attachment:
                 leave_in_place(drafter.model, device)
             return None
         loaded = loaded_target(target, vllm_config, config)
-        session, joined = join(Session, config, loaded, vllm_config, device)
+        session, joined = join(Session, prepare(config, loaded, vllm_config, device))
         leave_in_place(model, device, listed=target.moe_layers)
-        draft_session, drafts, uncounted = None, None, ""
-        if drafter is not None and any(moe_layers_of(drafter.model)):
-            try:
-                draft_session, drafts = join_drafter(drafter, loaded, vllm_config, device)
-            except ConfigurationError as error:
-                _refuse_if_balanced(config, error)
-                uncounted = error.reason
-                leave_in_place(drafter.model, device)
+        draft_session, drafts, uncounted = _join_drafter(drafter, loaded, vllm_config, device)
         sessions = Sessions(session, draft_session, uncounted)
         for each in sessions.both:
             each.start()
@@ -103,6 +104,21 @@ class Attachment:
         self._target.weights_replaced()
         if self._drafter is not None:
             self._drafter.weights_replaced()
+
+
+def _join_drafter(
+    drafter: Drafter | None, target: LoadedModel, vllm_config: Any, device: torch.device
+) -> tuple[DraftSession | None, JoinedModel | None, str]:
+    """(session, model, why it has none although it has experts). Collective."""
+    if drafter is None or not any(moe_layers_of(drafter.model)):
+        return None, None, ""
+    try:
+        prepared = prepare_drafter(drafter, target, vllm_config, device)
+    except ConfigurationError as error:  # the same on all ranks
+        _refuse_if_balanced(active_config(vllm_config), error)
+        leave_in_place(drafter.model, device)
+        return None, None, error.reason
+    return *join_drafter(drafter, prepared, device), ""
 
 
 def _refuse_if_balanced(config: RebalanceConfig, error: ConfigurationError) -> None:

@@ -165,9 +165,19 @@ def _most_rows(vllm_config: Any) -> int:
     return batched + 2 * ranks + 1024
 
 
-def join_drafter(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedModel:
+    """A loaded model that can be joined. config: of its session. model: what the session knows of it."""
+
+    loaded: LoadedModel
+    config: RebalanceConfig
+    model: EngineModel
+    splits_tokens: bool
+
+
+def prepare_drafter(
     drafter: Drafter, target: LoadedModel, vllm_config: Any, device: torch.device
-) -> tuple[DraftSession, JoinedModel]:
+) -> PreparedModel:
     """Collective.
 
     Raises ConfigurationError, the same on all ranks, for what cannot be counted, or moved if it is to be.
@@ -185,31 +195,20 @@ def join_drafter(
         work_share=_work_share(passes, loaded, target),
     )
     draft_passes.refuse_untold(drafter.proposer)
-    session, joined = join(DraftSession, config, loaded, vllm_config, device)
-    if config.mode != "observe" and not joined.all_seen:
+    prepared = prepare(config, loaded, vllm_config, device)
+    if config.mode != "observe" and not ExpertLoads(moe.moe_layers).complete:
         raise ConfigurationError(
             f"experts of {moe.name} were not loaded by vLLM's own loader, and an update that leaves them out "
             "cannot be told from one that replaces them.",
             "set drafter=pinned.",
         )
-    draft_passes.tell(drafter.proposer, session)
-    leave_in_place(drafter.model, device, listed=moe.moe_layers)
-    return session, joined
+    return prepared
 
 
-def join(
-    make: Callable[[RebalanceConfig, EngineModel], AnySession],
-    config: RebalanceConfig,
-    loaded: LoadedModel,
-    vllm_config: Any,
-    device: torch.device,
-) -> tuple[AnySession, JoinedModel]:
-    """A session of a loaded model, whose routers are joined to it. Collective.
-
-    config: of this session.
-
-    Raises ConfigurationError, the same on all ranks.
-    """
+def prepare(
+    config: RebalanceConfig, loaded: LoadedModel, vllm_config: Any, device: torch.device
+) -> PreparedModel:
+    """Collective. Raises ConfigurationError, the same on all ranks."""
     layers = loaded.moe.moe_layers
     shares = _tokens_are_shared(loaded.moe)
     for layer in layers:
@@ -223,9 +222,31 @@ def join(
     if config.mode != "observe":
         experts = movable_experts(layers, vllm_config, config.quantisation)
     model = _engine_model(loaded, config, vllm_config, experts, device, shares_tokens=shares)
-    session = make(config, model)
-    _attach_routers(loaded.moe, session, splits_tokens=not shares)
-    return session, JoinedModel(session, layers)
+    return PreparedModel(loaded=loaded, config=config, model=model, splits_tokens=not shares)
+
+
+def join_drafter(
+    drafter: Drafter, prepared: PreparedModel, device: torch.device
+) -> tuple[DraftSession, JoinedModel]:
+    """As `join`, with a session that the drafter tells of its passes."""
+    session, joined = join(DraftSession, prepared)
+    draft_passes.tell(drafter.proposer, session)
+    leave_in_place(drafter.model, device, listed=prepared.loaded.moe.moe_layers)
+    return session, joined
+
+
+def join(
+    make: Callable[[RebalanceConfig, EngineModel], AnySession], prepared: PreparedModel
+) -> tuple[AnySession, JoinedModel]:
+    """A session of a prepared model, whose routers are joined to it. Collective.
+
+    Raises ConfigurationError for files that cannot be used, on the rank alone that would write them: the
+    server has to end then.
+    """
+    moe = prepared.loaded.moe
+    session = make(prepared.config, prepared.model)
+    _attach_routers(moe, session, splits_tokens=prepared.splits_tokens)
+    return session, JoinedModel(session, moe.moe_layers)
 
 
 def _engine_model(
