@@ -15,7 +15,7 @@ import yaml
 from command_line import run, server
 from saved_states import STATE
 from statuses import make_status
-from traces import head_of, snapshots, write_trace
+from traces import REPLAYED, snapshots, write_trace
 
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.formats import vllm_ascend
@@ -25,15 +25,6 @@ from ep_rebalance.load.trace import TraceReader
 from ep_rebalance.placement import imbalance_L
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
-
-HEAD = head_of(layers=3, experts=32, ranks=4, redundant=4, origin="generated")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trace")
-    write_trace(folder, HEAD, 40)
-    return folder
 
 
 def replayed(folder: Path, *options: str) -> dict:
@@ -228,7 +219,7 @@ def test_a_placement_for_the_whole_trace_is_written(folder: Path, tmp_path: Path
     placement, layers = vllm_ascend.read_placement(output, Reading())
     assert layers == (1, 2, 3)
     assert (placement.num_ranks, placement.num_slots) == (4, 36)
-    total_LE = sum(s.counts_ALE.sum(axis=0, dtype=int) for s in snapshots(HEAD, 40))
+    total_LE = sum(s.counts_ALE.sum(axis=0, dtype=int) for s in snapshots(REPLAYED, 40))
     assert imbalance_L(placement.rank_load_LR(total_LE)).max() < 1.15
     assert "placed" in done.stderr
     other = ("--ep-size", "8", "--redundant", "8", "--to", "sglang", "-o", str(tmp_path / "l.json"))
@@ -242,7 +233,7 @@ def test_a_placement_for_the_whole_trace_is_written(folder: Path, tmp_path: Path
 
 def test_a_trace_is_summed_up(folder: Path):
     found = json.loads(run("inspect", str(folder), "--json").stdout)
-    loads = [snapshot.counts_ALE for snapshot in snapshots(HEAD, 40)]
+    loads = [snapshot.counts_ALE for snapshot in snapshots(REPLAYED, 40)]
     assert found["snapshots"] == 40
     assert found["steps"] == 640
     assert sum(found["tokens"].values()) == pytest.approx(sum(c.sum() for c in loads) / 6, abs=2)
@@ -254,7 +245,7 @@ def test_a_trace_is_summed_up(folder: Path):
 
 
 def test_a_trace_that_grows_shows_what_is_there(tmp_path: Path):
-    path = write_trace(tmp_path, HEAD, 3)
+    path = write_trace(tmp_path, REPLAYED, 3)
     path.write_bytes(path.read_bytes()[:-8])
     shown = run("inspect", str(path)).stdout
     assert "a record that is being written" in shown

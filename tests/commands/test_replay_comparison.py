@@ -11,20 +11,10 @@ from typing import Any
 
 import pytest
 from command_line import run
-from traces import head_of, write_trace
 
 from ep_rebalance.commands.output import Shown, _markdown
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
-
-HEAD = head_of(layers=3, experts=32, ranks=4, redundant=4, origin="generated")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trace")
-    write_trace(folder, HEAD, 40)
-    return folder
 
 
 def replayed(folder: Path, output: Path, *options: str) -> dict[str, Any]:

@@ -1,32 +1,19 @@
 """Dual-batch overlap: a batch is served in two parts at a time, by two threads."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from engine_releases import NEEDS_033, told_by
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import load_config
 
-ROOT = Path(__file__).resolve().parents[2]
-OVERLAY = ROOT / ".venv" / "engines" / "vllm-0.33"
+COUNTS = Path(__file__).with_name("ubatch_counts.py")
 
 
-@pytest.mark.skipif(not OVERLAY.exists(), reason="of vLLM 0.33: scripts/setup --engines")
+@NEEDS_033
 def test_parts_count_what_the_whole_batch_does():
-    paths = [str(OVERLAY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("ubatch_counts.py"))],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["vllm"].startswith("0.33")
+    told = told_by(COUNTS, "0.33")
     whole = told["counts"].pop("whole")
     assert list(map(sum, whole)) == [2 * 7, 2 * 4]
     assert told["counts"] == dict.fromkeys(told["counts"], whole)

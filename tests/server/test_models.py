@@ -8,20 +8,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import models_table
 import pytest
 from cpu_server import START_SECONDS, cpu_environment
-from engines import ROOT, UNGROUPED_SIGMOID, V032, V033_V1, Engine
+from engines import UNGROUPED_SIGMOID, V032, V033_V1, Engine
 from moe_checkpoints import write_checkpoint
 from moe_families import FAMILIES, Family
 from offline_model import FLUSH, LENGTHS, MIGRATIONS, SECOND, TOKENS
+from offline_process import output_of
 from prometheus_client import CollectorRegistry
 
 from ep_rebalance.config import MetricsConfig
@@ -67,29 +66,8 @@ class Run:
 
 def served(engine: Engine, family: Family, folder: Path, traces: Path) -> tuple[Run, Run]:
     """By one rank without the plugin, and by two with it."""
-    paths = [ROOT / "tests" / "support", ROOT / "examples"]
-    if family.ungrouped_sigmoid:
-        paths.append(UNGROUPED_SIGMOID)
-    environment = {
-        **os.environ,
-        **cpu_environment(2),
-        **engine.environment(paths),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start
-    }
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder), family.dtype, str(traces)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
-    try:
-        output, _ = process.communicate(timeout=START_SECONDS)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    plugins = [UNGROUPED_SIGMOID] if family.ungrouped_sigmoid else []
+    output = output_of(engine, SCRIPT, str(folder), family.dtype, str(traces), plugins=plugins)
     one, _, two = output.partition(SECOND)
     return Run(one), Run(two)
 

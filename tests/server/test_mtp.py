@@ -7,21 +7,17 @@ without it, also without the plugin (from the second token on).
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cpu_server import START_SECONDS, cpu_environment
-from engines import ROOT, V032
+from cpu_server import START_SECONDS
+from engines import V032
 from moe_checkpoints import write_checkpoint
 from moe_families import EXPERTS, FAMILIES, TOP_K
 from mtp_checkpoints import add_mtp_layer
 from offline_model import FLUSH, LENGTHS
+from offline_process import output_of
 
 pytestmark = V032.marks
 
@@ -34,25 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script told, as `ours`, and the number of the MTP `layer`."""
     folder = write_checkpoint(FAMILY, tmp_path_factory.mktemp("mtp") / FAMILY.name)
     layer = add_mtp_layer(folder)
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder)],
-        env={
-            **os.environ,
-            **cpu_environment(2),
-            **V032.environment([ROOT / "tests" / "support", ROOT / "examples"]),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
-    try:
-        output, _ = process.communicate(timeout=2 * START_SECONDS)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    output = output_of(V032, SCRIPT, str(folder), seconds=2 * START_SECONDS)
     told = [json.loads(line) for line in output.splitlines() if line.startswith('{"before"')]
     assert told, output[-6000:]
     return {"ours": told[0], "layer": layer}

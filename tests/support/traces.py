@@ -42,6 +42,10 @@ def head_of(
     return TraceHead(**fields | changes)  # type: ignore[arg-type]
 
 
+REPLAYED = head_of(layers=3, experts=32, ranks=4, redundant=4, origin="generated")
+"""Of a trace in which experts are worth moving."""
+
+
 def contiguous(head: TraceHead, generation: int = 0, step: int = 0) -> RecordedPlacement:
     placement = Placement.contiguous(
         num_layers=head.layers,
