@@ -64,6 +64,7 @@ def test_objects_of_other_processes_come_from_ranks_alone():
     assert sorted(objects) == [
         "balancer/session.py",
         "engines/vllm/movable_experts.py",
+        "engines/vllm/seams/joined_model.py",
         "migration/verdicts.py",
     ]
 

@@ -78,8 +78,7 @@ def _save_by_transformers(family: Family, folder: Path) -> None:
     tied = bool(model.config.tie_word_embeddings)
     _fill(family, weights, model.get_input_embeddings().weight, tied=tied)
     model.to(torch.bfloat16).save_pretrained(folder)
-    if family.architecture:
-        _name_architecture(folder / "config.json", family.architecture)
+    _name(family, folder / "config.json")
     if family.zero_experts:
         _drop_zero_experts(folder / WEIGHTS)
 
@@ -119,9 +118,12 @@ def _fill(
         _prefer(router, number)
 
 
-def _name_architecture(config: Path, name: str) -> None:
+def _name(family: Family, config: Path) -> None:
+    """Where vLLM has read Kimi-K2's configuration, the classes of transformers call DeepSeek-V3's so, too."""
     settings = json.loads(config.read_text())
-    settings["architectures"] = [name]
+    settings["model_type"] = family.model_type
+    if family.architecture:
+        settings["architectures"] = [family.architecture]
     config.write_text(json.dumps(settings, indent=2))
 
 
