@@ -73,12 +73,15 @@ def _save_by_transformers(family: Family, folder: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family.model_type](**{**_COMMON, **family.settings})
+    # Once vLLM has read Kimi-K2's configuration in this process, DeepSeek-V3's class has Kimi's name.
+    type(config).model_type = family.model_type
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = dict([*model.named_parameters(), *model.named_buffers()])
     tied = bool(model.config.tie_word_embeddings)
     _fill(family, weights, model.get_input_embeddings().weight, tied=tied)
     model.to(torch.bfloat16).save_pretrained(folder)
-    _name(family, folder / "config.json")
+    if family.architecture:
+        _name_architecture(folder / "config.json", family.architecture)
     if family.zero_experts:
         _drop_zero_experts(folder / WEIGHTS)
 
@@ -118,12 +121,9 @@ def _fill(
         _prefer(router, number)
 
 
-def _name(family: Family, config: Path) -> None:
-    """Where vLLM has read Kimi-K2's configuration, the classes of transformers call DeepSeek-V3's so, too."""
+def _name_architecture(config: Path, name: str) -> None:
     settings = json.loads(config.read_text())
-    settings["model_type"] = family.model_type
-    if family.architecture:
-        settings["architectures"] = [family.architecture]
+    settings["architectures"] = [name]
     config.write_text(json.dumps(settings, indent=2))
 
 
