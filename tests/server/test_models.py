@@ -59,9 +59,10 @@ class Run:
         """The error that ended it; "" if it served."""
         if self.told:
             return ""
-        errors = re.findall(r"(?:\w+\.)*(\w*(?:Error|Exception)): *(.+)", self.output)
+        error = r"(?:\w+\.)*(\w*(?:Error|Exception)): *(?:\d+ validation errors? for .+\n *)?(.+)"
+        errors = re.findall(error, self.output)
         first = [error for error in errors if "initialization failed" not in error[1]]
-        return ": ".join(first[-1]) if first else self.output[-200:]
+        return ": ".join(first[-1]).partition(" [type=")[0] if first else self.output[-200:]
 
 
 def served(engine: Engine, family: Family, folder: Path, traces: Path) -> tuple[Run, Run]:
@@ -103,7 +104,7 @@ def test_a_model_of_the_family_is_counted_and_moved_and_answers_as_before(
         "family": family.name,
         "vllm": engine.name,
         "class": config["architectures"][0],
-        "reason": ours.reason,
+        "reason": ours.reason.replace(str(folder), folder.name),
         "engine_alone": bool(alone.reason),
     }
     if family.limits.get(engine.name):

@@ -508,7 +508,7 @@ FAMILIES = (
         model_type="dbrx",
         examples="DBRX",
         parallel_limits=dict.fromkeys(
-            RELEASES, "Number of experts in the model must be greater than 0"
+            RELEASES, "Number of experts in the model must be greater|vLLM finds no"
         ),
         settings={
             "d_model": HIDDEN,

@@ -67,8 +67,11 @@ def ep_size(parallel: Any) -> int:
 
 
 def no_experts(model: str) -> ConfigurationError:
-    """The error for a model without experts, to be raised by whoever finds it out first."""
+    """The error for a model without experts, to be raised by whoever finds it out first.
+
+    Of some models that have experts vLLM does not read how many (DBRX names them by a key of its own).
+    """
     return ConfigurationError(
-        f"model {model!r} has no Mixture-of-Experts layers.",
-        "serve it without --plugin ep_rebalance.",
+        f"vLLM finds no Mixture-of-Experts layers in model {model!r}.",
+        "serve it without --plugin ep_rebalance and --enable-expert-parallel.",
     )
