@@ -86,12 +86,12 @@ def read_checkpoint(name: str) -> Checkpoint:
             or {}
         )
         if not isinstance(found, Mapping):
-            raise ValueError(f"the quantisation is a {type(found).__name__}, not settings")
+            raise ValueError(f"its quantisation is {found!r:.50}, not a table of settings")
     except (OSError, ValueError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigurationError(
-            f"the configuration of {name} cannot be read: {first}",
-            f"name a folder with {_CONFIG}, or a model in the local Hugging Face cache",
+            f"the configuration of {name} cannot be read: {first}.",
+            f"name a folder with {_CONFIG}, or a model in the local Hugging Face cache.",
         ) from None
     return Checkpoint(folder=path.parent, config=config, quantisation=found)
 
@@ -99,6 +99,8 @@ def read_checkpoint(name: str) -> Checkpoint:
 def _config_path(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
+        if not (path / _CONFIG).exists():
+            raise OSError(f"the folder holds no {_CONFIG}")
         return path / _CONFIG
     if path.suffix == ".json" or path.exists():
         return path

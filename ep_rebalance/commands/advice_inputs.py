@@ -31,7 +31,7 @@ def with_expert_size(
     weights = settings.hardware.bytes_per_parameter
     known = size_in_trace(head, weights)
     if model is not None:
-        known = size_of_checkpoint(read_checkpoint(model), head)
+        known = size_of_checkpoint(read_checkpoint(model), model, head)
     elif known and all(head.expert_bytes) and expert_bytes is None and hidden_size is None:
         return head, known  # as it is: layers may have experts of several sizes
     given_bytes = expert_bytes or (known and known.expert_bytes)

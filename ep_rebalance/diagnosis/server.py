@@ -26,6 +26,8 @@ WHY_NO_STATUS = (
 
 def fetch_status(server: str, api_key: str) -> dict[str, Any]:
     """The answer of a server to `GET /ep_rebalance/status`. Raises NoStatus."""
+    if not server.startswith(("http://", "https://")):
+        raise NoStatus(f"{server} is no address; write it as http://HOST:PORT.")
     url = f"{server.rstrip('/')}/ep_rebalance/status"
     try:
         request = urllib.request.Request(url)
@@ -40,7 +42,8 @@ def fetch_status(server: str, api_key: str) -> dict[str, Any]:
     except (OSError, http.client.HTTPException, ValueError, msgspec.MsgspecError) as error:
         if isinstance(error, urllib.error.HTTPError):  # it is a response, too, with a connection
             error.close()
-        raise NoStatus(f"{url} did not answer with a status: {error}") from None
+        why = error.reason if type(error) is urllib.error.URLError else error
+        raise NoStatus(f"{url} did not answer with a status: {why}") from None
 
 
 def checks(url: str, api_key: str) -> list[tuple[str, Check]]:

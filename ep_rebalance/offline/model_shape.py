@@ -163,10 +163,12 @@ def size_in_trace(head: TraceHead, bytes_per_parameter: float) -> ExpertSize | N
     )
 
 
-def size_of_checkpoint(checkpoint: Checkpoint, head: TraceHead) -> ExpertSize:
-    """As a configuration says. Raises ValueError if it is of another model, or does not say."""
+def size_of_checkpoint(checkpoint: Checkpoint, name: str, head: TraceHead) -> ExpertSize:
+    """As a configuration says. Raises ValueError if it is of another model, or does not say.
+
+    name: as the user gave it.
+    """
     numbers, weights = numbers_of(checkpoint.config), weight_size(checkpoint)
-    name = checkpoint.folder.name or str(checkpoint.folder)
     for what, told, traced in (
         ("experts", numbers.experts, head.experts),
         ("experts per token", numbers.top_k, head.top_k),

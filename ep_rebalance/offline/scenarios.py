@@ -36,7 +36,10 @@ def open_traces(paths: Sequence[Path]) -> list[TraceReader]:
         for file in (sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path])
     ]
     if not files:
-        raise ValueError(f"no *{SUFFIX} in {', '.join(map(str, paths))}")
+        raise ValueError(
+            f"no *{SUFFIX} in {', '.join(map(str, paths))}; name a trace or the folder of a server's "
+            "trace.path, or make one with `ep-rebalance convert` or `ep-rebalance record`"
+        )
     return [TraceReader(file) for file in files]
 
 

@@ -78,7 +78,7 @@ def load_hardware(source: str) -> tuple[str, Hardware]:
     own = _table(Path(source).read_text(encoding="utf-8"), source)
     if len(own) != 1:
         raise ValueError(
-            f"{source} describes {len(own)} accelerators; leave only the one that is meant"
+            f"{source} describes {len(own)} accelerators; let it describe one, the one that is meant"
         )
     return next(iter(own.items()))
 
@@ -86,8 +86,13 @@ def load_hardware(source: str) -> tuple[str, Hardware]:
 def _table(text: str, name: str) -> Mapping[str, Hardware]:
     try:
         return TypeAdapter(dict[str, Hardware]).validate_python(_numbers(yaml.safe_load(text)))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ValueError(f"{name} is not a table of hardware: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ValueError(
+            f"{name} does not describe hardware as `ep-rebalance hardware` prints it: {'; '.join(faults)}"
+        ) from None
 
 
 def _numbers(value: Any) -> Any:

@@ -154,7 +154,7 @@ def test_any_model_is_advised_by_its_configuration(tmp_path: Path, name: str):
         2 * known.experts // 4 * found["expert_size"]["expert_bytes"]
     }
     by_file = advised(folder, *options, "--model", str(path / "config.json"))
-    assert by_file["expert_size"] == found["expert_size"]
+    assert by_file["expert_size"] | {"how": ""} == found["expert_size"] | {"how": ""}
 
 
 def test_phases_are_told_apart_where_the_trace_knows_them(tmp_path: Path):

@@ -114,11 +114,16 @@ def test_an_answer_that_is_no_status_is_one_sentence_and_exit_code_1(code, body)
     assert_explained(done, url)
 
 
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9", "127.0.0.1:8000", "localhost", "http://bad host", "ftp://[::1"]
-)
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://bad host", "http://[::1"])
 def test_a_server_that_cannot_be_asked_is_one_sentence_and_exit_code_1(url):
     assert_explained(run("status", url), url)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://[::1"])
+def test_what_is_no_address_is_one_sentence_and_exit_code_1(url):
+    done = run("status", url)
+    assert done.exit_code == 1
+    assert f"{url} is no address; write it as http://HOST:PORT" in done.stderr
 
 
 def assert_explained(done, url: str) -> None:

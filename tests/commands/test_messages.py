@@ -99,11 +99,29 @@ def expert_map(**changes: Any) -> str:
     return json.dumps(json.loads(vllm_ascend.placement_text(PLACEMENT, (0, 1, 5))) | changes)
 
 
+def beside(content: Content, name: str, text: str) -> Callable[[Path], object]:
+    """A file, and another in its folder."""
+
+    def write(path: Path) -> None:
+        put(content, path)
+        (path.parent / name).write_text(text)
+
+    return write
+
+
+def put(content: Content, path: Path) -> None:
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def answered(**choice: Any) -> str:
     return json.dumps({"choices": [choice]})
 
 
 KIND = '{"num_experts_per_token": 2}'
+ON = ("--hardware", "h100-sxm")
 ROWS = "initial_global_assignments"
 CASES: dict[str, list[tuple[str, Content, tuple[str, ...]]]] = {
     "convert: what a file is": [
@@ -240,6 +258,41 @@ CASES: dict[str, list[tuple[str, Content, tuple[str, ...]]]] = {
         ("a.txt", "hallo", ("IN",)),
         ("a.txt", "hallo", ("IN", "--watch")),
     ],
+    "advise": [
+        ("a.eptrace", trace(), ("IN",)),
+        ("a.eptrace", trace(), ("IN", "--hardware", "h1000")),
+        ("a.eptrace", converted, ("IN", *ON)),
+        ("a.eptrace", converted, ("IN", *ON, "--expert-bytes", "1000")),
+        ("a.eptrace", beside(converted, "o.json", '{"num_experts": 8}'), ("IN", *ON, "--model", "o.json")),
+        ("a.eptrace", beside(converted, "o.json", '{"num_experts": 4}'), ("IN", *ON, "--model", "o.json")),
+        ("a.eptrace", beside(converted, "o.json", "{"), ("IN", *ON, "--model", "o.json")),
+        ("a.eptrace", converted, ("IN", *ON, "--model", "no/such-model")),
+        ("a.eptrace", beside(trace(), "own.yaml", "a: ["), ("IN", "--hardware", "own.yaml")),
+        ("a.eptrace", beside(trace(), "own.yaml", "a: 1"), ("IN", "--hardware", "own.yaml")),
+        ("a.eptrace", beside(trace(), "own.yaml", "a: {flops: 1}"), ("IN", "--hardware", "own.yaml")),
+        ("a.eptrace", beside(trace(), "own.yaml", "{}"), ("IN", "--hardware", "own.yaml")),
+        ("a.eptrace", trace(), ("IN", *ON, "--gpus", "1")),
+        ("a", lambda path: path.mkdir(), ("IN", *ON)),
+        ("a.json", held(COUNTS), ("IN", *ON)),
+    ],
+    "doctor": [
+        ("a.json", "{", ("--model", "IN")),
+        ("a.json", "[]", ("--model", "IN")),
+        ("a.json", '{"quantization_config": 4}', ("--model", "IN")),
+        ("a", lambda path: path.mkdir(), ("--model", "IN")),
+        ("a.yaml", "", ("--model", "no/such-model")),
+        ("a.yaml", "a: [", ("--config", "IN")),
+        ("a.yaml", "- 1", ("--config", "IN")),
+        ("a.yaml", "planer: {}", ("--config", "IN")),
+        ("a.yaml", "planner: {redundant_experts: -1}", ("--config", "IN")),
+        ("a.yaml", "state: {path: /none/state.npz}", ("--config", "IN")),
+        ("a.yaml", "", ("--server", "http://127.0.0.1:9")),
+        ("a.yaml", "", ("--server", "127.0.0.1:9")),
+    ],
+    "status": [
+        ("a.yaml", "", ("http://127.0.0.1:9",)),
+        ("a.yaml", "", ("127.0.0.1:9",)),
+    ],
     "record": [
         ("a.txt", "\n", ("http://127.0.0.1:9", "--prompts", "IN", "-o", "out.eptrace", "--model", "m")),
         ("a.jsonl", "{", ("http://127.0.0.1:9", "--prompts", "IN", "-o", "out.eptrace", "--model", "m")),
@@ -257,18 +310,24 @@ def said(
     """What the command says on stderr, with paths as in IN and DIR."""
     folder.mkdir()
     path = folder / name
-    if callable(content):
-        content(path)
-    else:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    places = {"IN": str(path)}
+    put(content, path)
+    here = {"IN", *(one.name for one in folder.iterdir())}
     options = [
-        places.get(one, str(folder / one) if one.startswith("out.") else one) for one in arguments
+        str(folder / one.replace("IN", name)) if one in here or one.startswith("out.") else one
+        for one in arguments
     ]
     done = run(command, *options)
-    assert done.exit_code in (0, 2), (name, arguments, done.exc_info)
-    text = done.stderr.replace(f"{folder}/", "")
+    assert done.exit_code in (0, 1, 2), (name, arguments, done.exc_info)
+    text = (told_by_doctor(done.stdout) if command == "doctor" else done.stderr).replace(
+        f"{folder}/", ""
+    )
     return re.sub(r"(?m)^(out\.\S+: .*(snapshots|for \S+$)|imbalance).*\n?", "", text)
+
+
+def told_by_doctor(lines: str) -> str:
+    """Of the model, the settings and the server; what it says of the machine is another on each."""
+    found = re.findall(r"(?m)^problem +(model|settings|state.path|server) +(.+)\n +(.+)", lines)
+    return "".join(f"{check}: {problem}\n  {remedy}\n" for check, problem, remedy in found)
 
 
 def shown(part: str, folder: Path) -> str:
