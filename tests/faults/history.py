@@ -20,7 +20,7 @@ class Asked:
     began, ended: seconds of `time.monotonic`.
     question: its number.
     answer: token ids; None if there is none.
-    status: of HTTP; 0 if the connection broke or the client gave up.
+    status: of HTTP; 0 if the connection broke, the client gave up, or the server broke the answer off.
     """
 
     kind: ClassVar[str] = "asked"
