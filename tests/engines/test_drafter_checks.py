@@ -49,6 +49,14 @@ def test_experts_of_a_drafter_must_divide_by_the_ranks_too(checks):
         checks._check_drafter(speculating(experts=7), load_config({}))
 
 
+def test_a_draft_model_of_its_own_gets_no_redundant_experts(checks):
+    config = load_config({"planner": {"redundant_experts": 1}})
+    checks._check_drafter(speculating("draft_model", experts=6), config)
+    with pytest.raises(ConfigurationError, match="7 experts \\+ 0 redundant") as raised:
+        checks._check_drafter(speculating("draft_model", experts=7), config)
+    assert raised.value.remedy.startswith("drop the drafter")
+
+
 def test_a_drafter_that_is_balanced_has_a_state_file_of_its_own(checks, tmp_path):
     settings = {"state": {"path": str(tmp_path / "state.npz")}}
     (tmp_path / "state.drafter.npz").mkdir()

@@ -175,17 +175,23 @@ def _check_drafter(vllm_config: Any, config: RebalanceConfig) -> None:
     """A drafter that shares the target's configuration gets as many redundant slots; with dspark it may get
     none, so nothing has to divide. Nor has it in mode observe, where no model has any.
     """
-    method = getattr(vllm_config.speculative_config, "method", None)
-    if config.mode == "observe" or method == "dspark":
+    experts, speculative = drafter_experts(vllm_config), vllm_config.speculative_config
+    if config.mode == "observe" or not experts or speculative.method == "dspark":
         return
-    experts = drafter_experts(vllm_config)
-    ranks = ep_size(vllm_config.parallel_config)
-    if experts and (experts + config.planner.redundant_experts) % ranks:
-        raise ConfigurationError(
-            f"the drafter's {experts} experts + planner.redundant_experts="
-            f"{config.planner.redundant_experts} do not divide by {ranks} ranks.",
-            "set planner.redundant_experts so that both models' experts divide, or drop the drafter.",
-        )
+    ranks, redundant = ep_size(vllm_config.parallel_config), _redundant_in(speculative, config)
+    if (experts + redundant) % ranks == 0:
+        return
+    raise ConfigurationError(
+        f"the drafter's {experts} experts + {redundant} redundant ones do not divide by {ranks} ranks.",
+        "set planner.redundant_experts so that both models' experts divide, or drop the drafter."
+        if redundant == config.planner.redundant_experts
+        else "drop the drafter: vLLM makes no redundant experts for a draft model of its own.",
+    )
+
+
+def _redundant_in(speculative: Any, config: RebalanceConfig) -> int:
+    """How many the drafter gets. A model of its own is configured without `enable_eplb`, and so gets none."""
+    return 0 if speculative.method == "draft_model" else config.planner.redundant_experts
 
 
 def _check_model(vllm_config: Any, config: RebalanceConfig) -> None:
@@ -305,8 +311,7 @@ def _identity(vllm_config: Any, config: RebalanceConfig, stage: PipelineStage) -
     if not stage.drafter:
         return model_identity(vllm_config, config)
     speculative = vllm_config.speculative_config
-    # A model of its own is configured without `enable_eplb`, and so gets no redundant slots.
-    redundant = 0 if speculative.method == "draft_model" else config.planner.redundant_experts
+    redundant = _redundant_in(speculative, config)
     planner = config.planner.model_copy(update={"redundant_experts": redundant})
     settings = config.model_copy(update={"planner": planner})
     return model_identity(vllm_config, settings, model_config=speculative.draft_model_config)
