@@ -56,6 +56,15 @@ def _dispatcher(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True)(function)
 
 
+def cache_folder(function: Callable[..., Any]) -> Path | None:
+    """Where numba keeps the code of a compiled function; None if it keeps none, as it found no folder that
+    it can write to.
+    """
+    assert isinstance(function, Compiled)
+    stats = getattr(function.dispatcher, "stats", None)  # with NUMBA_DISABLE_JIT there are none
+    return Path(stats.cache_path) if stats and stats.cache_path else None
+
+
 @functools.cache
 def _numba() -> ModuleType:
     """The package, which knows what a `Compiled` is."""

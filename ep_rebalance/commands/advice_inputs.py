@@ -1,4 +1,4 @@
-"""What `ep-rebalance advise` computes with: how large an expert is, and what an accelerator does."""
+"""What steps are computed with: how large an expert is, and what an accelerator does."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.diagnosis.measured_hardware import measure_hardware
 from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.offline.model_shape import (
+    SHAPES,
     ExpertSize,
     completed,
     size_in_trace,
     size_of_checkpoint,
+    size_of_known,
 )
 from ep_rebalance.offline.step_time import Hardware, hardware_names, load_hardware
 
@@ -31,7 +33,11 @@ def with_expert_size(
     weights = settings.hardware.bytes_per_parameter
     known = size_in_trace(head, weights)
     if model is not None:
-        known = size_of_checkpoint(read_checkpoint(model), model, head)
+        known = (
+            size_of_known(model, head)
+            if model in SHAPES
+            else size_of_checkpoint(read_checkpoint(model), model, head)
+        )
     elif known and all(head.expert_bytes) and expert_bytes is None and hidden_size is None:
         return head, known  # as it is: layers may have experts of several sizes
     given_bytes = expert_bytes or (known and known.expert_bytes)

@@ -14,7 +14,14 @@ import typer
 
 from ep_rebalance.commands.advice_inputs import named_hardware, with_expert_size
 from ep_rebalance.commands.advice_result import AdviceResult
-from ep_rebalance.commands.options import AsJson, Quiet, Traces
+from ep_rebalance.commands.options import (
+    AsJson,
+    ExpertBytes,
+    HiddenSize,
+    OptionalTraces,
+    Quiet,
+    RecordedModel,
+)
 from ep_rebalance.commands.scenarios import explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.config import RebalanceConfig
@@ -56,21 +63,6 @@ _Measure = Annotated[
         "measured here is taken from --hardware.",
     ),
 ]
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        help="The recorded model: a folder, its config.json, or a cached name. Tells how large an expert is.",
-        show_default="as recorded, else a known model",
-    ),
-]
-_ExpertBytes = Annotated[
-    int | None,
-    typer.Option(min=1, help="Bytes of one expert of one layer.", show_default="the model's"),
-]
-_HiddenSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Numbers in a token between layers.", show_default="the model's"),
-]
 _Gpus = Annotated[
     list[int] | None,
     typer.Option(
@@ -100,12 +92,12 @@ _Jobs = Annotated[int | None, typer.Option(min=1, help="Replays to run at the sa
 
 
 def advise(
-    traces: Traces,
+    traces: OptionalTraces = None,
     hardware: _Hardware = None,
     measure: _Measure = False,
-    model: _Model = None,
-    expert_bytes: _ExpertBytes = None,
-    hidden_size: _HiddenSize = None,
+    model: RecordedModel = None,
+    expert_bytes: ExpertBytes = None,
+    hidden_size: HiddenSize = None,
     gpus: _Gpus = None,
     redundant: _Redundant = None,
     memory: _Memory = None,
@@ -125,7 +117,7 @@ def advise(
     the hardware's figures, not measured: trust the ranking more than the numbers.
     """
     with explained():
-        readers = open_traces(traces)
+        readers = open_traces(traces or [])
         settings = settings_for(readers[0].head, config, [])
         sizes = gpus or _DEFAULT_GPUS
         head, size = with_expert_size(readers[0].head, settings, model, expert_bytes, hidden_size)

@@ -24,7 +24,7 @@ from ep_rebalance.commands.status import status_table
 from ep_rebalance.diagnosis.server import NoStatus, fetch_status
 from ep_rebalance.formats import state, trace
 from ep_rebalance.load.state import SavedState
-from ep_rebalance.load.trace import TraceReader, read_records
+from ep_rebalance.load.trace import TraceHead, TraceReader, read_records
 from ep_rebalance.offline.scenarios import open_traces
 from ep_rebalance.offline.summary import Summary, summarise
 from ep_rebalance.placement import imbalance_L
@@ -92,8 +92,8 @@ def _trace(readers: Sequence[TraceReader]) -> tuple[dict[str, Any], RenderableTy
     rows = [
         ("origin", head.origin or f"recorded by {head.engine}, ep-rebalance {head.plugin_version}"),
         ("sizes", f"{head.layers} layers, {head.experts} experts, top {head.top_k}"),
-        ("ranks, slots", f"{head.ep_size}, {head.slots}"),
-        *_trace_rows(summary, timed=not head.origin),
+        ("ranks, slots", _told_ranks(head)),
+        *_trace_rows(summary, timed=not head.origin, has_ranks=head.ep_size > 1),
     ]
     if left_over:
         rows.append(
@@ -102,7 +102,13 @@ def _trace(readers: Sequence[TraceReader]) -> tuple[dict[str, Any], RenderableTy
     return found, _table(f"trace of {head.model}", rows)
 
 
-def _trace_rows(summary: Summary, *, timed: bool) -> Iterator[tuple[str, str]]:
+def _told_ranks(head: TraceHead) -> str:
+    if head.ep_size == 1:
+        return "none recorded; `ep-rebalance replay --ep-size 8` shows how even the load would be"
+    return f"{head.ep_size}, {head.slots}"
+
+
+def _trace_rows(summary: Summary, *, timed: bool, has_ranks: bool) -> Iterator[tuple[str, str]]:
     idle = f", {summary.idle_snapshots} without tokens" if summary.idle_snapshots else ""
     yield "snapshots", f"{summary.snapshots}{idle}, of {summary.steps} steps"
     if timed:
@@ -113,11 +119,13 @@ def _trace_rows(summary: Summary, *, timed: bool) -> Iterator[tuple[str, str]]:
     first, last = summary.generations[:1], summary.generations[-1:]
     if first != last:
         yield "generations", f"{first[0][0]} to {last[0][0]}, the last from step {last[0][1]}"
-    yield "imbalance served", f"{summary.imbalance:.3f} (busiest rank over mean, mean of layers)"
-    yield (
-        "worst layers",
-        ", ".join(f"{layer}: {ratio:.3f}" for layer, ratio in summary.worst_layers),
-    )
+    if has_ranks:
+        yield (
+            "imbalance served",
+            f"{summary.imbalance:.3f} (busiest rank over mean, mean of layers)",
+        )
+        worst = (f"{layer}: {ratio:.3f}" for layer, ratio in summary.worst_layers)
+        yield "worst layers", ", ".join(worst)
     hottest = [f"layer {layer} expert {e}: {share:.1f}" for layer, e, share in summary.hottest]
     yield "hottest experts", "\n".join(hottest) + " times the mean"
 

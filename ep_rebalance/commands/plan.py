@@ -30,7 +30,14 @@ _NUMBERED = (
 def plan(
     traces: Traces,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the placement.")],
-    to: Annotated[str, typer.Option(**TARGETS, help="For which engine.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            **TARGETS,
+            help="For which engine. state: vLLM with this plugin, which takes it as state.path; vLLM alone "
+            "can start with no placement.",
+        ),
+    ],
     ep_size: Annotated[
         int | None, typer.Option(min=2, help="EP ranks.", show_default="as recorded")
     ] = None,

@@ -9,8 +9,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ep_rebalance.commands.advice_inputs import with_expert_size
 from ep_rebalance.commands.choices import one_of
-from ep_rebalance.commands.options import Quiet, RanksPerNode
+from ep_rebalance.commands.options import (
+    ExpertBytes,
+    HiddenSize,
+    OptionalTraces,
+    Quiet,
+    RanksPerNode,
+    RecordedModel,
+)
 from ep_rebalance.commands.output import Format, write
 from ep_rebalance.commands.replay_comparison import compare, read_result
 from ep_rebalance.commands.replay_result import as_json, check_gain, shown
@@ -29,10 +37,6 @@ _POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_PO
 _DEFAULT_POLICIES = ("ours", "none", "hindsight")
 
 
-_Traces = Annotated[
-    list[Path] | None,
-    typer.Argument(help="Trace files (*.eptrace), or folders of them.", show_default=False),
-]
 _Policies = Annotated[
     list[str] | None,
     typer.Option(
@@ -121,7 +125,7 @@ _WITH_COMPARE = {"compare_files", "format_", "output"}
 
 def run_replay(
     context: typer.Context,
-    traces: _Traces = None,
+    traces: OptionalTraces = None,
     policy: _Policies = None,
     ep_size: _EpSizes = None,
     redundant: _Redundant = None,
@@ -130,6 +134,9 @@ def run_replay(
     set_: _Set = None,
     eplb: _Eplb = None,
     hardware: _Hardware = None,
+    model: RecordedModel = None,
+    expert_bytes: ExpertBytes = None,
+    hidden_size: HiddenSize = None,
     expert_time_fraction: _ExpertTimeFraction = None,
     format_: _Format = None,
     output: _Output = None,
@@ -150,11 +157,9 @@ def run_replay(
             _refuse_others(context)
             write(compare(*map(read_result, compare_files)), format_, output)
             return
-        if not traces:
-            raise ValueError("name a trace, or a folder of traces")
         if report is not None:
             check_report(report)  # now, rather than after minutes of replaying
-        readers = open_traces(traces)
+        readers = open_traces(traces or [])
         head = completed(readers[0].head)
         if head.ep_size == 1 and not ep_size:
             raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
@@ -166,9 +171,15 @@ def run_replay(
             waiting = expert_time(head, read_records(readers), settings)
         else:
             waiting = ExpertTime(fraction=expert_time_fraction)
+        weights = None
+        if model or expert_bytes or hidden_size:
+            head, size = with_expert_size(
+                readers[0].head, settings, model, expert_bytes, hidden_size
+            )
+            weights = size.bytes_per_parameter
         scenarios = [
             scenario(
-                head, settings, name, ranks, copies, ranks_per_node, hardware, waiting, peer,
+                head, settings, name, ranks, copies, ranks_per_node, hardware, waiting, peer, weights,
             )
             for ranks, copies, name in product(
                 ep_size or [head.ep_size],
@@ -176,9 +187,10 @@ def run_replay(
                 policy or _DEFAULT_POLICIES,
             )
         ]  # fmt: skip
-        replayed = replay_all(readers, scenarios, jobs=jobs, quiet=quiet)
+        replayed = replay_all(readers, scenarios, head=head, jobs=jobs, quiet=quiet)
     result = as_json(
         readers,
+        head,
         settings,
         waiting,
         replayed,

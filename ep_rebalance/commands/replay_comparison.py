@@ -41,8 +41,8 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True):
     step_time_saved_error: _Figure | None = None
     plans: dict[str, _Count]
     experts_moved: _Count
-    bytes_moved: _Count
-    stall_seconds: _Figure = 0.0
+    bytes_moved: _Count | None
+    stall_seconds: _Figure | None = 0.0
     eplb: dict[str, Any] = {}
 
     @property
@@ -230,11 +230,11 @@ def _difference(first: _Row, second: _Row) -> str:
     within = ""
     if None not in errors and abs(other - one) < 2 * sum(e * e for e in errors if e) ** 0.5:
         within = ", which is within noise"
-    more = "more" if points >= 0 else "less"
-    return (
-        f"{_name(first.key)}: A saves {one:.1%} of the step time and B {other:.1%}, {abs(points):.1f} "
-        f"percentage points {more}{within}."
-    )
+    saves = f"{_name(first.key)}: A saves {one:.1%} of the step time and B"
+    if abs(points) < 0.05:
+        return f"{saves} as much."
+    more = "more" if points > 0 else "less"
+    return f"{saves} {other:.1%}, {abs(points):.1f} percentage points {more}{within}."
 
 
 def _figures(row: _Row) -> dict[str, float | None]:

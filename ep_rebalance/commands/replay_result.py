@@ -13,7 +13,6 @@ from ep_rebalance.commands.output import Shown
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import TraceHead, TraceReader
 from ep_rebalance.offline.eplb_settings import steps_before_first
-from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.report.frontier import PRICE_TITLES, Price, best_for
 from ep_rebalance.offline.report.next_step import next_step
 from ep_rebalance.offline.report.sizes import Size, by_size
@@ -29,6 +28,7 @@ _FRONTIER_MARKS: Mapping[Price, str] = {"moved": "B", "memory": "M"}
 
 def as_json(
     readers: Sequence[TraceReader],
+    head: TraceHead,
     settings: RebalanceConfig,
     expert_time: ExpertTime,
     replayed: Sequence[Replayed],
@@ -36,13 +36,14 @@ def as_json(
     hardware: dict[str, Any] | None = None,
     ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
-    """Everything that is shown, JSON-ready; the table and the CSV contain parts of it.
+    """Everything that is shown, JSON-ready; the table and the CSV contain parts of it. If the size of an
+    expert is not known, bytes and what hangs on them are None.
 
+    head: of the trace, with what it lacks itself.
     expert_time: what of a recorded step is taken to wait for experts.
     hardware: name and figures of the accelerator that steps are modelled on; None if they are not.
     ranks_per_node: as asked for; None if as recorded.
     """
-    head = completed(readers[0].head)
     sizes = by_size(head, replayed)
     size_of = {one: size for size in sizes for one in size.results}
     best, following = best_for(sizes), next_step(head, replayed)
@@ -102,9 +103,9 @@ def _row(head: TraceHead, size: Size, one: Replayed) -> dict[str, Any]:
         "step_time_saved_error": gain.error if gain else None,
         "plans": outcomes,
         "experts_moved": one.moved,
-        "bytes_moved": one.moved_bytes,
-        "bytes_moved_per_hour": one.moved_bytes / one.hours,
-        "stall_seconds": one.stall_seconds,
+        "bytes_moved": one.moved_bytes if size.bytes_known else None,
+        "bytes_moved_per_hour": one.moved_bytes / one.hours if size.bytes_known else None,
+        "stall_seconds": one.stall_seconds if size.bytes_known else None,
         "plan_milliseconds": 1e3 * sum(one.plan_seconds) / max(len(one.plan_seconds), 1),
         "commits": [
             {
@@ -175,7 +176,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{1e3 * row['step_seconds']:.1f}",
         "-" if saved is None else f"{saved:.1%}",
         f"{plans.get('committed', 0)}/{sum(plans.values())}" if plans else "-",
-        decimal(row["bytes_moved"]) if plans and row["redundant_bytes"] is not None else "-",
+        decimal(row["bytes_moved"]) if plans and row["bytes_moved"] is not None else "-",
     ]
 
 
@@ -193,9 +194,14 @@ def _caption(result: dict[str, Any]) -> str:
         f"({trace['origin']}). EP: ranks+redundant experts. max: load of the busiest rank over the mean; "
         "balance: its inverse, mean over layers. home, node: (token, expert) pairs that stay on their rank, "
         "on their node. Every plan is scored on load that it had not seen. Plans: committed / made. "
-        f"{waiting.text} of a recorded step is taken to wait for the busiest ranks' experts."
+        f"{waiting.text} of {_step(trace)} is taken to wait for the busiest ranks' experts."
         f"{_best(result)}{_stalls(result)}{_too_short(result)}"
     )
+
+
+def _step(trace: dict[str, Any]) -> str:
+    """Of what the experts' part is a fraction."""
+    return "a recorded step" if trace["recorded_ep_size"] > 1 else "a step with even load"
 
 
 def _best(result: dict[str, Any]) -> str:
@@ -209,13 +215,11 @@ def _best(result: dict[str, Any]) -> str:
 
 
 def _stalls(result: dict[str, Any]) -> str:
-    """How long policies that moved experts stood still for them, which the step times leave out. If the size
-    of an expert is not known, neither is that.
-    """
+    """How long policies that moved experts stood still for them, which the step times leave out."""
     stalls = [
         f"{row['policy']} {row['ep_size']}+{row['redundant_experts']} {row['stall_seconds']:.3g} s"
         for row in result["rows"]
-        if row["commits"] and row["redundant_bytes"] is not None
+        if row["commits"] and row["stall_seconds"] is not None
     ]
     return f" Standing still for experts on their way: {', '.join(stalls)}." if stalls else ""
 

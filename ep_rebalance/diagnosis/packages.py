@@ -6,8 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Any
 
+from ep_rebalance.compiled import cache_folder
 from ep_rebalance.diagnosis.finding import Check, Finding
 from ep_rebalance.planning.incremental.descent import improve_layer
 from ep_rebalance.planning.policies import compile_planner
@@ -70,7 +70,7 @@ def planner() -> Finding:
             found="not compiled: NUMBA_DISABLE_JIT is set",
             remedy="unset NUMBA_DISABLE_JIT; a plan would take minutes",
         )
-    if _cache_folder() is None:
+    if cache_folder(improve_layer) is None:
         return Finding(
             check="planner",
             verdict="warning",
@@ -78,13 +78,6 @@ def planner() -> Finding:
             remedy="set NUMBA_CACHE_DIR to a folder that the server may write",
         )
     return Finding(check="planner", verdict="ok", found=f"compiled in {seconds:.1f} s, code kept")
-
-
-def _cache_folder() -> str | None:
-    """The folder in which numba keeps compiled code; None if it found none that it can write to."""
-    compiled: Any = improve_layer
-    folder: str | None = compiled.dispatcher.stats.cache_path
-    return folder
 
 
 def _version(name: str) -> str | None:

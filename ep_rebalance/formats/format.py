@@ -98,7 +98,7 @@ class Reading:
             reason = (
                 f"has {experts} experts a layer, not the {self.experts} of --experts or --model"
             )
-            raise FormatError(path, place, f"{reason}; leave these out")
+            raise FormatError(path, place, f"{reason}; drop that option")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

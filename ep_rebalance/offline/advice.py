@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
 from ep_rebalance.offline.layouts import nothing_to_gain
 from ep_rebalance.offline.phases import PhaseStep, phase_steps
+from ep_rebalance.offline.report.words import counted
 from ep_rebalance.offline.run import Replayed, Scenario
 from ep_rebalance.offline.step_time import ModelledSteps, RankLoad, StepParts
 from ep_rebalance.placement import Placement
@@ -199,6 +200,8 @@ def _what_rebalancing_does(ours: Replayed, saved: float) -> str:
         return f"rebalancing saves nothing: {fixed}"
     if not ours.plans:
         return "the trace is too short for a migration to end: record longer or let more bytes move"
+    if saved < 0:
+        return f"rebalancing makes steps {-saved:.1%} longer: leave it off"
     return f"rebalancing saves {saved:.1%}: hardly worth it"
 
 
@@ -221,7 +224,7 @@ def _explain(
     # One expert can have more load than a rank should: no placement helps then, only replicas or fewer ranks.
     if ours.mean_imbalance > 1.15:
         causes.append(
-            f"{slots} experts a rank: the hottest one alone is {hottest:.2f} of a rank's mean load"
+            f"{counted(slots, 'expert')} a rank: the hottest one alone is {hottest:.2f} of a rank's mean load"
         )
     share = parts.transfers / (parts.experts + parts.transfers)
     if share > _SHARE:

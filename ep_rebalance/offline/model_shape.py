@@ -163,6 +163,22 @@ def size_in_trace(head: TraceHead, bytes_per_parameter: float) -> ExpertSize | N
     )
 
 
+def size_of_known(name: str, head: TraceHead) -> ExpertSize:
+    """Of a model of SHAPES. Raises ValueError if the trace is of another."""
+    shape = SHAPES[name]
+    if (shape.experts, shape.top_k) != (head.experts, head.top_k):
+        raise ValueError(
+            f"--model {name} has {shape.experts} experts and top {shape.top_k}, the trace {head.experts} and "
+            f"{head.top_k}: name the model that was recorded, or convert the recording anew"
+        )
+    return ExpertSize(
+        expert_bytes=shape.expert_bytes,
+        hidden_size=shape.hidden_size,
+        bytes_per_parameter=shape.bytes_per_parameter,
+        how=f"those of {shape.title}",
+    )
+
+
 def size_of_checkpoint(checkpoint: Checkpoint, name: str, head: TraceHead) -> ExpertSize:
     """As a configuration says. Raises ValueError if it is of another model, or does not say.
 

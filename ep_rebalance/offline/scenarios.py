@@ -36,9 +36,10 @@ def open_traces(paths: Sequence[Path]) -> list[TraceReader]:
         for file in (sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path])
     ]
     if not files:
+        missing = f"no *{SUFFIX} in {', '.join(map(str, paths))}" if paths else "no trace is named"
         raise ValueError(
-            f"no *{SUFFIX} in {', '.join(map(str, paths))}; name a trace or the folder of a server's "
-            "trace.path, or make one with `ep-rebalance convert` or `ep-rebalance record`"
+            f"{missing}; name one, or the folder of a server's trace.path, or make one with `ep-rebalance "
+            "convert` or `ep-rebalance record`"
         )
     return [TraceReader(file) for file in files]
 
@@ -158,8 +159,8 @@ def _step_time(
     if not all(head.expert_bytes) or not head.hidden_size:
         raise ValueError(
             "the trace does not say how large an expert is (it was converted), and no known model has its "
-            "numbers of layers and experts, so --hardware has nothing to compute with; replay works without "
-            "it, and advise takes --model CONFIG, or --expert-bytes and --hidden-size"
+            "numbers of layers and experts, so --hardware has nothing to compute with: add --model CONFIG (a "
+            "folder or config.json), or --expert-bytes and --hidden-size"
         )
     known = shape_of(head) or settings.hardware
     return ModelledSteps(

@@ -235,10 +235,12 @@ def about_expert_parallel(best: Sequence[Advice], room: Room, ours: Replayed) ->
     elif parallel.saved >= WORTH:
         texts.append(f"Moving experts saves {parallel.saved:.1%} of the step.")
     else:
-        texts.append(
-            f"Moving experts saves {parallel.saved:.1%} of the step{_why_little(parallel, room)}: serve "
-            "without the plugin, or with it in mode observe."
+        saves = (
+            f"Moving experts saves {parallel.saved:.1%} of the step{_why_little(parallel, room)}"
+            if parallel.saved >= 0
+            else f"Moving experts would make steps {-parallel.saved:.1%} longer"
         )
+        texts.append(f"{saves}: serve without the plugin, or with it in mode observe.")
     return Statement(
         question="expert_parallel",
         text=" ".join(texts),

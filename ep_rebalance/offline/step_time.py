@@ -167,7 +167,8 @@ class RankLoad:
 class MeasuredSteps:
     """Scales the recorded step times, or nominal ones if there are none.
 
-    fraction: the fraction of a recorded step that waits for the busiest ranks' experts.
+    fraction: the fraction of a recorded step that waits for the busiest ranks' experts. A recording
+        that tells of no ranks has no such step: it is the fraction of one with even load then.
     standard_error, source: see `ExpertTime`.
     """
 
@@ -187,7 +188,10 @@ class MeasuredSteps:
     def seconds(self, snapshot: RecordedSnapshot, served: RankLoad, recorded: RankLoad) -> float:
         """See `StepTime`."""
         # seconds = recorded seconds * (1 - fraction + fraction * busiest served / busiest recorded)
-        ratio = served.busiest / recorded.busiest if recorded.busiest else 1.0
+        waited = recorded.busiest
+        if recorded.placement.num_ranks == 1:
+            waited /= served.placement.num_ranks
+        ratio = served.busiest / waited if waited else 1.0
         return (snapshot.step_seconds or NOMINAL_STEP_SECONDS) * (
             1.0 - self.fraction + self.fraction * ratio
         )

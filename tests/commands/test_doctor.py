@@ -296,7 +296,7 @@ def test_code_that_comes_with_a_cached_model_is_not_run(
 
 
 def test_code_that_cannot_be_kept_is_a_warning(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packages, "_cache_folder", lambda: None)
+    monkeypatch.setattr(packages, "cache_folder", lambda _: None)
     found = packages.planner()
     assert found.verdict == "warning"
     assert "NUMBA_CACHE_DIR" in found.remedy

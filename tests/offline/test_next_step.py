@@ -18,6 +18,7 @@ from ep_rebalance.load.trace import Record, TraceHead
 from ep_rebalance.offline.gain import Gain
 from ep_rebalance.offline.report.next_step import NextStep, next_step
 from ep_rebalance.offline.report.verdict import verdicts
+from ep_rebalance.offline.report.words import percent
 from ep_rebalance.offline.run import Replayed, Scenario, replay
 from ep_rebalance.offline.step_time import MeasuredSteps
 from ep_rebalance.planning.policies import planner_of
@@ -198,6 +199,8 @@ def test_of_sizes_that_are_as_fast_the_one_with_the_fewest_copies_is_chosen(
     faster = replace(copies["ours"], seconds_N=0.9 * ours.seconds_N)
     step = next_step(OBSERVED, [ours, none, faster, copies["none"]])
     assert "on EP4, 4 redundant experts, which saves" in step.text
+    both = percent(Gain.of(faster, none).saved)
+    assert f"It is {both} of the step with 0 redundant experts as loaded." in step.text
 
 
 def test_it_is_about_the_ranks_that_were_recorded(

@@ -67,7 +67,20 @@ def next_step(head: TraceHead, replayed: Sequence[Replayed]) -> NextStep:
     larger = [option.one for option in options if option.size.redundant > best.size.redundant]
     if larger and not any(Gain.of(one, best.one).sure for one in larger):
         more = f" More redundant experts are not surely faster.{more}"
-    return _switch_on(head, best, more)
+    return _switch_on(head, best, f"{_against_fewest(best, sizes)}{more}")
+
+
+def _against_fewest(best: _Option, sizes: Sequence[Size]) -> str:
+    """What the redundant experts and the moves save together, if fewer were replayed, too."""
+    size = best.size
+    same = (one for one in sizes if one.ranks == size.ranks and one.first("none"))
+    fewest = min(same, key=lambda one: one.redundant)
+    if fewest.redundant == size.redundant:
+        return ""
+    baseline = fewest.first("none")
+    assert baseline is not None
+    saved = percent(Gain.of(best.one, baseline).saved)
+    return f" It is {saved} of the step with {counted(fewest.redundant, 'redundant expert')} as loaded."
 
 
 def _options(size: Size) -> list[_Option]:
