@@ -39,6 +39,7 @@ from ep_rebalance.placement import Placement
 
 SHAPE = SHAPES["deepseek-v3"]
 RANKS, REDUNDANT = 32, 32
+RECORDED = f"{RANKS}+{REDUNDANT}"
 PAIRS = 128 * RANKS * 8 * 16
 DISTINCT = 512
 """Snapshots that are drawn; a longer trace repeats them."""
@@ -52,6 +53,13 @@ def parse_options() -> argparse.Namespace:
     add("--snapshots", type=int, default=10_000, help="of the trace (default 10000)")
     add("--policy", default="ours", help="of ep-rebalance replay (default ours)")
     add("--passes", type=int, default=3, help="of reading (default 3)")
+    add(
+        "--layouts",
+        nargs="+",
+        default=[RECORDED],
+        metavar="RANKS+REDUNDANT",
+        help=f"to replay on, for example 8+0 32+32 256+0 (default {RECORDED}, as recorded)",
+    )
     add("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -122,7 +130,7 @@ def read_by_trace_reader(path: Path) -> float:
     return time.perf_counter() - began
 
 
-def replay_here(folder: Path, policy: str) -> None:
+def replay_here(folder: Path, policy: str, layout: str) -> None:
     """In the child process: replay, and print what it took."""
     from ep_rebalance.commands.scenarios import settings_for
     from ep_rebalance.commands.side_by_side import replay_all
@@ -130,7 +138,8 @@ def replay_here(folder: Path, policy: str) -> None:
 
     readers = open_traces([folder])
     head = readers[0].head
-    one = scenario(head, settings_for(head, None, []), policy, RANKS, REDUNDANT)
+    ranks, redundant = map(int, layout.split("+"))
+    one = scenario(head, settings_for(head, None, []), policy, ranks, redundant)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     (replayed,) = replay_all(readers, [one], jobs=1, quiet=True)
@@ -153,7 +162,7 @@ def main() -> None:
     """Measure and print."""
     options, console = parse_options(), Console(stderr=True)
     if options.child:
-        replay_here(options.child, options.policy)
+        replay_here(options.child, options.policy, *options.layouts)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -165,19 +174,27 @@ def main() -> None:
         ]
         command = [sys.executable, __file__, "--child", name, "--policy", options.policy]
         alone = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        told = json.loads(subprocess.run(command, env=alone, check=True, stdout=-1).stdout)
+        told = {
+            layout: json.loads(
+                subprocess.run(
+                    [*command, "--layouts", layout], env=alone, check=True, stdout=-1
+                ).stdout
+            )
+            for layout in options.layouts
+        }
     ratios = [ours / numpy for numpy, ours in pairs]
     each = 1e6 * np.median([ours for _, ours in pairs]) / options.snapshots
     print(
         f"reading a snapshot of {SHAPE.title}: {each:.0f} us, {np.median(ratios):.2f} times numpy's "
         f"({min(ratios):.2f} to {max(ratios):.2f})"
     )
-    print(
-        f"replay of {options.snapshots} snapshots, policy {options.policy}, EP{RANKS}: "
-        f"{told['seconds'] - told['plan_seconds']:.1f} s and {told['plan_seconds']:.1f} s for "
-        f"{told['plans']} plans; balancedness {told['balancedness']:.3f}, {told['moved']} experts moved"
-    )
-    print(f"peak memory {told['peak_mib']} MiB, {told['before_mib']} MiB before it began")
+    for layout, one in told.items():
+        print(
+            f"replay of {options.snapshots} snapshots, policy {options.policy}, EP{layout}: "
+            f"{one['seconds'] - one['plan_seconds']:.1f} s and {one['plan_seconds']:.1f} s for "
+            f"{one['plans']} plans; balancedness {one['balancedness']:.3f}, {one['moved']} experts moved; "
+            f"peak memory {one['peak_mib']} MiB, {one['before_mib']} MiB before it began"
+        )
     print(machine())
 
 
