@@ -4,8 +4,8 @@ vLLM alone, with the plugin in mode observe, and with the plugin that rebalances
 ranks; alone it has no expert parallelism, which vLLM's own experts for CPUs do not have. In each turn one
 of them serves and the others stand still. Then rank 0's worker says what it holds: memory that is its own
 (USS), what malloc gave out, Python objects, blocks of numba's runtime, threads and descriptors. A fixed set
-of questions is asked in every turn; every answer must stay what it was. Ctrl-C ends it early, with what was
-seen until then.
+of questions is asked in every turn; every answer must stay what it was. Ctrl-C or SIGTERM ends it early, with
+what was seen until then.
 
 Growth is the slope over the second half of the turns (Theil-Sen: the median of the slopes of all pairs) per
 hour of serving, with the 95 % interval of a bootstrap over the turns. The verdict says of each kind of memory
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,12 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=60, help="of serving, all servers together (default 60)")
+    add(
+        "--minutes",
+        type=float,
+        default=60,
+        help="of serving, all servers together, which takes twice as long (default 60)",
+    )
     add("--turn", type=float, default=20, help="seconds of a turn (default 20)")
     add("--port", type=int, default=8400, help="of the first server (default 8400)")
     add("--concurrency", type=int, default=16, help="requests in flight per rank (default 16)")
@@ -136,6 +142,13 @@ async def ask_questions(server: Server, load: Load) -> list[list[int]]:
 
 async def soak(options: argparse.Namespace, folder: Path, console: Console) -> list[Soaked]:
     """Serve in turns until the time is over."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a shell's background job would ignore the first
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     shape = ModelShape()
     soaked: list[Soaked] = []
     loads = [
@@ -144,9 +157,9 @@ async def soak(options: argparse.Namespace, folder: Path, console: Console) -> l
     ]
     loops: list[ClosedLoop] = []
     try:
-        for number, variant in enumerate(soaked_variants(shape).values()):
+        for place, variant in enumerate(soaked_variants(shape).values()):
             engine = Engine(parallelism="tensor", expert_parallel=variant.name != "alone")
-            server = Server(variant, engine, port=options.port + number, folder=folder)
+            server = Server(variant, engine, port=options.port + place, folder=folder)
             console.print(f"starting {variant.title}")
             await server.start()
             soaked.append(Soaked(server, loads[0]))
@@ -160,13 +173,13 @@ async def soak(options: argparse.Namespace, folder: Path, console: Console) -> l
             one.server.pause()
         rounds = max(FEWEST_TURNS, round(60 * options.minutes / options.turn / len(soaked)))
         with Progress(console=console) as progress:
-            task = progress.add_task("turns", total=rounds * len(soaked))
+            turns = progress.add_task("turns", total=rounds * len(soaked))
             for turn in range(rounds):
                 for one, loop in zip(soaked, loops, strict=True):
                     loop.shift(loads[turn % len(loads)])
                     await serve_turn(one, loop, options.turn)
-                    progress.advance(task)
-    except asyncio.CancelledError:  # by Ctrl-C
+                    progress.advance(turns)
+    except asyncio.CancelledError:  # by a signal
         if min((len(one.hours) for one in soaked), default=0) < FEWEST_TURNS:
             raise
         console.print("interrupted: this is what was seen until now")
@@ -281,7 +294,10 @@ def main() -> None:
     options, console = parse_options(), Console()
     folder = Path(tempfile.mkdtemp(prefix="ep-rebalance-soak-"))
     began = time.monotonic()
-    soaked = asyncio.run(soak(options, folder, console))
+    try:
+        soaked = asyncio.run(soak(options, folder, console))
+    except asyncio.CancelledError:
+        raise SystemExit(f"ended before every server had {FEWEST_TURNS} turns") from None
     seen: Mapping[str, Any] = report(soaked, console)
     described = ", ".join(f"{key} {value}" for key, value in machine().items())
     console.print(f"{(time.monotonic() - began) / 60:.0f} minutes in all; {described}")
