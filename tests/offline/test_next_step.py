@@ -200,7 +200,7 @@ def test_of_sizes_that_are_as_fast_the_one_with_the_fewest_copies_is_chosen(
     step = next_step(OBSERVED, [ours, none, faster, copies["none"]])
     assert "on EP4, 4 redundant experts, which saves" in step.text
     both = percent(Gain.of(faster, none).saved)
-    assert f"It is {both} of the step with 0 redundant experts as loaded." in step.text
+    assert f"Compared with 0 redundant experts, as loaded, it saves {both}." in step.text
 
 
 def test_it_is_about_the_ranks_that_were_recorded(

@@ -80,7 +80,8 @@ def _against_fewest(best: _Option, sizes: Sequence[Size]) -> str:
     baseline = fewest.first("none")
     assert baseline is not None
     saved = percent(Gain.of(best.one, baseline).saved)
-    return f" It is {saved} of the step with {counted(fewest.redundant, 'redundant expert')} as loaded."
+    plain = counted(fewest.redundant, "redundant expert")
+    return f" Compared with {plain}, as loaded, it saves {saved}."
 
 
 def _options(size: Size) -> list[_Option]:
