@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
+from rich.progress import Progress
 
 from ep_rebalance.checkpoint import numbers_of, read_checkpoint
 from ep_rebalance.commands.choices import one_of
@@ -130,15 +131,16 @@ def convert(
         if target.suffix == SUFFIX:
             load, known = _load(source, reading, top_k, model, snapshots=sample, seed=seed)
             tell(load.notes)
-            count = write_trace(
-                _shown(load, sample),
-                target,
-                source=source,
-                model=model or source.name.split(".")[0],
-                top_k=known,
-                phase=phase,
-                steps_per_snapshot=steps_per_snapshot,
-            )
+            with _shown(load, sample) as shown:
+                count = write_trace(
+                    shown,
+                    target,
+                    source=source,
+                    model=model or source.name.split(".")[0],
+                    top_k=known,
+                    phase=phase,
+                    steps_per_snapshot=steps_per_snapshot,
+                )
             typer.echo(f"{target}: {count} snapshots, {load.origin}", err=True)
             return
         if to is None:
@@ -217,10 +219,16 @@ def _top_k(source: Path, load: ForeignLoad, given: int | None, model: str) -> in
     return known[0]
 
 
-def _shown(load: ForeignLoad, total: int) -> ForeignLoad:
-    """The same load with a progress bar, of unknown length if `total` is 0."""
-    counts = track(load.counts, "writing", total=total or None, transient=True)
-    return dataclasses.replace(load, counts=counts)
+@contextmanager
+def _shown(load: ForeignLoad, total: int) -> Iterator[ForeignLoad]:
+    """The same load with a progress bar, of unknown length if `total` is 0.
+
+    The bar ends here, also if not all of the load is taken: left to the garbage collector, Rich's
+    generator waits for its thread, which may wait for whoever was interrupted.
+    """
+    with Progress(transient=True) as progress:
+        counts = progress.track(load.counts, total or None, description="writing")
+        yield dataclasses.replace(load, counts=counts)
 
 
 def write_placement(

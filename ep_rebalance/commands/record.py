@@ -15,7 +15,7 @@ from typing import IO, Annotated, Any
 
 import numpy as np
 import typer
-from rich.progress import track
+from rich.progress import Progress
 
 from ep_rebalance.commands.convert import experts_of, tell
 from ep_rebalance.commands.options import ApiKey, FirstMoeLayer, Quiet
@@ -87,9 +87,12 @@ def record(
         )
         with tempfile.TemporaryFile() as file:
             answers = _Answers(file)
-            with ThreadPoolExecutor(concurrency) as pool:
+            with (
+                Progress(transient=True, disable=quiet) as progress,
+                ThreadPoolExecutor(concurrency) as pool,
+            ):
                 done = pool.map(lambda one: server.post(*one), requests)
-                shown = track(done, "asking", total=len(requests), transient=True, disable=quiet)
+                shown = progress.track(done, len(requests), description="asking")
                 try:
                     for (place, _), answer in zip(lines, shown, strict=True):
                         answers.add(answer, f"the answer to {place}")

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,12 @@ def write_trace(
     with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
         # Bounds that are never reached, since the trace is to be one file.
         writer = TraceWriter(Path(folder), "load", head, max_file_bytes=1 << 50, max_bytes=1 << 51)
-        writer.write(_contiguous(head))
         count = 0
-        for record in _snapshots(load, source, phase, steps_per_snapshot):
-            writer.write(record)
-            count += 1
-        writer.close()
+        with closing(writer):
+            writer.write(_contiguous(head))
+            for record in _snapshots(load, source, phase, steps_per_snapshot):
+                writer.write(record)
+                count += 1
         if not count:
             raise FormatError(source, "", "holds no tokens; record while the server has traffic")
         os.replace(writer.files()[0], path)
