@@ -82,7 +82,7 @@ def parse_options() -> argparse.Namespace:
         "--minutes",
         type=float,
         default=60,
-        help="of serving, all servers together, which takes twice as long (default 60)",
+        help="of turns, all servers together; questions come on top, two thirds as much (default 60)",
     )
     add("--turn", type=float, default=20, help="seconds of a turn (default 20)")
     add("--port", type=int, default=8400, help="of the first server (default 8400)")
@@ -144,10 +144,8 @@ async def soak(options: argparse.Namespace, folder: Path, console: Console) -> l
     """Serve in turns until the time is over."""
     task = asyncio.current_task()
     assert task is not None
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a shell's background job would ignore the first
+    # A shell's background job would ignore the first of them.
+    for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     shape = ModelShape()
     soaked: list[Soaked] = []

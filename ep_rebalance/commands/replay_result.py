@@ -17,6 +17,7 @@ from ep_rebalance.offline.report.frontier import PRICE_TITLES, Price, best_for
 from ep_rebalance.offline.report.next_step import next_step
 from ep_rebalance.offline.report.sizes import Size, by_size
 from ep_rebalance.offline.report.verdict import verdicts
+from ep_rebalance.offline.report.words import waiting_step
 from ep_rebalance.offline.run import Replayed
 from ep_rebalance.planning.expert_time import ExpertTime
 from ep_rebalance.version import __version__
@@ -189,19 +190,15 @@ def _line(result: dict[str, Any], number: int) -> dict[str, Any]:
 
 def _caption(result: dict[str, Any]) -> str:
     trace, waiting = result["trace"], ExpertTime(**result["expert_time"])
+    step = waiting_step(trace["recorded_ep_size"], "a recorded step")
     return (
         f"{trace['snapshots']} snapshots of {trace['steps']} steps of {trace['model']} "
         f"({trace['origin']}). EP: ranks+redundant experts. max: load of the busiest rank over the mean; "
         "balance: its inverse, mean over layers. home, node: (token, expert) pairs that stay on their rank, "
         "on their node. Every plan is scored on load that it had not seen. Plans: committed / made. "
-        f"{waiting.text} of {_step(trace)} is taken to wait for the busiest ranks' experts."
+        f"{waiting.text} of {step} is taken to wait for the busiest ranks' experts."
         f"{_best(result)}{_stalls(result)}{_too_short(result)}"
     )
-
-
-def _step(trace: dict[str, Any]) -> str:
-    """Of what the experts' part is a fraction."""
-    return "a recorded step" if trace["recorded_ep_size"] > 1 else "a step with even load"
 
 
 def _best(result: dict[str, Any]) -> str:

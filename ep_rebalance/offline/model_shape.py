@@ -32,6 +32,15 @@ class ModelShape:
     bytes_per_parameter: float
     expert_groups: int = 1
 
+    def size(self, how: str) -> ExpertSize:
+        """Of an expert. how: see `ExpertSize`."""
+        return ExpertSize(
+            expert_bytes=self.expert_bytes,
+            hidden_size=self.hidden_size,
+            bytes_per_parameter=self.bytes_per_parameter,
+            how=how,
+        )
+
 
 SHAPES: Mapping[str, ModelShape] = MappingProxyType(
     {
@@ -155,11 +164,8 @@ def size_in_trace(head: TraceHead, bytes_per_parameter: float) -> ExpertSize | N
         )
     if shape is None:
         return None
-    return ExpertSize(
-        expert_bytes=shape.expert_bytes,
-        hidden_size=shape.hidden_size,
-        bytes_per_parameter=shape.bytes_per_parameter,
-        how=f"those of {shape.title}, which has the trace's numbers of layers, experts and top-k",
+    return shape.size(
+        f"those of {shape.title}, which has the trace's numbers of layers, experts and top-k"
     )
 
 
@@ -171,12 +177,7 @@ def size_of_known(name: str, head: TraceHead) -> ExpertSize:
             f"--model {name} has {shape.experts} experts and top {shape.top_k}, the trace {head.experts} and "
             f"{head.top_k}: name the model that was recorded, or convert the recording anew"
         )
-    return ExpertSize(
-        expert_bytes=shape.expert_bytes,
-        hidden_size=shape.hidden_size,
-        bytes_per_parameter=shape.bytes_per_parameter,
-        how=f"those of {shape.title}",
-    )
+    return shape.size(f"those of {shape.title}")
 
 
 def size_of_checkpoint(checkpoint: Checkpoint, name: str, head: TraceHead) -> ExpertSize:

@@ -43,6 +43,12 @@ def test_a_fraction_of_a_step_with_even_load_waits_for_experts(trace: str):
     assert "of a step with even load is taken to wait" in " ".join(table.split())
 
 
+def test_the_report_says_of_which_step_it_takes_a_fraction(trace: str, tmp_path: Path):
+    report = tmp_path / "report.html"
+    replayed(trace, "--policy", "none", "--report", str(report))
+    assert "of a step with even load (expert_time_fraction)" in report.read_text()
+
+
 def test_bytes_are_told_once_the_size_of_an_expert_is(trace: str):
     ours = ("--policy", "ours", "--policy", "none", "--set", "decision.min_gain_over_cost=0")
     row, _ = replayed(trace, *ours)["rows"]

@@ -7,7 +7,13 @@ from rich.filesize import decimal
 
 from ep_rebalance.load.trace import TraceHead
 from ep_rebalance.offline.report.sizes import Size
-from ep_rebalance.offline.report.words import counted, migrations_of, milliseconds, percent
+from ep_rebalance.offline.report.words import (
+    counted,
+    migrations_of,
+    milliseconds,
+    percent,
+    waiting_step,
+)
 from ep_rebalance.offline.run import Replayed
 from ep_rebalance.offline.step_time import MeasuredSteps, ModelledSteps, StepTime
 
@@ -25,14 +31,14 @@ def reading_hints(head: TraceHead, one: Replayed) -> list[str]:
         "would have had; hindsight alone knows what comes.",
         "Imbalance is the busiest rank's tokens over the mean, where 1 is even, because each layer waits "
         "for its busiest rank; balancedness is the mean over the busiest.",
-        _how_steps_are_predicted(one.scenario.step_time),
+        _how_steps_are_predicted(one.scenario.step_time, head.ep_size),
         timing,
         "Moved experts and bytes are what a policy that plans moved while it served, and how long the engine "
         "stood still for them comes on top of its steps; for the others, moves are not counted (-).",
     ]
 
 
-def _how_steps_are_predicted(step_time: StepTime) -> str:
+def _how_steps_are_predicted(step_time: StepTime, recorded_ranks: int) -> str:
     if isinstance(step_time, ModelledSteps):
         hardware = step_time.hardware
         return (
@@ -52,8 +58,9 @@ def _how_steps_are_predicted(step_time: StepTime) -> str:
             "learned": f" That part is learned from these step times, with a standard error of {error}.",
         }[step_time.source]
     return (
-        f"Predicted step times are those of the trace: {fraction} of each (expert_time_fraction) is taken "
-        "to wait for the busiest rank's experts and scaled by its tokens, the rest stays as it is."
+        f"Predicted step times are those of the trace: {fraction} of "
+        f"{waiting_step(recorded_ranks, 'each')} (expert_time_fraction) is taken to wait for the busiest "
+        "rank's experts and scaled by its tokens, the rest stays as it is."
         f"{known}"
     )
 

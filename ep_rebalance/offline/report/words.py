@@ -31,6 +31,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def waiting_step(recorded_ranks: int, recorded: str) -> str:
+    """Of which step `MeasuredSteps` takes a fraction to wait for experts.
+
+    recorded: what a recorded step is called.
+    """
+    return recorded if recorded_ranks > 1 else "a step with even load"
+
+
 def migrations_of(one: Replayed) -> str:
     return counted(len(one.commits), "migration")
 
