@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -52,6 +53,8 @@ from ep_rebalance.kernels.route_and_count import (
     route_and_count,
     route_and_count_torch,
 )
+from ep_rebalance.kernels.route_by_own_counts import PourTables, route_by_own_counts
+from ep_rebalance.kernels.shared_arithmetic import Ranks
 
 TURNS = 40
 WARM_UP = 5
@@ -72,8 +75,18 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Of a rank."""
+        """Of a rank, without redundant ones."""
         return self.experts // self.ranks
+
+    @property
+    def replicas(self) -> int:
+        """Redundant slots of a rank, where there are some: one for eight experts, as DeepSeek has it."""
+        return max(1, self.slots // 8)
+
+    @property
+    def slots_with_replicas(self) -> int:
+        """Of a rank."""
+        return self.slots + self.replicas
 
 
 SHAPES = [
@@ -195,7 +208,8 @@ def measure_floor(timer: Timer) -> Floor:
     size, side = (1 << 30, 8192) if on_gpu else (1 << 20, 64)
     source = torch.zeros(size, dtype=torch.uint8, device=timer.device)
     target = torch.empty_like(source)
-    matrix = torch.ones(side, side, dtype=torch.bfloat16, device=timer.device)
+    # Random, since a GPU multiplies equal values with less power, and so faster.
+    matrix = torch.randn(side, side, dtype=torch.bfloat16, device=timer.device)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}
     timer.turns(calls, WARM_UP)
     copy, product = np.median(timer.turns(calls, TURNS if on_gpu else 1), axis=0).tolist()
@@ -239,25 +253,25 @@ def draw_local_slots(shape: Shape, tokens: int, load: str, device: torch.device)
 
 
 def routing_cases(shape: Shape, tokens: int, load: str, device: torch.device) -> Iterator[Case]:
-    """route_and_count, alone and with group_tokens, with a replica more for every eighth expert."""
+    """Both ways to route, and the one by quotas with group_tokens, where some experts have two replicas."""
     ids = draw_ids(shape, tokens, load, device)
     phases = torch.zeros(tokens, dtype=torch.int8, device=device)
     tables = replica_tables(shape, device)
+    pours = pour_tables(shape, tables)
+    ranks = Ranks(total=shape.ranks, slots=shape.slots_with_replicas, source=0)
     offset = torch.zeros(1, dtype=torch.int64, device=device)
-    slots = shape.slots + shape.experts // 8 // shape.ranks
-    block_rows = tile_tables.rule(ids.numel() / max(slots, 1), fp8=False).rows
+    slots = shape.slots_with_replicas
+    block_rows = tile_tables.rule(ids.numel() / slots, fp8=False).rows
 
     def grouped() -> object:
         routed = route_and_count(ids, phases, tables, offset)
         return group_tokens(routed, num_slots=slots, block_rows=block_rows)
 
-    peers = vllm_routing(shape, ids, tables, block_rows, slots)
+    peers = vllm_routing(shape, ids, tables, block_rows)
     moved = ids.numel() * 8 + tokens
-    yield Case(
+    made = functools.partial(Case, shape=shape.name, tokens=tokens, load=load)
+    yield made(
         kernel="route_and_count",
-        shape=shape.name,
-        tokens=tokens,
-        load=load,
         candidates={
             "ours": lambda: route_and_count(ids, phases, tables, offset),
             **({"vLLM": peers[0]} if peers else {}),
@@ -265,29 +279,56 @@ def routing_cases(shape: Shape, tokens: int, load: str, device: torch.device) ->
         },
         bytes=moved,
     )
-    yield Case(
+    yield made(
+        kernel="route_by_own_counts",
+        candidates={
+            "ours": lambda: route_by_own_counts(ids, phases, tables, pours, offset, ranks),
+            "by quotas": lambda: route_and_count(ids, phases, tables, offset),
+            **({"vLLM": peers[0]} if peers else {}),
+        },
+        bytes=moved,
+    )
+    yield made(
         kernel="route and group",
-        shape=shape.name,
-        tokens=tokens,
-        load=load,
         candidates={"ours": grouped, **({"vLLM": peers[1]} if peers else {})},
         bytes=moved + ids.numel() * 8,
     )
 
 
 def replica_tables(shape: Shape, device: torch.device) -> LayerTables:
-    """Every eighth expert has a second slot, behind all the others."""
+    """Experts at equal distances have a second replica, on the rank after their first one's."""
+    experts = torch.arange(shape.experts)
     replica_slots = torch.full((shape.experts, 2), -1, dtype=torch.int32)
-    replica_slots[:, 0] = torch.arange(shape.experts)
+    home_ranks = experts // shape.slots
+    replica_slots[:, 0] = home_ranks * shape.slots_with_replicas + experts % shape.slots
     thresholds = torch.full((shape.experts, 2), 65536, dtype=torch.int32)
-    twice = torch.arange(0, shape.experts, 8)
-    replica_slots[twice, 1] = shape.experts + torch.arange(len(twice), dtype=torch.int32)
+    every = shape.slots // shape.replicas
+    twice = experts[experts % every == 0]
+    next_ranks = (home_ranks[twice] + 1) % shape.ranks
+    place = shape.slots + twice % shape.slots // every
+    replica_slots[twice, 1] = (next_ranks * shape.slots_with_replicas + place).int()
     thresholds[twice, 0] = 32768
     return LayerTables(
         counts_AE=torch.zeros(3, shape.experts, dtype=torch.int64, device=device),
         replica_slots_EC=replica_slots.to(device),
         thresholds_EC=thresholds.to(device),
     )
+
+
+def pour_tables(shape: Shape, tables: LayerTables) -> PourTables:
+    """The order in which the experts with two replicas are poured, on level ground."""
+    from ep_rebalance.routing.pours import pour_order  # not above, as in Moves
+
+    slots = tables.replica_slots_EC
+    order = pour_order(
+        slots.cpu().numpy()[None],
+        rows=shape.replicas * shape.ranks,
+        slots_per_rank=shape.slots_with_replicas,
+        num_ranks=shape.ranks,
+    )
+    poured_X, colour_X, row_E = (torch.from_numpy(part[0]).to(slots.device) for part in order)
+    ground_R = torch.zeros(shape.ranks, dtype=torch.int32, device=slots.device)
+    return PourTables(poured_X=poured_X, colour_X=colour_X, row_E=row_E, ground_R=ground_R)
 
 
 def mlp_case(shape: Shape, tokens: int, load: str, device: torch.device) -> Case:
@@ -478,7 +519,7 @@ def moves_table(results: list[MoveResult]) -> Table:
 
 
 def vllm_routing(
-    shape: Shape, ids: torch.Tensor, tables: LayerTables, block_rows: int, slots: int
+    shape: Shape, ids: torch.Tensor, tables: LayerTables, block_rows: int
 ) -> tuple[Callable[[], object], Callable[[], object]] | None:
     """(its map-and-record kernel, the same with `moe_align_block_size`), if it is installed on a GPU."""
     if not ids.is_cuda:
@@ -490,7 +531,8 @@ def vllm_routing(
         )
     except ImportError:
         return None
-    physical = shape.experts + shape.experts // 8
+    slots = shape.slots_with_replicas
+    physical = slots * shape.ranks
     load_view = torch.zeros(physical, dtype=torch.int32, device=ids.device)
     wide = torch.full((shape.experts, 1024), -1, dtype=torch.int64, device=ids.device)
     wide[:, :2] = tables.replica_slots_EC
@@ -603,6 +645,7 @@ def parse_options() -> argparse.Namespace:
     add("--shape", action="append", help="only shapes whose name holds this; may be repeated")
     add("--tokens", type=int, nargs="+", help=f"per rank (default {TOKENS})")
     add("--turns", type=int, default=TURNS, help=f"of each case (default {TURNS})")
+    add("--seconds", type=float, default=math.inf, help="begin no case after so long")
     add("--vllm", type=Path, help="folder with an unpacked vLLM wheel, to compare with")
     add("--json", type=Path, help="write all results there, too")
     add("--tune", action="store_true", help="find tiles for this GPU and write them, and end")
@@ -678,15 +721,14 @@ def main() -> None:
         return
     floor = measure_floor(timer)
     tokens = options.tokens or ([1, 20] if options.rehearse else TOKENS)
-    kinds = 3 * len(tokens) * len(LOADS) + 1
+    kinds = 4 * len(tokens) * len(LOADS) + 1
+    ends = time.monotonic() + options.seconds
+    cases = itertools.takewhile(
+        lambda _: time.monotonic() < ends, all_cases(shapes, tokens, timer.device)
+    )
     results = [
         measure(case, timer, floor, 1 if options.rehearse else options.turns)
-        for case in track(
-            all_cases(shapes, tokens, timer.device),
-            "measuring",
-            total=kinds * len(shapes),
-            console=console,
-        )
+        for case in track(cases, "measuring", total=kinds * len(shapes), console=console)
     ]
     found = {"floor": floor, "results": results}
     report(console, as_table(results, floor), on, options, found)

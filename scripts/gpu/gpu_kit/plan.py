@@ -24,8 +24,10 @@ STEP_PATH = (
     "tests/gpu/test_device_routing.py",
     "tests/gpu/test_device_host_memory.py",
     "tests/gpu/test_device_packing.py",
+    "tests/gpu/test_device_audit.py",
 )
 LOOP = "tests/gpu/test_device_migration.py"
+REPLICAS = ("--redundant", "4")
 TRIAL = "tests/gpu/test_device_quantised.py"
 
 
@@ -176,14 +178,28 @@ STEPS = (
     _tests("loop-nccl", "c", 120, LOOP, "-k", "{device} and nccl", nccl=True),
     _engine("engine-nccl", 150, nccl=True),
     _engine("engine-nccl-v1", 150, "--runner", "v1", nccl=True),
+    _engine("engine-replicas", 150, *REPLICAS, nccl=True),
+    _engine("engine-own-counts", 150, *REPLICAS, "--split", "own_counts", nccl=True),
+    _engine("engine-drafts", 180, "--drafts", nccl=True),
     _engine("engine-sync-nccl", 150, nccl=True, VLLM_GPU_SYNC_CHECK="error"),
     _engine("engine-graphs", 180, "--graphs", nccl=True),
     _engine("engine-graphs-v1", 180, "--graphs", "--runner", "v1", nccl=True),
+    _engine("engine-graphs-replicas", 180, "--graphs", *REPLICAS, nccl=True),
     Step(
         name="benchmarks",
         group="bench",
-        command=(f"{MODULES}.benchmarks", "--device", "{device}", "--json", "{out}/kernels.json"),
+        command=(
+            *(f"{MODULES}.benchmarks", "--device", "{device}", "--seconds", "{seconds}"),
+            *("--json", "{out}/kernels.json"),
+        ),
         seconds=240,
+        loads=("b",),
+    ),
+    Step(
+        name="hardware",
+        group="bench",
+        command=(f"{MODULES}.hardware",),
+        seconds=60,
         loads=("b",),
     ),
     Step(

@@ -100,6 +100,7 @@ def serve(options: argparse.Namespace) -> int:
     tell(
         generation=status["generation"],
         moved_experts=sum(status["migrated_experts"].values()),
+        plans=status["plans"],
         self_test=status["self_test"],
         self_test_seconds=round(status["self_test_seconds"], 2),
         answers=turns[0],
@@ -143,6 +144,10 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {**EAGER_BALANCER, "mode": options.mode}
     if options.backend == "gloo":
         settings["data_plane"] = {"all_to_all": "ours"}
+    if options.redundant:
+        settings["planner"] = {**settings["planner"], "redundant_experts": options.redundant}
+    if options.split:
+        settings["dispatch"] = {"split": options.split}
     if options.untried:
         settings["quantisation"] = {"self_test": False}
     elif options.format and options.device == "cpu":
@@ -155,6 +160,12 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "enable_expert_parallel": True,
         "additional_config": {"ep_rebalance": settings},
     }
+    if options.drafts:
+        arguments["speculative_config"] = {
+            "model": str(options.model),
+            "method": "draft_model",
+            "num_speculative_tokens": 2,
+        }
     if options.device == "cpu":
         return arguments if options.format else arguments | {"dtype": "float32"}
     if options.format:
@@ -203,6 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--mode", choices=["observe", "rebalance"], default="rebalance")
     add("--model", default=MODEL)
     add("--format", choices=FORMATS, help="quantise the experts of examples/tiny_moe")
+    add("--redundant", type=int, default=0, help="slots for replicas")
+    add("--split", choices=["window", "own_counts"], help="how tokens are split over replicas")
+    add("--drafts", action="store_true", help="the model drafts for itself")
     add("--untried", action="store_true", help="without the trial of moves at start")
     add("--turns", type=int, default=6)
     add("--seconds", type=float, default=150)
