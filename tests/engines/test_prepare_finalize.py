@@ -109,18 +109,27 @@ def test_slots_are_numbered_as_if_all_ranks_had_as_many_as_the_fullest(vllm, ran
         assert (numbers_P % counts_R.max() == np.arange(experts) - first_R1[rank_P]).all()
 
 
-def prepare_for_8_bit_kernels(rank: int) -> tuple:
-    """(rows as sent, rows as a kernel for FP8 takes them, what a kernel that quantises by itself takes)."""
+def to_fp8(rows: torch.Tensor, *given, **options) -> tuple:
+    """A CPU has no such kernel, and on a GPU it fails for no rows."""
     import reference_experts
+
+    assert len(rows)
+    return reference_experts._to_fp8(rows, *given, **options)
+
+
+def prepare_for_8_bit_kernels(rank: int, tokens: int, first_rank_only: bool = False) -> tuple:
+    """(rows as sent, rows as a kernel for FP8 takes them, what a kernel that quantises by itself takes)."""
     from vllm import _custom_ops
     from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 
     from ep_rebalance.engines.vllm.seams.prepare_finalize import AllToAllPrepareAndFinalize
 
     join(rank)
-    _custom_ops.scaled_fp8_quant = reference_experts._to_fp8  # a CPU has none
+    _custom_ops.scaled_fp8_quant = to_fp8
     placement = [list(range(r * EXPERTS // 2, (r + 1) * EXPERTS // 2)) for r in range(2)]
-    step = make_step(0, 6, TOP_K, torch.float32, placement, EXPERTS, seed=6)
+    step = make_step(0, tokens, TOP_K, torch.float32, placement, EXPERTS, seed=6)
+    if first_rank_only:
+        step.slots_TK.remainder_(EXPERTS // 2)
     moe = SimpleNamespace(
         num_experts=EXPERTS,
         moe_parallel_config=SimpleNamespace(is_sequence_parallel=False),
@@ -136,13 +145,22 @@ def prepare_for_8_bit_kernels(rank: int) -> tuple:
     rows, scales, *_ = layer.prepare(*given, quantised)
     deferred, none, *_ = layer.prepare(*given, quantised, defer_input_quant=True)
     assert none is None
+    if scales is None:
+        return plain, rows, deferred, rows.dtype
     return plain, rows.float() * scales, deferred, rows.dtype
 
 
 def test_a_kernel_that_takes_8_bit_rows_gets_them_with_their_scales(two_ranks: Ranks):
     for plain, dequantised, deferred, dtype in two_ranks.run(
-        prepare_for_8_bit_kernels, timeout=IMPORT_SECONDS
+        prepare_for_8_bit_kernels, 6, timeout=IMPORT_SECONDS
     ):
         assert dtype == torch.float8_e4m3fn
         assert torch.equal(deferred, plain)
         torch.testing.assert_close(dequantised, plain, rtol=0.07, atol=0.02)
+
+
+def test_a_rank_that_gets_no_row_quantises_none(two_ranks: Ranks):
+    """As in vLLM's first step, whose tokens are all alike."""
+    first, second = two_ranks.run(prepare_for_8_bit_kernels, 6, True, timeout=IMPORT_SECONDS)
+    assert len(first[1]) == len(first[0]) > 0
+    assert len(second[1]) == len(second[0]) == 0

@@ -262,7 +262,10 @@ def _node_groups() -> NodeGroups:
 
 def _quantise(rows_MH: torch.Tensor, quant_config: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As vLLM prepares the rows of one rank (vllm/model_executor/layers/fused_moe/prepare_finalize/
-    no_dp_ep.py)."""
+    no_dp_ep.py). No rows have no scales: its CUDA kernels fail without a row, as deepep_ht.py there knows.
+    """
+    if not len(rows_MH):
+        return rows_MH, None
     from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import _quantize_input
 
     quantised: tuple[torch.Tensor, torch.Tensor | None] = _quantize_input(rows_MH, quant_config)

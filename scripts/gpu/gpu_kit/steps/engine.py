@@ -164,7 +164,8 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         arguments["speculative_config"] = {
             "model": str(options.model),
             "method": "draft_model",
-            "num_speculative_tokens": 2,
+            # For more, vLLM 0.33's V2 runner fails by itself where ranks are data-parallel.
+            "num_speculative_tokens": 1,
         }
     if options.device == "cpu":
         return arguments if options.format else arguments | {"dtype": "float32"}
