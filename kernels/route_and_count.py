@@ -14,8 +14,13 @@ import torch
 from ep_rebalance.kernels.language import jit, runs_triton, tl, triton
 from ep_rebalance.kernels.shared_arithmetic import HASH_STEP, IGNORED
 
-HISTOGRAM_PAIRS = 8192
-"""With this many (token, expert) pairs or more, a block counts in shared memory first."""
+HISTOGRAM_TOKENS = 128
+"""With so many (token, expert) pairs per expert or more, a block counts in shared memory first.
+
+On an H200 that took 9 us for 128 experts and 17 us for 256, however many pairs there were. vLLM's kernel, in
+which each pair adds to the counts by itself, took 6 us with 4 pairs per expert, 8 with 32 to 64 and 20 with
+256 to 512 (benchmarks/kernels.py).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,9 +231,14 @@ def _kernel(
         tl.store(slots_ptr + pair, tl.where(given < 0, given, slot), mask=valid)
 
 
+def histogram_pairs(num_experts: int) -> int:
+    """The fewest (token, expert) pairs that are counted in shared memory first."""
+    return HISTOGRAM_TOKENS * num_experts
+
+
 def options(num_pairs: int, num_experts: int) -> dict[str, int]:
-    """BLOCK, BINS and warps of a launch. A histogram pays if a block has many more pairs than bins."""
-    if num_pairs < HISTOGRAM_PAIRS:
+    """BLOCK, BINS and warps of a launch."""
+    if num_pairs < histogram_pairs(num_experts):
         return {"BLOCK": 256, "BINS": 0, "num_warps": 4}
     return {"BLOCK": 2048, "BINS": triton.next_power_of_2(3 * num_experts), "num_warps": 16}
 

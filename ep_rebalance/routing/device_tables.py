@@ -15,11 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ep_rebalance.host_memory import UploadRing, pinned
-from ep_rebalance.kernels.route_and_count import (
-    HISTOGRAM_PAIRS,
-    LayerTables,
-    count_experts,
-)
+from ep_rebalance.kernels.route_and_count import LayerTables, count_experts, histogram_pairs
 from ep_rebalance.kernels.route_by_own_counts import PourTables
 from ep_rebalance.kernels.shared_arithmetic import IGNORED, Ranks
 from ep_rebalance.placement import Placement
@@ -177,7 +173,7 @@ class RoutingTables:
         they are.
         """
         for dtype in (torch.int32, torch.int64):
-            for pairs in (1, HISTOGRAM_PAIRS):
+            for pairs in (1, histogram_pairs(self.layers[0].counts_AE.shape[1])):
                 padding = torch.full((pairs, 1), -1, dtype=dtype, device=self.phase_T.device)
                 self.route(0, padding, 0)
                 self.count(0, padding, 0)

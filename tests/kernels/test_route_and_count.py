@@ -161,7 +161,7 @@ def test_replicas_receive_about_their_quotas_in_a_few_steps_of_short_batches(bat
 
 
 LARGE = (1100, 8, 60, 4, 4)
-"""More pairs than HISTOGRAM_PAIRS."""
+"""More pairs for each expert than HISTOGRAM_TOKENS."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

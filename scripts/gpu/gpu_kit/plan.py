@@ -180,7 +180,7 @@ STEPS = (
     _engine("engine-nccl-v1", 150, "--runner", "v1", nccl=True),
     _engine("engine-replicas", 150, *REPLICAS, nccl=True),
     _engine("engine-own-counts", 150, *REPLICAS, "--split", "own_counts", nccl=True),
-    _engine("engine-drafts", 180, "--drafts", nccl=True),
+    _engine("engine-drafts", 180, "--drafts", "--runner", "v1", nccl=True),
     _engine("engine-sync-nccl", 150, nccl=True, VLLM_GPU_SYNC_CHECK="error"),
     _engine("engine-graphs", 180, "--graphs", nccl=True),
     _engine("engine-graphs-v1", 180, "--graphs", "--runner", "v1", nccl=True),

@@ -164,8 +164,7 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
         arguments["speculative_config"] = {
             "model": str(options.model),
             "method": "draft_model",
-            # For more, vLLM 0.33's V2 runner fails by itself where ranks are data-parallel.
-            "num_speculative_tokens": 1,
+            "num_speculative_tokens": 2,
         }
     if options.device == "cpu":
         return arguments if options.format else arguments | {"dtype": "float32"}
@@ -217,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS, help="quantise the experts of examples/tiny_moe")
     add("--redundant", type=int, default=0, help="slots for replicas")
     add("--split", choices=["window", "own_counts"], help="how tokens are split over replicas")
-    add("--drafts", action="store_true", help="the model drafts for itself")
+    add("--drafts", action="store_true", help="the model drafts for itself: V1 only")
     add("--untried", action="store_true", help="without the trial of moves at start")
     add("--turns", type=int, default=6)
     add("--seconds", type=float, default=150)
