@@ -60,9 +60,11 @@ def _reloaded(scene: Scene, seed: int) -> int:
     with scene.fault("reload"):
         spread(seed, 0.2)
         scene.server.call_workers("reload_weights")
-    after = scene.wait_until(lambda s: s["weight_reloads"] > before["weight_reloads"])
+    scene.wait_until(lambda s: s["weight_reloads"] > before["weight_reloads"])
     scene.serves_on()
-    abandoned: int = after["plans"]["abandoned"] - before["plans"]["abandoned"]
+    # Only now: the migration is given up after the reload was counted.
+    after = scene.server.status()["plans"]["abandoned"]
+    abandoned: int = after - before["plans"]["abandoned"]
     return abandoned
 
 
