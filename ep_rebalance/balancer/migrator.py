@@ -24,11 +24,13 @@ from ep_rebalance.migration.commit import (
     Split,
     commit_batch,
     commit_split,
+    write_arrivals,
 )
 from ep_rebalance.migration.configured import configured_staging
+from ep_rebalance.migration.copies import fill_copies, quotas_without_copies_LP
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import Faults, RoundExchange, StagingFull
-from ep_rebalance.migration.schedule import schedule_copy
+from ep_rebalance.migration.schedule import schedule_copies
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.pace import Pace, most_bytes_per_step
@@ -99,6 +101,9 @@ class Migrator:
         self._told: list[tuple[int, ...]] = []
         self._may_move = True
         self._loaded = self.served
+        # What the engine's loader has surely written; it may have left copies as they were.
+        self._loaded_once = self.served.with_quotas(quotas_without_copies_LP(placement))
+        self._unfilled: set[int] = set()  # layers, the same on all ranks
         self._actions = 0
         self.staging_slots = 0
         self._counts = counts
@@ -168,10 +173,10 @@ class Migrator:
         """
         assert self._exchange is not None
         assert self.audit is not None
-        batch = schedule_copy(
+        batch = schedule_copies(
             self.served.placement,
             layer,
-            (source, slot),
+            [(source, slot)],
             topology=self._topology,
             expert_bytes_L=self.expert_bytes_L,
             max_bytes=self._max_bytes,
@@ -188,9 +193,7 @@ class Migrator:
         assert self._memory is not None
         layers = self._not_replaced(batch.layers)
         with self._commit_stalls.stall():
-            for move in batch.arrivals(self._rank) if layers else ():
-                packed = exchange.staging[move.staging, : self.expert_bytes_L[move.layer]]
-                self._memory.write(move.layer, move.dst_slot % self._memory.slots, packed)
+            write_arrivals(batch, layers, exchange.staging, self._memory, self._rank)
         audit.committed(batch, layers, exchange.checksum_of)
         self._actions += 1
 
@@ -222,12 +225,7 @@ class Migrator:
         )
         prepared = PreparedMigration.of(migration, self._counts)
         for commit in prepared.commits:
-            batch = commit.batch
-            exchange.begin_batch(batch)
-            for number in range(len(batch.rounds)):
-                exchange.exchange(batch, number)
-            vote = exchange.vote(batch, replaced=self._holds_loaded or not self._may_move)
-            if faults := exchange.faults_of(vote):
+            if faults := exchange.deliver(commit.batch, replaced=self._votes_down):
                 self._serve(self.served.numbered(source))
                 raise NotTakenUp(f"the saved placement could not be taken up: {faults}")
             self._commit(commit, exchange)
@@ -249,13 +247,18 @@ class Migrator:
                 audit=self.audit,
             )
         except RuntimeError:  # torch's out of memory is one
-            logger.exception("ep_rebalance: not enough memory to restore the saved placement")
+            logger.exception("ep_rebalance: not enough memory for experts on their way")
         # Also a rank that failed takes part, so that the others do not wait for it in their exchange.
-        lacking = torch.tensor([int(exchange is None)], device=memory.device)
-        dist.all_reduce(lacking, group=self._group)
-        if exchange is None or lacking.item():
-            raise NotTakenUp(f"{int(lacking.item())} rank(s) lack memory for the saved placement")
+        lacking = self._count_ranks(exchange is None)
+        if exchange is None or lacking:
+            raise NotTakenUp(f"{lacking} rank(s) lack memory for experts on their way")
         return exchange
+
+    def _count_ranks(self, true_here: bool) -> int:
+        """On how many ranks something is so. Collective, and waits for the device."""
+        count = torch.tensor([int(true_here)], device=self._counts.counts_LAE.device)
+        dist.all_reduce(count, group=self._group)
+        return int(count.item())
 
     @property
     def reloads(self) -> int:
@@ -268,6 +271,11 @@ class Migrator:
         return bool(self._told)
 
     @property
+    def _votes_down(self) -> bool:
+        """Whether this rank holds other experts than `served` says, or may not move them."""
+        return self._holds_loaded or not self._may_move or bool(self._unfilled)
+
+    @property
     def has_moved_experts(self) -> bool:
         """Whether any slot holds another expert than was loaded into it."""
         return self.served.placement != self._loaded.placement
@@ -275,13 +283,14 @@ class Migrator:
     def weights_replaced(self, layers: tuple[int, ...]) -> None:
         """The engine wrote all slots of `layers` on this rank anew, in the order in which it loads them.
 
-        From now on this rank sends its tokens there. `served` stays what all ranks agree on. Until
-        `serve_loaded`, nothing is committed to these layers on this rank, and it votes every batch down.
+        From now on this rank sends its tokens there, to the first slot of each expert: not every loader
+        writes the others. `served` stays what all ranks agree on. Until `serve_loaded`, nothing is committed
+        to these layers on this rank, and it votes every batch down.
         """
         self._told.append(layers)
         if self.audit is not None:
             self.audit.forget(layers)
-        self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
+        self._counts.set_dispatch(layers, self._loaded.placement, self._loaded_once.quotas_LP)
 
     def replace_memory(self, memory: ExpertMemory) -> None:
         """Use other tensors, which hold the experts now. Raises ValueError if their sizes differ."""
@@ -318,7 +327,36 @@ class Migrator:
             self.audit.forget_lost(layers)
         self._told = self._told[reloads - self.agreed_reloads :]
         self.agreed_reloads = reloads
-        self._serve(self.served.reloaded(layers, self._loaded))
+        self._serve(self.served.reloaded(layers, self._loaded_once))
+        if self._loaded.placement.num_redundant:
+            self._unfilled.update(layers)
+            self.fill_copies()
+
+    def fill_copies(self) -> None:
+        """Write the copies of experts in layers that were loaded anew, and serve them. Collective if there
+        are any, and returns when all ranks have them.
+
+        Until then these layers are served from the first slots of their experts, and nothing moves. As long
+        as a rank has other weights, or some that may not be moved, that is left for a later call.
+        """
+        if not self._unfilled or self._count_ranks(self._holds_loaded or not self._may_move):
+            return
+        assert self._memory is not None, "mode observe is told of no reload"
+        layers, faults = sorted(self._unfilled), ""
+        try:
+            exchange = self._roomy_exchange(1, self._memory)
+            found = fill_copies(
+                self._loaded.placement, layers, exchange, self._memory, audit=self.audit
+            )
+            faults = str(found) if found else ""
+        except NotTakenUp as error:
+            faults = str(error)
+        if faults:
+            logger.error("ep_rebalance: copies of experts are not served yet: %s", faults)
+            return
+        self._unfilled.clear()
+        self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
+        self.served = self.served.with_layers(layers, self.served.placement, self._loaded.quotas_LP)
 
     def serve_split(self, split: Split) -> None:
         """Serve the same placement with other quotas."""
@@ -372,8 +410,7 @@ class Migrator:
             yield
         with self._round_stalls.stall():
             exchange.exchange(batch, last)
-            replaced = self._holds_loaded or not self._may_move
-            vote = exchange.vote(batch, replaced=replaced, known=known)
+            vote = exchange.vote(batch, replaced=self._votes_down, known=known)
         self._actions += 1
         yield  # the votes are copied to the host beside the next step
         return exchange.faults_of(vote)
@@ -412,6 +449,8 @@ class Migrator:
         self._take_up(prepared.split)
 
     def _take_up(self, split: Split) -> None:
+        if self._unfilled:
+            return  # it would send tokens to copies that are not there
         if self._holds_loaded:
             every = range(self.served.placement.num_layers)
             self._counts.serve(self._not_replaced(every), split.tables)

@@ -283,6 +283,7 @@ class Rebalancer:
         self._ended = None
         self._tell(SnapshotTaken(snapshot.sample, self.served, earlier))
         self._jobs.forget_what_ended(snapshot.agreed)
+        self.migrator.fill_copies()
         yield from self._auditor.follow(sums.flags, replaced=snapshot.agreed.replaced)
         return snapshot
 

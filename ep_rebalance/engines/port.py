@@ -8,7 +8,7 @@
 | a router chose top-k experts | `slots_TK = session.route(layer, ids_TK)`; tokens go to these slots |
 | the forward pass was issued | `session.end_step()`, also in steps without tokens of this rank |
 | the model has a drafter | `Sessions` has one more session, see there and `DraftSession` |
-| a loader wrote experts | `session.weights_replaced(layers)`, before the next step |
+| a loader wrote experts, copies or not | `session.weights_replaced(layers)`, before the next step |
 | the memory of weights is given back | `session.before_weights_go()`, before it is |
 | slots are to be saved | refuse it while `session.has_moved_experts` |
 | somebody asks | `status()`, `load()`, `overview()`, `ask(action)`, `record(on)` |

@@ -93,13 +93,19 @@ def commit_batch(
     staging: uint8, a packed expert in each row. What arrived.
     """
     # The next forward pass is queued behind these copies, so it sees all of them or none.
-    for move in commit.batch.arrivals(rank):
-        if move.layer not in layers:
-            continue
-        packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
-        memory.write(move.layer, move.dst_slot % memory.slots, packed)
+    write_arrivals(commit.batch, layers, staging, memory, rank)
     counts.serve(layers, commit.split.tables)
     return commit.serves(served)
+
+
+def write_arrivals(
+    batch: Batch, layers: Sequence[int], staging: torch.Tensor, memory: ExpertMemory, rank: int
+) -> None:
+    """Put experts that arrived into their slots; arguments as of `commit_batch`."""
+    for move in batch.arrivals(rank):
+        if move.layer in layers:
+            packed = staging[move.staging, : memory.expert_bytes_L[move.layer]]
+            memory.write(move.layer, move.dst_slot % memory.slots, packed)
 
 
 def commit_split(split: Split, served: Served, counts: RoutingTables) -> Served:

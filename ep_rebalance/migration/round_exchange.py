@@ -146,6 +146,13 @@ class RoundExchange:
         self._take_part(self._all_to_all, sum(receive_R), sum(send_R), receive_R, send_R)
         self._attempt("experts were not unpacked", self._unpack, part, number)
 
+    def deliver(self, batch: Batch, *, replaced: bool = False) -> Faults:
+        """All rounds of a batch, one after another, and what the ranks voted. Waits for the device."""
+        self.begin_batch(batch)
+        for number in range(len(batch.rounds)):
+            self.exchange(batch, number)
+        return self.faults_of(self.vote(batch, replaced=replaced))
+
     @property
     def failed_here(self) -> bool:
         """Whether this rank failed in the batch; the vote tells only how many did."""

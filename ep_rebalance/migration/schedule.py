@@ -52,37 +52,38 @@ def schedule(
     return Migration(source=source, target=target, quotas_LP=quotas_LP, batches=batches, pace=pace)
 
 
-def schedule_copy(
+def schedule_copies(
     placement: Placement,
     layer: int,
-    slots: tuple[int, int],
+    copies: Sequence[tuple[int, int]],
     *,
     topology: Topology,
     expert_bytes_L: Sequence[int],
     max_bytes: int,
     rank: int,
 ) -> Batch:
-    """One slot's expert copied into another slot that is to hold the same: a batch of one move.
+    """Experts of some slots copied into others that are to hold the same: one batch.
 
-    slots: the one that is read, and the one that is written; on different ranks.
-    max_bytes: bytes. The most that is sent in a round.
+    copies: of each the slot that is read, and the one that is written, on another rank; at most one is
+        written on each rank.
+    max_bytes: bytes. The most that a rank sends, or receives, in a round.
     rank: whose itinerary the batch carries.
     """
-    src_slot, dst_slot = slots
-    src_rank, dst_rank = src_slot // placement.slots_per_rank, dst_slot // placement.slots_per_rank
     bytes_L = np.array(expert_bytes_L, dtype=np.int64)
-    values = {
-        "layer": layer,
-        "expert": int(placement.slots_LP[layer, dst_slot]),
-        "src_rank": src_rank,
-        "src_slot": src_slot,
-        "dst_rank": dst_rank,
-        "dst_slot": dst_slot,
-        "link": LINKS.index(topology.link(src_rank, dst_rank)),
-        "staging": 0,
-        "size": int(bytes_L[layer]),
-    }
-    moves = Moves(**{name: np.array([value], dtype=np.int64) for name, value in values.items()})
+    src_slot, dst_slot = np.array(copies, dtype=np.int64).T.copy()
+    src_rank, dst_rank = src_slot // placement.slots_per_rank, dst_slot // placement.slots_per_rank
+    links = [topology.link(int(src), int(dst)) for src, dst in zip(src_rank, dst_rank, strict=True)]
+    moves = Moves(
+        layer=np.full_like(dst_slot, layer),
+        expert=placement.slots_LP[layer, dst_slot].astype(np.int64),
+        src_rank=src_rank,
+        src_slot=src_slot,
+        dst_rank=dst_rank,
+        dst_slot=dst_slot,
+        link=np.array([LINKS.index(link) for link in links], dtype=np.int64),
+        staging=np.zeros_like(dst_slot),
+        size=np.full_like(dst_slot, bytes_L[layer]),
+    )
     pace = Pace.of_bytes(max_bytes)
     (batch,) = _batches(moves, (layer,), placement, bytes_L, pace, 1, rank)
     return batch

@@ -283,7 +283,6 @@ class _Trial:
             group=self._group, memory=self._memory, max_bytes=_PIECE, staging_slots=1
         )
         batch = _round_the_ring(self._memory, self._layer, self._rank, self._size)
-        exchange.begin_batch(batch)
         kept = tuple(slab.bytes_EB[_SLOT].clone() for slab in self._slabs)
         return _Prepared(exchange, batch, kept, self._checksums_S())
 
@@ -308,9 +307,7 @@ class _Trial:
     def _deliver(self, prepared: _Prepared) -> bool:
         """Whether every expert lies whole in its receiver's staging memory; the same on all ranks."""
         exchange, batch = prepared.exchange, prepared.batch
-        for number in range(len(batch.rounds)):
-            exchange.exchange(batch, number)
-        faults = exchange.faults_of(exchange.vote(batch))
+        faults = exchange.deliver(batch)
         if exchange.failed_here and not self._failure:
             self._failure = "its part in the exchange failed; its log says why"
         return not faults

@@ -374,7 +374,7 @@ def test_a_drafter_with_copies_that_nothing_was_loaded_into_is_not_counted(joine
         joined(eager({"drafter": "balanced"}), Proposer(drafter))
 
 
-def test_a_target_with_copies_that_nothing_was_loaded_into_is_refused(joined, joined_model):
+def test_a_target_is_known_by_the_slots_that_nothing_was_loaded_into(joined, joined_model):
     """As of a checkpoint with one tensor for all experts of a layer."""
     from ep_rebalance.engines.vllm.seams import expert_loads
 
@@ -397,12 +397,14 @@ def test_a_target_with_copies_that_nothing_was_loaded_into_is_refused(joined, jo
             target, engine, eager({"planner": {"redundant_experts": 2}})
         )
 
-    load(0, 1)
-    with pytest.raises(ConfigurationError, match="loads no copies") as refused:
+    load(0)
+    with pytest.raises(ConfigurationError, match="only some of its experts") as refused:
         loaded()
     assert "planner.redundant_experts=0" in refused.value.remedy
+    load(1)
+    assert loaded().unfilled
     load(2, 3)
-    assert loaded().redundant == 2
+    assert not loaded().unfilled
 
 
 def test_slots_of_a_drafter_that_ranks_cannot_share_are_refused(joined_model):

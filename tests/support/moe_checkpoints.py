@@ -68,6 +68,26 @@ def write_checkpoint(family: Family, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def fuse_experts(folder: Path) -> None:
+    """Put the experts of a layer into one tensor, as transformers saves many families."""
+    apart, weights = re.compile(r"(.*\.experts)\.(\d+)\.(\w+_proj)\.weight"), {}
+    stacked: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if found := apart.fullmatch(name):
+            stacked.setdefault((found[1], found[3]), {})[int(found[2])] = tensor
+        else:
+            weights[name] = tensor
+    whole = {
+        key: torch.stack([tensors[expert] for expert in sorted(tensors)])
+        for key, tensors in stacked.items()
+    }
+    for experts in {experts for experts, _ in whole}:
+        gate, up = whole[experts, "gate_proj"], whole[experts, "up_proj"]
+        weights[f"{experts}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        weights[f"{experts}.down_proj"] = whole[experts, "down_proj"]
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def _save_by_transformers(family: Family, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

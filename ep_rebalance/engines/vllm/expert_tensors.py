@@ -62,8 +62,12 @@ class LayerTensors:
 
     def summary(self) -> dict[str, str]:
         """What must be the same on all ranks, short enough to be sent around: texts by name. Reads memory."""
+        return self.form() | self.fingerprints()
+
+    def form(self) -> dict[str, str]:
+        """The part of `summary` that does not hang on what the tensors hold."""
         sizes = {_part_of(slab.name): f"{slab.size} bytes" for slab in self.slabs}
-        return {"kernel": self.scheme, "refusals": self.reasons} | sizes | self.fingerprints()
+        return {"kernel": self.scheme, "refusals": self.reasons} | sizes
 
     def fingerprints(self) -> dict[str, str]:
         """Of tensors of which all ranks must hold the same, since an expert may go from any to any, by name:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from ep_rebalance.config import QuantisationConfig
+from ep_rebalance.config import ConfigurationError, QuantisationConfig
 from ep_rebalance.engines.vllm.expert_proof import (
     compute_once,
     prove_layer,
@@ -32,10 +32,13 @@ from ep_rebalance.engines.vllm.expert_tensors import (
 from ep_rebalance.engines.vllm.parallel import ep_group
 from ep_rebalance.engines.vllm.quantised_pairs import pair_of_layer, refuse_pair
 from ep_rebalance.migration import compile_schedule
+from ep_rebalance.migration.copies import BYTES_PER_ROUND, fill_copies
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.proof import Verdict, in_a_line
+from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.migration.slabs import ExpertsOfLayer
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
+from ep_rebalance.placement import Placement
 from ep_rebalance.telemetry.self_test import SelfTest
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ NO_TRIAL = (
     "a trial, and mode=observe moves nothing."
 )
 """Remedy where it remained open whether experts can move."""
+WITHOUT_COPIES = "set planner.redundant_experts=0: experts still move."
+"""Remedy where redundant slots cannot be filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +70,16 @@ class MovableExperts:
 
 
 def movable_experts(
-    layers: Sequence[Any], vllm_config: Any, settings: QuantisationConfig
+    layers: Sequence[Any],
+    vllm_config: Any,
+    settings: QuantisationConfig,
+    unfilled: Placement | None = None,
 ) -> MovableExperts:
     """Collective.
 
     layers: vLLM's `moe_layers`, loaded.
+    unfilled: what each slot is to hold, if only the first slot of each expert was loaded; the others are
+        filled from it.
 
     Raises ConfigurationError, the same on all ranks, if their experts may not move.
     """
@@ -80,12 +90,12 @@ def movable_experts(
         refuse_pair(pair_of_layer(experts.quant_method), settings, experts.layer_name)
     if settings.self_test:
         _refuse_failures(_first_runs(layers, vllm_config), group)
+    compile_schedule()  # what moves between ranks here needs it
+    if unfilled is not None:
+        _fill(find_expert_tensors(layers), unfilled, group)
     found = find_expert_tensors(layers)
-    summaries: list[Any] = [None] * dist.get_world_size(group)
     ours = [layer.summary() for layer in found]
-    dist.all_gather_object(summaries, ours, group=group)
-    refuse_differences(found, summaries)
-    refuse_unmovable(found)  # for the same reasons on all ranks, which were compared
+    _refuse_unlike(found, ours, group)
     verdicts: Counter[str] = Counter()
     if settings.self_test:
         verdicts = _tried(layers, found, vllm_config, group)
@@ -133,7 +143,6 @@ def _tried(
     """One layer of each kind stands for the others. Returns how many layers have which verdict."""
     alike = Counter(tensors.signature for tensors in found)
     first_of_kind = {tensors.signature: number for number, tensors in reversed([*enumerate(found)])}
-    compile_schedule()  # the move between ranks needs it
     memory = _memory(found, group)
     verdicts: Counter[str] = Counter()
     findings: list[Finding] = []
@@ -148,6 +157,35 @@ def _tried(
         verdicts[_told(alone.verdict, between.verdict).name.lower()] += alike[signature]
     _refuse_failures(findings, group)
     return verdicts
+
+
+def _refuse_unlike(
+    found: Sequence[LayerTensors], ours: Sequence[Mapping[str, str]], group: dist.ProcessGroup
+) -> None:
+    summaries: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(summaries, ours, group=group)
+    refuse_differences(found, summaries)
+    refuse_unmovable(found)  # for the same reasons on all ranks, which were compared
+
+
+def _fill(found: Sequence[LayerTensors], placement: Placement, group: dist.ProcessGroup) -> None:
+    """Copy experts into the slots that were left empty. What these hold until then is not compared."""
+    began = time.perf_counter()
+    _refuse_unlike(found, [layer.form() for layer in found], group)
+    memory, ranks = _memory(found, group), ep_group().device_group
+    exchange = RoundExchange(group=ranks, memory=memory, max_bytes=BYTES_PER_ROUND, staging_slots=1)
+    if faults := fill_copies(placement, range(len(found)), exchange, memory):
+        raise ConfigurationError(
+            f"redundant slots, into which vLLM loads nothing, could not be filled: {faults}.",
+            WITHOUT_COPIES,
+        )
+    filled = placement.num_redundant * sum(memory.expert_bytes_L)
+    logger.info(
+        "ep_rebalance: filled %d redundant slots that vLLM had left empty, %.0f MiB, %.2f s",
+        placement.num_redundant * len(found),
+        filled / 2**20,
+        time.perf_counter() - began,
+    )
 
 
 def _told(alone: Verdict, between: Verdict) -> Verdict:

@@ -14,6 +14,7 @@ from ep_rebalance.engines.port import DraftSession, EngineModel, Session, drafte
 from ep_rebalance.engines.vllm.data_plane import carries_tokens
 from ep_rebalance.engines.vllm.engine_config import active_config, model_identity
 from ep_rebalance.engines.vllm.movable_experts import (
+    WITHOUT_COPIES,
     MovableExperts,
     listed_bytes,
     movable_experts,
@@ -65,12 +66,14 @@ class LoadedModel:
 
     config: vLLM's of the model.
     redundant: slots beyond one for each expert.
+    unfilled: whether vLLM left some of them empty.
     max_tokens: the most rows of a forward pass.
     """
 
     moe: MoeModel
     config: Any
     redundant: int
+    unfilled: bool = False
     max_tokens: int
     stage: PipelineStage
 
@@ -85,12 +88,11 @@ def loaded_target(moe: MoeModel, vllm_config: Any, config: RebalanceConfig) -> L
     """Collective. Raises ConfigurationError, the same on all ranks, for slots that cannot be served."""
     redundant = config.planner.redundant_experts
     refuse_unlike(moe, redundant)
-    if redundant:
-        _refuse_without_copies(moe, "set planner.redundant_experts=0: experts still move.")
     return LoadedModel(
         moe=moe,
         config=vllm_config.model_config,
         redundant=redundant,
+        unfilled=redundant > 0 and _lacks_copies(moe),
         max_tokens=_most_rows(vllm_config),
         stage=pipeline_stage(),
     )
@@ -107,8 +109,11 @@ def _loaded_drafter(moe: MoeModel, vllm_config: Any) -> LoadedModel:
             "serve it with the target's parallelism.",
         )
     _refuse_unshared(moe)
-    if redundant:
-        _refuse_without_copies(moe, "set drafter=pinned.")
+    if redundant and _lacks_copies(moe):
+        raise ConfigurationError(
+            f"vLLM's {moe.name} makes redundant slots and loads no copies of experts into them.",
+            "set drafter=pinned.",
+        )
     speculative = vllm_config.speculative_config
     drafted = vllm_config.scheduler_config.max_num_seqs * (1 + speculative.num_speculative_tokens)
     return LoadedModel(
@@ -130,22 +135,26 @@ def _refuse_unshared(moe: MoeModel) -> None:
         )
 
 
-def _refuse_without_copies(moe: MoeModel, remedy: str) -> None:
-    """Into redundant slots vLLM loads nothing from checkpoints with one tensor for all experts of a layer
+def _lacks_copies(moe: MoeModel) -> bool:
+    """Whether vLLM's loader left redundant slots empty, on any rank. Collective.
+
+    Into these vLLM loads nothing from checkpoints with one tensor for all experts of a layer
     (vllm/model_executor/layers/fused_moe/routed_experts.py, `load_weights`), nor do some MTP layers from any
-    (vllm/model_executor/models/deepseek_mtp.py, glm4_moe_mtp.py). Collective.
+    (vllm/model_executor/models/deepseek_mtp.py, glm4_moe_mtp.py).
+
+    Raises ConfigurationError, the same on all ranks, for an expert that no rank holds whole.
     """
-    group = ep_group()
+    group, experts = ep_group(), moe.num_logical_experts
     first, stop = first_slots_R1(moe.slots, group.world_size)[group.rank_in_group :][:2].tolist()
-    own = range(first, stop)
-    empty_R = [False] * group.world_size
-    ours = any(left_out(layer.routed_experts, own) for layer in moe.moe_layers)
+    parts = range(first, min(stop, experts)), range(max(first, experts), stop)
+    ours = [any(left_out(layer.routed_experts, part) for layer in moe.moe_layers) for part in parts]
+    empty_R: list[list[bool]] = [ours] * group.world_size
     dist.all_gather_object(empty_R, ours, group=group.cpu_group)
-    if any(empty_R):
+    if any(experts_missing for experts_missing, _ in empty_R):
         raise ConfigurationError(
-            f"vLLM's {moe.name} makes redundant slots and loads no copies of experts into them.",
-            remedy,
+            f"vLLM's {moe.name} has loaded only some of its experts.", WITHOUT_COPIES
         )
+    return any(copies_missing for _, copies_missing in empty_R)
 
 
 def _work_share(passes: int, drafter: LoadedModel, target: LoadedModel) -> float:
@@ -220,7 +229,8 @@ def prepare(
             satisfy_validation(layer.router, device)
     experts: MovableExperts | None = None
     if config.mode != "observe":
-        experts = movable_experts(layers, vllm_config, config.quantisation)
+        unfilled = _loaded_placement(loaded.moe, loaded.redundant) if loaded.unfilled else None
+        experts = movable_experts(layers, vllm_config, config.quantisation, unfilled)
     model = _engine_model(loaded, config, vllm_config, experts, device, shares_tokens=shares)
     return PreparedModel(loaded=loaded, config=config, model=model, splits_tokens=not shares)
 
