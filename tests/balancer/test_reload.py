@@ -216,6 +216,46 @@ def test_a_rank_whose_new_experts_cannot_be_moved_votes_every_migration_down(two
     assert two_ranks.run(reload_that_cannot_be_moved, 2, eager()) == [True, True]
 
 
+def reload_without_copies(rank, size, config):
+    """By a loader that writes each expert once; on rank 1 steps later."""
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+    local = engine.placement.slots_per_rank
+    copies = [slot - rank * local for slot in range(16, 20) if slot // local == rank]
+    for _ in range(3 * rank):
+        engine.step()
+    engine.check_slots = lambda: None
+    engine.reload()
+    for layer in engine.tensors:
+        for tensor in layer:
+            tensor[copies] = -1.0
+    generation = engine.rebalancer.served.generation
+    routed = set()
+    route = engine.counts.route
+
+    def noted(*told):
+        slots = route(*told)
+        routed.update(slots.flatten().tolist())
+        return slots
+
+    engine.counts.route = noted
+    while engine.rebalancer.served.generation == generation:
+        before = set(routed)
+        engine.step()
+    del engine.check_slots
+    engine.check_slots()
+    return before, len(copies)
+
+
+def test_copies_that_a_loader_leaves_out_are_written_before_tokens_go_there(two_ranks: Ranks):
+    config = eager({"planner": {"redundant_experts": 4, "interval_snapshots": 50}})
+    (ours, none), (theirs, copies) = two_ranks.run(reload_without_copies, 2, config)
+    assert (none, copies) == (0, 4)
+    assert ours
+    assert theirs
+    assert max(ours | theirs) < 16
+
+
 def reload_observed(rank, size, config):
     engine = Engine(rank, size, config)
     engine.step()

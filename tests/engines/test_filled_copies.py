@@ -116,7 +116,7 @@ def serve(rank: int, folder: str, other: str):
 
     # As vLLM's runner does it, and then our seam.
     with set_current_vllm_config(vllm_config):
-        reload_weights(vllm_config, model, weights_path=other)
+        reload_weights(vllm_config, model, None, weights_path=other, is_checkpoint_format=True)
     attached.weights_loaded()
     reached = set()
     for _ in range(STEPS):
