@@ -290,7 +290,8 @@ class Migrator:
         self._told.append(layers)
         if self.audit is not None:
             self.audit.forget(layers)
-        self._counts.set_dispatch(layers, self._loaded.placement, self._loaded_once.quotas_LP)
+        once = self._loaded_once
+        self._counts.set_dispatch(layers, once.placement, once.quotas_LP, strictly=True)
 
     def replace_memory(self, memory: ExpertMemory) -> None:
         """Use other tensors, which hold the experts now. Raises ValueError if their sizes differ."""

@@ -27,6 +27,8 @@ from ep_rebalance.topology import Topology
 logger = logging.getLogger(__name__)
 
 _OFFSET_BYTES = 8
+_NOT_POURED = -1
+"""In all of a layer's `pours_LO`: its experts are split by their quotas."""
 _TABLES_AT_A_TIME = 3
 """Those of a migration, those of a split, and those of a split that is being worked out."""
 
@@ -80,7 +82,7 @@ class RoutingTables:
         # An expert is poured once, however many of the redundant slots it has.
         self._rows = min(placement.num_redundant, experts) if by_own_counts else 0
         width = 2 * self._rows + experts
-        self._pours_LO = torch.full((layers, width), -1, dtype=torch.int32, device=device)
+        self._pours_LO = torch.full((layers, width), _NOT_POURED, dtype=torch.int32, device=device)
         self._ground_LR = torch.zeros(layers, placement.num_ranks, dtype=torch.int32, device=device)
         self.ranks = Ranks(
             total=placement.num_ranks,
@@ -253,10 +255,22 @@ class RoutingTables:
             self._ground_LR.copy_(tables.ground_LR, non_blocking=True)
 
     def set_dispatch(
-        self, layers: Sequence[int], placement: Placement, quotas_LP: NDArray[np.float64]
+        self,
+        layers: Sequence[int],
+        placement: Placement,
+        quotas_LP: NDArray[np.float64],
+        *,
+        strictly: bool = False,
     ) -> None:
-        """Work out the tables and serve them; too slow for the step path."""
+        """Work out the tables and serve them; too slow for the step path.
+
+        strictly: whether a slot whose quota is 0 gets no token, also where tokens are split by their own
+            counts.
+        """
         self.serve(layers, self.dispatch_tables(placement, quotas_LP))
+        if strictly:
+            for layer in layers:
+                self._pours_LO[layer].fill_(_NOT_POURED)
 
     def _phases(self, rows: int, first: int, end: int | None) -> torch.Tensor:
         """Of these rows, as far as they are tokens."""

@@ -248,3 +248,17 @@ def test_tables_for_own_counts_follow_commits_and_splits_in_place():
         assert torch.equal(sent, same.route(layer, ids, 0))
         assert (mixed.slots_LP[layer][sent.numpy()] == ids.numpy()).all()
     assert not torch.equal(counts.pours[1].row_E, counts.pours[0].row_E)
+
+
+@pytest.mark.parametrize("by_own_counts", [False, True])
+def test_a_slot_that_is_strictly_without_quota_gets_no_token(by_own_counts):
+    counts = make_counts(by_own_counts=by_own_counts)
+    last = [PLACEMENT.slots_LP[0].tolist()[::-1].index(expert) for expert in range(4)]
+    last = sorted(PLACEMENT.num_slots - 1 - place for place in last)
+    quotas_LP = np.array([np.isin(range(PLACEMENT.num_slots), last)] * 2, dtype=float)
+    ids = torch.arange(4, dtype=torch.int32).repeat(200, 1)
+    counts.set_dispatch([1], PLACEMENT, quotas_LP, strictly=True)
+    assert counts.route(1, ids, 0).unique().tolist() == last
+    assert counts.route(0, ids, 0).unique().tolist() != last
+    counts.set_dispatch([1], PLACEMENT, PLACEMENT.even_quotas_LP())
+    assert counts.route(1, ids, 0).unique().tolist() != last
