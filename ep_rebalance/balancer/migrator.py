@@ -225,6 +225,7 @@ class Migrator:
         )
         prepared = PreparedMigration.of(migration, self._counts)
         for commit in prepared.commits:
+            exchange.begin_batch(commit.batch)
             if faults := exchange.deliver(commit.batch, replaced=self._votes_down):
                 self._serve(self.served.numbered(source))
                 raise NotTakenUp(f"the saved placement could not be taken up: {faults}")

@@ -39,6 +39,7 @@ def fill_copies(
     """
     faults = Faults(transport=0, checksum=0)
     for batch in _batches(placement, layers, memory, exchange.rank):
+        exchange.begin_batch(batch)
         faults = exchange.deliver(batch)
         if faults:
             break

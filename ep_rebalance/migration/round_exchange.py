@@ -147,8 +147,7 @@ class RoundExchange:
         self._attempt("experts were not unpacked", self._unpack, part, number)
 
     def deliver(self, batch: Batch, *, replaced: bool = False) -> Faults:
-        """All rounds of a batch, one after another, and what the ranks voted. Waits for the device."""
-        self.begin_batch(batch)
+        """All rounds of a batch that was begun, and what the ranks voted. Waits for the device."""
         for number in range(len(batch.rounds)):
             self.exchange(batch, number)
         return self.faults_of(self.vote(batch, replaced=replaced))

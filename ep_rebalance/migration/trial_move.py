@@ -283,6 +283,7 @@ class _Trial:
             group=self._group, memory=self._memory, max_bytes=_PIECE, staging_slots=1
         )
         batch = _round_the_ring(self._memory, self._layer, self._rank, self._size)
+        exchange.begin_batch(batch)
         kept = tuple(slab.bytes_EB[_SLOT].clone() for slab in self._slabs)
         return _Prepared(exchange, batch, kept, self._checksums_S())
 
