@@ -186,8 +186,8 @@ def split_while_some_layers_are_replaced(rank, size, config):
     for expert, part in ((0, 0.9), (1, 0.1)):  # away from one rank, and from the other
         quotas_LP[:, placement.slots_LP[0] == expert] = part, 1.0 - part
     split = Split(quotas_LP=quotas_LP, tables=counts.dispatch_tables(placement, quotas_LP))
-    before_LEC = counts._thresholds_LEC.clone()
     engine.reload((1,))
+    before_LEC = counts._thresholds_LEC.clone()
     engine.rebalancer.migrator.serve_split(split)
     now_LEC = counts._thresholds_LEC
     assert torch.equal(now_LEC[1], before_LEC[1])
