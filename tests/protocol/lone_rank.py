@@ -36,6 +36,7 @@ from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.pace import Pace
 from ep_rebalance.planning.problem import Plan
+from ep_rebalance.routing.device_tables import RoutingTables
 from ep_rebalance.topology import Topology
 
 RANKS = 3
@@ -146,7 +147,7 @@ class View:
 
     served: generation, placement and quotas that it believes all ranks to serve.
     told_L: of each layer, how often it was replaced on this rank.
-    tables_LEC: the slots to which it sends each expert's tokens, -1 where there is none.
+    tables_LEC: the slots to which it sends each expert's tokens, -1 for one that none reaches.
     held_LS: (expert, version) in each of its slots; None where bytes are of no whole expert.
     kept: whether a layer whose new weights may not move still holds what the loader wrote.
     activity: of its loop. agreed: reloads that all ranks are known to have made. told: that this one has.
@@ -386,7 +387,7 @@ class Engine:
             self._session.ask(event)
 
     def _reload(self, layers: tuple[int, ...], how: str) -> None:
-        """The loader writes new weights of some layers, into new tensors.
+        """The loader writes new weights of some layers, into new tensors, each expert into its first slot only.
 
         how: whether they are `movable`; `refused` by a trial; or `unreadable`, which raises.
         """
@@ -395,9 +396,9 @@ class Engine:
         self._to_keep = {}
         for layer in layers:
             self._version_L[layer] += 1
-            self._tensors[layer] = [self._written(layer)]
+            self._tensors[layer] = [self._written_once(layer)]
             if how != "movable":
-                self._to_keep[layer] = self._written(layer)
+                self._to_keep[layer] = self._tensors[layer][0].clone()
         self._session.weights_replaced(layers)
 
     def _written(self, layer: int) -> torch.Tensor:
@@ -406,6 +407,15 @@ class Engine:
         version = self._version_L[layer]
         rows = [np.frombuffer(expert_bytes(layer, e, version), np.uint8) for e in experts]
         return torch.from_numpy(np.stack(rows))
+
+    def _written_once(self, layer: int) -> torch.Tensor:
+        first = self._rank * self._slots
+        slots_P = self._placement.slots_LP[layer]
+        is_first_P = np.isin(np.arange(len(slots_P)), np.unique(slots_P, return_index=True)[1])
+        copies_S = torch.from_numpy(~is_first_P[first : first + self._slots])
+        written = self._written(layer)
+        written[copies_S] = self._tensors[layer][0][copies_S]
+        return written
 
     def _readable(self) -> list[list[torch.Tensor]]:
         if self._how == "unreadable":
@@ -438,7 +448,7 @@ class Engine:
 
     def _view(self) -> View:
         balancing = self._session.rebalancer
-        served, tables = balancing.served, balancing._counts._slots_LEC.tolist()
+        served, tables = balancing.served, _reached(balancing._counts).tolist()
         held = (
             tuple(self._held(layer, bytes(row)) for row in tensor.numpy())
             for layer, (tensor,) in enumerate(self._tensors)
@@ -465,6 +475,13 @@ class Engine:
     def _held(self, layer: int, row: bytes) -> tuple[int, int] | None:
         expert, version = row[1] - 1, row[2]
         return (expert, version) if row == expert_bytes(layer, expert, version) else None
+
+
+def _reached(counts: RoutingTables) -> torch.Tensor:
+    """Slots whose part of the range of hashes is not empty."""
+    upper_LEC = counts._thresholds_LEC
+    lower_LEC = torch.nn.functional.pad(upper_LEC[..., :-1], (1, 0))
+    return torch.where(upper_LEC > lower_LEC, counts._slots_LEC, -1)
 
 
 @dataclass

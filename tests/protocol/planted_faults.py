@@ -8,6 +8,7 @@ from unittest import mock
 from lone_rank import Scope
 
 from ep_rebalance.balancer.jobs import RankJobs
+from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.balancer.rebalancer import Rebalancer
 from ep_rebalance.migration.round_exchange import Faults, RoundExchange
 
@@ -82,6 +83,16 @@ def _does_not_vote(original: Any) -> Any:
     return lambda self, batch, *, replaced=False, known=None: original(self, batch, known=known)
 
 
+def _serves_copies(original: Any) -> Any:
+    """A rank whose weights were replaced takes copies for written."""
+
+    def weights_replaced(self: Migrator, layers: Any) -> None:
+        self._loaded_once = self._loaded
+        original(self, layers)
+
+    return weights_replaced
+
+
 QUICK = Scope(late=False)
 
 PLANTED = {
@@ -113,6 +124,13 @@ PLANTED = {
     ),
     "a rank without rounds says nothing": PlantedFault(
         RankJobs, "announced", _keeps_to_itself, replace(QUICK, faults=1), "never come to watch"
+    ),
+    "copies are served before they are written": PlantedFault(
+        Migrator,
+        "weights_replaced",
+        _serves_copies,
+        replace(QUICK, reloads=1, layers=1, redundant=3),
+        "holds",
     ),
     "a return heeds no refusal": PlantedFault(
         RoundExchange,

@@ -317,7 +317,7 @@ class Checker:
         view = views[rank]
         version = view.told_L[layer]
         for expert, slots in enumerate(view.tables_LEC[layer]):
-            if slots[0] < 0:
+            if max(slots) < 0:
                 self._fail(state, f"rank {rank} knows no replica of expert {expert}")
             for slot in (slot for slot in slots if slot >= 0):
                 there, place = divmod(slot, len(view.held_LS[layer]))

@@ -12,6 +12,7 @@ SCOPES = {
     "late jobs": Scope(layers=1, round_bytes=32),
     "faults": Scope(late=False, faults=1, layers=1),
     "reloads": Scope(late=False, reloads=1, layers=1),
+    "copies": Scope(late=False, reloads=1, layers=1, redundant=3),
     "mode static": Scope(mode="static", reloads=1, layers=1, round_bytes=32),
     "requests": Scope(late=False, asks=2, layers=1),
 }
