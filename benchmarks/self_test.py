@@ -35,7 +35,8 @@ from self_test_layers import HostTimes, host_times
 from self_test_start import print_starts
 from self_test_trial import SMALL, Size, Trial, Trials, run_trials
 
-from ep_rebalance.offline.step_time import Hardware, hardware_names, load_hardware
+from ep_rebalance.offline.hardware_table import hardware_names
+from ep_rebalance.offline.step_time import Hardware, load_hardware
 
 SIZES = (
     Size(name="EP32", ranks=32, slots=9),

@@ -7,15 +7,15 @@ from ep_rebalance.commands.advice_result import NamedHardware
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.diagnosis.measured_hardware import measure_hardware
 from ep_rebalance.load.trace import TraceHead
-from ep_rebalance.offline.model_shape import (
-    SHAPES,
-    ExpertSize,
+from ep_rebalance.offline.expert_size import (
     completed,
     size_in_trace,
     size_of_checkpoint,
     size_of_known,
 )
-from ep_rebalance.offline.step_time import Hardware, hardware_names, load_hardware
+from ep_rebalance.offline.hardware_table import hardware_names
+from ep_rebalance.offline.model_shape import SHAPES, ExpertSize
+from ep_rebalance.offline.step_time import Hardware, load_hardware
 
 
 def with_expert_size(

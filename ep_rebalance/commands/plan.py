@@ -15,7 +15,7 @@ from ep_rebalance.formats.format import Reading, Writing
 from ep_rebalance.load.history import LoadHistory
 from ep_rebalance.load.trace import Record, RecordedSnapshot, read_records
 from ep_rebalance.load.window import WindowLoad, window_load
-from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.expert_size import completed
 from ep_rebalance.offline.peers import place_anew
 from ep_rebalance.offline.run import NothingRecorded, contiguous_placement
 from ep_rebalance.offline.scenarios import open_traces, scenario

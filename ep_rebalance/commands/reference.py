@@ -41,7 +41,7 @@ def kernels() -> None:
 
 def hardware() -> None:
     """The accelerators that replay and advise know, as YAML to copy and correct."""
-    from ep_rebalance.offline.step_time import hardware_table
+    from ep_rebalance.offline.hardware_table import hardware_table
 
     print(hardware_table(), end="")
 

@@ -25,8 +25,8 @@ from ep_rebalance.commands.replay_result import as_json, check_gain, shown
 from ep_rebalance.commands.scenarios import assignment, explained, settings_for
 from ep_rebalance.commands.side_by_side import replay_all
 from ep_rebalance.load.trace import read_records
+from ep_rebalance.offline.expert_size import completed
 from ep_rebalance.offline.learned import expert_time
-from ep_rebalance.offline.model_shape import completed
 from ep_rebalance.offline.policies import REPLAY_POLICIES
 from ep_rebalance.offline.report import check_report, write_report
 from ep_rebalance.offline.scenarios import open_traces, scenario

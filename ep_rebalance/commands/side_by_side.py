@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ep_rebalance.load.trace import TraceHead, TraceReader, read_records
-from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.expert_size import completed
 from ep_rebalance.offline.run import Replayed, Scenario, plans, replay
 from ep_rebalance.planning.policies import compile_planner
 

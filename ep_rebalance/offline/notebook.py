@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from ep_rebalance.config_sources import load_config
 from ep_rebalance.load.trace import RecordedSnapshot, TraceReader, read_records
 from ep_rebalance.load.window import WindowLoad
-from ep_rebalance.offline.model_shape import completed
+from ep_rebalance.offline.expert_size import completed
 from ep_rebalance.offline.peers import place_anew
 from ep_rebalance.offline.run import NothingRecorded, Replayed
 from ep_rebalance.offline.run import replay as replay_records

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from ep_rebalance.config import PlannerConfig, RebalanceConfig
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot
 from ep_rebalance.load.window import LoadWindow, WindowLoad
 from ep_rebalance.offline.balancing import PlanMade
+from ep_rebalance.offline.eplb_settings import Eplb
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import cost_model
 from ep_rebalance.planning.greedy import plan_greedy
@@ -37,12 +40,44 @@ class Serving(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """What a peer starts with.
+
+    recorded: the placement at the beginning of the trace.
+    contiguous: what the engine would load.
+    expert_bytes_L: L sizes, bytes. One expert of each layer.
+    eplb: of the scenario, see there.
+    """
+
+    recorded: Placement
+    contiguous: Placement
+    config: RebalanceConfig
+    topology: Topology
+    expert_bytes_L: Sequence[int]
+    eplb: Eplb | None
+
+
+class Peer(Serving, Protocol):
+    """What an entry of REPLAY_POLICIES names."""
+
+    @classmethod
+    def of(cls, begin: Beginning) -> Self:
+        """A server that has served nothing yet."""
+        ...
+
+
 class Contiguous:
     """The placement that the engine loads, with tokens split evenly: a server without the plugin."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement, self.quotas_LP = placement, placement.even_quotas_LP()
         self.plans: list[PlanMade] = []
+
+    @classmethod
+    def of(cls, begin: Beginning) -> Self:
+        """See `Peer`."""
+        return cls(begin.contiguous)
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
         """Nothing changes."""
@@ -58,6 +93,11 @@ class AsRecorded(Contiguous):
         self._fitted_LP: NDArray[np.float64] | None = None
         self._settings, self._cost = config.planner, cost_model(config)
         self._window = LoadWindow(config.window.snapshots)
+
+    @classmethod
+    def of(cls, begin: Beginning) -> Self:
+        """See `Peer`."""
+        return cls(begin.recorded, begin.config)
 
     def change(self, change: RecordedPlacement) -> None:
         """Serve the placement from the next snapshot on. Each file repeats the newest one, with the quotas
@@ -99,6 +139,11 @@ class PlacedOnce(Contiguous):
         self._window = LoadWindow(config.window.snapshots)
         self._placed = False
 
+    @classmethod
+    def of(cls, begin: Beginning) -> Self:
+        """See `Peer`."""
+        return cls(begin.contiguous, begin.config, begin.topology)
+
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
         """Place the experts when a server would make its first plan."""
         self.placement = self._next
@@ -121,6 +166,11 @@ class Hindsight(Contiguous):
     def __init__(self, placement: Placement, settings: PlannerConfig, topology: Topology) -> None:
         super().__init__(placement)
         self._contiguous, self._settings, self._topology = placement, settings, topology
+
+    @classmethod
+    def of(cls, begin: Beginning) -> Self:
+        """See `Peer`."""
+        return cls(begin.contiguous, begin.config.planner, begin.topology)
 
     def expect(self, snapshots: list[RecordedSnapshot]) -> None:
         """Place experts for the snapshots that come next."""

@@ -1,37 +1,15 @@
-"""Replay policies: the server's policies, and the peers that they are compared with."""
+"""Replay policies: the server's policies, and the peers that they are compared with.
+
+An entry names its peer and does not import it: texts are made of entries where nothing is replayed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ep_rebalance.config import RebalanceConfig
-from ep_rebalance.offline.eplb_settings import Eplb
-from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, PlacedOnce, Serving
-from ep_rebalance.offline.vllm_eplb import VllmEplb
-from ep_rebalance.placement import Placement
-from ep_rebalance.planning.expert_time import unlearned
 from ep_rebalance.policies import POLICIES, Line, Policy
-from ep_rebalance.topology import Topology
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Beginning:
-    """What a peer starts with.
-
-    recorded: the placement at the beginning of the trace.
-    contiguous: what the engine would load.
-    expert_bytes_L: L sizes, bytes. One expert of each layer.
-    eplb: of the scenario, see there.
-    """
-
-    recorded: Placement
-    contiguous: Placement
-    config: RebalanceConfig
-    topology: Topology
-    expert_bytes_L: Sequence[int]
-    eplb: Eplb | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +21,7 @@ class ReplayPolicy:
     line: how reports draw it.
     subject: of the verdict's sentence; "" for what the others are compared with.
     setting: what `planner.policy` calls it, if it plans in the server's loop; else None.
-    peer: makes what serves, if it does not plan in the loop; else None.
+    peer: `module:Class`. A `peers.Peer` that serves, if it does not plan in the loop; else "".
     plans: whether a planner of ours, or vLLM's in our loop, finds its placements.
     foresees: whether it knows the load before it comes, so that no server can do it.
     as_loaded: whether experts stay where an engine put them, so that ranks may have unequally many slots.
@@ -56,7 +34,7 @@ class ReplayPolicy:
     line: Line
     subject: str = ""
     setting: str | None = None
-    peer: Callable[[Beginning], Serving] | None = None
+    peer: str = ""
     plans: bool = False
     foresees: bool = False
     as_loaded: bool = False
@@ -84,24 +62,13 @@ _OURS = ReplayPolicy(
 )
 
 
-def _eplb(begin: Beginning) -> VllmEplb:
-    assert begin.eplb is not None
-    return VllmEplb(
-        begin.eplb,
-        loaded=begin.contiguous,
-        topology=begin.topology,
-        expert_bytes_L=begin.expert_bytes_L,
-        expert_time=unlearned(begin.config.decision.expert_time_fraction),
-    )
-
-
 _PEERS = (
     ReplayPolicy(
         name="vllm-eplb",
         summary="vLLM's balancer (--enable-eplb) with its timer, window, even split and transfers",
         line=Line("light-dark(#7a3a94, #c99bdc)", (14, 3, 6, 3)),
         subject="vLLM's balancer",
-        peer=_eplb,
+        peer="ep_rebalance.offline.vllm_eplb:VllmEplb",
         engine_policy="ep_rebalance.engines.vllm.seams.eplb_policy:rebalance_experts",
         needs="vLLM",
     ),
@@ -111,13 +78,13 @@ _PEERS = (
         line=Line("#cc79a7", (10, 3, 3, 3)),
         subject="placing the experts once",
         plans=True,
-        peer=lambda begin: PlacedOnce(begin.contiguous, begin.config, begin.topology),
+        peer="ep_rebalance.offline.peers:PlacedOnce",
     ),
     ReplayPolicy(
         name="none",
         summary="as the engine loads the experts (contiguous), nothing moves",
         line=POLICIES["none"].line,
-        peer=lambda begin: Contiguous(begin.contiguous),
+        peer="ep_rebalance.offline.peers:Contiguous",
         as_loaded=True,
     ),
     ReplayPolicy(
@@ -125,7 +92,7 @@ _PEERS = (
         summary="what the recorded server served",
         line=Line("light-dark(#3b9bd6, #56b4e9)", (16, 4)),
         subject="serving as recorded",
-        peer=lambda begin: AsRecorded(begin.recorded, begin.config),
+        peer="ep_rebalance.offline.peers:AsRecorded",
         as_loaded=True,
     ),
     ReplayPolicy(
@@ -134,7 +101,7 @@ _PEERS = (
         line=Line("#009e73", (6, 2, 2, 2, 2, 2)),
         plans=True,
         foresees=True,
-        peer=lambda begin: Hindsight(begin.contiguous, begin.config.planner, begin.topology),
+        peer="ep_rebalance.offline.peers:Hindsight",
     ),
 )
 

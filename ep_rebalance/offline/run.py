@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from ep_rebalance.migration.served import Served
 from ep_rebalance.offline.balancing import PlanMade, ReplayedServer
 from ep_rebalance.offline.eplb_settings import Eplb, import_policy
 from ep_rebalance.offline.layouts import nothing_to_gain
-from ep_rebalance.offline.peers import AsRecorded, Contiguous, Hindsight, Serving
-from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, Beginning
+from ep_rebalance.offline.peers import AsRecorded, Beginning, Contiguous, Hindsight, Peer, Serving
+from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES
 from ep_rebalance.offline.step_time import (
     MeasuredSteps,
     RankLoad,
@@ -343,7 +344,7 @@ def _serving(
     loaded = contiguous_placement(head, scenario)
     policy = REPLAY_POLICIES[scenario.policy]
     unplanned = policy.plans and not plans(head, scenario)
-    if policy.peer is None:
+    if not policy.peer:
         served = Served.initial(loaded)
         if (loaded.num_slots, loaded.num_ranks) == (head.slots, head.ep_size):
             served = Served(
@@ -356,7 +357,8 @@ def _serving(
         return _server(head, scenario, planner, served, loaded, as_recorded)
     if unplanned:
         return Contiguous(loaded)
-    return policy.peer(
+    peer: type[Peer] = resolve_name(policy.peer)
+    return peer.of(
         Beginning(
             recorded=recorded.placement,
             contiguous=loaded,

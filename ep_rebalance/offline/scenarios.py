@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from ep_rebalance.config import LinksConfig, RebalanceConfig
 from ep_rebalance.load.trace import SUFFIX, TraceHead, TraceReader
 from ep_rebalance.offline.eplb_settings import Eplb, eplb_settings
-from ep_rebalance.offline.model_shape import shape_of
+from ep_rebalance.offline.expert_size import shape_of
 from ep_rebalance.offline.policies import REPLAY_POLICIES, SERVER_POLICIES, ReplayPolicy
 from ep_rebalance.offline.run import Scenario, contiguous_placement, with_planner
 from ep_rebalance.offline.step_time import (

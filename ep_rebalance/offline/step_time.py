@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ep_rebalance.load.trace import RecordedSnapshot, TraceHead
 from ep_rebalance.load.window import WindowLoad
+from ep_rebalance.offline.hardware_table import hardware_table
 from ep_rebalance.offline.traffic import Traffic
 from ep_rebalance.placement import Placement
 from ep_rebalance.planning.cost_model import RooflineCost, reading_tokens
@@ -48,16 +48,6 @@ class Hardware(BaseModel):
     intranode: float = Field(gt=0)
     internode: float = Field(gt=0)
     memory_bytes: float = Field(gt=0)
-
-
-def hardware_table() -> str:
-    """The table that comes with the package, as YAML with its sources."""
-    return resources.files("ep_rebalance.offline").joinpath("hardware.yaml").read_text("utf-8")
-
-
-def hardware_names() -> tuple[str, ...]:
-    """The names of the rows of that table."""
-    return tuple(_table(hardware_table(), "hardware.yaml"))
 
 
 def load_hardware(source: str) -> tuple[str, Hardware]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,10 @@ from ep_rebalance.load.trace import RecordedSnapshot
 from ep_rebalance.offline.balancing import PlanMade
 from ep_rebalance.offline.eplb_settings import Eplb, steps_before_first
 from ep_rebalance.offline.eplb_transfers import LayerTransfers, layer_transfers
+from ep_rebalance.offline.peers import Beginning
 from ep_rebalance.offline.step_time import NOMINAL_STEP_SECONDS
 from ep_rebalance.placement import Placement, RepeatingPlacement, imbalance_L
-from ep_rebalance.planning.expert_time import ExpertTime
+from ep_rebalance.planning.expert_time import ExpertTime, unlearned
 from ep_rebalance.topology import Link, Topology
 
 
@@ -120,6 +122,18 @@ class VllmEplb:
         self._map: Placement = loaded
         self._even_LP = loaded.even_quotas_LP()
         self.placement, self.quotas_LP = self._map, self._even_LP
+
+    @classmethod
+    def of(cls, begin: Beginning) -> Self:
+        """See `Peer`."""
+        assert begin.eplb is not None
+        return cls(
+            begin.eplb,
+            loaded=begin.contiguous,
+            topology=begin.topology,
+            expert_bytes_L=begin.expert_bytes_L,
+            expert_time=unlearned(begin.config.decision.expert_time_fraction),
+        )
 
     def snapshot(self, snapshot: RecordedSnapshot) -> None:
         """Serve one more recorded snapshot."""

@@ -14,7 +14,8 @@ from known_checkpoints import KNOWN
 from traces import head_of, snapshots
 
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceWriter
-from ep_rebalance.offline.step_time import Hardware, hardware_names, load_hardware
+from ep_rebalance.offline.hardware_table import hardware_names
+from ep_rebalance.offline.step_time import Hardware, load_hardware
 from ep_rebalance.placement import Placement
 
 SKEWED = [900, 800, 700, 600, 500, 400, 300, 200]

@@ -14,7 +14,7 @@ from saved_states import PLACEMENT, STATE
 from traces import head_of, write_trace
 
 from ep_rebalance.load.state import save_state
-from ep_rebalance.offline.step_time import hardware_names
+from ep_rebalance.offline.hardware_table import hardware_names
 from ep_rebalance.policies import POLICIES
 
 pytest.importorskip("plotly")

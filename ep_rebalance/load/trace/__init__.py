@@ -2,7 +2,6 @@
 
 from ep_rebalance.load.trace.error import TraceError
 from ep_rebalance.load.trace.folder import check_folder, folder_lock
-from ep_rebalance.load.trace.names import SUFFIX
 from ep_rebalance.load.trace.reader import TraceReader, check_same_load, read_records
 from ep_rebalance.load.trace.records import (
     MigrationEnd,
@@ -12,6 +11,7 @@ from ep_rebalance.load.trace.records import (
     TraceHead,
 )
 from ep_rebalance.load.trace.writer import TraceWriter
+from ep_rebalance.load.trace_names import SUFFIX
 
 __all__ = [
     "SUFFIX",

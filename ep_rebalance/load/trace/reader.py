@@ -12,8 +12,8 @@ from ep_rebalance.load.trace.checksums import checksum_of_record
 from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError
 from ep_rebalance.load.trace.head import read_head
 from ep_rebalance.load.trace.layout import Layout, decode_record
-from ep_rebalance.load.trace.names import place_in_sequence
 from ep_rebalance.load.trace.records import Record, TraceHead
+from ep_rebalance.load.trace_names import place_in_sequence
 from ep_rebalance.regular_files import open_regular
 
 _BLOCK_BYTES = 4 << 20

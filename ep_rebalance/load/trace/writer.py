@@ -16,8 +16,8 @@ import msgspec
 
 from ep_rebalance.load.trace.head import MAGIC, encode_head
 from ep_rebalance.load.trace.layout import Layout, encode_record
-from ep_rebalance.load.trace.names import SUFFIX, file_name, number_of
 from ep_rebalance.load.trace.records import FORMAT_VERSION, Record, RecordedPlacement, TraceHead
+from ep_rebalance.load.trace_names import SUFFIX, file_name, number_of
 from ep_rebalance.load.unfinished import sweep, unfinished
 from ep_rebalance.process_lock import ProcessLock
 

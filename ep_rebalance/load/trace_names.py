@@ -1,4 +1,4 @@
-"""Names of trace files: `NAME-NUMBER.eptrace`."""
+"""Names of trace files: `NAME-NUMBER.eptrace`. Beside `trace/`, for texts that need no reader of them."""
 
 from __future__ import annotations
 
