@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from ep_rebalance.formats import FORMATS
+
 
 def one_of(names: Iterable[str]) -> dict[str, Any]:
     """Arguments of `typer.Option` for a text that must be one of these names."""
@@ -22,3 +24,7 @@ def one_of(names: Iterable[str]) -> dict[str, Any]:
         "metavar": f"[{'|'.join(known)}]",
         "autocompletion": lambda: list(known),
     }
+
+
+TARGETS = one_of(name for name, one in FORMATS.items() if one.writes_placement)
+"""Arguments of an option that says which engine is to read a placement."""

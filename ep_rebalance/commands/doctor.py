@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ep_rebalance.commands.options import ApiKey, AsJson
-from ep_rebalance.diagnosis import machine, model, packages, server, settings
-from ep_rebalance.diagnosis.engine import Engine
-from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
-
-_COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
-_VERDICT, _CHECK = 8, 21
-"""Widths of the columns, in characters."""
-_LONG = {
-    "processor": "imports torch",
-    "planner": "compiles the planner, which takes up to a minute the first time on a machine",
-    "vLLM": "imports vLLM and checks what the plugin relies on; the answer is kept",
-    "model": "imports vLLM to have it read the model's configuration; the answer is kept",
-    "architecture": "imports vLLM's list of models; the answer is kept",
-}
-"""What checks do that may take seconds."""
 
 
 def doctor(
@@ -55,69 +33,8 @@ def doctor(
     Exits with 1 if there is a problem. The first time it takes longer, since it imports vLLM and compiles
     the planner.
     """
-    console, shown = Console(), []
-    every = _all(model_name, config, server_url, api_key, Engine(fresh=fresh))
-    with console.status("") as status:
-        for finding in run_checks(every, lambda name: status.update(_LONG.get(name, name))):
-            shown.append(finding)
-            if not as_json:
-                _print(console, finding)
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in shown], indent=2))
-    if any(finding.verdict == "problem" for finding in shown):
-        raise typer.Exit(1)
+    from ep_rebalance.commands import diagnosing
 
-
-def _all(
-    model_name: str, config: Path | None, server_url: str, api_key: str, engine: Engine
-) -> Iterator[tuple[str, Check]]:
-    yield from machine.checks()
-    yield from packages.checks()
-    yield "vLLM", lambda: _engine(engine)
-    yield from settings.checks(config)
-    yield from model.checks(model_name, config, engine)
-    yield from server.checks(server_url, api_key)
-
-
-def _engine(engine: Engine) -> Iterable[Finding]:
-    if not engine.installed:
-        return [_no_engine()]
-    answer = engine.findings()
-    found = [Finding(**one) for one in answer.value]
-    if answer.kept_since is None:
-        return found
-    asked = datetime.fromtimestamp(answer.kept_since).astimezone()
-    since = f"as seen {asked:%Y-%m-%d %H:%M}; nothing has changed since"
-    return [replace(finding, found=f"{finding.found} ({since})") for finding in found]
-
-
-def _no_engine() -> Finding:
-    return Finding(
-        check="vLLM",
-        verdict="problem",
-        found="not installed in this environment",
-        remedy="pip install 'ep-rebalance[vllm]'; replay, advise and convert work without it",
+    diagnosing.diagnose(
+        model_name, config, server_url, api_key=api_key, fresh=fresh, as_json=as_json
     )
-
-
-def _print(console: Console, finding: Finding) -> None:
-    """Print a row at once, since some checks take seconds. A pipe gets plain lines."""
-    remedy = f"-> {finding.remedy}" if finding.remedy else ""
-    if console.is_terminal:
-        console.print(_row(finding, remedy))
-        return
-    found = " ".join(finding.found.split())
-    print(f"{finding.verdict:{_VERDICT}} {finding.check:{_CHECK}} {found}")
-    if remedy:
-        print(f"{'':{_VERDICT}} {'':{_CHECK}} {remedy}")
-
-
-def _row(finding: Finding, remedy: str) -> Table:
-    table = Table.grid(padding=(0, 1, 0, 0))
-    table.add_column(width=_VERDICT, style=_COLOURS[finding.verdict])
-    table.add_column(width=_CHECK)
-    table.add_column()
-    table.add_row(Text(finding.verdict), Text(finding.check), Text(finding.found))
-    if remedy:
-        table.add_row("", "", Text(remedy))
-    return table

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ep_rebalance.commands.convert import TARGETS, tell, write_placement
+from ep_rebalance.commands.choices import TARGETS
 from ep_rebalance.commands.options import FirstMoeLayer, ModelLayers, RanksPerNode, Traces
-from ep_rebalance.commands.scenarios import explained, settings_for
-from ep_rebalance.formats.format import Reading, Writing
-from ep_rebalance.load.history import LoadHistory
-from ep_rebalance.load.trace import Record, RecordedSnapshot, read_records
-from ep_rebalance.load.window import WindowLoad, window_load
-from ep_rebalance.offline.expert_size import completed
-from ep_rebalance.offline.peers import place_anew
-from ep_rebalance.offline.run import NothingRecorded, contiguous_placement
-from ep_rebalance.offline.scenarios import open_traces, scenario
-from ep_rebalance.placement import Placement, imbalance_L
-
-_NUMBERED = (
-    "the trace does not number its layers, so they are taken for 0 to {last} of the model; if its first "
-    "layers have no experts, give --first-moe-layer"
-)
 
 
 def plan(
@@ -58,44 +42,17 @@ def plan(
 
     ep-rebalance plan load.eptrace --ep-size 32 --redundant 32 --to sglang -o location.json
     """
-    with explained():
-        readers = open_traces(traces)
-        head = completed(readers[0].head)
-        ranks = ep_size or head.ep_size
-        if ranks < 2:
-            raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
-        copies = head.slots - head.experts if redundant is None else redundant
-        settings = settings_for(head, None, [])
-        reading = Reading(first_moe_layer=first_moe_layer)
-        # Before the planner's work, so that a contradiction is told at once.
-        if not reading.numbers_of(traces[0], head.layers, head.moe_layers):
-            tell([_NUMBERED.format(last=head.layers - 1)])
-        one = scenario(head, settings, "static", ranks, copies, ranks_per_node)
-        contiguous = contiguous_placement(head, one)
-        load = _remembered(read_records(readers))
-        placement = place_anew(load, contiguous, one.topology)
-        _, moe_layers = reading.numbered(traces[0], placement, head.moe_layers)
-        write_placement(output, placement, moe_layers, to, Writing(layers=layers, like=like))
-        typer.echo(
-            f"imbalance on this load: {_imbalance(contiguous, load):.3f} contiguous, "
-            f"{_imbalance(placement, load):.3f} placed",
-            err=True,
-        )
+    from ep_rebalance.commands import planning
 
-
-def _remembered(records: Iterable[Record]) -> WindowLoad:
-    """The trace as a few kinds of load, of which old ones count less. Raises NothingRecorded."""
-    memory, last = LoadHistory(), None
-    for record in records:
-        if isinstance(record, RecordedSnapshot) and record.counts_ALE.any():
-            last = window_load([record.sample()])
-            memory.add(last)
-    if last is None:
-        raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
-    # The last snapshot is in the memory, too. On its own it gets the rest, since no share may be 1.
-    return memory.joined(last, 0.99)
-
-
-def _imbalance(placement: Placement, load: WindowLoad) -> float:
-    """Max over mean rank load of all of it, averaged over layers."""
-    return float(imbalance_L(placement.rank_load_LR(load.load_LE)).mean())
+    options = planning.PlanOptions(
+        traces=traces,
+        output=output,
+        to=to,
+        ep_size=ep_size,
+        redundant=redundant,
+        ranks_per_node=ranks_per_node,
+        layers=layers,
+        first_moe_layer=first_moe_layer,
+        like=like,
+    )
+    planning.plan(options)

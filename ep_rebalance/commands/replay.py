@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ep_rebalance.commands.advice_inputs import with_expert_size
 from ep_rebalance.commands.choices import one_of
 from ep_rebalance.commands.options import (
     ExpertBytes,
@@ -19,23 +16,12 @@ from ep_rebalance.commands.options import (
     RanksPerNode,
     RecordedModel,
 )
-from ep_rebalance.commands.output import Format, write
-from ep_rebalance.commands.replay_comparison import compare, read_result
-from ep_rebalance.commands.replay_result import as_json, check_gain, shown
-from ep_rebalance.commands.scenarios import assignment, explained, settings_for
-from ep_rebalance.commands.side_by_side import replay_all
-from ep_rebalance.load.trace import read_records
-from ep_rebalance.offline.expert_size import completed
-from ep_rebalance.offline.learned import expert_time
+from ep_rebalance.commands.output import Format
+from ep_rebalance.offline.hardware_table import hardware_names
 from ep_rebalance.offline.policies import REPLAY_POLICIES
-from ep_rebalance.offline.report import check_report, write_report
-from ep_rebalance.offline.scenarios import open_traces, scenario
-from ep_rebalance.offline.step_time import hardware_names, load_hardware
-from ep_rebalance.planning.expert_time import ExpertTime
 
 _POLICIES = "; ".join(f"{policy.name}: {policy.summary}" for policy in REPLAY_POLICIES.values())
 _DEFAULT_POLICIES = ("ours", "none", "hindsight")
-
 
 _Policies = Annotated[
     list[str] | None,
@@ -152,72 +138,37 @@ def run_replay(
 
       ep-rebalance replay FOLDER --policy ours --policy vllm --policy none --report report.html
     """
-    with explained():
-        if compare_files is not None:
-            _refuse_others(context)
-            write(compare(*map(read_result, compare_files)), format_, output)
-            return
-        if report is not None:
-            check_report(report)  # now, rather than after minutes of replaying
-        readers = open_traces(traces or [])
-        head = completed(readers[0].head)
-        if head.ep_size == 1 and not ep_size:
-            raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
-        settings = settings_for(head, config, set_ or [])
-        peer = dict(assignment("--eplb", text, "step_interval=1000") for text in eplb or [])
-        if peer and "vllm-eplb" not in (policy or []):
-            raise ValueError("--eplb is for vLLM's balancer: add --policy vllm-eplb")
-        if expert_time_fraction is None:
-            waiting = expert_time(head, read_records(readers), settings)
-        else:
-            waiting = ExpertTime(fraction=expert_time_fraction)
-        weights = None
-        if model or expert_bytes or hidden_size:
-            head, size = with_expert_size(
-                readers[0].head, settings, model, expert_bytes, hidden_size
-            )
-            weights = size.bytes_per_parameter
-        scenarios = [
-            scenario(
-                head, settings, name, ranks, copies, ranks_per_node, hardware, waiting, peer, weights,
-            )
-            for ranks, copies, name in product(
-                ep_size or [head.ep_size],
-                redundant or [head.slots - head.experts],
-                policy or _DEFAULT_POLICIES,
-            )
-        ]  # fmt: skip
-        replayed = replay_all(readers, scenarios, head=head, jobs=jobs, quiet=quiet)
-    result = as_json(
-        readers,
-        head,
-        settings,
-        waiting,
-        replayed,
-        hardware=_figures(hardware),
+    from ep_rebalance.commands import replaying
+
+    if compare_files is not None:
+        replaying.compare_results(*compare_files, _not_compared(context), format_, output)
+        return
+    options = replaying.ReplayOptions(
+        traces=traces or [],
+        policies=policy or _DEFAULT_POLICIES,
+        ep_sizes=ep_size or [],
+        redundant=redundant or [],
         ranks_per_node=ranks_per_node,
+        config=config,
+        settings=set_ or [],
+        eplb=eplb or [],
+        hardware=hardware,
+        model=model,
+        expert_bytes=expert_bytes,
+        hidden_size=hidden_size,
+        expert_time_fraction=expert_time_fraction,
+        format_=format_,
+        output=output,
+        report=report,
+        jobs=jobs,
+        fail_below_gain=fail_below_gain,
+        quiet=quiet,
     )
-    write(shown(result), format_, output)
-    if report is not None:
-        with explained():
-            write_report(report, head, replayed)
-        Console(stderr=True).print(f"Report: {report}")
-    if fail_below_gain is not None:
-        check_gain(result, fail_below_gain)
+    replaying.replay(options)
 
 
-def _refuse_others(context: typer.Context) -> None:
-    """Raises ValueError for a trace or an option that a comparison does not look at."""
+def _not_compared(context: typer.Context) -> list[str]:
+    """Names of the traces and options in the command line that a comparison does not look at."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-    if others := sorted(given - _WITH_COMPARE):
-        names = ", ".join(name.strip("_").replace("_", "-") for name in others)
-        raise ValueError(f"--compare replays nothing and takes no {names}")
-
-
-def _figures(hardware: str | None) -> dict[str, object] | None:
-    """What steps are modelled on, if they are."""
-    if hardware is None:
-        return None
-    name, figures = load_hardware(hardware)
-    return {"name": name, **figures.model_dump()}
+    return [name.strip("_").replace("_", "-") for name in sorted(given - _WITH_COMPARE)]

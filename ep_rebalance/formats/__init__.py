@@ -1,74 +1,103 @@
 """Files of other engines: recordings become traces, and placements are read and written.
 
-Each format is a module here with a `FORMAT`, and an entry of `FORMATS`. Nothing in a file is executed: no
-pickles, `yaml.safe_load`, `torch.load(weights_only=True)`.
+An entry of `FORMATS` names the module here that reads and writes such files, and does not import it: texts
+are made of entries where no file is read. Nothing in a file is executed: no pickles, `yaml.safe_load`,
+`torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
 
-from ep_rebalance.formats import (
-    arrays,
-    csv_counts,
-    sglang,
-    state,
-    tensorrt_llm,
-    trace,
-    vllm_answers,
-    vllm_ascend,
-)
-from ep_rebalance.formats.contents import FormatError, unread_kind
-from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
-from ep_rebalance.formats.load import ForeignLoad
+from ep_rebalance.load.trace_names import SUFFIX
 
-_Reader = TypeVar("_Reader")
+AXES = ("LE", "WLE", "TK", "TLK")
+"""What arrays may hold: counts of layers and experts, of windows too; or expert ids by token, layer and place
+in the token's top-k. The letters may come in any order.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A kind of file.
+
+    name: on the command line.
+    summary: what the files are, a clause without a semicolon.
+    module: has `recognises(path) -> bool`, whether an existing file or folder may be one, and these:
+    reads_load: `read_load(path, reading) -> ForeignLoad`. Raises FormatError for whatever is wrong.
+    reads_placement: `read_placement(path, reading) -> NumberedPlacement`. Raises FormatError for whatever is
+        wrong.
+    writes_placement: `write_placement(path, placement, moe_layers, writing)`, which replaces a file
+        atomically by a placement, given the numbers that its layers have in the model. Raises ValueError for
+        what does not fit.
+    """
+
+    name: str
+    summary: str
+    module: str
+    reads_load: bool = False
+    reads_placement: bool = False
+    writes_placement: bool = False
+
 
 _ENTRIES = (
-    vllm_ascend.FORMAT,
-    vllm_answers.FORMAT,
-    sglang.FORMAT,
-    tensorrt_llm.FORMAT,
-    arrays.FORMAT,
-    csv_counts.FORMAT,
-    state.FORMAT,
-    trace.FORMAT,
+    Format(
+        name="vllm-ascend",
+        summary="vllm-ascend's expert map in JSON (expert_map_path)",
+        module="ep_rebalance.formats.vllm_ascend",
+        reads_placement=True,
+        writes_placement=True,
+    ),
+    Format(
+        name="vllm-answers",
+        summary="answers of vLLM with routed_experts, JSON or one a line (.jsonl)",
+        module="ep_rebalance.formats.vllm_answers",
+        reads_load=True,
+    ),
+    Format(
+        name="sglang",
+        summary="SGLang's logical_count in JSON, or its --init-expert-location",
+        module="ep_rebalance.formats.sglang",
+        reads_load=True,
+        reads_placement=True,
+        writes_placement=True,
+    ),
+    Format(
+        name="tensorrt-llm",
+        summary="TensorRT-LLM's folder of expert statistics, or its initial_global_assignments in YAML",
+        module="ep_rebalance.formats.tensorrt_llm",
+        reads_load=True,
+        reads_placement=True,
+        writes_placement=True,
+    ),
+    Format(
+        name="arrays",
+        summary="counts (logical_count) or expert ids (routed_experts) in .npy, .npz or .pt",
+        module="ep_rebalance.formats.arrays",
+        reads_load=True,
+    ),
+    Format(
+        name="csv",
+        summary="CSV with the columns layer, expert and count (.csv or .tsv)",
+        module="ep_rebalance.formats.csv_counts",
+        reads_load=True,
+    ),
+    Format(
+        name="state",
+        summary="the plugin's own state file",
+        module="ep_rebalance.formats.state",
+        reads_placement=True,
+        writes_placement=True,
+    ),
+    Format(
+        name="trace",
+        summary=f"the last placement of a trace (*{SUFFIX})",
+        module="ep_rebalance.formats.trace",
+        reads_placement=True,
+    ),
 )
 
 FORMATS: Mapping[str, Format] = MappingProxyType({one.name: one for one in _ENTRIES})
 """By name, in the order in which a file is tried: SGLang's format takes any JSON that is left."""
-
-
-_OTHER = {
-    True: "holds a placement, no load; give a TARGET that is no trace, with --to",
-    False: "holds load, no placement; make a trace of it, and of that a placement by `ep-rebalance plan`",
-}
-"""What to say of a file, by whether load was asked for."""
-
-
-def read_load(path: Path, reading: Reading) -> ForeignLoad:
-    """A recording, in the first format that recognises the file. Raises FormatError."""
-    readers = [(one, one.read_load) for one in FORMATS.values() if one.read_load]
-    return _reader_of(path, readers)(path, reading)
-
-
-def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
-    """A placement, in the first format that recognises the file. Raises FormatError."""
-    readers = [(one, one.read_placement) for one in FORMATS.values() if one.read_placement]
-    return _reader_of(path, readers)(path, reading)
-
-
-def _reader_of(path: Path, readers: Sequence[tuple[Format, _Reader]]) -> _Reader:
-    path.stat()  # a missing file is an OSError, not one of an unknown format
-    for one, read in readers:
-        if one.recognises(path):
-            return read
-    if kind := unread_kind(path):
-        raise FormatError(path, "", kind)
-    if any(one.recognises(path) for one in FORMATS.values()):
-        raise FormatError(path, "", _OTHER[readers[0][1] == readers[0][0].read_load])
-    names = ", ".join(one.name for one, _ in readers)
-    raise FormatError(path, "", f"is of none of the kinds {names}; write it as one of these")

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_rebalance.formats import AXES
 from ep_rebalance.formats.array_files import NUMPY, TORCH, named_arrays
 from ep_rebalance.formats.contents import FormatError, suffix_of
-from ep_rebalance.formats.format import AXES, Format, Reading
+from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.layer_counts import load_of_counts
 from ep_rebalance.formats.load import ForeignLoad
 from ep_rebalance.formats.token_ids import Tokens, load_of_tokens
@@ -155,11 +156,3 @@ def _tokens(path: Path, keys: str, names: frozenset[str], axes: str) -> Iterator
 
 def _moved(array: NDArray[Any], axes: str, wanted: str) -> NDArray[Any]:
     return array.transpose([axes.index(letter) for letter in wanted])
-
-
-FORMAT = Format(
-    name="arrays",
-    summary="counts (logical_count) or expert ids (routed_experts) in .npy, .npz or .pt",
-    recognises=recognises,
-    read_load=read_load,
-)

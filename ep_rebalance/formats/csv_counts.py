@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ep_rebalance.formats.contents import FormatError, read_text, suffix_of
-from ep_rebalance.formats.format import MAX_LAYERS, Format, Reading
+from ep_rebalance.formats.format import MAX_LAYERS, Reading
 from ep_rebalance.formats.layer_counts import layers_with_experts
 from ep_rebalance.formats.load import MAX_COUNTS, ForeignLoad
 
@@ -126,11 +126,3 @@ def _numbers(path: Path, line: int, columns: list[str], values: list[str]) -> di
             raise FormatError(path, f"line {line}", reason)
         numbers[name] = int(value)
     return numbers
-
-
-FORMAT = Format(
-    name="csv",
-    summary="CSV with the columns layer, expert and count (.csv or .tsv)",
-    recognises=recognises,
-    read_load=read_load,
-)

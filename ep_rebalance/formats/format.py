@@ -1,22 +1,17 @@
-"""Format: what the commands know about a kind of file."""
+"""What readers and writers of all formats are told, and what they have in common."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from ep_rebalance.formats.contents import FormatError
-from ep_rebalance.formats.load import ForeignLoad
 from ep_rebalance.placement import Placement
 
-AXES = ("LE", "WLE", "TK", "TLK")
-"""What arrays may hold: counts of layers and experts, of windows too; or expert ids by token, layer and place
-in the token's top-k. The letters may come in any order.
-"""
 MAX_LAYERS = 4096
 """Of a model: the last number is below it. SGLang's files have a row for each."""
 
@@ -32,7 +27,7 @@ class Reading:
     first_moe_layer: the model's number of the first layer with experts; None if it was not given.
     tokens_per_snapshot: tokens. For load that comes token by token.
     keys: a pattern for the names of the arrays to read.
-    axes: what the axes of arrays are, letters of `AXES`; "" to guess.
+    axes: what the axes of arrays are, letters of `formats.AXES`; "" to guess.
     experts: logical experts of a layer; None if they were not given.
     """
 
@@ -111,27 +106,6 @@ class Writing:
 
     layers: int | None = None
     like: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """A kind of file. A function is None if such files do not hold that, or it cannot be written.
-
-    name: on the command line.
-    summary: what the files are, a clause without a semicolon.
-    recognises: whether an existing file or folder may be one.
-    read_load: a recording. Raises FormatError for whatever is wrong.
-    read_placement: a placement. Raises FormatError for whatever is wrong.
-    write_placement: replaces a file atomically by a placement, given the numbers that its layers have in
-        the model. Raises ValueError for what does not fit.
-    """
-
-    name: str
-    summary: str
-    recognises: Callable[[Path], bool]
-    read_load: Callable[[Path, Reading], ForeignLoad] | None = None
-    read_placement: Callable[[Path, Reading], NumberedPlacement] | None = None
-    write_placement: Callable[[Path, Placement, Sequence[int], Writing], None] | None = None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from ep_rebalance.formats.contents import FormatError, beginning, read_text, suffix_of
 from ep_rebalance.formats.format import (
-    Format,
     NumberedPlacement,
     Reading,
     Writing,
@@ -118,13 +117,3 @@ def placement_text(placement: Placement, moe_layers: Sequence[int], num_layers: 
     for layer, slots_P in zip(moe_layers, placement.slots_LP, strict=True):
         rows[layer] = slots_P.tolist()
     return json.dumps({"physical_to_logical_map": rows})
-
-
-FORMAT = Format(
-    name="sglang",
-    summary="SGLang's logical_count in JSON, or its --init-expert-location",
-    recognises=recognises,
-    read_load=read_load,
-    read_placement=read_placement,
-    write_placement=write_placement,
-)

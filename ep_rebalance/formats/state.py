@@ -9,7 +9,7 @@ import msgspec
 
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.formats.contents import FormatError, beginning
-from ep_rebalance.formats.format import Format, NumberedPlacement, Reading, Writing
+from ep_rebalance.formats.format import NumberedPlacement, Reading, Writing
 from ep_rebalance.formats.slots import told_repeats
 from ep_rebalance.load.state import SavedState, read_state, save_state
 from ep_rebalance.placement import Placement
@@ -74,12 +74,3 @@ def _told(placement: Placement) -> str:
     return (
         f"{placement.num_layers} layers, {placement.num_slots} slots, {placement.num_ranks} ranks"
     )
-
-
-FORMAT = Format(
-    name="state",
-    summary="the plugin's own state file",
-    recognises=recognises,
-    read_placement=read_placement,
-    write_placement=write_placement,
-)

@@ -26,7 +26,6 @@ from ep_rebalance.formats.contents import (
     suffix_of,
 )
 from ep_rebalance.formats.format import (
-    Format,
     NumberedPlacement,
     Reading,
     Writing,
@@ -175,13 +174,3 @@ def _told(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}: " if mark is not None else ""
     return where + (str(getattr(error, "problem", "")) or str(error).partition("\n")[0])
-
-
-FORMAT = Format(
-    name="tensorrt-llm",
-    summary="TensorRT-LLM's folder of expert statistics, or its initial_global_assignments in YAML",
-    recognises=recognises,
-    read_load=read_load,
-    read_placement=read_placement,
-    write_placement=write_placement,
-)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ep_rebalance.formats.contents import FormatError
-from ep_rebalance.formats.format import Format, NumberedPlacement, Reading
+from ep_rebalance.formats.format import NumberedPlacement, Reading
 from ep_rebalance.load.trace import SUFFIX, RecordedPlacement, TraceReader
 
 
@@ -26,11 +26,3 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
             path, "", "holds no placement: its writer died at once; take another file"
         )
     return reading.numbered(path, changes[-1].placement, reader.head.moe_layers)
-
-
-FORMAT = Format(
-    name="trace",
-    summary=f"the last placement of a trace (*{SUFFIX})",
-    recognises=recognises,
-    read_placement=read_placement,
-)

@@ -27,7 +27,7 @@ from ep_rebalance.formats.contents import (
     read_text,
     suffix_of,
 )
-from ep_rebalance.formats.format import Format, Reading
+from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import ForeignLoad
 from ep_rebalance.formats.token_ids import Tokens, load_of_tokens
 
@@ -165,11 +165,3 @@ def _decoded(path: Path, place: str, text: str | bytes) -> Any:
     except (ValueError, RecursionError) as error:
         told = getattr(error, "msg", "nested too deeply, or a number of thousands of digits")
         raise FormatError(path, place, f"is not JSON ({told}); save one answer a line") from None
-
-
-FORMAT = Format(
-    name="vllm-answers",
-    summary=f"answers of vLLM with {FIELD}, JSON or one a line (.jsonl)",
-    recognises=recognises,
-    read_load=read_load,
-)

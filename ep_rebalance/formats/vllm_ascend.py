@@ -14,7 +14,6 @@ import msgspec
 
 from ep_rebalance.formats.contents import FormatError, read_text, suffix_of
 from ep_rebalance.formats.format import (
-    Format,
     NumberedPlacement,
     Reading,
     Writing,
@@ -108,12 +107,3 @@ def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     slots_LP = slots_of(path, "device_expert", rows)
     placement = placement_of(path, "device_expert", slots_LP, ranks)
     return reading.numbered(path, placement, sorted(layer.layer_id for layer in found.layer_list))
-
-
-FORMAT = Format(
-    name="vllm-ascend",
-    summary="vllm-ascend's expert map in JSON (expert_map_path)",
-    recognises=recognises,
-    read_placement=read_placement,
-    write_placement=write_placement,
-)

@@ -15,7 +15,7 @@ from saved_states import STATE
 from statuses import make_status
 from traces import contiguous, head_of, snapshots, write_trace
 
-from ep_rebalance.commands import inspection
+from ep_rebalance.commands import inspecting
 from ep_rebalance.load.state import save_state
 from ep_rebalance.load.trace import TraceWriter
 from ep_rebalance.placement import Placement, imbalance_L
@@ -37,7 +37,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[float]]:
             if len(pauses) == number:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(inspection, "time", SimpleNamespace(sleep=sleep))
+        monkeypatch.setattr(inspecting, "time", SimpleNamespace(sleep=sleep))
         return pauses
 
     return end_after

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from shapes import placements
 from traces import head_of, records_of, write_trace
 
 from ep_rebalance.formats import (
+    FORMATS,
     arrays,
     contents,
     sglang,
@@ -64,6 +66,16 @@ def test_placements_go_round(tmp_path_factory, placement: Placement, first: int,
     rows = json.loads(text)["physical_to_logical_map"]
     assert len(rows) == layers[-1] + 1 + more
     assert rows[first : first + placement.num_layers] == placement.slots_LP.tolist()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_module_has_the_functions_that_its_entry_says(name: str):
+    one = FORMATS[name]
+    module = import_module(one.module)
+    assert callable(module.recognises)
+    assert hasattr(module, "read_load") == one.reads_load
+    assert hasattr(module, "read_placement") == one.reads_placement
+    assert hasattr(module, "write_placement") == one.writes_placement
 
 
 def test_sglangs_own_placement_is_read(tmp_path: Path):

@@ -37,32 +37,43 @@ policy = policies.Policy(
 )
 policies.POLICIES = MappingProxyType({**policies.POLICIES, policy.name: policy})
 
-import numpy as np
 from ep_rebalance import formats
-from ep_rebalance.formats.format import Format, replace_text
+
+form = formats.Format(
+    name="plain",
+    summary="numbers in plain text",
+    module="__main__",
+    reads_load=True,
+    reads_placement=True,
+    writes_placement=True,
+)
+formats.FORMATS = MappingProxyType({**formats.FORMATS, form.name: form})
+
+import numpy as np
+from ep_rebalance.formats.format import replace_text
 from ep_rebalance.formats.load import ForeignLoad
 from ep_rebalance.placement import Placement
 
-form = Format(
-    name="plain",
-    summary="numbers in plain text",
-    recognises=lambda path: path.suffix == ".plain",
-    read_load=lambda path, reading: ForeignLoad(
+def recognises(path):
+    return path.suffix == ".plain"
+
+def read_load(path, reading):
+    return ForeignLoad(
         counts=[np.loadtxt(path, dtype=np.uint32, ndmin=2)],
         layers=2,
         experts=3,
         moe_layers=(0, 1),
         origin="plain text",
         top_k=2,
-    ),
-    read_placement=lambda path, reading: reading.numbered(
-        path, Placement(np.loadtxt(path, dtype=np.int32, ndmin=2), 4, reading.ranks_of(path))
-    ),
-    write_placement=lambda path, placement, moe_layers, writing: replace_text(
-        path, "".join(" ".join(map(str, row)) + "\\n" for row in placement.slots_LP.tolist())
-    ),
-)
-formats.FORMATS = MappingProxyType({**formats.FORMATS, form.name: form})
+    )
+
+def read_placement(path, reading):
+    slots_LP = np.loadtxt(path, dtype=np.int32, ndmin=2)
+    return reading.numbered(path, Placement(slots_LP, 4, reading.ranks_of(path)))
+
+def write_placement(path, placement, moe_layers, writing):
+    rows = placement.slots_LP.tolist()
+    replace_text(path, "".join(" ".join(map(str, row)) + "\\n" for row in rows))
 
 from typer.testing import CliRunner
 from ep_rebalance.commands.app import app
