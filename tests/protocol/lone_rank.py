@@ -387,7 +387,7 @@ class Engine:
             self._session.ask(event)
 
     def _reload(self, layers: tuple[int, ...], how: str) -> None:
-        """The loader writes new weights of some layers, into new tensors, each expert into its first slot only.
+        """The loader writes new weights of some layers, into new tensors: each expert into its first slot.
 
         how: whether they are `movable`; `refused` by a trial; or `unreadable`, which raises.
         """
