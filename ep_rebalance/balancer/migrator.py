@@ -7,6 +7,7 @@ one begins. What is served changes only here, and on every rank in the same step
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,7 @@ from ep_rebalance.migration.commit import (
     write_arrivals,
 )
 from ep_rebalance.migration.configured import configured_staging
-from ep_rebalance.migration.copies import fill_copies, quotas_without_copies_LP
+from ep_rebalance.migration.copies import BYTES_PER_ROUND, fill_copies, quotas_without_copies_LP
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import Faults, RoundExchange, StagingFull
 from ep_rebalance.migration.schedule import schedule_copies
@@ -104,6 +105,7 @@ class Migrator:
         # What the engine's loader has surely written; it may have left copies as they were.
         self._loaded_once = self.served.with_quotas(quotas_without_copies_LP(placement))
         self._unfilled: set[int] = set()  # layers, the same on all ranks
+        self._unfilled_for = ""  # the fault that was logged
         self._actions = 0
         self.staging_slots = 0
         self._counts = counts
@@ -339,26 +341,59 @@ class Migrator:
         are any, and returns when all ranks have them.
 
         Until then these layers are served from the first slots of their experts, and nothing moves. As long
-        as a rank has other weights, or some that may not be moved, that is left for a later call.
+        as a rank has other weights, or some that may not be moved, that is left for a later call. So is a
+        layer in which a copy did not arrive whole.
         """
         if not self._unfilled or self._count_ranks(self._holds_loaded or not self._may_move):
             return
         assert self._memory is not None, "mode observe is told of no reload"
-        layers, faults = sorted(self._unfilled), ""
-        try:
-            exchange = self._roomy_exchange(1, self._memory)
-            found = fill_copies(
-                self._loaded.placement, layers, exchange, self._memory, audit=self.audit
+        began, fault, filled = time.perf_counter(), "", []
+        exchange, max_bytes = self._exchange_of_copies(self._memory)
+        for layer in sorted(self._unfilled):
+            faults = fill_copies(
+                self._loaded.placement,
+                [layer],
+                exchange,
+                self._memory,
+                max_bytes=max_bytes,
+                audit=self.audit,
             )
-            faults = str(found) if found else ""
-        except NotTakenUp as error:
-            faults = str(error)
-        if faults:
-            logger.error("ep_rebalance: copies of experts are not served yet: %s", faults)
-            return
-        self._unfilled.clear()
-        self._counts.set_dispatch(layers, self._loaded.placement, self._loaded.quotas_LP)
-        self.served = self.served.with_layers(layers, self.served.placement, self._loaded.quotas_LP)
+            if faults:
+                fault = str(faults)
+            else:
+                filled.append(layer)
+        self._serve_copies(filled)
+        self._tell_of_copies(fault, len(filled), time.perf_counter() - began)
+
+    def _exchange_of_copies(self, memory: ExpertMemory) -> tuple[RoundExchange, int]:
+        """An exchange for copies, and the bytes of its rounds. Collective."""
+        assert self._exchange is not None, "it moves experts"
+        try:
+            return self._roomy_exchange(1, memory), BYTES_PER_ROUND
+        except NotTakenUp:  # on all ranks: what was reserved at the start is there
+            return self._exchange, self._max_bytes
+
+    def _serve_copies(self, layers: list[int]) -> None:
+        self._unfilled.difference_update(layers)
+        loaded = self._loaded
+        self._counts.set_dispatch(layers, loaded.placement, loaded.quotas_LP)
+        self.served = self.served.with_layers(layers, self.served.placement, loaded.quotas_LP)
+
+    def _tell_of_copies(self, fault: str, filled: int, seconds: float) -> None:
+        """The same fault is logged once, since it may come again with every snapshot."""
+        if fault and fault != self._unfilled_for:
+            logger.error(
+                "ep_rebalance: copies of experts in %d layers are not served yet: %s",
+                len(self._unfilled),
+                fault,
+            )
+        elif filled and self._rank == 0:
+            logger.info(
+                "ep_rebalance: all ranks waited %.2f s for copies of experts in %d layers",
+                seconds,
+                filled,
+            )
+        self._unfilled_for = fault
 
     def serve_split(self, split: Split) -> None:
         """Serve the same placement with other quotas."""

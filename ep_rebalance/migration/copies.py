@@ -29,16 +29,19 @@ def fill_copies(
     layers: Iterable[int],
     exchange: RoundExchange,
     memory: ExpertMemory,
+    *,
+    max_bytes: int = BYTES_PER_ROUND,
     audit: SlotAudit | None = None,
 ) -> Faults:
     """Copy each expert from its first slot into all others that are to hold it. Collective; returns what the
     ranks voted on the last batch. After a fault, some copies may not be there.
 
     placement: which expert each slot is to hold.
-    exchange: of `memory`. It stages at least one expert, and carries BYTES_PER_ROUND.
+    exchange: of `memory`. It stages at least one expert.
+    max_bytes: bytes. What it carries in a round.
     """
     faults = Faults(transport=0, checksum=0)
-    for batch in _batches(placement, layers, memory, exchange.rank):
+    for batch in _batches(placement, layers, memory, max_bytes, exchange.rank):
         exchange.begin_batch(batch)
         faults = exchange.deliver(batch)
         if faults:
@@ -64,7 +67,11 @@ def _first_slots(slots_P: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def _batches(
-    placement: Placement, layers: Iterable[int], memory: ExpertMemory, rank: int
+    placement: Placement,
+    layers: Iterable[int],
+    memory: ExpertMemory,
+    max_bytes: int,
+    rank: int,
 ) -> Iterator[Batch]:
     """Each brings at most one expert to every rank, so that one is staged at a time."""
     slots = placement.slots_per_rank
@@ -81,6 +88,6 @@ def _batches(
                     list(zip(first_E[slots_P[here]].tolist(), here.tolist(), strict=True)),
                     topology=Topology.single_node(placement.num_ranks),
                     expert_bytes_L=memory.expert_bytes_L,
-                    max_bytes=BYTES_PER_ROUND,
+                    max_bytes=max_bytes,
                     rank=rank,
                 )

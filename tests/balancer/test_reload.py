@@ -5,6 +5,8 @@ After every step each rank's tables lead to slots that hold the right expert of 
 rank has then.
 """
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ranks import Ranks
 from reloading_engine import ReloadingEngine
 
 from ep_rebalance.migration.commit import Split
+from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.placement import Placement
 
 pytestmark = pytest.mark.usefixtures("compiled_planner")
@@ -254,6 +257,36 @@ def test_copies_that_a_loader_leaves_out_are_written_before_tokens_go_there(two_
     assert ours
     assert theirs
     assert max(ours | theirs) < 16
+
+
+COPIES = {"planner": {"redundant_experts": 4}}
+MADE_FOR_COPIES = "ep_rebalance.balancer.migrator.RoundExchange"
+
+
+def copies_served(engine: Engine) -> list[bool]:
+    """Of each layer, whether tokens go to slots beyond the first of each expert."""
+    return [bool(quotas_P[16:].any()) for quotas_P in engine.rebalancer.served.quotas_LP]
+
+
+def reload_without_memory(rank, size, config):
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+
+    def full(**told):
+        if rank == 1:
+            raise torch.OutOfMemoryError("no memory on this device")
+        return RoundExchange(**told)
+
+    engine.reload()
+    with mock.patch(MADE_FOR_COPIES, full):
+        engine.run_until(has_generation(2))
+    engine.check_slots()
+    return copies_served(engine)
+
+
+def test_a_rank_without_memory_to_spare_gets_copies_through_what_is_reserved(two_ranks: Ranks):
+    config = eager(COPIES)
+    assert two_ranks.run(reload_without_memory, 2, config) == [[True] * LAYERS] * 2
 
 
 def reload_observed(rank, size, config):
