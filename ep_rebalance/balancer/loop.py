@@ -132,7 +132,10 @@ class BalancingLoop:
             yield from _tell(GotUnstuck())
         elif snapshot.agreed.replaced:
             yield from _tell(
-                GotStuck("the weights of some ranks were replaced, and of others not yet")
+                GotStuck(
+                    "the weights of some ranks were replaced, and of others not yet, or copies of experts "
+                    "are still to be written; the log of the ranks has more"
+                )
             )
         return snapshot
 

@@ -41,6 +41,7 @@ from ep_rebalance.telemetry.events import (
     CommitStalled,
     Event,
     GenerationServed,
+    GotUnstuck,
     QuotasChanged,
     RoundStalled,
 )
@@ -279,6 +280,11 @@ class Migrator:
         return self._holds_loaded or not self._may_move or bool(self._unfilled)
 
     @property
+    def awaits_copies(self) -> bool:
+        """Whether copies of reloaded experts are still to be written; the same on all ranks."""
+        return bool(self._unfilled)
+
+    @property
     def has_moved_experts(self) -> bool:
         """Whether any slot holds another expert than was loaded into it."""
         return self.served.placement != self._loaded.placement
@@ -394,11 +400,14 @@ class Migrator:
                 filled,
             )
         self._unfilled_for = fault
+        if not fault:
+            self._tell(GotUnstuck())
 
     def serve_split(self, split: Split) -> None:
         """Serve the same placement with other quotas."""
         self._take_up(split)
-        self._tell(QuotasChanged())
+        if not self._unfilled:
+            self._tell(QuotasChanged())
 
     def take_before(self) -> Served | None:
         """`before`, which is None from then on."""

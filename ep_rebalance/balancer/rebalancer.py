@@ -268,22 +268,22 @@ class Rebalancer:
         sums = self._snapshots.finish(served.generation, served.placement, served.quotas_LP)
         if sums.refused:
             self._tell(ErrorCaught("snapshot", sums.refused))
+        self.migrator.fill_copies()
         snapshot = Snapshot(sample=sums.sample, agreed=self._agreed(sums.flags))
         if before is not None and sums.earlier_ALE is not None:
             earlier = ServedTokens(counts_ALE=sums.earlier_ALE, served=before)
         if self._recorder is not None:
             self._recorder.snapshot_in_parts(
                 snapshot,
-                self.served,
+                served,
                 self._steps,
                 self._ended,
                 earlier=earlier,
                 earlier_steps=self._earlier_steps,
             )
         self._ended = None
-        self._tell(SnapshotTaken(snapshot.sample, self.served, earlier))
+        self._tell(SnapshotTaken(snapshot.sample, served, earlier))
         self._jobs.forget_what_ended(snapshot.agreed)
-        self.migrator.fill_copies()
         yield from self._auditor.follow(sums.flags, replaced=snapshot.agreed.replaced)
         return snapshot
 
@@ -319,7 +319,7 @@ class Rebalancer:
             fitted=flags.fitted == ranks,
             paused=flags.paused > 0,
             plan_asked=flags.plan_asked > 0,
-            replaced=replaced,
+            replaced=replaced or self.migrator.awaits_copies,
             reloaded=reloaded,
         )
 

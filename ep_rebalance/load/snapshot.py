@@ -18,7 +18,8 @@ class Agreed:
     fitted: every rank has quotas that follow the load.
     paused: an operator holds plans back.
     plan_asked: an operator asked for a plan.
-    replaced: the engine has replaced weights on some rank since the ranks agreed on what is served.
+    replaced: the engine has replaced weights on some rank since the ranks agreed on what is served, or copies
+        of experts are still to be written since.
     reloaded: the layers that it replaced, once it has done so on every rank; () before.
     """
 

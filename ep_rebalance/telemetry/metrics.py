@@ -241,8 +241,8 @@ METRICS: tuple[Metric, ...] = (
         name="stuck",
         kind="gauge",
         field="stuck",
-        help="1 while a plan is overdue, or weights were replaced on some ranks and not yet on others;"
-        " serving goes on with the placement as it is.",
+        help="1 while a plan is overdue, weights were replaced on some ranks and not yet on others, or copies"
+        " of experts are still to be written since; serving goes on with the placement as it is.",
     ),
     Metric(
         name="reported_timestamp_seconds",

@@ -268,6 +268,39 @@ def copies_served(engine: Engine) -> list[bool]:
     return [bool(quotas_P[16:].any()) for quotas_P in engine.rebalancer.served.quotas_LP]
 
 
+def reload_unmovable_and_movable(rank, size, config):
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+    engine.reload()
+    if rank == 1:
+        engine.rebalancer.migrator.refuse_moves()
+    for _ in range(8):
+        engine.step()
+    status = engine.rebalancer.status
+    before = status.quota_changes, dict(status.plans)
+    for _ in range(40):
+        engine.step()
+    after = status.quota_changes, dict(status.plans)
+    held = status.stuck, status.message, copies_served(engine)
+    engine.reload()
+    engine.rebalancer.migrator.allow_moves()
+    engine.run_until(has_generation(3))
+    for _ in range(4):
+        engine.step()
+    return before, after, held, status.stuck, copies_served(engine)
+
+
+def test_the_status_says_that_copies_wait_and_nothing_is_planned_in_vain(two_ranks: Ranks):
+    for before, after, held, stuck, copies in two_ranks.run(
+        reload_unmovable_and_movable, 2, eager(COPIES)
+    ):
+        assert after == before
+        assert held[0] == 1
+        assert "copies of experts are still to be written" in held[1]
+        assert held[2] == [False] * LAYERS
+        assert (stuck, copies) == (0, [True] * LAYERS)
+
+
 def reload_without_memory(rank, size, config):
     engine = ReloadingEngine(rank, size, config)
     engine.run_until(has_generation(1))
@@ -287,6 +320,46 @@ def reload_without_memory(rank, size, config):
 def test_a_rank_without_memory_to_spare_gets_copies_through_what_is_reserved(two_ranks: Ranks):
     config = eager(COPIES)
     assert two_ranks.run(reload_without_memory, 2, config) == [[True] * LAYERS] * 2
+
+
+class Spoiling(RoundExchange):
+    """Experts of layer 1 arrive damaged. layers: of each batch that was voted on."""
+
+    layers: list[int]
+
+    def vote(self, batch, **told):
+        self.layers.append(batch.layers[0])
+        for move in batch.arrivals(self.rank):
+            self.staging[move.staging, 3] ^= 4 * (move.layer == 1)
+        return super().vote(batch, **told)
+
+
+def reload_with_a_damaged_copy(rank, size, config):
+    engine = ReloadingEngine(rank, size, config)
+    engine.run_until(has_generation(1))
+    Spoiling.layers = []
+    engine.check_slots = lambda: None  # those of layer 1 hold what they held
+    engine.reload()
+    with mock.patch(MADE_FOR_COPIES, Spoiling):
+        engine.run_until(has_generation(2))
+        first, Spoiling.layers = set(Spoiling.layers), []
+        for _ in range(9):
+            engine.step()
+    again, copies = set(Spoiling.layers), copies_served(engine)
+    stuck = engine.rebalancer.status.stuck
+    for _ in range(4):
+        engine.step()
+    del engine.check_slots
+    engine.check_slots()
+    return first, again, copies, stuck, copies_served(engine), engine.rebalancer.status.stuck
+
+
+def test_a_damaged_copy_keeps_only_its_layer_waiting(two_ranks: Ranks):
+    told = two_ranks.run(reload_with_a_damaged_copy, 2, eager(COPIES))
+    for first, again, copies, stuck, after, stuck_after in told:
+        assert (first, again) == ({0, 1, 2}, {1})
+        assert (copies, stuck) == ([True, False, True], 1)
+        assert (after, stuck_after) == ([True] * LAYERS, 0)
 
 
 def reload_observed(rank, size, config):
