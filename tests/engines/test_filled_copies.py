@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,11 @@ from moe_families import BY_NAME, EXPERTS, HIDDEN, TOP_K
 from ranks import Ranks
 from test_real_model import fingerprints
 from vllm_groups import IMPORT_SECONDS, join
+
+from ep_rebalance.config import ConfigurationError
+from ep_rebalance.migration.round_exchange import RoundExchange
+from ep_rebalance.migration.slabs import NamedTensor, split_by_expert
+from ep_rebalance.placement import Placement
 
 REDUNDANT, TOKENS, STEPS = 2, 12, 4000
 COPIED = [*range(EXPERTS), *range(REDUNDANT)]
@@ -165,3 +171,39 @@ def test_copies_that_vllm_does_not_load_are_filled(
     for _, _, reached, _ in (ours, theirs):
         assert reached <= {0, 1}  # until all ranks have them, no token goes to a copy
     assert ours[3] | theirs[3] == {0, 1, EXPERTS, EXPERTS + 1}
+
+
+def fill_without_memory(rank: int) -> str:
+    join(rank)
+    from ep_rebalance.engines.vllm import movable_experts
+    from ep_rebalance.engines.vllm.expert_tensors import LayerTensors
+
+    def full(**told):
+        if rank == 1:
+            raise torch.OutOfMemoryError("no memory on this device")
+        return RoundExchange(**told)
+
+    experts = NamedTensor("w13_weight", torch.zeros(2, 8))
+    layer = LayerTensors(
+        layer="model.layers.0.mlp.experts",
+        scheme="made up",
+        experts=2,
+        slabs=split_by_expert([experts], 2).slabs,
+        common=(),
+        refusals=(),
+    )
+    placement = Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2, num_redundant=2)
+    with (
+        mock.patch.object(movable_experts, "RoundExchange", full),
+        pytest.raises(ConfigurationError) as raised,
+    ):
+        movable_experts._fill([layer], placement, dist.group.WORLD)
+    return str(raised.value)
+
+
+def test_a_rank_without_memory_for_copies_keeps_no_other_waiting(
+    two_ranks: Ranks, compiled_planner: None
+):
+    ours, theirs = two_ranks.run(fill_without_memory, timeout=IMPORT_SECONDS)
+    assert ours == theirs
+    assert "1 rank(s) lack memory" in ours

@@ -172,8 +172,8 @@ def _fill(found: Sequence[LayerTensors], placement: Placement, group: dist.Proce
     """Copy experts into the slots that were left empty. What these hold until then is not compared."""
     began = time.perf_counter()
     _refuse_unlike(found, [layer.form() for layer in found], group)
-    memory, ranks = _memory(found, group), ep_group().device_group
-    exchange = RoundExchange(group=ranks, memory=memory, max_bytes=BYTES_PER_ROUND, staging_slots=1)
+    memory = _memory(found, group)
+    exchange = _exchange(memory, group)
     if faults := fill_copies(placement, range(len(found)), exchange, memory):
         raise ConfigurationError(
             f"redundant slots, into which vLLM loads nothing, could not be filled: {faults}.",
@@ -186,6 +186,28 @@ def _fill(found: Sequence[LayerTensors], placement: Placement, group: dist.Proce
         filled / 2**20,
         time.perf_counter() - began,
     )
+
+
+def _exchange(memory: ExpertMemory, group: dist.ProcessGroup) -> RoundExchange:
+    """For copies. Raises ConfigurationError, the same on all ranks, if one of them lacks the memory."""
+    exchange: RoundExchange | None = None
+    try:
+        exchange = RoundExchange(
+            group=ep_group().device_group,
+            memory=memory,
+            max_bytes=BYTES_PER_ROUND,
+            staging_slots=1,
+        )
+    except RuntimeError:  # torch's out of memory is one
+        logger.exception("ep_rebalance: not enough memory for experts on their way")
+    lacking_R = [exchange is None] * dist.get_world_size(group)
+    dist.all_gather_object(lacking_R, exchange is None, group=group)
+    if exchange is None or any(lacking_R):
+        raise ConfigurationError(
+            f"{sum(lacking_R)} rank(s) lack memory to fill redundant slots, into which vLLM loads nothing.",
+            WITHOUT_COPIES,
+        )
+    return exchange
 
 
 def _told(alone: Verdict, between: Verdict) -> Verdict:
