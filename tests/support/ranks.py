@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 60.0
+TIMEOUT_SECONDS = 120.0
 PRELOADED = ["torch.distributed", "ep_rebalance.balancer.session", "pytest"]
 
 
