@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ep_rebalance.config import ConfigurationError, QuantisationConfig
@@ -200,11 +201,11 @@ def _exchange(memory: ExpertMemory, group: dist.ProcessGroup) -> RoundExchange:
         )
     except RuntimeError:  # torch's out of memory is one
         logger.exception("ep_rebalance: not enough memory for experts on their way")
-    lacking_R = [exchange is None] * dist.get_world_size(group)
-    dist.all_gather_object(lacking_R, exchange is None, group=group)
-    if exchange is None or any(lacking_R):
+    lacking = torch.tensor([int(exchange is None)])
+    dist.all_reduce(lacking, group=group)
+    if exchange is None or lacking.item():
         raise ConfigurationError(
-            f"{sum(lacking_R)} rank(s) lack memory to fill redundant slots, into which vLLM loads nothing.",
+            f"{int(lacking)} rank(s) lack memory to fill redundant slots, into which vLLM loads nothing.",
             WITHOUT_COPIES,
         )
     return exchange
