@@ -10,8 +10,9 @@ from gpu_kit.figures import tell
 
 NEEDED = (
     *("PIL", "aiohttp", "cloudpickle", "cpuinfo", "cv2", "hypothesis", "jinja2", "numba", "numpy"),
-    *("prometheus_client", "psutil", "pytest", "regex", "requests", "rich", "safetensors"),
-    *("sentencepiece", "tiktoken", "torch", "transformers", "triton", "typer", "uvloop", "yaml"),
+    *("prometheus_client", "psutil", "pytest", "pytest_timeout", "regex", "requests", "rich"),
+    *("safetensors", "sentencepiece", "tiktoken", "torch", "transformers", "triton", "typer"),
+    *("uvloop", "yaml"),
 )
 """What vLLM and the tests import and no load brings; dependencies.txt has the rest."""
 
