@@ -28,9 +28,14 @@ from ep_rebalance.migration.commit import (
     write_arrivals,
 )
 from ep_rebalance.migration.configured import configured_staging
-from ep_rebalance.migration.copies import BYTES_PER_ROUND, fill_copies, quotas_without_copies_LP
+from ep_rebalance.migration.copies import fill_copies, quotas_without_copies_LP
 from ep_rebalance.migration.expert_memory import ExpertMemory
-from ep_rebalance.migration.round_exchange import Faults, RoundExchange, StagingFull
+from ep_rebalance.migration.round_exchange import (
+    STANDSTILL_BYTES_PER_ROUND,
+    Faults,
+    RoundExchange,
+    StagingFull,
+)
 from ep_rebalance.migration.schedule import schedule_copies
 from ep_rebalance.migration.served import Served
 from ep_rebalance.placement import Placement
@@ -49,9 +54,6 @@ from ep_rebalance.telemetry.stall_clock import StallClock
 from ep_rebalance.topology import Topology
 
 logger = logging.getLogger(__name__)
-
-RESTORE_BYTES_PER_ROUND = 32 << 20
-"""More than a step carries by default: all ranks wait until the placement is restored."""
 
 
 class NotTakenUp(RuntimeError):
@@ -222,7 +224,7 @@ class Migrator:
             quotas_LP,
             topology=self._topology,
             expert_bytes_L=self._memory.expert_bytes_L,
-            pace=Pace.of_bytes(RESTORE_BYTES_PER_ROUND),
+            pace=Pace.of_bytes(STANDSTILL_BYTES_PER_ROUND),
             staging_slots=placement.slots_per_rank,
             rank=self._rank,
         )
@@ -246,7 +248,7 @@ class Migrator:
             exchange = RoundExchange(
                 group=self._group,
                 memory=memory,
-                max_bytes=RESTORE_BYTES_PER_ROUND,
+                max_bytes=STANDSTILL_BYTES_PER_ROUND,
                 staging_slots=staging_slots,
                 audit=self.audit,
             )
@@ -354,15 +356,10 @@ class Migrator:
             return
         assert self._memory is not None, "mode observe is told of no reload"
         began, fault, filled = time.perf_counter(), "", []
-        exchange, max_bytes = self._exchange_of_copies(self._memory)
+        exchange = self._exchange_of_copies(self._memory)
         for layer in sorted(self._unfilled):
             faults = fill_copies(
-                self._loaded.placement,
-                [layer],
-                exchange,
-                self._memory,
-                max_bytes=max_bytes,
-                audit=self.audit,
+                self._loaded.placement, [layer], exchange, self._memory, audit=self.audit
             )
             if faults:
                 fault = str(faults)
@@ -371,13 +368,13 @@ class Migrator:
         self._serve_copies(filled)
         self._tell_of_copies(fault, len(filled), time.perf_counter() - began)
 
-    def _exchange_of_copies(self, memory: ExpertMemory) -> tuple[RoundExchange, int]:
-        """An exchange for copies, and the bytes of its rounds. Collective."""
+    def _exchange_of_copies(self, memory: ExpertMemory) -> RoundExchange:
+        """Collective."""
         assert self._exchange is not None, "it moves experts"
         try:
-            return self._roomy_exchange(1, memory), BYTES_PER_ROUND
+            return self._roomy_exchange(1, memory)
         except NotTakenUp:  # on all ranks: what was reserved at the start is there
-            return self._exchange, self._max_bytes
+            return self._exchange
 
     def _serve_copies(self, layers: list[int]) -> None:
         self._unfilled.difference_update(layers)

@@ -20,17 +20,12 @@ from ep_rebalance.migration.schedule import schedule_copies
 from ep_rebalance.placement import Placement
 from ep_rebalance.topology import Topology
 
-BYTES_PER_ROUND = 32 << 20
-"""More than a step carries by default: all ranks wait until the copies are there."""
-
 
 def fill_copies(
     placement: Placement,
     layers: Iterable[int],
     exchange: RoundExchange,
     memory: ExpertMemory,
-    *,
-    max_bytes: int = BYTES_PER_ROUND,
     audit: SlotAudit | None = None,
 ) -> Faults:
     """Copy each expert from its first slot into all others that are to hold it. Collective; returns what the
@@ -38,10 +33,9 @@ def fill_copies(
 
     placement: which expert each slot is to hold.
     exchange: of `memory`. It stages at least one expert.
-    max_bytes: bytes. What it carries in a round.
     """
     faults = Faults(transport=0, checksum=0)
-    for batch in _batches(placement, layers, memory, max_bytes, exchange.rank):
+    for batch in _batches(placement, layers, memory, exchange):
         exchange.begin_batch(batch)
         faults = exchange.deliver(batch)
         if faults:
@@ -67,11 +61,7 @@ def _first_slots(slots_P: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def _batches(
-    placement: Placement,
-    layers: Iterable[int],
-    memory: ExpertMemory,
-    max_bytes: int,
-    rank: int,
+    placement: Placement, layers: Iterable[int], memory: ExpertMemory, exchange: RoundExchange
 ) -> Iterator[Batch]:
     """Each brings at most one expert to every rank, so that one is staged at a time."""
     slots = placement.slots_per_rank
@@ -88,6 +78,6 @@ def _batches(
                     list(zip(first_E[slots_P[here]].tolist(), here.tolist(), strict=True)),
                     topology=Topology.single_node(placement.num_ranks),
                     expert_bytes_L=memory.expert_bytes_L,
-                    max_bytes=max_bytes,
-                    rank=rank,
+                    max_bytes=exchange.max_bytes,
+                    rank=exchange.rank,
                 )

@@ -24,6 +24,9 @@ from ep_rebalance.migration.itinerary import CHECKSUM_BYTES, Leg
 
 logger = logging.getLogger(__name__)
 
+STANDSTILL_BYTES_PER_ROUND = 32 << 20
+"""More than a step carries by default: of what is moved while all ranks wait for it."""
+
 
 class StagingFull(RuntimeError):
     """A batch does not fit into the buffers that were reserved at the start."""
@@ -68,6 +71,7 @@ class RoundExchange:
         staging_slots: int,
         audit: SlotAudit | None = None,
     ) -> None:
+        self.max_bytes = max_bytes
         self._audit = audit
         self._group = group
         self.rank = dist.get_rank(group)

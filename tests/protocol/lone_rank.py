@@ -687,7 +687,7 @@ def ranks_apart(over: _Collectives | None = None) -> Iterator[None]:
     ]
     patches: list[tuple[Any, str, Any]] = [
         *(together or alone),
-        (migrator, "RESTORE_BYTES_PER_ROUND", 4096),  # each life would clear 64 MiB
+        (migrator, "STANDSTILL_BYTES_PER_ROUND", 4096),  # each life would clear 64 MiB
         (session, "_with_measured_links", lambda config, model: model),
         (planner_thread, "DaemonThread", _JobThread),
         (rebalancer, "_journal", _NoJournal),

@@ -33,10 +33,10 @@ from ep_rebalance.engines.vllm.expert_tensors import (
 from ep_rebalance.engines.vllm.parallel import ep_group
 from ep_rebalance.engines.vllm.quantised_pairs import pair_of_layer, refuse_pair
 from ep_rebalance.migration import compile_schedule
-from ep_rebalance.migration.copies import BYTES_PER_ROUND, fill_copies
+from ep_rebalance.migration.copies import fill_copies
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.proof import Verdict, in_a_line
-from ep_rebalance.migration.round_exchange import RoundExchange
+from ep_rebalance.migration.round_exchange import STANDSTILL_BYTES_PER_ROUND, RoundExchange
 from ep_rebalance.migration.slabs import ExpertsOfLayer
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
 from ep_rebalance.placement import Placement
@@ -196,7 +196,7 @@ def _exchange(memory: ExpertMemory, group: dist.ProcessGroup) -> RoundExchange:
         exchange = RoundExchange(
             group=ep_group().device_group,
             memory=memory,
-            max_bytes=BYTES_PER_ROUND,
+            max_bytes=STANDSTILL_BYTES_PER_ROUND,
             staging_slots=1,
         )
     except RuntimeError:  # torch's out of memory is one
