@@ -47,8 +47,13 @@ def _of_numpy(path: Path, file: IO[bytes], keys: str) -> Iterator[tuple[str, NDA
             return
         check_unpacked_size(path, found.zip)
         for name in found.files:
-            if fnmatchcase(name, keys):
-                yield name, found[name]
+            if not fnmatchcase(name, keys):
+                continue
+            # Of what does not begin as an array the bytes, such as of a note beside them.
+            if isinstance(held := found[name], np.ndarray):
+                yield name, held
+            elif f"{name}.npy" in found.zip.namelist():
+                raise ValueError(f"{name}.npy does not begin as an array")
     except FormatError:
         raise
     except Exception as error:  # a dozen kinds for damaged files, OSError among them

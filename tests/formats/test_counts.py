@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from command_line import run
 from traces import records_of
 
-from ep_rebalance.formats import contents, csv_counts
+from ep_rebalance.formats import arrays, contents, csv_counts
 from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading
 from ep_rebalance.load.trace import RecordedSnapshot, TraceReader
@@ -146,6 +147,23 @@ def test_several_arrays_of_counts_are_chosen_from_by_name(tmp_path: Path):
     assert "several arrays of counts, first, second; choose with --key" in done.stderr
     (snapshot,) = converted(tmp_path, path, "--key", "second")
     assert (snapshot.counts_ALE[0] == 2 * COUNTS[[1, 3]]).all()
+
+
+def test_a_text_beside_arrays_is_no_array(tmp_path: Path):
+    path = tmp_path / "a.npz"
+    of_npz(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.txt", "counted on Monday")
+    (snapshot,) = converted(tmp_path, path)
+    assert (snapshot.counts_ALE[0] == COUNTS[[1, 3]]).all()
+
+
+def test_what_should_be_an_array_and_does_not_begin_as_one_is_refused(tmp_path: Path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("logical_count.npy", "NUMPY")
+    with pytest.raises(FormatError, match=r"logical_count\.npy does not begin as an array"):
+        arrays.read_load(path, Reading())
 
 
 @pytest.mark.parametrize("name", ["a.json.gz", "a.csv.gz", "a.npy.gz"])

@@ -1,7 +1,7 @@
 """Every reader of files from elsewhere, as a fuzzer calls it: bytes in, a value or its own error out.
 
-Files that end in a digest, or have checksums, are given the right ones first. Or else nothing behind the
-first check would ever be reached.
+Files that end in a digest, or have checksums, are given the right ones first, and those of archives are
+overlooked at a second try. Or else nothing behind the first check would ever be reached.
 """
 
 import base64
@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,20 @@ class FileReader:
         """Raises whatever is not the reader's own error, and AssertionError for one that hides the file."""
         path = folder / self.name
         path.write_bytes(self.prepared(data))
+        refusal = self._refusal(path)
+        if "Bad CRC-32" in refusal:
+            with mock.patch.object(zipfile.ZipExtFile, "_update_crc"):
+                self._refusal(path)
+
+    def _refusal(self, path: Path) -> str:
         try:
             self.read(path)
         except self.refuses as error:
-            named = self.name in str(error) or str(folder) in str(error)
+            named = self.name in str(error) or str(path.parent) in str(error)
             if not named and not self.name.startswith("config"):
                 raise AssertionError(f"this does not name the file: {error}") from error
+            return str(error)
+        return ""
 
 
 def _load(read: Callable[[Path, Reading], ForeignLoad]) -> Callable[[Path], object]:
