@@ -14,14 +14,14 @@ from pathlib import Path
 
 BUILD = Path(__file__).parents[1] / "build" / "fuzz"
 INSTRUMENTED = [
-    *("ep_rebalance.config_sources", "ep_rebalance.formats", "ep_rebalance.load"),
     *(
-        "ep_rebalance.placement",
-        "yaml",
-        "zipfile",
-        "numpy.lib._npyio_impl",
-        "numpy.lib._format_impl",
+        "ep_rebalance.checkpoint",
+        "ep_rebalance.commands.inspecting",
+        "ep_rebalance.commands.status",
     ),
+    *("ep_rebalance.config_sources", "ep_rebalance.diagnosis", "ep_rebalance.formats"),
+    *("ep_rebalance.load", "ep_rebalance.offline.summary", "ep_rebalance.placement"),
+    *("yaml", "zipfile", "numpy.lib._npyio_impl", "numpy.lib._format_impl"),
 ]
 """Not what numba compiles, which knows nothing of counters in bytecode."""
 RSS_MIB = 4096

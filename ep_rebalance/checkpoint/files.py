@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.foreign_json import printable
 from ep_rebalance.regular_files import read_regular
 
 Settings = Mapping[str, Any]
@@ -115,7 +116,7 @@ def _read(path: Path) -> Settings:
     """Raises OSError and ValueError."""
     try:
         # Some editors begin a file with a byte order mark.
-        held = json.loads(read_regular(path, _MAX_BYTES).decode("utf-8-sig"))
+        held = printable(json.loads(read_regular(path, _MAX_BYTES).decode("utf-8-sig")))
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
     if not isinstance(held, dict):

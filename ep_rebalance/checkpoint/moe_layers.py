@@ -54,6 +54,8 @@ def _listed(text: Settings, layers: int) -> list[int]:
 
 def _by_rules(text: Settings, layers: int) -> list[int]:
     rules = [(rule, text[name]) for name, rule in _RULES.items() if text.get(name) is not None]
+    if any(isinstance(value, list) and len(value) > _MOST_LAYERS for _, value in rules):
+        raise ValueError("a list with more numbers than a model has layers")
     return [layer for layer in range(layers) if all(has(layer, v, text) for has, v in rules)]
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ep_rebalance.commands.output import console
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
 from ep_rebalance.config import RebalanceConfig
 from ep_rebalance.load.trace import TraceHead
@@ -80,32 +81,33 @@ class AdviceResult:
 
     def print(self) -> None:
         """On a terminal: the statements, then the options with their reasons, and the best one's command."""
-        console = Console()
+        terminal = console()
         for statement in self.statements:
-            console.print(textwrap.fill(statement.text, console.width), highlight=False)
-            console.print(f"  {statement.how}", style="dim", highlight=False)
-        console.print(
+            terminal.print(textwrap.fill(statement.text, terminal.width), highlight=False)
+            terminal.print(f"  {statement.how}", style="dim", highlight=False)
+        terminal.print(
             f"Experts of {decimal(self.size.expert_bytes)}, hidden size {self.size.hidden_size}: "
             f"{self.size.how}.",
             highlight=False,
         )
-        console.print(f"Hardware: {self.hardware.name}.", highlight=False)
+        terminal.print(f"Hardware: {self.hardware.name}.", highlight=False)
         for name, how in self.hardware.how.items():
             figure = getattr(self.hardware.figures, name)
-            console.print(f"  {name} {figure:.3g}: {how}", style="dim", highlight=False)
-        console.print(_table(self.best))
+            terminal.print(f"  {name} {figure:.3g}: {how}", style="dim", highlight=False)
+        terminal.print(_table(self.best))
         for number, option in enumerate(self.best, 1):
-            console.print(f"{number:3}. {option.reason}", highlight=False)
-        console.print(_METHOD, style="dim", highlight=False)
+            terminal.print(f"{number:3}. {option.reason}", highlight=False)
+        terminal.print(_METHOD, style="dim", highlight=False)
         command = serve_command(self.head.model, self.best[0])
-        console.print(f"\nThe best:\n{command}", highlight=False, soft_wrap=True)
+        terminal.print(f"\nThe best:\n{command}", highlight=False, soft_wrap=True)
 
 
 def serve_command(model: str, option: Advice) -> str:
     """The command that serves a model as this option says."""
     if not option.expert_parallel:
-        return f"vllm serve {model} --tensor-parallel-size {option.ranks}"
-    words = [f"vllm serve {model} --data-parallel-size {option.ranks} --enable-expert-parallel"]
+        return f"vllm serve {shlex.quote(model)} --tensor-parallel-size {option.ranks}"
+    words = ["vllm serve", shlex.quote(model), f"--data-parallel-size {option.ranks}"]
+    words.append("--enable-expert-parallel")
     if option.saved >= WORTH:
         words.append("--plugin ep_rebalance")
         if option.redundant:

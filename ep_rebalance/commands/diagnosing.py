@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ep_rebalance.commands.output import console
 from ep_rebalance.diagnosis import machine, model, packages, server, settings
 from ep_rebalance.diagnosis.engine import Engine
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
@@ -46,13 +47,13 @@ def diagnose(
     server_url: a running server to ask, too; "" for none.
     fresh: whether to ask vLLM again what it said before.
     """
-    console, shown = Console(), []
+    terminal, shown = console(), []
     every = _all(model_name, config, server_url, api_key, Engine(fresh=fresh))
-    with console.status("") as status:
+    with terminal.status("") as status:
         for finding in run_checks(every, lambda name: status.update(_LONG.get(name, name))):
             shown.append(finding)
             if not as_json:
-                _print(console, finding)
+                _print(terminal, finding)
     if as_json:
         print(json.dumps([asdict(finding) for finding in shown], indent=2))
     if any(finding.verdict == "problem" for finding in shown):
@@ -91,11 +92,11 @@ def _no_engine() -> Finding:
     )
 
 
-def _print(console: Console, finding: Finding) -> None:
+def _print(terminal: Console, finding: Finding) -> None:
     """Print a row at once, since some checks take seconds. A pipe gets plain lines."""
     remedy = f"-> {finding.remedy}" if finding.remedy else ""
-    if console.is_terminal:
-        console.print(_row(finding, remedy))
+    if terminal.is_terminal:
+        terminal.print(_row(finding, remedy))
         return
     found = " ".join(finding.found.split())
     print(f"{finding.verdict:{_VERDICT}} {finding.check:{_CHECK}} {found}")

@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 from rich.bar import Bar
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ep_rebalance.commands.output import console
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.commands.status import status_table
 from ep_rebalance.diagnosis.server import NoStatus, fetch_status
@@ -26,6 +27,7 @@ from ep_rebalance.load.trace import TraceHead, TraceReader, read_records
 from ep_rebalance.offline.scenarios import open_traces
 from ep_rebalance.offline.summary import Summary, summarise
 from ep_rebalance.placement import imbalance_L
+from ep_rebalance.telemetry.metrics import Status
 
 _WATCH_SECONDS = 2.0
 
@@ -43,11 +45,11 @@ def inspect(source: str, *, watch: bool, as_json: bool, api_key: str) -> None:
         if watch:
             _watch(source, api_key)
             return
-        found, table = _look(source, api_key) if live else _read(Path(source))
+        found, table = _look(source, api_key) if live else look_into(Path(source))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        Console().print(table)
+        console().print(table)
 
 
 def _look(url: str, api_key: str) -> tuple[dict[str, Any], RenderableType]:
@@ -55,11 +57,14 @@ def _look(url: str, api_key: str) -> tuple[dict[str, Any], RenderableType]:
         answer = fetch_status(url, api_key)
     except NoStatus as error:
         raise ValueError(str(error)) from None
-    return answer, status_table(answer)
+    return answer.as_sent, status_table(answer.status)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], RenderableType]:
-    """(JSON-ready result, table) of a file, or of a folder of traces."""
+def look_into(path: Path) -> tuple[dict[str, Any], RenderableType]:
+    """(JSON-ready result, table) of a file, or of a folder of traces.
+
+    Raises TraceError, ConfigurationError, NothingRecorded or OSError.
+    """
     # By what a file begins with rather than by its name, which may be any.
     if path.is_dir() or trace.recognises(path):
         return _trace(open_traces([path]))
@@ -157,15 +162,15 @@ def _moment(seconds: float) -> str:
 
 def _watch(url: str, api_key: str) -> None:
     """Redraw until Ctrl-C, also while the server does not answer."""
-    before: dict[str, Any] | None = None
+    before: Status | None = None
     shown: RenderableType = Text("waiting for an answer")
-    with Live(shown, refresh_per_second=4) as live:
+    with Live(shown, console=console(), refresh_per_second=4) as live:
         try:
             while True:
                 try:
-                    answer = fetch_status(url, api_key)
-                    shown = Group(status_table(answer), _ranks(answer, before))
-                    before = answer
+                    status = fetch_status(url, api_key).status
+                    shown = Group(status_table(status), _ranks(status, before))
+                    before = status
                     live.update(shown)
                 except NoStatus as error:
                     live.update(Group(shown, Text(str(error), style="red")))
@@ -174,11 +179,13 @@ def _watch(url: str, api_key: str) -> None:
             return
 
 
-def _ranks(answer: dict[str, Any], before: dict[str, Any] | None) -> RenderableType:
+def _ranks(status: Status, before: Status | None) -> RenderableType:
     """A bar for each rank: its tokens since the previous status."""
-    earlier = before["rank_tokens"] if before else [0] * answer["ep_size"]
-    fresh = [now - then for now, then in zip(answer["rank_tokens"], earlier, strict=True)]
-    mean = sum(fresh) / len(fresh)
+    tokens_R = status.rank_tokens
+    comparable = before is not None and len(before.rank_tokens) == len(tokens_R)
+    earlier_R = before.rank_tokens if before and comparable else [0] * len(tokens_R)
+    fresh = [now - then for now, then in zip(tokens_R, earlier_R, strict=True)]
+    mean = sum(fresh) / len(fresh) if fresh else 0.0
     if mean <= 0:
         return Text("no tokens since the last look", style="dim")
     table = Table("rank", "tokens since the last look", "", box=None)

@@ -20,6 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 
+def console(
+    *, file: IO[str] | None = None, width: int | None = None, stderr: bool = False
+) -> Console:
+    """A console that shows texts as they are: what a file holds is no markup."""
+    return Console(file=file, width=width, stderr=stderr, markup=False, emoji=False)
+
+
 class Format(StrEnum):
     """Format of the output."""
 
@@ -64,7 +71,7 @@ def write(shown: Shown, format_: Format | None, output: Path | None) -> None:
     with open(output, "w", encoding="utf-8") if output else _stdout() as file:
         match chosen:
             case Format.TABLE:
-                _print(shown, Console(file=file, width=120 if output else None))
+                _print(shown, console(file=file, width=120 if output else None))
             case Format.MARKDOWN:
                 file.write(_markdown(shown))
             case Format.JSON:
@@ -78,18 +85,18 @@ def _stdout() -> Iterator[IO[str]]:
     yield sys.stdout
 
 
-def _print(shown: Shown, console: Console) -> None:
+def _print(shown: Shown, to: Console) -> None:
     for sentence in shown.sentences:
-        console.print(Text(sentence), highlight=False)
+        to.print(Text(sentence), highlight=False)
     if shown.command:
-        console.print(Text(f"\n{shown.command}"), highlight=False, soft_wrap=True)
+        to.print(Text(f"\n{shown.command}"), highlight=False, soft_wrap=True)
     table = Table(title=shown.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in shown.titles:
         table.add_column(title, justify="left" if title in shown.texts else "right", no_wrap=True)
     for number, row in enumerate(shown.cells, 1):
         table.add_row(*map(Text, row), end_section=shown.groups > 1 and not number % shown.groups)
-    console.print(table)
-    console.print(Text(shown.caption), style="dim", highlight=False)
+    to.print(table)
+    to.print(Text(shown.caption), style="dim", highlight=False)
 
 
 _MARKS = re.compile(r"([\\*_\[\]<>|#~])")

@@ -13,6 +13,7 @@ from rich.filesize import decimal
 
 from ep_rebalance.commands.output import Shown
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
+from ep_rebalance.foreign_json import decoded
 from ep_rebalance.offline.report.next_step import flat
 from ep_rebalance.regular_files import read_regular
 from ep_rebalance.version import __version__
@@ -124,8 +125,8 @@ def read_result(path: Path) -> Earlier:
     content = read_regular(path, _MAX_BYTES)
     no_result = f"{path} is not a result of `ep-rebalance replay --format json`"
     try:
-        found = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = decoded(content, object)
+    except ValueError as error:
         raise ValueError(f"{no_result}: {error}") from None
     if not isinstance(found, dict) or not {"schema_version", "trace", "rows"} <= found.keys():
         raise ValueError(no_result)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from rich.console import Console
-
 from ep_rebalance.commands.advice_inputs import with_expert_size
-from ep_rebalance.commands.output import Format, write
+from ep_rebalance.commands.output import Format, console, write
 from ep_rebalance.commands.replay_comparison import compare, read_result
 from ep_rebalance.commands.replay_result import as_json, check_gain, shown
 from ep_rebalance.commands.scenarios import assignment, explained, settings_for
@@ -127,7 +125,7 @@ def replay(options: ReplayOptions) -> None:
     if options.report is not None:
         with explained():
             write_report(options.report, head, replayed)
-        Console(stderr=True).print(f"Report: {options.report}")
+        console(stderr=True).print(f"Report: {options.report}")
     if options.fail_below_gain is not None:
         check_gain(result, options.fail_below_gain)
 

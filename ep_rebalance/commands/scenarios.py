@@ -13,6 +13,7 @@ import yaml
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, nest, read_config_file
+from ep_rebalance.foreign_json import printable
 from ep_rebalance.load.trace import TraceError, TraceHead
 from ep_rebalance.offline.run import (
     NothingRecorded,
@@ -25,7 +26,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (TraceError, NothingRecorded, ConfigurationError, ValueError, OSError) as error:
-        typer.echo(f"ep-rebalance: {_told(error)}", err=True)
+        typer.echo(printable(f"ep-rebalance: {_told(error)}"), err=True)
         raise typer.Exit(2) from None
 
 

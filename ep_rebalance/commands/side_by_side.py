@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from ep_rebalance.commands.output import console
 from ep_rebalance.load.trace import TraceHead, TraceReader, read_records
 from ep_rebalance.offline.expert_size import completed
 from ep_rebalance.offline.run import Replayed, Scenario, plans, replay
@@ -40,11 +41,11 @@ def replay_all(
     total = sum(reader.whole_records for reader in readers)
     workers = min(jobs or len(os.sched_getaffinity(0)), len(scenarios))
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    hidden = quiet or not console.is_terminal
+    terminal = console(stderr=True)
+    hidden = quiet or not terminal.is_terminal
     if any(plans(head, one) for one in scenarios):
-        _compile(console, hidden)
-    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        _compile(terminal, hidden)
+    with Progress(*columns, console=terminal, disable=hidden, transient=True) as progress:
         tasks = [progress.add_task(one.title, total=total) for one in scenarios]
         if workers == 1:
             return [
@@ -54,9 +55,9 @@ def replay_all(
         return _replay_in_processes(paths, head, scenarios, workers, progress, tasks)
 
 
-def _compile(console: Console, hidden: bool) -> None:
+def _compile(terminal: Console, hidden: bool) -> None:
     """Here and once, so that no process of a replay has to; a minute if it was never done before."""
-    told = nullcontext() if hidden else console.status("compiling the planner, once and for all")
+    told = nullcontext() if hidden else terminal.status("compiling the planner, once and for all")
     with told:
         compile_planner()
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import http.client
-import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from ep_rebalance.diagnosis.finding import Check, Finding
-from ep_rebalance.telemetry.metrics import decode
+from ep_rebalance.foreign_json import decoded
+from ep_rebalance.telemetry.metrics import Status, decode
+
+_MAX_BYTES = 64 << 20
 
 
 class NoStatus(Exception):
@@ -24,8 +27,20 @@ WHY_NO_STATUS = (
 )
 
 
-def fetch_status(server: str, api_key: str) -> dict[str, Any]:
-    """The answer of a server to `GET /ep_rebalance/status`. Raises NoStatus."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A server's answer to `GET /ep_rebalance/status`.
+
+    status: with defaults for what another version of the plugin does not say.
+    as_sent: all of it, also what this version does not know.
+    """
+
+    status: Status
+    as_sent: dict[str, Any]
+
+
+def fetch_status(server: str, api_key: str) -> Answer:
+    """What a server answers. Raises NoStatus."""
     if not server.startswith(("http://", "https://")):
         raise NoStatus(f"{server} is no address; write it as http://HOST:PORT.")
     url = f"{server.rstrip('/')}/ep_rebalance/status"
@@ -34,16 +49,19 @@ def fetch_status(server: str, api_key: str) -> dict[str, Any]:
         if api_key:
             request.add_header("Authorization", f"Bearer {api_key}")
         with urllib.request.urlopen(request, timeout=10) as response:
-            payload = response.read()
-        # Only to check it: what is shown may include fields that this version does not know.
-        decode(payload)
-        answer: dict[str, Any] = json.loads(payload)
-        return answer
-    except (OSError, http.client.HTTPException, ValueError, msgspec.MsgspecError) as error:
+            payload = response.read(_MAX_BYTES)
+        return read_answer(payload)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):  # it is a response, too, with a connection
             error.close()
         why = error.reason if type(error) is urllib.error.URLError else error
         raise NoStatus(f"{url} did not answer with a status: {why}") from None
+
+
+def read_answer(payload: bytes) -> Answer:
+    """Raises ValueError for what is no status."""
+    sent = decoded(payload, dict)
+    return Answer(status=decode(msgspec.json.encode(sent)), as_sent=sent)
 
 
 def checks(url: str, api_key: str) -> list[tuple[str, Check]]:
@@ -54,7 +72,7 @@ def checks(url: str, api_key: str) -> list[tuple[str, Check]]:
 def server(url: str, api_key: str) -> Iterator[Finding]:
     """Whether the plugin is at work there, and whether experts were seen to move."""
     try:
-        answer = fetch_status(url, api_key)
+        status = fetch_status(url, api_key).status
     except NoStatus as error:
         yield Finding(
             check="server",
@@ -63,32 +81,31 @@ def server(url: str, api_key: str) -> Iterator[Finding]:
             remedy=WHY_NO_STATUS,
         )
         return
-    mode = answer["info"]["mode"]
+    mode = status.info.get("mode", "not told")
     yield Finding(
         check="server",
         verdict="ok",
-        found=f"mode {mode}, {answer['layers']} MoE layers, generation {answer['generation']}",
+        found=f"mode {mode}, {status.layers} MoE layers, generation {status.generation}",
     )
-    yield _self_test(mode, answer)
+    yield _self_test(mode, status)
 
 
-def _self_test(mode: str, answer: dict[str, Any]) -> Finding:
+def _self_test(mode: str, status: Status) -> Finding:
     if mode == "observe":
         return Finding(check="self-test", verdict="skipped", found="nothing moves in mode observe")
-    if not answer.get("self_test"):
+    if not status.self_test:
         return Finding(
             check="self-test",
             verdict="warning",
             found="moves were not tried at start",
             remedy="serve with quantisation.self_test=true, which proves them on that machine",
         )
-    return Finding(check="self-test", verdict="ok", found=told_self_test(answer))
+    return Finding(check="self-test", verdict="ok", found=told_self_test(status))
 
 
-def told_self_test(answer: dict[str, Any]) -> str:
-    """What the trial at start found, in a line. answer: a status."""
-    verdicts = answer.get("self_test") or {}
-    if not verdicts:
+def told_self_test(status: Status) -> str:
+    """What the trial at start found, in a line."""
+    if not status.self_test:
         return "not tried"
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    return f"MoE layers: {counts}; it took {answer['self_test_seconds']:.1f} s"
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in status.self_test.items())
+    return f"MoE layers: {counts}; it took {status.self_test_seconds:.1f} s"

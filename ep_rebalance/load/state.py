@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.foreign_json import decoded
+from ep_rebalance.load.dates import has_date
 from ep_rebalance.load.unfinished import sweep, unfinished
 from ep_rebalance.placement import Placement, PlacementError
 from ep_rebalance.process_lock import ProcessLock
@@ -36,7 +38,6 @@ _MAX_BYTES = 1 << 30
 _BEGINS = b"PK"
 _ARRAYS = ("slots_LP", "quotas_LP", "load_LE")
 _MAX_NUMBER = 1 << 53
-_YEAR_10000 = 253_402_300_800.0
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,7 +227,7 @@ def _read(path: Path) -> tuple[Header, dict[str, NDArray[Any]]]:
         if sum(entry.file_size for entry in archive.zip.infolist()) > _MAX_BYTES:
             raise ValueError(f"it unpacks to more than {_MAX_BYTES} bytes")
         names = set(archive.files)
-        header = msgspec.json.decode(np.asarray(archive["header"]).tobytes(), type=Header)
+        header = decoded(np.asarray(archive["header"]).tobytes(), Header)
         arrays = {name: np.asarray(archive[name]) for name in _ARRAYS if name in names}
     except Exception as error:  # zipfile and numpy raise a dozen kinds for damaged files
         raise _refused(path, f"is no readable state file ({error})") from None
@@ -252,7 +253,7 @@ def _fault_of_header(header: Header) -> str:
         )
     if not 0 <= header.generation <= _MAX_NUMBER:
         return f"generation {header.generation} cannot be"
-    if not 0.0 <= header.saved_at < _YEAR_10000:
+    if not has_date(header.saved_at):
         return f"it cannot have been saved at {header.saved_at}"
     numbers = identity.moe_layers
     if any(later <= earlier for earlier, later in zip((-1, *numbers), numbers, strict=False)):

@@ -219,6 +219,11 @@ def test_a_file_without_settings_is_refused_with_its_name(tmp_path: Path, text: 
     assert "config.json" in raised.value.remedy
 
 
+def test_lists_longer_than_models_are_not_searched_for_each_layer(tmp_path: Path):
+    config = {"num_experts": 8, "num_hidden_layers": 4096, "mlp_only_layers": [-1] * 4097}
+    assert numbers_of(read_checkpoint(written(tmp_path, config)).config).moe_layers is None
+
+
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ConfigurationError, match="FIFO"):

@@ -19,13 +19,19 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 from saved_states import PLACEMENT, STATE
+from statuses import make_status
 from traces import head_of, write_trace
 
-from ep_rebalance.commands.output import Format, write
+from ep_rebalance.checkpoint import numbers_of, read_checkpoint, weight_size
+from ep_rebalance.commands.inspecting import look_into
+from ep_rebalance.commands.output import Format, console, write
 from ep_rebalance.commands.replay_comparison import compare, read_result
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
+from ep_rebalance.commands.status import status_table
 from ep_rebalance.config import ConfigurationError
 from ep_rebalance.config_sources import load_config, parse_config_argument, read_config_file
+from ep_rebalance.diagnosis.model import model
+from ep_rebalance.diagnosis.server import read_answer
 from ep_rebalance.formats import (
     arrays,
     csv_counts,
@@ -39,9 +45,10 @@ from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import ForeignLoad
 from ep_rebalance.load import state
-from ep_rebalance.load.state import read_state, save_state
+from ep_rebalance.load.state import save_state
 from ep_rebalance.load.trace import TraceError, TraceReader
 from ep_rebalance.load.trace.checksums import checksum_of_head
+from ep_rebalance.telemetry.metrics import encode
 
 READING = Reading(num_ranks=2, tokens_per_snapshot=2)
 
@@ -49,7 +56,7 @@ READING = Reading(num_ranks=2, tokens_per_snapshot=2)
 @dataclass(frozen=True)
 class FileReader:
     """read: of a file with this name. refuses: its own errors; they name the file. seeds: whole files.
-    prepared: the bytes that are written, from those of a fuzzer.
+    prepared: the bytes that are written, from those of a fuzzer. of_a_file: its errors name it.
     """
 
     name: str
@@ -57,6 +64,7 @@ class FileReader:
     refuses: tuple[type[Exception], ...]
     seeds: Callable[[Path], list[bytes]]
     prepared: Callable[[bytes], bytes] = bytes
+    of_a_file: bool = True
 
     def try_out(self, data: bytes, folder: Path) -> None:
         """Raises whatever is not the reader's own error, and AssertionError for one that hides the file."""
@@ -72,7 +80,7 @@ class FileReader:
             self.read(path)
         except self.refuses as error:
             named = self.name in str(error) or str(path.parent) in str(error)
-            if not named and not self.name.startswith("config"):
+            if self.of_a_file and not named:
                 raise AssertionError(f"this does not name the file: {error}") from error
             return str(error)
         return ""
@@ -163,11 +171,42 @@ def _read_trace(path: Path) -> object:
     """Whatever checksums its records have."""
     with mock.patch("ep_rebalance.load.trace.reader.checksum_of_record", _its_own):
         list(TraceReader(path))
+        _inspected(path)
         return trace.read_placement(path, READING)
 
 
 def _its_own(record: bytes, version: int) -> int:
     return int.from_bytes(record[8:16], "little")
+
+
+def _shown(table: object) -> None:
+    """As on a terminal, which nothing in a file may command."""
+    screen = io.StringIO()
+    console(file=screen, width=100).print(table)
+    assert "\x1b" not in screen.getvalue()
+
+
+def _inspected(path: Path) -> None:
+    _, table = look_into(path)
+    _shown(table)
+
+
+def _read_answer(path: Path) -> None:
+    _shown(status_table(read_answer(path.read_bytes()).status))
+
+
+def _checkpoint(path: Path) -> None:
+    """What commands make of a configuration."""
+    checkpoint = read_checkpoint(str(path.parent))
+    numbers_of(checkpoint.config)
+    weight_size(checkpoint)
+    for finding in model(str(path.parent)):
+        assert finding.found.isprintable()
+
+
+def _quantisation(path: Path) -> None:
+    (path.parent / "config.json").write_text('{"num_experts": 8, "hidden_size": 64}')
+    _checkpoint(path)
 
 
 def _compared(path: Path) -> object:
@@ -197,17 +236,19 @@ READERS = {
             "planner:\n  redundant_experts: 4\ndecision: {expert_time_fraction: auto}\n",
             "migration: {max_bytes_per_step: 1048576}\ntrace: {path: /tmp/x, record: false}\n",
         ),
+        of_a_file=False,
     ),
     "config-argument": FileReader(
         "config.json",
         lambda path: load_config(parse_config_argument("{" + path.read_bytes().decode("latin-1"))),
         (ConfigurationError,),
         _texts('"mode": "observe"}', '"window": {"snapshots": 8}, "control": {"enabled": true}}'),
+        of_a_file=False,
     ),
     "state": FileReader(
         "state.npz",
-        read_state,
-        (ConfigurationError,),
+        _inspected,
+        (FormatError, TraceError),
         _state_files,
         lambda content: content + state._digest(content),
     ),
@@ -259,6 +300,36 @@ READERS = {
         _placement(vllm_ascend.read_placement),
         (FormatError,),
         _texts(vllm_ascend.placement_text(PLACEMENT, (0, 1, 5))),
+    ),
+    "checkpoint": FileReader(
+        "config.json",
+        _checkpoint,
+        (ConfigurationError,),
+        _texts(
+            '{"architectures": ["A"], "model_type": "m", "num_experts": 8, "num_experts_per_tok": 2, '
+            '"num_hidden_layers": 4, "hidden_size": 64, "moe_intermediate_size": 32, '
+            '"mlp_only_layers": [0], "decoder_sparse_step": 2, "quantization_config": '
+            '{"quant_method": "gptq", "bits": 4, "group_size": 128}}',
+            '{"text_config": {"n_routed_experts": [8, 4], "moe_topk": 2, "n_layers": 6, '
+            '"first_k_dense_replace": 1, "moe_layer_freq": [0, 1, 1], "layers_block_type": "MEME", '
+            '"moe_layers_enum": "1,2,3", "block_configs": [{"block_type": "moe"}]}}',
+            '{"num_local_experts": 4, "num_layers": 3, "moe_layer_start_index": [1, 2], '
+            '"moe_layer_end_index": -1, "expert_layer_period": 2, "expert_layer_offset": 1, '
+            '"compression_config": {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}}',
+        ),
+    ),
+    "checkpoint-quantisation": FileReader(
+        "hf_quant_config.json",
+        _quantisation,
+        (ConfigurationError,),
+        _texts('{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}'),
+    ),
+    "server-status": FileReader(
+        "status.json",
+        _read_answer,
+        (ValueError,),
+        lambda folder: [encode(make_status())],
+        of_a_file=False,
     ),
     "replay-result": FileReader("result.json", _compared, (ValueError,), _results),
     "arrays": FileReader("a.npz", _load(arrays.read_load), (FormatError,), _arrays),

@@ -146,6 +146,28 @@ def test_a_step_time_that_cannot_be_is_refused(tmp_path: Path, seconds: float) -
         list(TraceReader(path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"time": math.nan}, "it cannot be of time nan"),
+        ({"time": -1.0}, "it cannot be of time -1.0"),
+        ({"time": 1e18}, "it cannot be of time 1e\\+18"),
+        ({"step": -1}, "step -1 of generation 0"),
+        ({"generation": -1}, "of generation -1 cannot be"),
+        ({"steps": -1}, "-1 steps cannot be"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path: Path, changes, reason: str) -> None:
+    head = head_of()
+    [snapshot] = snapshots(head, 1)
+    for name, value in changes.items():
+        object.__setattr__(snapshot, name, value)  # as another writer might
+    path = tmp_path / f"made-up{SUFFIX}"
+    path.write_bytes(encode_head(head) + encode_record(snapshot, Layout.of(head)))
+    with pytest.raises(TraceError, match=rf"byte \d+: .*{reason}"):
+        list(TraceReader(path))
+
+
 def test_a_writer_replaces_no_file_of_another(tmp_path: Path) -> None:
     first = write_trace(tmp_path, head_of(), 2)
     before = first.read_bytes()

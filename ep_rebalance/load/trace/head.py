@@ -8,6 +8,7 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 
+from ep_rebalance.foreign_json import decoded, printable
 from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checksum_of_head
 from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError
 from ep_rebalance.load.trace.records import FORMAT, FORMAT_VERSION, TraceHead
@@ -27,7 +28,7 @@ _RENAMED_SETTINGS = (("data_plane", "shape", "buffers"),)
 
 def encode_head(head: TraceHead) -> bytes:
     """The bytes with which a trace begins. Padded, so that records lie at multiples of 8 bytes."""
-    text = msgspec.json.encode(head)
+    text = msgspec.json.encode(printable(msgspec.to_builtins(head)))
     text += b" " * (-len(text) % 8)
     sizes = np.array([len(text), checksum_of_head(text)], "<u8")
     return MAGIC + sizes.tobytes() + text
@@ -51,7 +52,7 @@ def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
     if not whole and checksum != version_1_checksum_of_head(text):
         raise TraceError(path, 24, f"the head's checksum is wrong; {COPY_AGAIN}")
     try:
-        head = msgspec.json.decode(text, type=TraceHead)
+        head = decoded(text, TraceHead)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TraceError(path, 24, f"the head does not say what a head must ({error})") from None
     if not whole and head.version != 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ep_rebalance.load.dates import has_date
 from ep_rebalance.load.snapshot import Agreed
 from ep_rebalance.load.trace.checksums import checksum_of_record
 from ep_rebalance.load.trace.records import (
@@ -112,6 +113,8 @@ def _encode_placement(change: RecordedPlacement, layout: np.dtype[np.void]) -> b
 
 def decode_record(record: np.void, head: TraceHead) -> Record:
     """The record in a whole, checked array element. Raises ValueError for slots or times that cannot be."""
+    if fault := _fault(record):
+        raise ValueError(fault)
     numbers: dict[str, Any] = {
         "time": float(record["time"]),
         "step": int(record["step"]),
@@ -130,6 +133,15 @@ def decode_record(record: np.void, head: TraceHead) -> Record:
         raise ValueError("a slot cannot receive that share of tokens")
     placement = Placement(record["slots"], head.experts, head.ep_size)
     return RecordedPlacement(placement=placement, quotas_LP=record["quotas"].copy(), **numbers)
+
+
+def _fault(record: np.void) -> str:
+    """Which of the numbers that all kinds have cannot be, or ""."""
+    if not has_date(float(record["time"])):
+        return f"it cannot be of time {record['time']}"
+    if min(record["step"], record["generation"]) < 0:
+        return f"step {record['step']} of generation {record['generation']} cannot be"
+    return ""
 
 
 def _agreed(record: np.void, version: int) -> Agreed:

@@ -87,7 +87,7 @@ class RecordedSnapshot:
     agreed: what the ranks learned with it.
     ended: the migration that ended since the previous snapshot; None if none did.
 
-    Raises ValueError for a step time that is not finite or below 0.
+    Raises ValueError for a step time that is not finite or below 0, and for steps below 0.
     """
 
     counts_ALE: NDArray[np.uint32] | NDArray[np.int64]
@@ -102,6 +102,8 @@ class RecordedSnapshot:
     def __post_init__(self) -> None:
         if not 0.0 <= self.step_seconds < math.inf:
             raise ValueError(f"a step cannot take {self.step_seconds} seconds")
+        if self.steps < 0:
+            raise ValueError(f"{self.steps} steps cannot be")
 
     def joined(self, later: RecordedSnapshot) -> RecordedSnapshot:
         """This snapshot and the next one as one: a server that moves experts would take none in between."""
