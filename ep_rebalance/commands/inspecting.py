@@ -20,7 +20,7 @@ from rich.text import Text
 from ep_rebalance.commands.output import console
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.commands.status import status_table
-from ep_rebalance.diagnosis.server import NoStatus, fetch_status
+from ep_rebalance.diagnosis.server import NoStatus, fetch_status, is_address
 from ep_rebalance.formats import state, trace
 from ep_rebalance.load.state import SavedState
 from ep_rebalance.load.trace import TraceHead, TraceReader, read_records
@@ -38,7 +38,7 @@ def inspect(source: str, *, watch: bool, as_json: bool, api_key: str) -> None:
     source: a trace, a folder of traces, a state file, or the address of a server.
     watch: whether to keep showing a server, until Ctrl-C.
     """
-    live = source.startswith(("http://", "https://"))
+    live = is_address(source)
     with explained():
         if watch and not live:
             raise ValueError(f"--watch shows a live server, and {source} is a file")

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from ep_rebalance.commands.converting import experts_of, tell
 from ep_rebalance.commands.scenarios import explained
+from ep_rebalance.diagnosis.server import is_address, no_address
 from ep_rebalance.formats.contents import FormatError, read_text, suffix_of
 from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.load import write_trace
@@ -147,8 +148,8 @@ class _Server:
     """A server with OpenAI's routes. Raises ValueError, with a remedy, for whatever it refuses."""
 
     def __init__(self, url: str, api_key: str) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url} is no address; write it as http://HOST:PORT")
+        if not is_address(url):
+            raise ValueError(no_address(url))
         self._url = url.rstrip("/")
         self._headers = {"Content-Type": "application/json"}
         if api_key:

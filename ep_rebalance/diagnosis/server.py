@@ -39,10 +39,20 @@ class Answer:
     as_sent: dict[str, Any]
 
 
+def is_address(text: str) -> bool:
+    """Whether it names a server, and not a file."""
+    return text.startswith(("http://", "https://"))
+
+
+def no_address(text: str) -> str:
+    """What is wrong with a text that is none, and the remedy."""
+    return f"{text} is no address; write it as http://HOST:PORT"
+
+
 def fetch_status(server: str, api_key: str) -> Answer:
     """What a server answers. Raises NoStatus."""
-    if not server.startswith(("http://", "https://")):
-        raise NoStatus(f"{server} is no address; write it as http://HOST:PORT.")
+    if not is_address(server):
+        raise NoStatus(f"{no_address(server)}.")
     url = f"{server.rstrip('/')}/ep_rebalance/status"
     try:
         request = urllib.request.Request(url)
