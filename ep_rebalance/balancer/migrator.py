@@ -31,10 +31,10 @@ from ep_rebalance.migration.configured import configured_staging
 from ep_rebalance.migration.copies import fill_copies, quotas_without_copies_LP
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.round_exchange import (
-    STANDSTILL_BYTES_PER_ROUND,
     Faults,
     RoundExchange,
     StagingFull,
+    standstill_exchange,
 )
 from ep_rebalance.migration.schedule import schedule_copies
 from ep_rebalance.migration.served import Served
@@ -224,7 +224,7 @@ class Migrator:
             quotas_LP,
             topology=self._topology,
             expert_bytes_L=self._memory.expert_bytes_L,
-            pace=Pace.of_bytes(STANDSTILL_BYTES_PER_ROUND),
+            pace=Pace.of_bytes(exchange.max_bytes),
             staging_slots=placement.slots_per_rank,
             rank=self._rank,
         )
@@ -243,17 +243,9 @@ class Migrator:
 
         Raises NotTakenUp on all ranks if one of them lacks the memory.
         """
-        exchange: RoundExchange | None = None
-        try:
-            exchange = RoundExchange(
-                group=self._group,
-                memory=memory,
-                max_bytes=STANDSTILL_BYTES_PER_ROUND,
-                staging_slots=staging_slots,
-                audit=self.audit,
-            )
-        except RuntimeError:  # torch's out of memory is one
-            logger.exception("ep_rebalance: not enough memory for experts on their way")
+        exchange = standstill_exchange(
+            group=self._group, memory=memory, staging_slots=staging_slots, audit=self.audit
+        )
         # Also a rank that failed takes part, so that the others do not wait for it in their exchange.
         lacking = self._count_ranks(exchange is None)
         if exchange is None or lacking:

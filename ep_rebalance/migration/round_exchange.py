@@ -271,3 +271,26 @@ def _itinerary(batch: Batch) -> Itinerary:
 def _checksum(wire: torch.Tensor, position: int) -> torch.Tensor:
     """int64 [1], a view of the wire at byte `position`."""
     return wire[position : position + 8].view(torch.int64)
+
+
+def standstill_exchange(
+    *,
+    group: dist.ProcessGroup,
+    memory: ExpertMemory,
+    staging_slots: int,
+    audit: SlotAudit | None = None,
+) -> RoundExchange | None:
+    """For moves that all ranks wait for. None where this rank lacks the memory, which is logged: the caller
+    has to take part in agreeing on that.
+    """
+    try:
+        return RoundExchange(
+            group=group,
+            memory=memory,
+            max_bytes=STANDSTILL_BYTES_PER_ROUND,
+            staging_slots=staging_slots,
+            audit=audit,
+        )
+    except RuntimeError:  # torch's out of memory is one
+        logger.exception("ep_rebalance: not enough memory for experts on their way")
+        return None

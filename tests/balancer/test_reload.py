@@ -260,7 +260,7 @@ def test_copies_that_a_loader_leaves_out_are_written_before_tokens_go_there(two_
 
 
 COPIES = {"planner": {"redundant_experts": 4}}
-MADE_FOR_COPIES = "ep_rebalance.balancer.migrator.RoundExchange"
+MADE_FOR_COPIES = "ep_rebalance.migration.round_exchange.RoundExchange"
 
 
 def copies_served(engine: Engine) -> list[bool]:

@@ -18,6 +18,7 @@ from test_real_model import fingerprints
 from vllm_groups import IMPORT_SECONDS, join
 
 from ep_rebalance.config import ConfigurationError
+from ep_rebalance.migration import round_exchange
 from ep_rebalance.migration.round_exchange import RoundExchange
 from ep_rebalance.migration.slabs import NamedTensor, split_by_expert
 from ep_rebalance.placement import Placement
@@ -194,7 +195,7 @@ def fill_without_memory(rank: int) -> str:
     )
     placement = Placement.contiguous(num_layers=1, num_experts=2, num_ranks=2, num_redundant=2)
     with (
-        mock.patch.object(movable_experts, "RoundExchange", full),
+        mock.patch.object(round_exchange, "RoundExchange", full),
         pytest.raises(ConfigurationError) as raised,
     ):
         movable_experts._fill([layer], placement, dist.group.WORLD)

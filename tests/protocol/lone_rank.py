@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from fingerprints import Fingerprint
 
-import ep_rebalance.balancer.migrator as migrator
 import ep_rebalance.balancer.planner_thread as planner_thread
 import ep_rebalance.balancer.rebalancer as rebalancer
 import ep_rebalance.balancer.session as session
+import ep_rebalance.migration.round_exchange as round_exchange
 from ep_rebalance.balancer.engine_model import EngineModel
 from ep_rebalance.balancer.migrator import Migrator
 from ep_rebalance.config import RebalanceConfig
@@ -654,7 +654,7 @@ def _failing(name: str) -> Callable[..., Any]:
 
 def _roomy(original: Callable[..., Any]) -> Callable[..., Any]:
     def make(self: Any, *arguments: Any) -> Any:
-        with mock.patch("ep_rebalance.balancer.migrator.RoundExchange", _scarce):
+        with mock.patch("ep_rebalance.migration.round_exchange.RoundExchange", _scarce):
             return original(self, *arguments)
 
     return make
@@ -687,7 +687,7 @@ def ranks_apart(over: _Collectives | None = None) -> Iterator[None]:
     ]
     patches: list[tuple[Any, str, Any]] = [
         *(together or alone),
-        (migrator, "STANDSTILL_BYTES_PER_ROUND", 4096),  # each life would clear 64 MiB
+        (round_exchange, "STANDSTILL_BYTES_PER_ROUND", 4096),  # each life would clear 64 MiB
         (session, "_with_measured_links", lambda config, model: model),
         (planner_thread, "DaemonThread", _JobThread),
         (rebalancer, "_journal", _NoJournal),

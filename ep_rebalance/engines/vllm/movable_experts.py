@@ -36,7 +36,7 @@ from ep_rebalance.migration import compile_schedule
 from ep_rebalance.migration.copies import fill_copies
 from ep_rebalance.migration.expert_memory import ExpertMemory
 from ep_rebalance.migration.proof import Verdict, in_a_line
-from ep_rebalance.migration.round_exchange import STANDSTILL_BYTES_PER_ROUND, RoundExchange
+from ep_rebalance.migration.round_exchange import RoundExchange, standstill_exchange
 from ep_rebalance.migration.slabs import ExpertsOfLayer
 from ep_rebalance.migration.verdicts import Finding, refuse_unproven
 from ep_rebalance.placement import Placement
@@ -191,16 +191,7 @@ def _fill(found: Sequence[LayerTensors], placement: Placement, group: dist.Proce
 
 def _exchange(memory: ExpertMemory, group: dist.ProcessGroup) -> RoundExchange:
     """For copies. Raises ConfigurationError, the same on all ranks, if one of them lacks the memory."""
-    exchange: RoundExchange | None = None
-    try:
-        exchange = RoundExchange(
-            group=ep_group().device_group,
-            memory=memory,
-            max_bytes=STANDSTILL_BYTES_PER_ROUND,
-            staging_slots=1,
-        )
-    except RuntimeError:  # torch's out of memory is one
-        logger.exception("ep_rebalance: not enough memory for experts on their way")
+    exchange = standstill_exchange(group=ep_group().device_group, memory=memory, staging_slots=1)
     lacking = torch.tensor([int(exchange is None)])
     dist.all_reduce(lacking, group=group)
     if exchange is None or lacking.item():
