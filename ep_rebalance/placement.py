@@ -40,6 +40,11 @@ REPLICA_BOUND = 64
 sixteenth part of all tokens, or half of those that choose eight experts each. Tables whose width is the most
 that there can be would else grow with the redundant slots, a thousand columns on 1,024 ranks.
 """
+MAX_LAYERS = 4096
+"""Of a model: more than any has. SGLang's files have a row for each."""
+MAX_RANKS = 1 << 13
+"""More than any group of ranks has. Arrays of layers or ranks by ranks then fit into memory."""
+_MAX_SLOTS_BY_RANKS = 1 << 25
 _QUOTA_ERROR = 1e-6
 """How far quotas of an expert may be from 1 in sum: they are rounded on their way."""
 
@@ -284,6 +289,12 @@ class RepeatingPlacement(Placement):
 def can_be_shared(num_slots: int, num_experts: int, num_ranks: int) -> bool:
     """Whether ranks can hold so many slots: equally many each, or one for each expert and no other."""
     return num_ranks > 0 and (num_slots == num_experts or num_slots % num_ranks == 0)
+
+
+def fits_memory(num_layers: int, num_slots: int, num_ranks: int) -> bool:
+    """Whether arrays of these sizes, as a file names them, can be held: no model and no group is larger."""
+    within = num_layers <= MAX_LAYERS and num_ranks <= MAX_RANKS
+    return within and num_slots * num_ranks <= _MAX_SLOTS_BY_RANKS
 
 
 def first_slots_R1(num_slots: int, num_ranks: int) -> NDArray[np.int64]:

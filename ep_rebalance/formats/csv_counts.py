@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ep_rebalance.formats.contents import FormatError, read_text, suffix_of
-from ep_rebalance.formats.format import MAX_LAYERS, Reading
+from ep_rebalance.formats.format import Reading
 from ep_rebalance.formats.layer_counts import layers_with_experts
 from ep_rebalance.formats.load import MAX_COUNTS, ForeignLoad
+from ep_rebalance.placement import MAX_LAYERS
 
 _COLUMNS = ("layer", "expert", "count")
 _SNAPSHOT = "snapshot"

@@ -10,10 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ep_rebalance.formats.contents import FormatError
-from ep_rebalance.placement import Placement
-
-MAX_LAYERS = 4096
-"""Of a model: the last number is below it. SGLang's files have a row for each."""
+from ep_rebalance.placement import MAX_LAYERS, Placement
 
 NumberedPlacement = tuple[Placement, tuple[int, ...]]
 """A placement, and the numbers that its layers have in the model."""

@@ -25,7 +25,7 @@ from ep_rebalance.config import ConfigurationError
 from ep_rebalance.foreign_json import decoded
 from ep_rebalance.load.dates import has_date
 from ep_rebalance.load.unfinished import sweep, unfinished
-from ep_rebalance.placement import Placement, PlacementError
+from ep_rebalance.placement import Placement, PlacementError, fits_memory
 from ep_rebalance.process_lock import ProcessLock
 from ep_rebalance.regular_files import REGULAR, kind_of, read_regular
 
@@ -34,10 +34,13 @@ FORMAT_VERSION = 2
 
 _DIGEST_BYTES = 64
 _HEX = frozenset(b"0123456789abcdef")
-_MAX_BYTES = 1 << 30
+_MAX_BYTES = 64 << 20
+"""Also unpacked. A thousand slots in each of a hundred layers are two megabytes."""
 _BEGINS = b"PK"
 _ARRAYS = ("slots_LP", "quotas_LP", "load_LE")
 _MAX_NUMBER = 1 << 53
+_MAX_TOKENS = 1e18
+"""Of an expert, so that those of a layer can be added up."""
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -268,6 +271,8 @@ def _fault_of_slots(slots_LP: NDArray[Any], identity: ModelIdentity) -> str:
     layers, slots = slots_LP.shape
     if slots != identity.experts + identity.redundant_experts:
         return f"{slots} slots for {identity.experts} experts and {identity.redundant_experts} more"
+    if not fits_memory(layers, slots, identity.ep_size):
+        return f"{layers} layers of {slots} slots on {identity.ep_size} ranks cannot be"
     if identity.moe_layers and len(identity.moe_layers) != layers:
         return f"{layers} layers with {len(identity.moe_layers)} numbers"
     return ""
@@ -287,8 +292,8 @@ def _fault_of_load(load_LE: NDArray[Any], placement: Placement) -> str:
     wanted = (placement.num_layers, placement.num_experts)
     if load_LE.shape != wanted or load_LE.dtype.kind != "f":
         return f"the load is {load_LE.dtype} {load_LE.shape}, not floating-point {wanted}"
-    if not ((load_LE >= 0.0) & (load_LE < np.inf)).all():
-        return "the load must be finite, and not below 0"
+    if not ((load_LE >= 0.0) & (load_LE <= _MAX_TOKENS)).all():
+        return "the load must be numbers of tokens, and not below 0"
     return ""
 
 

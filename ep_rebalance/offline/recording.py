@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.load.trace import Record, RecordedSnapshot
 from ep_rebalance.load.window import PHASES
-from ep_rebalance.offline.run import NothingRecorded
+from ep_rebalance.offline.run import NO_STEPS, NothingRecorded
 
 _MOST_PARTS = 8
 """As many snapshots or fewer are a part each; parts are joined in pairs while there are more."""
@@ -73,6 +73,8 @@ def sum_up(records: Iterable[Record]) -> Recording:
         raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
     counts_WALE = np.array([part.counts_ALE for part in parts])
     steps_W = np.array([part.steps for part in parts])
+    if not steps_W.any():
+        raise NothingRecorded(NO_STEPS)
     return Recording(
         mean=RecordedSnapshot(
             counts_ALE=counts_WALE.sum(axis=0),

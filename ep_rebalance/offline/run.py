@@ -155,7 +155,11 @@ class Replayed:
 
 
 class NothingRecorded(ValueError):
-    """The trace holds no snapshot with tokens."""
+    """The trace holds no snapshot with tokens, or none of a step."""
+
+
+NO_STEPS = "the trace says of no tokens that a step computed them; record it again"
+"""Part of a snapshot may have none, but not all of them."""
 
 
 def replay(
@@ -205,6 +209,8 @@ def replay(
     if not rows:
         raise NothingRecorded("the trace holds no snapshot with tokens; record while it serves")
     time_N, step_N, steps_N, *columns = (np.array(column) for column in zip(*rows, strict=True))
+    if not steps_N.any():
+        raise NothingRecorded(NO_STEPS)
     return Replayed(
         scenario=scenario,
         time_N=time_N,

@@ -38,14 +38,14 @@ from ep_rebalance.load.trace.layout import Layout, encode_record
 
 @given(
     counts=arrays(np.uint32, (2, 3, 5), elements=st.integers(0, 2**32 - 1)),
-    numbers=st.tuples(*[st.integers(0, 2**62)] * 3),
+    numbers=st.tuples(st.integers(0, 2**53), st.integers(0, 2**31), st.integers(0, 2**53)),
     seconds=st.floats(0, 1e6),
     agreed=st.builds(
         Agreed,
         planned=st.booleans(),
         proposed=st.booleans(),
         scheduled=st.booleans(),
-        unscheduled_ranks=st.integers(0, 2**31),
+        unscheduled_ranks=st.integers(0, 2),
         fitted=st.booleans(),
         paused=st.booleans(),
         plan_asked=st.booleans(),
@@ -119,7 +119,7 @@ def test_a_full_file_is_followed_by_another_and_the_oldest_goes(tmp_path: Path) 
     assert all(same(next(iter(reader)), contiguous(head)) for reader in readers)
 
 
-@pytest.mark.parametrize("quota", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("quota", [math.nan, math.inf, -0.5, 0.0, 0.75, 1e308])
 def test_a_share_that_cannot_be_is_refused(tmp_path: Path, quota: float) -> None:
     head = head_of()
     served = contiguous(head)
@@ -128,7 +128,7 @@ def test_a_share_that_cannot_be_is_refused(tmp_path: Path, quota: float) -> None
     path = tmp_path / f"made-up{SUFFIX}"
     record = encode_record(replace(served, quotas_LP=quotas_LP), Layout.of(head))
     path.write_bytes(encode_head(head) + record)
-    with pytest.raises(TraceError, match=r"byte \d+: a slot cannot receive that share"):
+    with pytest.raises(TraceError, match=r"byte \d+: layer 0: .*get.* of its (expert's )?tokens"):
         list(TraceReader(path))
 
 
@@ -155,6 +155,13 @@ def test_a_step_time_that_cannot_be_is_refused(tmp_path: Path, seconds: float) -
         ({"step": -1}, "step -1 of generation 0"),
         ({"generation": -1}, "of generation -1 cannot be"),
         ({"steps": -1}, "-1 steps cannot be"),
+        ({"steps": 1 << 62}, "a snapshot of 4611686018427387904 steps"),
+        ({"step": (1 << 63) - 1}, "of generation 0 cannot be"),
+        ({"generation": 1 << 62}, "of generation 4611686018427387904 cannot be"),
+        ({"step_seconds": 1e308}, "a step cannot take 1e\\+308 seconds"),
+        ({"agreed": Agreed(unscheduled_ranks=-1)}, "-1 ranks without rounds"),
+        ({"agreed": Agreed(reloaded=(2,))}, "layers beyond the 2 cannot be reloaded"),
+        ({"ended": MigrationEnd(batches=-2, abandoned=False)}, "-2 batches cannot be"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(tmp_path: Path, changes, reason: str) -> None:
@@ -333,7 +340,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ({"slots": 9}, "cannot be"),
         ({"slots": 9, "experts": 7}, "cannot be"),
         ({"slots": 6}, "cannot be"),
-        ({"layers": 10**6, "experts": 10**6, "slots": 10**6}, "records of"),
+        ({"layers": 4096, "experts": 10**6, "slots": 10**6}, "records of"),
+        ({"layers": 4097, "expert_bytes": [1] * 4097}, "cannot be"),
+        ({"ep_size": 10**4, "node_of_rank": [0] * 10**4}, "on 10000 ranks cannot be"),
+        ({"top_k": 9}, "top 9, 8 slots on 2 ranks cannot be"),
+        ({"node_of_rank": [-1, 0]}, "nodes must have numbers from 0, below the 2 ranks"),
+        ({"node_of_rank": [0, 2**40]}, "nodes must have numbers"),
+        ({"expert_bytes": [1, -1]}, "an expert of such a size"),
+        ({"expert_bytes": [1, 10**40]}, "an expert of such a size"),
+        ({"hidden_size": -1}, "an expert of such a size"),
+        ({"moe_layers": [3, 3]}, "must rise"),
+        ({"moe_layers": [-5, 3]}, "must rise"),
+        ({"moe_layers": [3, 10**30]}, "below 4096"),
+        ({"started": 1e300}, "started at 1e\\+300"),
+        ({"bytes_per_second": [5e-324, 1.0, 1.0]}, "links of"),
+        ({"bytes_per_second": [1.0, 1.0, 1.0], "round_seconds": 1e308}, "links of"),
         ({"node_of_rank": [0]}, "lists"),
         ({"expert_bytes": [1] * 3}, "lists"),
     ],

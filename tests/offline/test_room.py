@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from traces import contiguous, head_of, snapshots
@@ -96,3 +98,6 @@ def test_a_trace_is_summed_up_in_parts_that_make_the_whole():
 def test_a_trace_without_tokens_tells_nothing():
     with pytest.raises(NothingRecorded):
         sum_up([contiguous(head_of())])
+    [snapshot] = snapshots(head_of(), 1)
+    with pytest.raises(NothingRecorded, match="of no tokens that a step computed them"):
+        sum_up([contiguous(head_of()), replace(snapshot, steps=0)])

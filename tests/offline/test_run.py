@@ -143,6 +143,10 @@ def test_idle_snapshots_are_not_scored(tmp_path: Path) -> None:
         replay(head, [contiguous(head), *idle], scenario("none", 2, 0))
     with pytest.raises(NothingRecorded, match="begin with a placement"):
         replay(head, busy, scenario("none", 2, 0))
+    stepless = [replace(one, steps=0) for one in busy]
+    with pytest.raises(NothingRecorded, match="of no tokens that a step computed them"):
+        replay(head, [contiguous(head), *stepless], scenario("none", 2, 0))
+    assert replay(head, [contiguous(head), *stepless, *busy], scenario("none", 2, 0)).hours > 0.0
 
 
 def test_what_was_served_is_scored_as_it_was(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -9,11 +10,12 @@ import msgspec
 import numpy as np
 
 from ep_rebalance.foreign_json import decoded, printable
+from ep_rebalance.load.dates import has_date
 from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checksum_of_head
 from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError
 from ep_rebalance.load.trace.records import FORMAT, FORMAT_VERSION, TraceHead
 from ep_rebalance.load.window import PHASES
-from ep_rebalance.placement import can_be_shared
+from ep_rebalance.placement import MAX_LAYERS, can_be_shared, fits_memory
 from ep_rebalance.topology import LINKS
 
 READABLE_VERSIONS = (1, FORMAT_VERSION)
@@ -21,6 +23,10 @@ READABLE_VERSIONS = (1, FORMAT_VERSION)
 MAGIC = b"EPTRACE\n"
 _MAX_HEAD_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 64 << 20
+_MAX_BYTES = 1 << 50
+"""Of an expert."""
+_FASTEST, _LONGEST_ROUND = 1e18, 1e6
+"""Bytes per second of a link, and seconds of a round. Beyond them nothing can be computed."""
 
 _RENAMED_SETTINGS = (("data_plane", "shape", "buffers"),)
 """(section, earlier name, present name)."""
@@ -58,7 +64,7 @@ def read_head(path: Path, file: IO[bytes]) -> tuple[TraceHead, int]:
     if not whole and head.version != 1:
         raise TraceError(path, 24, "the head's checksum is of another version")
     head = msgspec.structs.replace(head, config=_with_present_names(head.config))
-    if reason := _fault(head):
+    if reason := fault_of_head(head):
         raise TraceError(path, 24, reason)
     return head, 24 + length
 
@@ -72,16 +78,21 @@ def _with_present_names(config: dict[str, Any]) -> dict[str, Any]:
     return config | parts
 
 
-def _fault(head: TraceHead) -> str:
+def fault_of_head(head: TraceHead) -> str:
     """Why this head cannot be right, or ""."""
     if head.format != FORMAT or head.version not in READABLE_VERSIONS:
         return (
             f"format {head.format!r} version {head.version}; this ep-rebalance reads {FORMAT!r} "
             f"versions 1 to {FORMAT_VERSION}, so use the one that wrote it ({head.plugin_version})"
         )
+    return _fault_of_sizes(head) or _fault_of_numbers(head)
+
+
+def _fault_of_sizes(head: TraceHead) -> str:
     sizes = (head.layers, head.experts, head.top_k, head.ep_size, head.slots)
     shared = can_be_shared(head.slots, head.experts, head.ep_size)
-    if min(sizes) < 1 or not shared or head.slots < head.experts:
+    possible = min(sizes) >= 1 and shared and head.top_k <= head.experts <= head.slots
+    if not possible or not fits_memory(head.layers, head.slots, head.ep_size):
         return (
             f"{head.layers} layers, {head.experts} experts, top {head.top_k}, {head.slots} slots on "
             f"{head.ep_size} ranks cannot be"
@@ -93,8 +104,24 @@ def _fault(head: TraceHead) -> str:
         return "its lists of ranks and layers are not as long as it says"
     if head.moe_layers and len(head.moe_layers) != head.layers:
         return f"numbers of {len(head.moe_layers)} layers, where there are {head.layers}"
+    return ""
+
+
+def _fault_of_numbers(head: TraceHead) -> str:
+    """Of a head whose lists are as long as they must be."""
+    if not all(0 <= node < head.ep_size for node in head.node_of_rank):
+        return f"nodes must have numbers from 0, below the {head.ep_size} ranks"
+    sizes = (*head.expert_bytes, head.hidden_size)
+    if min(sizes) < 0 or max(sizes) > _MAX_BYTES:
+        return "an expert of such a size cannot be"
+    numbers = (-1, *head.moe_layers, MAX_LAYERS)
+    if any(later <= earlier for earlier, later in pairwise(numbers)):
+        return f"numbers of layers must rise from 0, and stay below {MAX_LAYERS}"
+    if not has_date(head.started):
+        return f"it cannot have been started at {head.started}"
     links = head.bytes_per_second
-    if links and (len(links) != len(LINKS) or min(links) <= 0.0 or head.round_seconds < 0.0):
+    fast = not links or (len(links) == len(LINKS) and 1.0 <= min(links) <= max(links) <= _FASTEST)
+    if not fast or not 0.0 <= head.round_seconds <= _LONGEST_ROUND:
         return (
             f"links of {links} bytes per second, with {head.round_seconds} s for a round, cannot be"
         )

@@ -28,6 +28,9 @@ from ep_rebalance.placement import Placement
 _SNAPSHOT, _PLACEMENT = 1, 2
 _FRAME = [("kind", "<u8"), ("checksum", "<u8")]
 _NONE_ENDED = -1
+_MAX_NUMBER = 1 << 53
+_MAX_STEPS, _MAX_STEP_SECONDS = 1 << 31, 1e9
+"""Of a snapshot, so that those of a trace can be added up."""
 
 _FLAGS = (
     *("planned", "scheduled", "proposed", "fitted"),
@@ -112,8 +115,10 @@ def _encode_placement(change: RecordedPlacement, layout: np.dtype[np.void]) -> b
 
 
 def decode_record(record: np.void, head: TraceHead) -> Record:
-    """The record in a whole, checked array element. Raises ValueError for slots or times that cannot be."""
+    """The record in a whole, checked array element. Raises ValueError for numbers that cannot be."""
     if fault := _fault(record):
+        raise ValueError(fault)
+    if record["kind"] == _SNAPSHOT and (fault := _fault_of_snapshot(record, head)):
         raise ValueError(fault)
     numbers: dict[str, Any] = {
         "time": float(record["time"]),
@@ -129,9 +134,8 @@ def decode_record(record: np.void, head: TraceHead) -> Record:
             ended=_ended(record, head.version),
             **numbers,
         )
-    if not (np.isfinite(record["quotas"]) & (record["quotas"] >= 0.0)).all():
-        raise ValueError("a slot cannot receive that share of tokens")
     placement = Placement(record["slots"], head.experts, head.ep_size)
+    placement.check_quotas(record["quotas"])
     return RecordedPlacement(placement=placement, quotas_LP=record["quotas"].copy(), **numbers)
 
 
@@ -139,8 +143,26 @@ def _fault(record: np.void) -> str:
     """Which of the numbers that all kinds have cannot be, or ""."""
     if not has_date(float(record["time"])):
         return f"it cannot be of time {record['time']}"
-    if min(record["step"], record["generation"]) < 0:
+    numbers = (record["step"], record["generation"])
+    if min(numbers) < 0 or max(numbers) > _MAX_NUMBER:
         return f"step {record['step']} of generation {record['generation']} cannot be"
+    return ""
+
+
+def _fault_of_snapshot(record: np.void, head: TraceHead) -> str:
+    """Which of a snapshot's own numbers cannot be, or ""."""
+    steps, seconds = record["steps"], record["step_seconds"]
+    if steps > _MAX_STEPS:
+        return f"a snapshot of {steps} steps cannot be"
+    if seconds > _MAX_STEP_SECONDS:
+        return f"a step cannot take {seconds} seconds"
+    if head.version == 1:
+        return ""
+    unscheduled, batches = record["unscheduled_ranks"], record["batches"]
+    if not 0 <= unscheduled <= head.ep_size or batches < _NONE_ENDED:
+        return f"{unscheduled} ranks without rounds, {batches} batches cannot be"
+    if record["reloaded"][head.layers :].any():
+        return f"layers beyond the {head.layers} cannot be reloaded"
     return ""
 
 
