@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ep_rebalance.formats.contents import (
     MAX_ARRAY_BYTES,
     FormatError,
+    check_growth,
     check_unpacked_size,
     open_contents,
     suffix_of,
@@ -36,6 +37,7 @@ def named_arrays(path: Path, keys: str = "*") -> Iterator[tuple[str, NDArray[Any
                 # It may be a view of a few bytes, repeated without end.
                 reason = f"has shape {array.shape}, more than {MAX_ARRAY_BYTES} bytes"
                 raise FormatError(path, name, reason)
+            check_growth(path, name, array.nbytes)
             yield name, array
 
 

@@ -138,7 +138,7 @@ def _order_of_ids(path: Path, name: str, array: NDArray[Any]) -> tuple[str, str]
 
 def _adds_up(array: NDArray[Any]) -> bool:
     """Whether all layers with tokens have as many, as those of counts [(W,) L, E] have."""
-    sums = array.astype(np.float64).sum(axis=-1).reshape(-1, array.shape[-2])
+    sums = array.sum(axis=-1, dtype=np.float64).reshape(-1, array.shape[-2])
     most = sums.max(axis=1, keepdims=True)
     return bool(((sums == 0) | (sums >= (1 - _SAME_SUM) * most)).all())
 

@@ -19,6 +19,12 @@ from ep_rebalance.regular_files import open_regular
 MAX_TEXT_BYTES = 256 << 20
 MAX_ARRAY_BYTES = 4 << 30
 _PART_BYTES = 1 << 20
+_MOST_GROWTH = 100
+"""How many times as large as its file something may be that is unpacked. Recordings of ids shrink to a tenth,
+those with many zeros to a fiftieth.
+"""
+_MAY_GROW_BYTES = 64 << 20
+"""Up to this size whatever it was."""
 _GZIP = b"\x1f\x8b"
 
 _OTHER_TEXT = {
@@ -86,6 +92,7 @@ def _unpacked(path: Path, file: IO[bytes], max_bytes: int) -> IO[bytes]:
                 room -= len(part)
                 if room < 0:
                     raise FormatError(path, "", f"unpacks to more than {max_bytes} bytes")
+                check_growth(path, "", max_bytes - room)
                 whole.write(part)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         whole.close()
@@ -136,6 +143,17 @@ def check_unpacked_size(path: Path, archive: zipfile.ZipFile) -> None:
     size = sum(part.file_size for part in archive.infolist())
     if size > MAX_ARRAY_BYTES:
         raise FormatError(path, "", f"unpacks to {size} bytes, more than {MAX_ARRAY_BYTES}")
+    check_growth(path, "", size)
+
+
+def check_growth(path: Path, place: str, size: int) -> None:
+    """Raises FormatError if something in a file is so much larger than it that reading it would take hours.
+
+    size: in bytes.
+    """
+    if size > max(_MAY_GROW_BYTES, _MOST_GROWTH * path.stat().st_size):
+        reason = f"unpacks to {size} bytes or more, over {_MOST_GROWTH} times its size"
+        raise FormatError(path, place, f"{reason}; if it is right, save it unpacked")
 
 
 def unread_kind(path: Path) -> str:

@@ -24,7 +24,8 @@ _SNAPSHOT = "snapshot"
 _NAMES = {"tokens": "count", "experts": "expert", "layers": "layer", "step": _SNAPSHOT}
 """Other words for columns."""
 _MAX_EXPERTS = 1 << 16
-_MAX_SNAPSHOTS = 1 << 20
+_FEW, _MOST_GAPS = 1 << 22, 100
+"""Counts that may be whatever the lines, and how many for each line if there are more."""
 _MOST = {"layer": MAX_LAYERS - 1, "expert": _MAX_EXPERTS - 1, _SNAPSHOT: 2**53, "count": 2**53}
 
 
@@ -50,8 +51,9 @@ def read_load(path: Path, reading: Reading) -> ForeignLoad:
         num_experts = reading.experts  # the last ones may have no tokens, and no lines
     reading.check_experts(path, "", num_experts)
     shape = len(snapshots), len(layers), num_experts
-    if np.prod(shape, dtype=np.float64) > MAX_COUNTS:
-        raise FormatError(path, "", f"has {shape} snapshots, layers and experts, too many to read")
+    if np.prod(shape, dtype=np.float64) > min(MAX_COUNTS, max(_FEW, _MOST_GAPS * len(cells))):
+        reason = f"has {shape} snapshots, layers and experts, too many for {len(cells)} lines"
+        raise FormatError(path, "", f"{reason}; number experts from 0 on, and give each a line")
     counts_WLE = np.zeros(shape, np.int64)
     for (snapshot, layer, expert), count in cells.items():
         place = np.searchsorted(snapshots, snapshot), np.searchsorted(layers, layer), expert

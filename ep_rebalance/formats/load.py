@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.load.trace import RecordedPlacement, RecordedSnapshot, TraceHead, TraceWriter
+from ep_rebalance.load.trace.head import fault_of_head
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import Placement
 from ep_rebalance.version import __version__
@@ -178,6 +179,8 @@ def write_trace(
         config={},
         origin=f"{load.origin}; its timing is made up",
     )
+    if reason := fault_of_head(head):
+        raise FormatError(source, "", f"makes no trace: {reason}")
     # In the folder of the target, since a file can be replaced atomically only within a file system.
     with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
         # Bounds that are never reached, since the trace is to be one file.

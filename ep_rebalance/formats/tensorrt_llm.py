@@ -37,7 +37,7 @@ from ep_rebalance.placement import Placement
 
 META = "meta_info.json"
 _ROWS = "initial_global_assignments"
-_MAX_YAML_BYTES = 16 << 20
+_MAX_YAML_BYTES = 2 << 20
 """A thousand slots in each of a hundred layers are half a megabyte; PyYAML reads it in seconds."""
 _RANK_FILE = re.compile(r"rank\d+\.safetensors")
 _KEY = re.compile(r"([0-9]{1,18})_([0-9]{1,18})")
@@ -143,11 +143,21 @@ def placement_text(placement: Placement, moe_layers: Sequence[int]) -> str:
     return text
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """`yaml.safe_load` without aliases, by which a few lines may stand for any number of slots."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases; write out each row", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
 def read_placement(path: Path, reading: Reading) -> NumberedPlacement:
     """The placement of a configuration, which numbers its layers. Raises FormatError."""
     num_ranks = reading.ranks_of(path)
     try:
-        found = yaml.safe_load(read_text(path, _MAX_YAML_BYTES))
+        found = _PlainLoader(read_text(path, _MAX_YAML_BYTES)).get_single_data()
     except (FormatError, OSError):
         raise
     except Exception as error:  # ValueError, AttributeError and RecursionError beside PyYAML's own

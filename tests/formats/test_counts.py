@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -175,6 +176,35 @@ def test_a_small_file_that_unpacks_beyond_all_bounds_is_refused(
     path.write_bytes(gzip.compress(bytes(1 << 22)))
     with pytest.raises(FormatError, match="unpacks to more than 1048576 bytes"):
         contents.open_contents(path, 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["a.npy.gz", "a.npz", "twice.npz.gz"])
+def test_a_file_that_is_much_larger_unpacked_is_refused(tmp_path: Path, monkeypatch, name: str):
+    """Within the bounds on memory it would still take hours."""
+    monkeypatch.setattr(contents, "_MAY_GROW_BYTES", 1 << 20)
+    path, ids = tmp_path / name, np.zeros((1 << 17, 4, 4), np.uint8)
+    held = io.BytesIO()
+    np.savez_compressed(held, ids) if "npz" in name else np.save(held, ids)
+    data = held.getvalue()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(FormatError, match=r"unpacks to \d+ bytes or more, over 100 times its size"):
+        arrays.read_load(path, Reading())
+
+
+def test_lines_far_fewer_than_their_counts_are_refused(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("layer,expert,count\n" + "".join(f"{layer},65535,1\n" for layer in range(100)))
+    with pytest.raises(FormatError, match=r"too many for 100 lines; number experts from 0"):
+        csv_counts.read_load(path, Reading())
+
+
+def test_counts_that_no_trace_holds_are_not_written(tmp_path: Path):
+    source, target = tmp_path / "a.npy", tmp_path / "a.eptrace"
+    np.save(source, np.ones((2, 1 << 23), np.uint8))
+    done = run("convert", str(source), str(target), "--axes", "LE", "--top-k", "1")
+    assert done.exit_code == 2, done.output
+    assert f"{source}: makes no trace: records of 201326592 bytes" in done.stderr
+    assert not target.exists()
 
 
 def test_damaged_gzip_is_refused_by_its_name(tmp_path: Path):

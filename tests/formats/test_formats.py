@@ -108,6 +108,7 @@ def test_dense_layers_get_the_trivial_row():
         ("a.yaml", "num_slots: 3\ninitial_global_assignments: {0: [0, 1]}", "num_slots"),
         ("a.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
         ("a.yaml", "2026-13-01", "not YAML"),
+        ("a.yaml", "initial_global_assignments: {0: &r [0, 1], 1: *r}", "line 1: aliases"),
         ("a.yaml", "!!timestamp none", "not YAML"),
         ("a.yaml", "[" * 100_000, "not YAML"),
         (
@@ -365,6 +366,13 @@ def test_a_tensor_that_repeats_a_few_bytes_without_end_is_refused(tmp_path: Path
         FormatError, match=r"logical_count has shape .*, more than 4294967296 bytes"
     ):
         arrays.read_load(path, Reading())
+
+
+def test_a_tensor_that_is_much_larger_than_its_file_is_refused(tmp_path: Path):
+    path = tmp_path / "a.pt"
+    torch.save([torch.zeros(1, dtype=torch.uint8).expand(1 << 13, 1 << 10, 1 << 4)], path)
+    with pytest.raises(FormatError, match=r"\[0\] unpacks to 134217728 bytes or more, over 100"):
+        arrays.read_load(path, Reading(axes="TLK"))
 
 
 def test_layers_and_experts_that_no_model_has_are_not_counted(tmp_path: Path):
