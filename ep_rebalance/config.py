@@ -7,7 +7,7 @@ process depends on a file or an environment variable that another one does not s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +17,8 @@ from ep_rebalance.pipeline import PipelineStage
 from ep_rebalance.policies import POLICIES
 
 LEAST_BYTES_PER_STEP = 4096
+_LARGEST = 1 << 53
+"""Larger numbers are none of float64, nor of compiled code."""
 
 Mode = Literal["observe", "static", "rebalance"]
 PhaseChoice = Literal["all", "prefill", "decode"]
@@ -39,6 +41,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="after")
+    def _numbers_can_be_computed_with(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if type(value) is int and abs(value) > _LARGEST:
+                raise ValueError(f"{name} is beyond {_LARGEST}, the largest number there can be")
+        return self
 
 
 def _name_in(entries: Mapping[str, object]) -> AfterValidator:

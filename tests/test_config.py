@@ -190,3 +190,12 @@ def test_a_variable_that_is_no_setting_is_named_with_the_likeliest_cause():
     with pytest.raises(ConfigurationError, match="EP_REBALANCE_SERVICE_HOST") as raised:
         settings_from_environment({"EP_REBALANCE_SERVICE_HOST": "10.0.0.1"})
     assert "enableServiceLinks: false" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("window", "snapshots"), ("decision", "horizon_steps"), ("migration", "max_bytes_per_step")],
+)
+def test_numbers_that_cannot_be_computed_with_are_refused(section: str, key: str):
+    with pytest.raises(ConfigurationError, match=f"{section}: {key} is beyond 9007199254740992"):
+        load_config({section: {key: 10**40}})

@@ -10,6 +10,8 @@ from ep_rebalance.checkpoint.files import Checkpoint, Settings
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 _DEFAULT = 2.0
+_LARGEST_GROUP = 1 << 24
+"""Longer than any row."""
 _MXFP4 = 17 / 32
 """32 numbers of 4 bits have a scale of 8 bits."""
 _NVFP4 = 9 / 16
@@ -81,5 +83,5 @@ def _bits(quantisation: Settings) -> tuple[int, int]:
     group = weights.get("group_size") or weights.get("q_group_size")
     return (
         bits if isinstance(bits, int) and 0 < bits <= 64 else 0,
-        group if isinstance(group, int) and group > 0 else 0,
+        group if isinstance(group, int) and 0 < group <= _LARGEST_GROUP else 0,
     )

@@ -57,7 +57,7 @@ def advise(options: AdviseOptions) -> None:
     """Print the answers and the ranking, as JSON or tables. Exits with 2 for what the user can put right."""
     with explained():
         readers = open_traces(options.traces)
-        settings = settings_for(readers[0].head, options.config, [])
+        settings = settings_for(readers[0], options.config, [])
         head, size = with_expert_size(
             readers[0].head,
             settings,

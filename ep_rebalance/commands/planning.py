@@ -50,7 +50,7 @@ def plan(options: PlanOptions) -> None:
         if ranks < 2:
             raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
         copies = head.slots - head.experts if options.redundant is None else options.redundant
-        settings = settings_for(head, None, [])
+        settings = settings_for(readers[0], None, [])
         reading = Reading(first_moe_layer=options.first_moe_layer)
         # Before the planner's work, so that a contradiction is told at once.
         if not reading.numbers_of(options.traces[0], head.layers, head.moe_layers):

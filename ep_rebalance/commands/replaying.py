@@ -74,7 +74,7 @@ def replay(options: ReplayOptions) -> None:
         head = completed(readers[0].head)
         if head.ep_size == 1 and not options.ep_sizes:
             raise ValueError("the trace was converted and has no ranks: give --ep-size, e.g. 8")
-        settings = settings_for(head, options.config, options.settings)
+        settings = settings_for(readers[0], options.config, options.settings)
         peer = dict(assignment("--eplb", text, "step_interval=1000") for text in options.eplb)
         if peer and "vllm-eplb" not in options.policies:
             raise ValueError("--eplb is for vLLM's balancer: add --policy vllm-eplb")

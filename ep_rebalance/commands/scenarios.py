@@ -14,7 +14,7 @@ import yaml
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, nest, read_config_file
 from ep_rebalance.foreign_json import printable
-from ep_rebalance.load.trace import TraceError, TraceHead
+from ep_rebalance.load.trace import TraceError, TraceReader
 from ep_rebalance.offline.run import (
     NothingRecorded,
 )
@@ -43,12 +43,24 @@ def _told(error: Exception) -> str:
     return f"{error.filename}: {remedies.get(error.errno or 0, error.strerror)}"
 
 
-def settings_for(head: TraceHead, file: Path | None, assignments: Sequence[str]) -> RebalanceConfig:
+def settings_for(
+    trace: TraceReader, file: Path | None, assignments: Sequence[str]
+) -> RebalanceConfig:
     """The recorded server's settings, or those of a file, overridden by single assignments.
 
     assignments: `KEY=VALUE` each, with a dotted key.
+
+    Raises ConfigurationError for what cannot be set, and ValueError that names the trace if it is that whose
+    settings cannot be.
     """
-    base = head.config if file is None else read_config_file(file)
+    try:
+        load_config(trace.head.config)
+    except ConfigurationError as error:
+        raise ValueError(
+            f"{trace.path} was recorded with settings that this version does not take: {error.reason} Replay "
+            f"it with the ep-rebalance that wrote it ({trace.head.plugin_version})"
+        ) from None
+    base = trace.head.config if file is None else read_config_file(file)
     example = "planner.half_life_snapshots=6"
     pairs = (assignment("--set", text, example) for text in assignments)
     return load_config(base, *(nest(key.split("."), value) for key, value in pairs))

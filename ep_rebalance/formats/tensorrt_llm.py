@@ -148,7 +148,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.current_event.start_mark
             raise yaml.MarkedYAMLError(problem="aliases; write out each row", problem_mark=mark)
         return super().compose_node(parent, index)
 

@@ -33,11 +33,13 @@ def step_work(sample: LoadSample, cost: CostModel, *, by_own_counts: bool) -> St
     by_own_counts: whether each step's own tokens were spread evenly over the replicas. The snapshot is then
         taken for one step.
 
-    None if the snapshot has no tokens, no step time or no placement, or a cost that is not finite. A rank's
+    None if the snapshot has no tokens, no steps, no step time or no placement, or a cost that is not finite. A rank's
     cost is that of all its tokens; each phase has the part of it that it has of the rank's tokens.
     """
     placement, quotas_LP = sample.placement, sample.quotas_LP
-    if not sample.routed or not sample.step_seconds or placement is None or quotas_LP is None:
+    if placement is None or quotas_LP is None:
+        return None
+    if not sample.routed or not sample.steps or not sample.step_seconds:
         return None
     if by_own_counts:
         quotas_LP = split_by_own_counts(placement, sample.load_LE, quotas_LP)

@@ -224,6 +224,15 @@ def test_lists_longer_than_models_are_not_searched_for_each_layer(tmp_path: Path
     assert numbers_of(read_checkpoint(written(tmp_path, config)).config).moe_layers is None
 
 
+def test_numbers_that_no_model_has_are_left_out(tmp_path: Path):
+    groups = {"quant_method": "gptq", "bits": 4, "group_size": 10**400}
+    sizes = {"hidden_size": 1 << 30, "moe_intermediate_size": 1 << 30}
+    config = {"num_experts": 8, "quantization_config": groups} | sizes
+    checkpoint = read_checkpoint(written(tmp_path, config))
+    assert weight_size(checkpoint).bytes_per_parameter == 0.5
+    assert numbers_of(checkpoint.config).expert_parameters is None
+
+
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ConfigurationError, match="FIFO"):

@@ -60,6 +60,7 @@ def test_any_cost_is_divided_as_a_ranks_tokens_are() -> None:
     "unknown",
     [
         {"step_seconds": 0.0},
+        {"steps": 0},
         {"counts_ALE": np.zeros((2, 2, 3), dtype=np.int64)},
         {"placement": None},
         {"quotas_LP": None},
