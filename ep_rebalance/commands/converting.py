@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from ep_rebalance.checkpoint import numbers_of, read_checkpoint
 from ep_rebalance.commands.scenarios import explained
+from ep_rebalance.foreign_json import printable
 from ep_rebalance.formats import AXES, conversion
 from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading, Writing
@@ -91,7 +92,7 @@ def _write_trace(options: ConvertOptions, reading: Reading) -> None:
             phase=options.phase,
             steps_per_snapshot=options.steps_per_snapshot,
         )
-    typer.echo(f"{target}: {count} snapshots, {load.origin}", err=True)
+    say(f"{target}: {count} snapshots, {load.origin}")
 
 
 def check_axes(axes: str) -> None:
@@ -110,10 +111,15 @@ def experts_of(model: str, given: int | None) -> int | None:
     return told if given is None else given
 
 
+def say(line: str) -> None:
+    """A line on stderr, which commands no terminal: it may hold names of files, or texts in them."""
+    typer.echo(printable(line), err=True)
+
+
 def tell(notes: Iterable[str]) -> None:
     """Say on stderr what was left out or taken for granted."""
     for note in notes:
-        typer.echo(f"ep-rebalance: note: {note}", err=True)
+        say(f"ep-rebalance: note: {note}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +195,7 @@ def write_placement(
             f"{-placement.num_slots % placement.num_ranks}` makes one with as many slots on every rank"
         )
     conversion.write_placement(target, placement, moe_layers, to, writing)
-    typer.echo(
+    say(
         f"{target}: {placement.num_layers} layers, {placement.num_slots} slots on "
-        f"{placement.num_ranks} ranks, for {to}",
-        err=True,
+        f"{placement.num_ranks} ranks, for {to}"
     )

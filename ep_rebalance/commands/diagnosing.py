@@ -17,6 +17,7 @@ from ep_rebalance.commands.output import console
 from ep_rebalance.diagnosis import machine, model, packages, server, settings
 from ep_rebalance.diagnosis.engine import Engine
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
+from ep_rebalance.foreign_json import printable
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 _VERDICT, _CHECK = 8, 21
@@ -94,6 +95,7 @@ def _no_engine() -> Finding:
 
 def _print(terminal: Console, finding: Finding) -> None:
     """Print a row at once, since some checks take seconds. A pipe gets plain lines."""
+    finding = Finding(**printable(asdict(finding)))
     remedy = f"-> {finding.remedy}" if finding.remedy else ""
     if terminal.is_terminal:
         terminal.print(_row(finding, remedy))

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ep_rebalance.foreign_json import printable
 
 
 def console(
@@ -68,6 +70,7 @@ def write(shown: Shown, format_: Format | None, output: Path | None) -> None:
     format_: by default a table if stdout is a terminal, else JSON.
     """
     chosen = format_ or (Format.TABLE if sys.stdout.isatty() else Format.JSON)
+    shown = _spelt_out(shown)
     with open(output, "w", encoding="utf-8") if output else _stdout() as file:
         match chosen:
             case Format.TABLE:
@@ -78,6 +81,17 @@ def write(shown: Shown, format_: Format | None, output: Path | None) -> None:
                 file.write(json.dumps(shown.result, indent=2) + "\n")
             case Format.CSV:
                 file.write(_csv(shown.lines))
+
+
+def _spelt_out(shown: Shown) -> Shown:
+    """Without what commands a terminal, as names of files may; the result itself is for JSON."""
+    return replace(
+        shown,
+        sentences=[printable(sentence) for sentence in shown.sentences],
+        command=printable(shown.command),
+        cells=[[" ".join(printable(cell).split("\n")) for cell in row] for row in shown.cells],
+        caption=printable(shown.caption),
+    )
 
 
 @contextmanager
@@ -99,6 +113,7 @@ def _print(shown: Shown, to: Console) -> None:
     to.print(Text(shown.caption), style="dim", highlight=False)
 
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 _MARKS = re.compile(r"([\\*_\[\]<>|#~])")
 
 
@@ -127,5 +142,10 @@ def _csv(lines: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]))
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: _no_formula(value) for name, value in line.items()} for line in lines)
     return text.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    """A value that a spreadsheet does not compute: with a quote ahead of a text that it would."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import typer
 from rich.progress import Progress
 
-from ep_rebalance.commands.converting import experts_of, tell
+from ep_rebalance.commands.converting import experts_of, say, tell
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.diagnosis.server import is_address, no_address
 from ep_rebalance.formats.contents import FormatError, read_text, suffix_of
@@ -95,7 +94,7 @@ def record(options: RecordOptions) -> None:
                 phase="prefill",
                 steps_per_snapshot=options.steps_per_snapshot,
             )
-        typer.echo(f"{output}: {count} snapshots, {load.origin}", err=True)
+        say(f"{output}: {count} snapshots, {load.origin}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from ep_rebalance.diagnosis.finding import Check, Finding
-from ep_rebalance.foreign_json import decoded
+from ep_rebalance.foreign_json import decoded, printable
 from ep_rebalance.telemetry.metrics import Status, decode
 
 _MAX_BYTES = 64 << 20
@@ -65,7 +65,8 @@ def fetch_status(server: str, api_key: str) -> Answer:
         if isinstance(error, urllib.error.HTTPError):  # it is a response, too, with a connection
             error.close()
         why = error.reason if type(error) is urllib.error.URLError else error
-        raise NoStatus(f"{url} did not answer with a status: {why}") from None
+        # What a server gives as its reason may hold anything.
+        raise NoStatus(printable(f"{url} did not answer with a status: {why}")) from None
 
 
 def read_answer(payload: bytes) -> Answer:

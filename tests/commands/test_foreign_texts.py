@@ -129,3 +129,59 @@ def test_what_is_nested_without_end_is_refused(tmp_path: Path, monkeypatch, dept
     done = run("inspect", str(path))
     assert done.exit_code == 2, done.output
     assert str(path) in done.stderr
+
+
+def test_a_name_of_a_file_or_of_an_array_commands_no_terminal(tmp_path: Path):
+    path = tmp_path / "a.npz"
+    ids = np.arange(24).reshape(3, 4, 2) % 5
+    np.savez(path, **{"x\x1b]0;gone\x07": ids})
+    done = run("convert", str(path), str(tmp_path / "\x1b[31m.eptrace"))
+    assert done.exit_code == 0, done.output
+    assert r"note: x\x1b]0;gone\x07, (3, 4, 2), is taken as" in done.stderr
+    assert r"\x1b[31m.eptrace: 1 snapshots" in done.stderr
+    assert "\x1b" not in done.output
+
+
+def result_of(folder: Path, name: str, policy: str) -> str:
+    """A replay's result with one row."""
+    path = write_trace(folder, REPLAYED, 4)
+    done = run("replay", str(path), "--policy", "none", "--format", "json", "--jobs", "1")
+    result = json.loads(done.stdout)
+    result["rows"][0]["policy"] = policy
+    (folder / name).write_text(json.dumps(result))
+    return str(folder / name)
+
+
+def test_a_comparison_is_neither_a_command_nor_a_formula(tmp_path: Path):
+    path = result_of(tmp_path, "\x1b[31m.json", "=HYPERLINK(0)\n| x |")
+    for form in ("table", "markdown"):
+        done = run("replay", "--compare", path, path, "--format", form, COLUMNS="200")
+        assert done.exit_code == 0, done.output
+        assert r"\x1b" in done.stdout
+        assert "\x1b" not in done.stdout
+    assert not any(line.startswith("| x |") for line in done.stdout.splitlines())
+    done = run("replay", "--compare", path, path, "--format", "csv")
+    assert "\n\"'=HYPERLINK(0)" in done.stdout.replace("\r", "")
+
+
+def test_the_reason_of_a_server_commands_no_terminal():
+    with server(500, b"", reason="no\x1b[2J") as (url, _):
+        for arguments in (("status", url), ("inspect", url), ("doctor", "--server", url)):
+            done = run(*arguments)
+            assert r"no\x1b[2J" in done.output
+            assert "\x1b" not in done.output
+
+
+def test_settings_of_another_version_are_refused_with_the_trace(tmp_path: Path):
+    head = head_of(config={"planner": {"later": 1}}, plugin_version="9.9")
+    path = write_trace(tmp_path, head, 4)
+    for arguments in (
+        ("replay", str(path), "--policy", "none", "--set", "planner.seed=1"),
+        ("advise", str(path), "--hardware", "h100-sxm"),
+        ("plan", str(path), "--to", "sglang", "-o", str(tmp_path / "o.json")),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2, done.output
+        assert f"{path} was recorded with settings" in done.stderr
+        assert "'planner.later'" in done.stderr
+        assert "9.9" in done.stderr

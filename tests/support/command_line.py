@@ -17,7 +17,7 @@ def run(*args: str, **environment: str):
 
 
 @contextmanager
-def server(code: int, body: bytes | None) -> Iterator[tuple[str, list]]:
+def server(code: int, body: bytes | None, reason: str | None = None) -> Iterator[tuple[str, list]]:
     """A server that answers everything alike; None hangs up. Yields its address and the requests."""
     requests = []
 
@@ -25,7 +25,7 @@ def server(code: int, body: bytes | None) -> Iterator[tuple[str, list]]:
         def do_GET(self) -> None:
             requests.append((self.path, self.headers.get("Authorization")))
             if body is not None:
-                self.send_response(code)
+                self.send_response(code, reason)
                 self.end_headers()
                 self.wfile.write(body)
 
