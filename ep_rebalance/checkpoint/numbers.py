@@ -41,7 +41,7 @@ _WIDTH = (
 _SECTIONS = ("ffn_config", "moe", "moe_config")
 """Where some configurations keep what concerns experts."""
 
-_LARGEST = 1 << 24
+_LARGEST = 1 << 20
 """A larger number is no size of a model."""
 
 _TWO_MATRICES = ("nemotron_h",)

@@ -130,9 +130,10 @@ def _markdown(shown: Shown) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A text that Markdown shows as it is. Between backticks it does so anyway."""
+    """A text that Markdown shows as it is, in a line. Between backticks it does so anyway."""
+    text = text.replace("\n", " ")
     parts = text.split("`")
-    if len(parts) % 2 == 0:  # a backtick without a partner
+    if len(parts) % 2 == 0 or "``" in text:  # a backtick without a partner
         return _MARKS.sub(r"\\\1", text).replace("`", "\\`")
     parts[::2] = [_MARKS.sub(r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)

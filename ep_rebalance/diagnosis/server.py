@@ -72,7 +72,16 @@ def fetch_status(server: str, api_key: str) -> Answer:
 def read_answer(payload: bytes) -> Answer:
     """Raises ValueError for what is no status."""
     sent = decoded(payload, dict)
-    return Answer(status=decode(msgspec.json.encode(sent)), as_sent=sent)
+    return Answer(status=decode(msgspec.json.encode(_countable(sent))), as_sent=sent)
+
+
+def _countable(value: Any) -> Any:
+    """The same with null for whole numbers that count nothing: of more than 64 bits."""
+    if isinstance(value, dict):
+        return {key: _countable(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_countable(one) for one in value]
+    return None if isinstance(value, int) and abs(value) >> 63 else value
 
 
 def checks(url: str, api_key: str) -> list[tuple[str, Check]]:

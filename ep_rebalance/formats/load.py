@@ -68,6 +68,8 @@ def counts_of(
     if isinstance(value, np.ndarray) and value.size > MAX_COUNTS:
         # It may be a view of a few bytes, repeated without end.
         raise FormatError(path, place, f"has shape {value.shape}, more than {MAX_COUNTS} counts")
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+        raise FormatError(path, place, f"is {value.dtype}, which are no counts; mend it")
     try:
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):

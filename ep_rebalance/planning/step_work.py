@@ -33,8 +33,8 @@ def step_work(sample: LoadSample, cost: CostModel, *, by_own_counts: bool) -> St
     by_own_counts: whether each step's own tokens were spread evenly over the replicas. The snapshot is then
         taken for one step.
 
-    None if the snapshot has no tokens, no steps, no step time or no placement, or a cost that is not finite. A rank's
-    cost is that of all its tokens; each phase has the part of it that it has of the rank's tokens.
+    None if the snapshot has no tokens, no steps, no step time or no placement, or a cost that is not finite.
+    A rank's cost is that of all its tokens; each phase has the part of it that it has of the rank's tokens.
     """
     placement, quotas_LP = sample.placement, sample.quotas_LP
     if placement is None or quotas_LP is None:

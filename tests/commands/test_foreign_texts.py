@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,17 @@ def test_numbers_that_cannot_be_leave_the_others_shown():
     assert "it took 0.0 s" in done.stdout
 
 
+def test_numbers_without_end_leave_the_others_shown():
+    endless = int("9" * 4300)
+    sent = json.loads(encode(make_status()))
+    sent |= {"rank_tokens": [endless], "migrated_bytes": {"local": endless, "intranode": endless}}
+    with server(200, json.dumps(sent).encode()) as (url, _):
+        done, found = run("status", url), run("status", url, "--json")
+    assert done.exit_code == 0, done.output
+    assert "2 committed" in done.stdout
+    assert json.loads(found.stdout)["rank_tokens"] == [endless]
+
+
 @pytest.mark.parametrize("depth", [500, 100_000])
 def test_what_is_nested_without_end_is_refused(tmp_path: Path, monkeypatch, depth: int):
     nested = "[" * depth + "]" * depth
@@ -185,3 +197,15 @@ def test_settings_of_another_version_are_refused_with_the_trace(tmp_path: Path):
         assert f"{path} was recorded with settings" in done.stderr
         assert "'planner.later'" in done.stderr
         assert "9.9" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "model", ["a\n# b", "```<img src=x>`", "`\n\n<img src=x>`", "``\n<img src=x>"]
+)
+def test_a_model_is_no_markdown(tmp_path: Path, model: str):
+    path = write_trace(tmp_path, msgspec.structs.replace(REPLAYED, model=model), 4)
+    done = run("replay", str(path), "--policy", "none", "--format", "markdown", "--jobs", "1")
+    assert done.exit_code == 0, done.output
+    assert "\n# b" not in done.stdout
+    outside = re.sub(r"(?<![`\\])`[^`\n]+`(?!`)", "", done.stdout)
+    assert "<img" not in outside.replace(r"\<", "")

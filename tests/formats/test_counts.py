@@ -191,6 +191,14 @@ def test_a_file_that_is_much_larger_unpacked_is_refused(tmp_path: Path, monkeypa
         arrays.read_load(path, Reading())
 
 
+@pytest.mark.parametrize("dtype", ["c16", "M8[D]", "U1", [("a", "f8")]])
+def test_what_is_no_number_is_no_count(tmp_path: Path, dtype):
+    path = tmp_path / "a.npz"
+    np.savez(path, logical_count=np.zeros((2, 3), dtype))
+    with pytest.raises(FormatError, match=r"logical_count is .*, which are no counts"):
+        arrays.read_load(path, Reading())
+
+
 def test_lines_far_fewer_than_their_counts_are_refused(tmp_path: Path):
     path = tmp_path / "a.csv"
     path.write_text("layer,expert,count\n" + "".join(f"{layer},65535,1\n" for layer in range(100)))

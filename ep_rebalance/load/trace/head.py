@@ -23,8 +23,8 @@ READABLE_VERSIONS = (1, FORMAT_VERSION)
 MAGIC = b"EPTRACE\n"
 _MAX_HEAD_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 64 << 20
-_MAX_BYTES = 1 << 50
-"""Of an expert."""
+_MAX_BYTES = 1 << 40
+"""Of an expert, so that those of a plan can be added up."""
 _FASTEST, _LONGEST_ROUND = 1e18, 1e6
 """Bytes per second of a link, and seconds of a round. Beyond them nothing can be computed."""
 
