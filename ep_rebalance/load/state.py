@@ -35,7 +35,7 @@ FORMAT_VERSION = 2
 _DIGEST_BYTES = 64
 _HEX = frozenset(b"0123456789abcdef")
 _MAX_BYTES = 64 << 20
-"""Also unpacked. A thousand slots in each of a hundred layers are two megabytes."""
+"""A thousand slots in each of a hundred layers are two megabytes."""
 _BEGINS = b"PK"
 _ARRAYS = ("slots_LP", "quotas_LP", "load_LE")
 _MAX_NUMBER = 1 << 53
@@ -225,10 +225,11 @@ def _unsealed(path: Path) -> bytes:
 
 def _read(path: Path) -> tuple[Header, dict[str, NDArray[Any]]]:
     try:
-        archive = np.load(io.BytesIO(_unsealed(path)), allow_pickle=False)
-        # An archive may hold more than it takes on disk.
-        if sum(entry.file_size for entry in archive.zip.infolist()) > _MAX_BYTES:
-            raise ValueError(f"it unpacks to more than {_MAX_BYTES} bytes")
+        data = _unsealed(path)
+        archive = np.load(io.BytesIO(data), allow_pickle=False)
+        # No server packs its state, and a packed archive may hold a thousand times what it takes on disk.
+        if sum(entry.file_size for entry in archive.zip.infolist()) > len(data):
+            raise ValueError(f"it is packed: it unpacks to more than its {len(data)} bytes")
         names = set(archive.files)
         header = decoded(np.asarray(archive["header"]).tobytes(), Header)
         arrays = {name: np.asarray(archive[name]) for name in _ARRAYS if name in names}
@@ -292,6 +293,7 @@ def _fault_of_load(load_LE: NDArray[Any], placement: Placement) -> str:
     wanted = (placement.num_layers, placement.num_experts)
     if load_LE.shape != wanted or load_LE.dtype.kind != "f":
         return f"the load is {load_LE.dtype} {load_LE.shape}, not floating-point {wanted}"
+    load_LE = load_LE.astype(np.float64)
     if not ((load_LE >= 0.0) & (load_LE <= _MAX_TOKENS)).all():
         return "the load must be numbers of tokens, and not below 0"
     return ""
