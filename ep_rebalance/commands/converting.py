@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from ep_rebalance.checkpoint import numbers_of, read_checkpoint
 from ep_rebalance.commands.scenarios import explained
-from ep_rebalance.foreign_json import printable
+from ep_rebalance.foreign_texts import printable
 from ep_rebalance.formats import AXES, conversion
 from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading, Writing

@@ -9,7 +9,7 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 
-from ep_rebalance.foreign_json import decoded, printable
+from ep_rebalance.foreign_texts import decoded, printable
 from ep_rebalance.load.dates import has_date
 from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checksum_of_head
 from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError

@@ -1,4 +1,4 @@
-"""JSON from elsewhere: nested no deeper than can be read, and with no text that commands a terminal."""
+"""Texts and JSON from elsewhere: nested no deeper than can be read, and commanding no terminal."""
 
 from __future__ import annotations
 
