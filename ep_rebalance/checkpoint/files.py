@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_rebalance.config import ConfigurationError
-from ep_rebalance.foreign_texts import printable
+from ep_rebalance.printable import printable
 from ep_rebalance.regular_files import read_regular
 
 Settings = Mapping[str, Any]

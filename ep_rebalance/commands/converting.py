@@ -14,7 +14,6 @@ from rich.progress import Progress
 
 from ep_rebalance.checkpoint import numbers_of, read_checkpoint
 from ep_rebalance.commands.scenarios import explained
-from ep_rebalance.foreign_texts import printable
 from ep_rebalance.formats import AXES, conversion
 from ep_rebalance.formats.contents import FormatError
 from ep_rebalance.formats.format import Reading, Writing
@@ -24,6 +23,7 @@ from ep_rebalance.load.trace import SUFFIX
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
+from ep_rebalance.printable import printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from ep_rebalance.commands.output import console
 from ep_rebalance.diagnosis import machine, model, packages, server, settings
 from ep_rebalance.diagnosis.engine import Engine
 from ep_rebalance.diagnosis.finding import Check, Finding, run_checks
-from ep_rebalance.foreign_texts import printable
+from ep_rebalance.printable import printable
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 _VERDICT, _CHECK = 8, 21

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ep_rebalance.foreign_texts import printable
+from ep_rebalance.printable import printable
 
 
 def console(

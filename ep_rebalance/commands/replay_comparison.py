@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from ep_rebalance.commands.output import Shown
 from ep_rebalance.commands.replay_result import SCHEMA_VERSION
-from ep_rebalance.foreign_texts import decoded
+from ep_rebalance.foreign_json import decoded
 from ep_rebalance.offline.report.next_step import flat
 from ep_rebalance.regular_files import read_regular
 from ep_rebalance.version import __version__

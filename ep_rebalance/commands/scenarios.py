@@ -13,11 +13,11 @@ import yaml
 
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, nest, read_config_file
-from ep_rebalance.foreign_texts import printable
 from ep_rebalance.load.trace import TraceError, TraceReader
 from ep_rebalance.offline.run import (
     NothingRecorded,
 )
+from ep_rebalance.printable import printable
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from ep_rebalance.diagnosis.finding import Check, Finding
-from ep_rebalance.foreign_texts import decoded, printable
+from ep_rebalance.foreign_json import decoded
+from ep_rebalance.printable import printable
 from ep_rebalance.telemetry.metrics import Status, decode
 
 _MAX_BYTES = 64 << 20

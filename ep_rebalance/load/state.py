@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rebalance.config import ConfigurationError
-from ep_rebalance.foreign_texts import decoded
+from ep_rebalance.foreign_json import decoded
 from ep_rebalance.load.dates import has_date
 from ep_rebalance.load.unfinished import sweep, unfinished
 from ep_rebalance.placement import Placement, PlacementError, fits_memory

@@ -9,13 +9,14 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 
-from ep_rebalance.foreign_texts import decoded, printable
+from ep_rebalance.foreign_json import decoded
 from ep_rebalance.load.dates import has_date
 from ep_rebalance.load.trace.checksums import checksum_of_head, version_1_checksum_of_head
 from ep_rebalance.load.trace.error import COPY_AGAIN, TraceError
 from ep_rebalance.load.trace.records import FORMAT, FORMAT_VERSION, TraceHead
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.placement import MAX_LAYERS, can_be_shared, fits_memory
+from ep_rebalance.printable import printable
 from ep_rebalance.topology import LINKS
 
 READABLE_VERSIONS = (1, FORMAT_VERSION)

@@ -1,24 +1,8 @@
-"""Texts and JSON from elsewhere: nested no deeper than can be read, and commanding no terminal."""
+"""Texts from elsewhere as they may be shown: they command no terminal."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
-import msgspec
-
-Kind = TypeVar("Kind")
-
-
-def decoded(data: bytes, kind: type[Kind]) -> Kind:
-    """What JSON holds, with its texts as `printable` has them.
-
-    Raises msgspec.DecodeError, of which msgspec.ValidationError is one, and UnicodeDecodeError; both are
-    ValueErrors.
-    """
-    try:
-        return msgspec.convert(printable(msgspec.json.decode(data)), kind)
-    except RecursionError:
-        raise msgspec.DecodeError("it is nested too deeply") from None
+from typing import Any
 
 
 def printable(value: Any) -> Any:
