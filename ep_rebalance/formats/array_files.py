@@ -22,6 +22,8 @@ from ep_rebalance.formats.contents import (
 
 NUMPY = (".npy", ".npz")
 TORCH = (".pt", ".pth")
+_FOLDER = 0x10
+"""An attribute of MS-DOS."""
 
 
 def named_arrays(path: Path, keys: str = "*") -> Iterator[tuple[str, NDArray[Any]]]:
@@ -71,6 +73,7 @@ def _of_torch(path: Path, file: IO[bytes], keys: str) -> Iterator[tuple[str, NDA
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 check_unpacked_size(path, archive)
+                _check_records(archive)
         file.seek(0)
         found = torch.load(file, weights_only=True, map_location="cpu")
         for name, value in _flat("array", found):
@@ -80,6 +83,19 @@ def _of_torch(path: Path, file: IO[bytes], keys: str) -> Iterator[tuple[str, NDA
         raise
     except Exception as error:  # pickle, zipfile and torch raise a dozen kinds, OSError too
         raise FormatError(path, "", _damaged("torch.save makes of tensors", error)) from None
+
+
+def _check_records(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for a record that torch would not read, and instead take what was in memory: it
+    passes over checksums, and over records that are marked as folders or as empty
+    (caffe2/serialize/inline_container.cc).
+    """
+    for record in archive.infolist():
+        folder = record.external_attr & _FOLDER
+        if folder or record.compress_size != record.file_size or record.compress_type:
+            raise ValueError(f"its record {record.filename} is not stored as a file")
+    if damaged := archive.testzip():
+        raise ValueError(f"its record {damaged} has another checksum")
 
 
 def _numbers(tensor: Any) -> NDArray[Any]:

@@ -368,6 +368,21 @@ def test_a_tensor_that_repeats_a_few_bytes_without_end_is_refused(tmp_path: Path
         arrays.read_load(path, Reading())
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"), [(38, "is not stored as a file"), (16, "has another checksum")]
+)
+def test_a_tensor_that_torch_would_not_read_is_refused(tmp_path: Path, place: int, reason: str):
+    """It would take what is in memory for the tensor's numbers."""
+    path = tmp_path / "a.pt"
+    torch.save(torch.arange(48).reshape(8, 3, 2), path)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"a/data/0", content.index(b"PK\x01\x02")) - 46
+    content[entry + place] ^= 0x10  # attributes, or the checksum
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=f"its record a/data/0 {reason}"):
+        arrays.read_load(path, Reading(axes="TLK"))
+
+
 def test_a_tensor_that_is_much_larger_than_its_file_is_refused(tmp_path: Path):
     path = tmp_path / "a.pt"
     torch.save([torch.zeros(1, dtype=torch.uint8).expand(1 << 13, 1 << 10, 1 << 4)], path)
