@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from serving import DATA_PARALLEL, PLUGIN, SETTINGS, Server, serving
 
 pytestmark = [*V032.marks, pytest.mark.faults]
 
-logger = logging.getLogger(__name__)
-
-ENDINGS = 10
+ENDINGS = int(os.environ.get("ENDINGS", "10"))
+"""Of each kind, one minute and more each."""
+GRACE = ("--shutdown-timeout", "20")
+"""In which vLLM answers what it has been asked; without it, it kills its engines at once."""
 END_SECONDS = 30.0
 """A container that is not gone by then is killed, unless its runtime was told otherwise."""
 
@@ -68,8 +70,11 @@ def seconds_to_end(server: Server, client: Client) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.parametrize("grace", [(), GRACE], ids=["at once", "with grace"])
 @pytest.mark.parametrize("plugin", [True, False], ids=["with the plugin", "without it"])
-def test_a_server_ends_on_sigterm_under_load(plugin: bool, tmp_path: Path) -> None:
+def test_a_server_ends_on_sigterm_under_load(
+    plugin: bool, grace: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without the plugin each rank has a part of every expert: vLLM on CPU has no expert parallelism."""
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(SETTINGS | QUICK))
@@ -81,7 +86,11 @@ def test_a_server_ends_on_sigterm_under_load(plugin: bool, tmp_path: Path) -> No
         log = tmp_path / f"ending-{turn}.log"
         with (
             serving(
-                log, *DATA_PARALLEL, *arguments, plugins=[GPU_TOKEN_PATHS], tokens=TOKENS, **parts
+                log,
+                *(*DATA_PARALLEL, *arguments, *grace),
+                plugins=[GPU_TOKEN_PATHS],
+                tokens=TOKENS,
+                **parts,
             ) as server,
             under_load(server) as client,
         ):
@@ -91,6 +100,8 @@ def test_a_server_ends_on_sigterm_under_load(plugin: bool, tmp_path: Path) -> No
                     time.sleep(0.05)
             spread(turn, 0.5)
             took.append(seconds_to_end(server, client))
-            logger.info("gone after %.1f s", took[-1])
     shown = ", ".join(f"{seconds:.1f}" for seconds in sorted(took))
-    logger.info("%s the plugin, gone after %s s", "with" if plugin else "without", shown)
+    words = ("with" if plugin else "without", "the plugin", *grace)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{' '.join(words)}: gone after {shown} s\n")
+    assert not grace or max(took) < END_SECONDS, "it waited for its clients all the same"
