@@ -180,14 +180,14 @@ def test_loads_are_unpacked_before_they_are_needed():
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-def test_programs_take_the_arguments_of_the_plan(step: Step, place: Place):
+def test_programs_take_the_arguments_of_the_plan(step: Step, place: Place, tmp_path: Path):
     module, *arguments = step.argv(place.values())[3:]
     if module.endswith(".tests"):
         assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
         return
     done = subprocess.run(
         [sys.executable, "-P", "-m", module, *arguments, "--help"],
-        env=place.environment(step, Path("told")) | {"LD_PRELOAD": ""},
+        env=place.environment(step, tmp_path / "told") | {"LD_PRELOAD": ""},
         capture_output=True,
         text=True,
         check=False,
