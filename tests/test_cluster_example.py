@@ -156,6 +156,12 @@ def test_a_gpu_for_each_rank(manifests):
         assert server["resources"][kind]["nvidia.com/gpu"] == ranks
 
 
+def test_a_pod_is_killed_only_after_it_has_answered(manifests):
+    words = container(manifests)["args"][0].split()
+    answering = int(words[words.index("--shutdown-timeout") + 1])
+    assert 0 < answering < pod(manifests)["spec"]["terminationGracePeriodSeconds"]
+
+
 def test_no_variable_that_kubernetes_makes_is_taken_for_a_setting(manifests):
     """Those of a Service named ep-rebalance are, and the server does not start with them."""
     theirs = {"EP_REBALANCE_SERVICE_HOST": "10.0.0.1", "EP_REBALANCE_PORT": "tcp://10.0.0.1:80"}
