@@ -42,7 +42,7 @@ that there can be would else grow with the redundant slots, a thousand columns o
 """
 MAX_LAYERS = 4096
 """Of a model: more than any has. SGLang's files have a row for each."""
-MAX_RANKS = 1 << 13
+_MAX_RANKS = 1 << 13
 """More than any group of ranks has. Arrays of layers or ranks by ranks then fit into memory."""
 _MAX_SLOTS_BY_RANKS = 1 << 25
 _QUOTA_ERROR = 1e-6
@@ -293,7 +293,7 @@ def can_be_shared(num_slots: int, num_experts: int, num_ranks: int) -> bool:
 
 def fits_memory(num_layers: int, num_slots: int, num_ranks: int) -> bool:
     """Whether arrays of these sizes, as a file names them, can be held: no model and no group is larger."""
-    within = num_layers <= MAX_LAYERS and num_ranks <= MAX_RANKS
+    within = num_layers <= MAX_LAYERS and num_ranks <= _MAX_RANKS
     return within and num_slots * num_ranks <= _MAX_SLOTS_BY_RANKS
 
 

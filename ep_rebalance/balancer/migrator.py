@@ -126,12 +126,11 @@ class Migrator:
             sizes = memory.expert_bytes_L
             if config.audit.slots_per_minute:
                 self.audit = SlotAudit(config.audit, memory, rank=self._rank)
-            self._max_bytes = most_bytes_per_step(config.migration.max_bytes_per_step, sizes)
             self.staging_slots = configured_staging(config, placement.slots_per_rank, sizes)
             self._exchange = RoundExchange(
                 group=group,
                 memory=memory,
-                max_bytes=self._max_bytes,
+                max_bytes=most_bytes_per_step(config.migration.max_bytes_per_step, sizes),
                 staging_slots=self.staging_slots,
                 audit=self.audit,
             )
@@ -184,7 +183,7 @@ class Migrator:
             [(source, slot)],
             topology=self._topology,
             expert_bytes_L=self.expert_bytes_L,
-            max_bytes=self._max_bytes,
+            max_bytes=self._exchange.max_bytes,
             rank=self._rank,
         )
         expected = self.audit.expected(layer, slot)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
-import typer
 from rich.progress import Progress
 
 from ep_rebalance.checkpoint import numbers_of, read_checkpoint
+from ep_rebalance.commands.output import say
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.formats import AXES, conversion
 from ep_rebalance.formats.contents import FormatError
@@ -23,7 +23,6 @@ from ep_rebalance.load.trace import SUFFIX
 from ep_rebalance.load.window import PHASES
 from ep_rebalance.offline.model_shape import SHAPES
 from ep_rebalance.placement import Placement
-from ep_rebalance.printable import printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +108,6 @@ def experts_of(model: str, given: int | None) -> int | None:
     if given is not None and told not in (None, given):
         raise ValueError(f"--experts {given}: {model} has {told}; leave out one of both")
     return told if given is None else given
-
-
-def say(line: str) -> None:
-    """A line on stderr, which commands no terminal: it may hold names of files, or texts in them."""
-    typer.echo(printable(line), err=True)
 
 
 def tell(notes: Iterable[str]) -> None:

@@ -63,7 +63,7 @@ def _look(url: str, api_key: str) -> tuple[dict[str, Any], RenderableType]:
 def look_into(path: Path) -> tuple[dict[str, Any], RenderableType]:
     """(JSON-ready result, table) of a file, or of a folder of traces.
 
-    Raises TraceError, ConfigurationError, NothingRecorded or OSError.
+    Raises TraceError, FormatError, OSError, and ValueError for a folder without traces.
     """
     # By what a file begins with rather than by its name, which may be any.
     if path.is_dir() or trace.recognises(path):
@@ -182,8 +182,9 @@ def _watch(url: str, api_key: str) -> None:
 def _ranks(status: Status, before: Status | None) -> RenderableType:
     """A bar for each rank: its tokens since the previous status."""
     tokens_R = status.rank_tokens
-    comparable = before is not None and len(before.rank_tokens) == len(tokens_R)
-    earlier_R = before.rank_tokens if before and comparable else [0] * len(tokens_R)
+    earlier_R = before.rank_tokens if before else []
+    if len(earlier_R) != len(tokens_R):
+        earlier_R = [0] * len(tokens_R)
     fresh = [now - then for now, then in zip(tokens_R, earlier_R, strict=True)]
     mean = sum(fresh) / len(fresh) if fresh else 0.0
     if mean <= 0:

@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,11 @@ def console(
 ) -> Console:
     """A console that shows texts as they are: what a file holds is no markup."""
     return Console(file=file, width=width, stderr=stderr, markup=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """A line on stderr, which commands no terminal: it may hold names of files, or texts in them."""
+    typer.echo(printable(line), err=True)
 
 
 class Format(StrEnum):

@@ -16,7 +16,8 @@ from typing import IO, Any
 import numpy as np
 from rich.progress import Progress
 
-from ep_rebalance.commands.converting import experts_of, say, tell
+from ep_rebalance.commands.converting import experts_of, tell
+from ep_rebalance.commands.output import say
 from ep_rebalance.commands.scenarios import explained
 from ep_rebalance.diagnosis.server import is_address, no_address
 from ep_rebalance.formats.contents import FormatError, read_text, suffix_of

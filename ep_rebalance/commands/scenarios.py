@@ -11,13 +11,11 @@ from typing import Any
 import typer
 import yaml
 
+from ep_rebalance.commands.output import say
 from ep_rebalance.config import ConfigurationError, RebalanceConfig
 from ep_rebalance.config_sources import load_config, nest, read_config_file
 from ep_rebalance.load.trace import TraceError, TraceReader
-from ep_rebalance.offline.run import (
-    NothingRecorded,
-)
-from ep_rebalance.printable import printable
+from ep_rebalance.offline.run import NothingRecorded
 
 
 @contextmanager
@@ -26,7 +24,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (TraceError, NothingRecorded, ConfigurationError, ValueError, OSError) as error:
-        typer.echo(printable(f"ep-rebalance: {_told(error)}"), err=True)
+        say(f"ep-rebalance: {_told(error)}")
         raise typer.Exit(2) from None
 
 

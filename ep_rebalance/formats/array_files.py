@@ -87,8 +87,7 @@ def _of_torch(path: Path, file: IO[bytes], keys: str) -> Iterator[tuple[str, NDA
 
 def _check_records(archive: zipfile.ZipFile) -> None:
     """Raises ValueError for a record that torch would not read, and instead take what was in memory: it
-    passes over checksums, and over records that are marked as folders or as empty
-    (caffe2/serialize/inline_container.cc).
+    does not look at checksums, and passes over what is marked as a folder (miniz, `mz_zip_reader_extract`).
     """
     for record in archive.infolist():
         folder = record.external_attr & _FOLDER
